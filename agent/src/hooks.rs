@@ -68,7 +68,7 @@ pub enum HookError {
     },
     /// The answer has the wrong number of descriptors.
     #[error("the answer to hook \"{hook}\" has {count} file descriptors, expected {expected}")]
-    Fds {
+    WrongFdCount {
         /// Name of the hook.
         hook: &'static str,
         /// Number of descriptors that were received.
@@ -81,7 +81,7 @@ pub enum HookError {
         "the answer to hook \"{hook}\" has pieces of {expected} bytes in total, \
          but a file of {length}"
     )]
-    ShortState {
+    StateFileTooShort {
         /// Name of the hook.
         hook: &'static str,
         /// Length of the file in bytes; 0 if the descriptor has no length, such as a pipe.
@@ -91,13 +91,13 @@ pub enum HookError {
     },
     /// The file with the VMM's state is not open for reading.
     #[error("the answer to hook \"{hook}\" has a file that is not open for reading")]
-    UnreadableState {
+    StateFileNotReadable {
         /// Name of the hook.
         hook: &'static str,
     },
     /// The channel broke in an earlier hook.
     #[error("hook \"{hook}\": an earlier hook broke the socket for hooks: {reason}")]
-    Broken {
+    ChannelBroken {
         /// Name of the hook, which was not sent.
         hook: &'static str,
         /// The error that broke the channel.
@@ -105,7 +105,7 @@ pub enum HookError {
     },
     /// The VMM has set no socket for hooks.
     #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
-    None {
+    NoSocket {
         /// Name of the hook, which was not sent.
         hook: &'static str,
     },
@@ -231,8 +231,11 @@ impl Hooks {
             Ok(Err(error)) => return Err(refused(name, error)),
             Err(source) => return Err(HookError::Malformed { hook: name, source }),
         }
-        let wrong =
-            |fds: Vec<OwnedFd>| HookError::Fds { hook: name, count: fds.len(), expected: 1 };
+        let wrong = |fds: Vec<OwnedFd>| HookError::WrongFdCount {
+            hook: name,
+            count: fds.len(),
+            expected: 1,
+        };
         let [fd] = <[OwnedFd; 1]>::try_from(reply.fds).map_err(wrong)?;
         // The thread that reads faults must not block in the read. If this fails, the read fails,
         // too.
@@ -264,12 +267,12 @@ impl Hooks {
         let pieces = &saved.pieces;
         let expected = usize::from(pieces.iter().any(|piece| piece.length > 0));
         if count > 1 || count < expected {
-            return Err(HookError::Fds { hook, count, expected });
+            return Err(HookError::WrongFdCount { hook, count, expected });
         }
         // The file is checked now. Otherwise the job would fail only after all memory was sent or
         // saved.
         if file.as_ref().is_some_and(|file| !is_readable(file)) {
-            return Err(HookError::UnreadableState { hook });
+            return Err(HookError::StateFileNotReadable { hook });
         }
         let length = file
             .as_ref()
@@ -277,7 +280,7 @@ impl Hooks {
             .map_or(0, |stat| stat.st_size as u64);
         let expected = pieces.iter().fold(0u64, |sum, piece| sum.saturating_add(piece.length));
         if length < expected {
-            return Err(HookError::ShortState { hook, length, expected });
+            return Err(HookError::StateFileTooShort { hook, length, expected });
         }
         Ok((saved, file))
     }
@@ -379,8 +382,8 @@ impl Channel {
     fn socket(&mut self, hook: &'static str) -> Result<&mut FrameSocket, HookError> {
         match (&mut self.socket, &self.broken) {
             (Some(socket), _) => Ok(socket),
-            (None, Some(reason)) => Err(HookError::Broken { hook, reason: reason.clone() }),
-            (None, None) => Err(HookError::None { hook }),
+            (None, Some(reason)) => Err(HookError::ChannelBroken { hook, reason: reason.clone() }),
+            (None, None) => Err(HookError::NoSocket { hook }),
         }
     }
 
@@ -531,7 +534,8 @@ mod tests {
         };
         // The VMM does not read, and the hook is too large for the socket.
         let error = hooks.ask(&large, Duration::ZERO).unwrap_err();
-        let half = matches!(&error, HookError::Socket { source: SocketError::HalfSent { .. }, .. });
+        let half =
+            matches!(&error, HookError::Socket { source: SocketError::PartlySent { .. }, .. });
         assert!(half, "{}", crate::error::chain(&error));
         for _ in 0..2 {
             let error = hooks.ask(&Hook::Pause, Duration::from_secs(3600)).unwrap_err().to_string();
@@ -541,7 +545,7 @@ mod tests {
         // The VMM reads a part of the request, and then the end of the connection.
         let mut vmm = FrameSocket::from(OwnedFd::from(theirs));
         let error = vmm.recv(Instant::now() + Duration::from_secs(60)).unwrap_err();
-        assert!(matches!(error, SocketError::Cut { .. }), "{error}");
+        assert!(matches!(error, SocketError::ClosedInFrame { .. }), "{error}");
     }
 
     #[test]

@@ -64,9 +64,9 @@ impl Client {
     /// # Errors
     /// - If there is no such block;
     /// - [`Error::Refused`] with the code `Busy` if a job is still in the way after 60 seconds;
-    /// - [`Error::AgentRuns`] if the agent is lost and still lives: it may still read this memory.
-    ///   That is so if the guest may run elsewhere and depends on the agent ([`Client::end_agent`]
-    ///   ends it), or if the VMM may not kill it.
+    /// - [`Error::AgentStillRunning`] if the agent is lost and still lives: it may still read this
+    ///   memory. That is so if the guest may run elsewhere and depends on the agent
+    ///   ([`Client::end_agent`] ends it), or if the VMM may not kill it.
     ///
     /// The block is not removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {

@@ -161,8 +161,8 @@ impl Client {
     ///
     /// # Errors
     /// If the new agent refuses the handshake or a block, or breaks the handshake; or
-    /// [`Error::AgentRuns`] if the old process has not exited within [`Config::request_timeout`].
-    /// The client then has no agent.
+    /// [`Error::AgentStillRunning`] if the old process has not exited within
+    /// [`Config::request_timeout`]. The client then has no agent.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
         let Inner { memory, fence, ownership, timeouts, .. } = &*self.inner;
         let mut session = self.session();
@@ -222,8 +222,8 @@ impl Client {
     /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` has the order.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if that agent has not exited within [`Config::request_timeout`].
-    /// Ownership does not change then.
+    /// [`Error::AgentStillRunning`] if that agent has not exited within
+    /// [`Config::request_timeout`]. Ownership does not change then.
     pub fn take_by_force(&self) -> Result<(), Error> {
         let mut session = self.session();
         let ownership = self.ownership();
@@ -241,7 +241,8 @@ impl Client {
     /// the guest.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if the process has not exited within [`Config::request_timeout`].
+    /// [`Error::AgentStillRunning`] if the process has not exited within
+    /// [`Config::request_timeout`].
     pub fn end_agent(&self) -> Result<(), Error> {
         self.session().end("the VMM ended it")
     }

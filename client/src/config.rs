@@ -63,7 +63,9 @@ impl Config {
             ("heartbeat", heartbeat),
         ];
         match times.into_iter().find(|(_, time)| *time < SHORTEST) {
-            Some((field, value)) => Err(Error::TooShort { field, value, shortest: SHORTEST }),
+            Some((field, value)) => {
+                Err(Error::DurationTooShort { field, value, shortest: SHORTEST })
+            }
             None => Ok(()),
         }
     }

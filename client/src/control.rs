@@ -209,7 +209,7 @@ impl Control {
     fn socket_failed(&mut self, what: String, error: &SocketError) -> Error {
         let reason = format!("{what}: {}", chain(error));
         match error {
-            SocketError::Closed | SocketError::Cut { .. } => {
+            SocketError::Closed | SocketError::ClosedInFrame { .. } => {
                 self.link.shut_down();
                 self.set_lost(reason)
             }

@@ -123,9 +123,9 @@ impl Client {
     /// file system cannot free them, they keep their content.
     ///
     /// # Errors
-    /// If a range is not part of a block; then nothing is freed. Or [`Error::AgentRuns`] if the
-    /// agent is lost and its process still lives: it may free the ranges later, under the guest.
-    /// Then do not tell the guest that it is done before another call has succeeded.
+    /// If a range is not part of a block; then nothing is freed. Or [`Error::AgentStillRunning`] if
+    /// the agent is lost and its process still lives: it may free the ranges later, under the
+    /// guest. Then do not tell the guest that it is done before another call has succeeded.
     pub fn free(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
         self.discard_ranges(ranges, DiscardKind::Free)
     }
@@ -212,8 +212,8 @@ impl Client {
     /// - [`Error::Refused`] with the code `Busy` if a job is in the way for a while: the last pass
     ///   of a migration, or a guest that is on its way here ([`Client::populate_within`] waits for
     ///   that);
-    /// - [`Error::AgentRuns`] if the agent is lost and its process still lives, since the VMM may
-    ///   not kill it or the kernel does not end it yet: it may still carry out a discard;
+    /// - [`Error::AgentStillRunning`] if the agent is lost and its process still lives, since the
+    ///   VMM may not kill it or the kernel does not end it yet: it may still carry out a discard;
     /// - if a range is not part of a block, or the agent refuses for another reason.
     ///
     /// Nothing is populated then. A lost agent that has exited is no error: the client populates by

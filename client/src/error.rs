@@ -32,7 +32,7 @@ pub enum Error {
     /// carry out a discard. So no other agent is attached, the guest is not taken by force, and
     /// nothing is freed, populated or removed.
     #[error("process {pid} of the previous agent has not exited: {why}")]
-    AgentRuns {
+    AgentStillRunning {
         /// Its process id.
         pid: u32,
         /// Why it still lives, and what to do, in words.
@@ -40,7 +40,7 @@ pub enum Error {
     },
     /// A duration in the configuration is too short.
     #[error("{field} is {value:?}, allowed are {shortest:?} and more")]
-    TooShort {
+    DurationTooShort {
         /// Its name in [`Config`](crate::Config).
         field: &'static str,
         /// What it is.
@@ -124,7 +124,7 @@ pub enum Error {
     },
     /// The region of guest memory has no file, so it cannot be shared with the agent.
     #[error("region at {gpa:#x} + {length:#x} has no file")]
-    NoFile {
+    RegionWithoutFile {
         /// The region's guest physical address.
         gpa: u64,
         /// Its length in bytes.
@@ -132,7 +132,7 @@ pub enum Error {
     },
     /// The bitmap of the region marks another log, or another position in it.
     #[error("region at {gpa:#x}: its bitmap is attached to another dirty log or address already")]
-    Attached {
+    BitmapAttached {
         /// The region's guest physical address.
         gpa: u64,
     },
@@ -173,7 +173,7 @@ pub enum Error {
     #[error(
         "the set of trackers is empty; if every writer marks the dirty log, declare Trackers::LOG_IS_COMPLETE"
     )]
-    NoTracker,
+    EmptyTrackers,
     /// The guest has left, so there is nothing to populate. Trying again does not help.
     #[error("the guest has left: {sentence}")]
     GuestGone {
@@ -218,7 +218,7 @@ pub enum Error {
         "address of {length} bytes, allowed are {}",
         pageferry_protocol::control::job::MAX_ADDRESS
     )]
-    Address {
+    AddressTooLong {
         /// Length of the address in bytes.
         length: usize,
     },
@@ -243,7 +243,7 @@ pub enum Error {
     },
     /// The job did not end in time. It continues.
     #[error("job {job} did not end within {waited:?}: it is {phase}")]
-    Unfinished {
+    JobNotEnded {
         /// The job.
         job: u64,
         /// Name of the phase it is in.
@@ -256,7 +256,7 @@ pub enum Error {
     Record(#[from] RecordError),
     /// The page stream ended inside a record.
     #[error("page stream: the connection ended inside a record")]
-    Cut,
+    ClosedInRecord,
     /// The page stream cannot be read or written.
     #[error("page stream")]
     Stream {
@@ -289,7 +289,7 @@ pub enum Error {
 pub enum PathError {
     /// It is empty, or relative to a current directory that no longer exists.
     #[error("cannot be made an absolute path")]
-    Absolute {
+    NotAbsolute {
         /// What the kernel said.
         #[source]
         source: std::io::Error,
@@ -302,7 +302,7 @@ pub enum PathError {
         "the absolute path has {length} bytes, allowed are {}",
         pageferry_protocol::control::job::MAX_ADDRESS
     )]
-    Long {
+    TooLong {
         /// Length of the absolute path in bytes.
         length: usize,
     },

@@ -45,10 +45,10 @@ impl Client {
         let (gpa, length) = (region.start_addr().raw_value(), region.len());
         // The trait of the region has methods of the same names that return less.
         let mapping = region.get_mmap();
-        let file = mapping.file_offset().ok_or(Error::NoFile { gpa, length })?;
+        let file = mapping.file_offset().ok_or(Error::RegionWithoutFile { gpa, length })?;
         let memory = file.file().as_fd();
         if !mapping.bitmap().attach_log(self.log(), pages_in(gpa)) {
-            return Err(Error::Attached { gpa });
+            return Err(Error::BitmapAttached { gpa });
         }
         self.add_block(BlockSpec {
             id,

@@ -30,7 +30,7 @@ impl Target {
     fn parts(&self) -> Result<(String, Option<BorrowedFd<'_>>), Error> {
         match self {
             Self::Address(address) if address.len() > MAX_ADDRESS => {
-                Err(Error::Address { length: address.len() })
+                Err(Error::AddressTooLong { length: address.len() })
             }
             Self::Address(address) => Ok((address.clone(), None)),
             Self::Socket(socket) => Ok(("fd".to_owned(), Some(socket.as_fd()))),
@@ -181,7 +181,7 @@ impl Client {
     ) -> Result<JobStarted, Error> {
         let address = address.unwrap_or_default();
         if address.len() > MAX_ADDRESS {
-            return Err(Error::Address { length: address.len() });
+            return Err(Error::AddressTooLong { length: address.len() });
         }
         let ownership = self.ownership();
         let Migration { session, release } = match (self.shared_ownership().migration(), ownership)
@@ -237,7 +237,7 @@ impl Client {
             }
             let waited = started.elapsed();
             if waited >= timeout {
-                return Err(Error::Unfinished { job, phase: status.phase.name(), waited });
+                return Err(Error::JobNotEnded { job, phase: status.phase.name(), waited });
             }
             std::thread::sleep(
                 (waited / 8).clamp(SHORTEST_POLL, LONGEST_POLL).min(timeout - waited),
@@ -250,10 +250,10 @@ impl Client {
 fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     let refused = |source| Error::Path { what, path: path.to_owned(), source };
     let absolute =
-        std::path::absolute(path).map_err(|source| refused(PathError::Absolute { source }))?;
+        std::path::absolute(path).map_err(|source| refused(PathError::NotAbsolute { source }))?;
     match absolute.into_os_string().into_string() {
         Ok(text) if text.len() > MAX_ADDRESS => {
-            Err(refused(PathError::Long { length: text.len() }))
+            Err(refused(PathError::TooLong { length: text.len() }))
         }
         Ok(text) => Ok(text),
         Err(_) => Err(refused(PathError::NotUtf8)),

@@ -101,7 +101,7 @@ impl Pause {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Forbidden {
     #[error("ownership is {0:?}: there is nothing to give up")]
-    NothingToGive(Ownership),
+    NothingToRelinquish(Ownership),
     #[error("the guest is not paused: it may not be given up while it runs")]
     NotPaused,
     #[error("ownership is {0:?}: the guest is not this VMM's to pause")]
@@ -111,7 +111,7 @@ pub(crate) enum Forbidden {
     #[error(
         "ownership is Relinquished: the guest that was given up may have to run here again; resume it by force before another is restored"
     )]
-    MayReturn,
+    GuestMayReturn,
     #[error("ownership is {0:?}: this agent was not asked for an incoming migration or a restore")]
     NotAwaited(Ownership),
     #[error("ownership is {0:?}: only force resumes the guest here")]
@@ -242,7 +242,7 @@ impl StateMachine {
         self.check_current(link)?;
         match self.ownership {
             Ownership::Ours | Ownership::Gone | Ownership::Awaiting => Ok(()),
-            Ownership::Relinquished => Err(Forbidden::MayReturn),
+            Ownership::Relinquished => Err(Forbidden::GuestMayReturn),
         }
     }
 
@@ -312,7 +312,7 @@ impl StateMachine {
                 self.requested_by = Some(link);
             }
             (Ownership::Ours, _) => return Err(Forbidden::NotPaused),
-            (other, _) => return Err(Forbidden::NothingToGive(other)),
+            (other, _) => return Err(Forbidden::NothingToRelinquish(other)),
         }
         self.migration = migration;
         Ok(())

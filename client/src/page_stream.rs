@@ -57,7 +57,7 @@ impl Record {
         let (head, payload) = bytes.split_at_mut(RECORD_SIZE);
         head.copy_from_slice(&wire);
         if !payload.is_empty() && read_up_to(from, payload)? == 0 {
-            return Err(Error::Cut);
+            return Err(Error::ClosedInRecord);
         }
         header.verify(kind, payload)?;
         Ok(Some(Self { kind, header, bytes }))
@@ -113,7 +113,7 @@ fn read_up_to(from: &mut impl Read, buffer: &mut [u8]) -> Result<usize, Error> {
     while filled < buffer.len() {
         match from.read(&mut buffer[filled..]) {
             Ok(0) if filled == 0 => return Ok(0),
-            Ok(0) => return Err(Error::Cut),
+            Ok(0) => return Err(Error::ClosedInRecord),
             Ok(read) => filled += read,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(source) => return Err(Error::Stream { source }),
@@ -293,7 +293,7 @@ mod tests {
         ));
         for cut in [1, RECORD_SIZE - 1, RECORD_SIZE, RECORD_SIZE + 1] {
             assert!(
-                matches!(Record::read_from(&mut &bytes[..cut]), Err(Error::Cut)),
+                matches!(Record::read_from(&mut &bytes[..cut]), Err(Error::ClosedInRecord)),
                 "cut at {cut}"
             );
         }

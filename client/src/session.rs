@@ -70,8 +70,8 @@ impl Session {
     /// [`EXIT_TIMEOUT`] to exit by itself.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if it still lives: the VMM may not kill it, or the kernel does not end
-    /// it yet. Calls after the first do not wait again.
+    /// [`Error::AgentStillRunning`] if it still lives: the VMM may not kill it, or the kernel does
+    /// not end it yet. Calls after the first do not wait again.
     pub(crate) fn end_lost_agent(&mut self) -> Result<LostAgent, Error> {
         self.processes.retain(|process| !process.has_exited());
         if self.processes.is_empty() {
@@ -96,13 +96,13 @@ impl Session {
     /// The error for an agent that was given up and still lives.
     pub(crate) fn agent_runs(&self, why: &str) -> Error {
         let pid = self.processes.first().map_or(0, |process| process.pid());
-        Error::AgentRuns { pid, why: why.to_owned() }
+        Error::AgentStillRunning { pid, why: why.to_owned() }
     }
 
     /// Gives the agent up by the VMM's own decision, and waits for its exit.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if it has not exited in time.
+    /// [`Error::AgentStillRunning`] if it has not exited in time.
     pub(crate) fn end(&mut self, reason: &str) -> Result<(), Error> {
         self.control.retire(reason);
         self.end_processes(None, self.control.longest_timeout())
@@ -113,7 +113,7 @@ impl Session {
     /// here.
     ///
     /// # Errors
-    /// [`Error::AgentRuns`] if one has not exited in time.
+    /// [`Error::AgentStillRunning`] if one has not exited in time.
     pub(crate) fn end_predecessors(
         &mut self, next: Option<&Arc<AgentProcess>>,
     ) -> Result<(), Error> {
@@ -139,7 +139,7 @@ impl Session {
             } else if let Err(why) =
                 process.kill_and_wait(deadline.saturating_duration_since(Instant::now()))
             {
-                outcome = Err(Error::AgentRuns { pid: process.pid(), why });
+                outcome = Err(Error::AgentStillRunning { pid: process.pid(), why });
                 processes.push(process);
             }
         }

@@ -30,7 +30,7 @@ impl Client {
     /// refuses, as it does while a job runs. The previous declaration then stays in force.
     pub fn set_trackers(&self, trackers: Trackers) -> Result<(), Error> {
         if !trackers.is_declared() {
-            return Err(Error::NoTracker);
+            return Err(Error::EmptyTrackers);
         }
         let pagemap = if trackers.contains(Trackers::WRITE_PROTECT) {
             // Fails now instead of in the middle of a job.

@@ -189,7 +189,7 @@ fn wait_ends_with_the_job_and_refuses_another_and_gives_up_in_time() {
     assert!(matches!(client.wait(2, Duration::ZERO), Err(Error::UnknownJob { job: 2, last: 1 })));
     assert!(matches!(
         client.wait(1, Duration::ZERO),
-        Err(Error::Unfinished { job: 1, phase: "passes", .. })
+        Err(Error::JobNotEnded { job: 1, phase: "passes", .. })
     ));
     agent.join().unwrap();
 }
@@ -213,7 +213,7 @@ fn requests_carry_their_descriptors() {
     let long = Target::Address("x".repeat(5000));
     assert!(matches!(
         client.start_outgoing(long, &OutgoingOptions::default()),
-        Err(Error::Address { length: 5000 })
+        Err(Error::AddressTooLong { length: 5000 })
     ));
     agent.join().unwrap();
 }
@@ -356,7 +356,7 @@ fn what_is_said_without_an_agent_is_handed_to_the_next() {
     assert!(pageferry_protocol::error::chain(&append).contains("O_APPEND"), "{append}");
     client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
     assert_eq!(client.trackers(), Trackers::LOG_IS_COMPLETE);
-    assert!(matches!(client.set_trackers(Trackers::default()), Err(Error::NoTracker)));
+    assert!(matches!(client.set_trackers(Trackers::default()), Err(Error::EmptyTrackers)));
     client.populate(&[range(2, 0, 1)]).unwrap();
 
     let (ours, agents) = UnixStream::pair().unwrap();

@@ -100,7 +100,7 @@ fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
             assert_eq!(fence.check().unwrap_err().current, 0);
         });
         let error = client.reattach_socket(ours.into()).unwrap_err();
-        assert!(matches!(&error, Error::AgentRuns { .. }), "{error:?}");
+        assert!(matches!(&error, Error::AgentStillRunning { .. }), "{error:?}");
         assert!(error.to_string().contains("does not confirm"), "{error}");
         next.join().unwrap();
         assert_lost(client.status());
@@ -124,7 +124,7 @@ fn a_guest_is_not_taken_by_force_from_an_agent_that_may_still_send_the_commit() 
     agent.hook(&Hook::Relinquish { session: [0; 16], release: false }).unwrap();
     for _ in 0..2 {
         let error = client.take_by_force().unwrap_err();
-        assert!(matches!(error, Error::AgentRuns { .. }), "{error:?}");
+        assert!(matches!(error, Error::AgentStillRunning { .. }), "{error:?}");
         assert_eq!(client.ownership(), Ownership::Relinquished);
         assert_eq!(agent.fence.check().unwrap_err().current, 0);
     }
@@ -183,7 +183,8 @@ fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_pop
     }
     assert_eq!(allocated_pages(&memory), 2);
     let last = pageferry_client::BlockRange { block: 1, offset: 3 * PAGE, length: PAGE };
-    let runs = |outcome: Result<u64, Error>| matches!(outcome, Err(Error::AgentRuns { .. }));
+    let runs =
+        |outcome: Result<u64, Error>| matches!(outcome, Err(Error::AgentStillRunning { .. }));
     assert!(runs(client.populate(&[range])) && runs(client.free(&[last])));
     assert!(runs(client.remove_block(1).map(|()| 0)));
     assert_eq!(
@@ -213,7 +214,7 @@ fn an_agent_that_was_given_up_for_another_that_refuses_is_still_waited_for() {
     drop(refuses);
     assert_lost(client.reattach_socket(ours.into()));
     let error = client.remove_block(1).unwrap_err();
-    assert!(matches!(error, Error::AgentRuns { .. }), "{error:?}");
+    assert!(matches!(error, Error::AgentStillRunning { .. }), "{error:?}");
     drop(victim);
     client.remove_block(1).unwrap();
 }

@@ -125,7 +125,7 @@ fn mark_never_reaches_past_its_region() {
 fn region_belongs_to_one_log() {
     let (_first, _hooks, memory) = added();
     let (second, _hooks, agent) = client(|mut agent| assert!(agent.request().is_none()));
-    assert!(matches!(second.add_guest_memory(&memory), Err(Error::Attached { gpa: LOW })));
+    assert!(matches!(second.add_guest_memory(&memory), Err(Error::BitmapAttached { gpa: LOW })));
     drop(second);
     agent.join().unwrap();
 }
@@ -142,7 +142,7 @@ fn anonymous_memory_is_refused_and_what_was_added_before_is_removed() {
     let ranges = [(GuestAddress(LOW), 4096, Some(file)), (GuestAddress(HIGH), 8192, None)];
     let memory = GuestMemoryMmap::<LogBitmap>::from_ranges_with_files(ranges).unwrap();
     let error = client.add_guest_memory(&memory).unwrap_err();
-    assert!(matches!(error, Error::NoFile { gpa: HIGH, length: 8192 }), "{error}");
+    assert!(matches!(error, Error::RegionWithoutFile { gpa: HIGH, length: 8192 }), "{error}");
     assert!(client.discarded(0).is_none());
     agent.join().unwrap();
 }

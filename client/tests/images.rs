@@ -73,7 +73,7 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
         (restore(long.as_ref(), ""), "image"),
         (restore(plain, &long), "working_set"),
     ] {
-        let Error::Path { what, source: PathError::Long { length: 5001 }, .. } = error else {
+        let Error::Path { what, source: PathError::TooLong { length: 5001 }, .. } = error else {
             panic!("{error:?}")
         };
         assert_eq!(what, whose);
@@ -97,7 +97,10 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
     }
     assert_eq!(SnapshotOptions::default().with_base(plain).unwrap(), on("/images/one"));
     let error = snapshot(Path::new(""), "");
-    assert!(matches!(error, Error::Path { source: PathError::Absolute { .. }, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::Path { source: PathError::NotAbsolute { .. }, .. }),
+        "{error:?}"
+    );
     assert_eq!(error.to_string(), r#"image """#);
     assert_eq!(client.ownership(), Ownership::Ours);
     drop(client);

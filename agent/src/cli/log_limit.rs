@@ -41,12 +41,12 @@ struct Window {
 
 /// The number of lines of one place that were left out in a window.
 #[derive(Debug, PartialEq, Eq)]
-pub struct LeftOut {
+pub struct SuppressedLines {
     place: Place,
     lines: u64,
 }
 
-impl fmt::Display for LeftOut {
+impl fmt::Display for SuppressedLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { place: Place { file, line }, lines } = self;
         write!(
@@ -94,33 +94,33 @@ impl Limit {
 
     /// The lines that were left out in windows that are over; with `end`, in all windows. The
     /// caller writes them to the log.
-    pub fn left_out(&self, now: Instant, end: bool) -> Vec<LeftOut> {
+    pub fn left_out(&self, now: Instant, end: bool) -> Vec<SuppressedLines> {
         let mut places = self.places();
         let over = |window: &Window| end || now.saturating_duration_since(window.began) >= WINDOW;
         let over = places.iter_mut().filter(|(_, window)| window.left_out > 0 && over(window));
         over.map(|(place, window)| {
             let lines = window.left_out;
             *window = Window { began: now, lines: 0, left_out: 0 };
-            LeftOut { place: *place, lines }
+            SuppressedLines { place: *place, lines }
         })
         .collect()
     }
 }
 
 /// A logger with a rate limit.
-pub struct Limited<L> {
+pub struct RateLimitedLog<L> {
     logger: L,
     limit: Limit,
 }
 
-impl<L> Limited<L> {
+impl<L> RateLimitedLog<L> {
     /// Limits the lines of `logger`.
     pub fn new(logger: L, limit: Limit) -> Self {
         Self { logger, limit }
     }
 }
 
-impl<L: log::Log> log::Log for Limited<L> {
+impl<L: log::Log> log::Log for RateLimitedLog<L> {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
         self.logger.enabled(metadata)
     }
@@ -161,7 +161,7 @@ mod tests {
         assert!(warn(2, 500), "another place has its own limit");
         assert!(limit.left_out(at(999), false).is_empty(), "the second is not over");
         let reported: Vec<String> =
-            limit.left_out(at(1000), false).iter().map(LeftOut::to_string).collect();
+            limit.left_out(at(1000), false).iter().map(SuppressedLines::to_string).collect();
         let sentence =
             "980 more lines from src/server.rs:1 were left out: at most 20 a second are written";
         assert_eq!(reported, [sentence]);

@@ -324,7 +324,7 @@ where
         let logger = logger.build();
         let level = logger.filter();
         // Fails if this process has a logger already, as in a test that calls this twice.
-        if log::set_boxed_logger(Box::new(log_limit::Limited::new(logger, limit))).is_ok() {
+        if log::set_boxed_logger(Box::new(log_limit::RateLimitedLog::new(logger, limit))).is_ok() {
             log::set_max_level(level);
         }
         log_end = Some(end);

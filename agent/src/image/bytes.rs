@@ -5,7 +5,7 @@
 //! [`read_at`] and [`write_at`] repeat short reads and writes until all bytes are done. The error
 //! names the offset.
 
-use super::error::Fault;
+use super::error::ImageFault;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use std::ops::Range;
@@ -15,16 +15,16 @@ use std::os::fd::BorrowedFd;
 ///
 /// # Errors
 /// If the file system refuses or has no space. Some of the bytes may be written then.
-pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), Fault> {
+pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(), ImageFault> {
     while !bytes.is_empty() {
         match rustix::io::pwrite(file, bytes, at) {
-            Ok(0) => return Err(Fault::KernelAt { what: "write", at, source: Errno::NOSPC }),
+            Ok(0) => return Err(ImageFault::KernelAt { what: "write", at, source: Errno::NOSPC }),
             Ok(written) => {
                 bytes = &bytes[written..];
                 at += written as u64;
             }
             Err(Errno::INTR) => {}
-            Err(source) => return Err(Fault::KernelAt { what: "write", at, source }),
+            Err(source) => return Err(ImageFault::KernelAt { what: "write", at, source }),
         }
     }
     Ok(())
@@ -34,17 +34,17 @@ pub fn write_at(file: BorrowedFd<'_>, mut bytes: &[u8], mut at: u64) -> Result<(
 ///
 /// # Errors
 /// If the file cannot be read, or ends too early.
-pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), Fault> {
+pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Result<(), ImageFault> {
     while !bytes.is_empty() {
         match rustix::io::pread(file, &mut *bytes, at) {
             Ok(0) => {
                 // The error names the real end of the file. It may lie far before `at`.
-                let stat = rustix::fs::fstat(file).map_err(|source| Fault::KernelAt {
+                let stat = rustix::fs::fstat(file).map_err(|source| ImageFault::KernelAt {
                     what: "read",
                     at,
                     source,
                 })?;
-                return Err(Fault::UnexpectedEof {
+                return Err(ImageFault::UnexpectedEof {
                     end: u64::try_from(stat.st_size).unwrap_or(0),
                     at,
                 });
@@ -54,7 +54,7 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
                 at += read as u64;
             }
             Err(Errno::INTR) => {}
-            Err(source) => return Err(Fault::KernelAt { what: "read", at, source }),
+            Err(source) => return Err(ImageFault::KernelAt { what: "read", at, source }),
         }
     }
     Ok(())

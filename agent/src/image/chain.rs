@@ -12,7 +12,7 @@
 //! than expected, the error names that image and the images that build on it.
 
 use super::blocks::compare;
-use super::error::{Fault, ImageError};
+use super::error::{ImageError, ImageFault};
 use super::reader::Image;
 use super::reader::States;
 use crate::memory::runs::{NEAR, join_near_runs};
@@ -58,9 +58,9 @@ impl Chain {
     }
 
     /// Decides for each page whether it is present or discarded, and which image has its content.
-    fn fold(images: Vec<Image>) -> Result<Self, Fault> {
+    fn fold(images: Vec<Image>) -> Result<Self, ImageFault> {
         let table = images[0].contents().table.clone();
-        let bitmaps = || -> Result<Vec<MappedBitmap>, Fault> {
+        let bitmaps = || -> Result<Vec<MappedBitmap>, ImageFault> {
             Ok(table
                 .blocks()
                 .iter()
@@ -195,7 +195,7 @@ fn read_states(images: &mut Vec<Image>) -> Result<(), ImageError> {
 /// Turns the error of the next image into an error of the last of `images`, which builds on it.
 fn as_base(images: &[Image], error: ImageError) -> ImageError {
     match images.last() {
-        Some(last) => Fault::UnusableBase(Box::new(error)).of(last.path()),
+        Some(last) => ImageFault::UnusableBase(Box::new(error)).of(last.path()),
         None => error,
     }
 }
@@ -223,20 +223,20 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
         return Ok(None);
     };
     if images.len() == MAX_IMAGES {
-        return Err(Fault::ChainTooLong(MAX_IMAGES).of(images[0].path()));
+        return Err(ImageFault::ChainTooLong(MAX_IMAGES).of(images[0].path()));
     }
     let id = last.header().base;
     if images.iter().any(|image| image.header().id == id) {
-        return Err(Fault::ChainLoop { id }.of(last.path()));
+        return Err(ImageFault::ChainLoop { id }.of(last.path()));
     }
     let path = base_path(last);
     let base = Image::open_contents(&path).map_err(|error| as_base(images, error))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
-        return Err(Fault::BaseReplaced { path, found, expected }.of(last.path()));
+        return Err(ImageFault::BaseReplaced { path, found, expected }.of(last.path()));
     }
     compare(&last.contents().table, &base.contents().table, true)
-        .map_err(|source| Fault::BaseBlocks { path, source }.of(last.path()))?;
+        .map_err(|source| ImageFault::BaseBlocks { path, source }.of(last.path()))?;
     Ok(Some(base))
 }
 

@@ -20,12 +20,12 @@ pub struct ImageError {
     pub path: PathBuf,
     /// What is wrong.
     #[source]
-    pub fault: Fault,
+    pub fault: ImageFault,
 }
 
 /// What is wrong with an image.
 #[derive(Debug, thiserror::Error)]
-pub enum Fault {
+pub enum ImageFault {
     /// A system call failed.
     #[error("cannot {what}")]
     Kernel {
@@ -68,7 +68,7 @@ pub enum Fault {
         at: u64,
         /// The cause.
         #[source]
-        source: Box<Fault>,
+        source: Box<ImageFault>,
     },
     /// The checksums of an extent's pages cannot be read.
     #[error("block {id}: checksums of pages {first:#x} + 0x200, at byte {at:#x}")]
@@ -81,7 +81,7 @@ pub enum Fault {
         at: u64,
         /// The cause.
         #[source]
-        source: Box<Fault>,
+        source: Box<ImageFault>,
     },
     /// A section cannot be read.
     #[error("section {section}")]
@@ -90,7 +90,7 @@ pub enum Fault {
         section: &'static str,
         /// The cause.
         #[source]
-        source: Box<Fault>,
+        source: Box<ImageFault>,
     },
     /// The file exists, and the caller does not allow to replace it.
     #[error("the file exists: choose another name, or have it replaced")]
@@ -330,7 +330,7 @@ pub enum Fault {
     Bitmap(#[from] MappingError),
 }
 
-impl Fault {
+impl ImageFault {
     /// True if the image, or one that it builds on, could not be read. Then it is not known whether
     /// its content is damaged.
     pub fn is_unreadable(&self) -> bool {
@@ -367,6 +367,6 @@ impl Fault {
 }
 
 /// Makes a fault from the errno of a system call. `what` says what was tried.
-pub(super) fn kernel(what: &'static str) -> impl Fn(Errno) -> Fault {
-    move |source| Fault::Kernel { what, source }
+pub(super) fn kernel(what: &'static str) -> impl Fn(Errno) -> ImageFault {
+    move |source| ImageFault::Kernel { what, source }
 }

@@ -14,7 +14,7 @@
 
 use super::bytes::write_at;
 use super::chain::Chain;
-use super::error::{Fault, ImageError, kernel};
+use super::error::{ImageError, ImageFault, kernel};
 use super::reader::Image;
 use super::workers::{Extents, Progress, share};
 use super::writer::{Base, ImageMetadata, ImageWriter, Totals};
@@ -96,7 +96,7 @@ fn copy_state(image: &Image) -> Result<OwnedFd, ImageError> {
     let create = rustix::fs::memfd_create("pageferry-state", MemfdFlags::CLOEXEC);
     let state = create
         .map_err(kernel("make a file for the state of the VMM"))
-        .map_err(|fault: Fault| fault.of(image.path()))?;
+        .map_err(|fault: ImageFault| fault.of(image.path()))?;
     let mut end = 0;
     image.state_parts(|part| {
         write_at(state.as_fd(), part, end)?;

@@ -29,7 +29,7 @@ pub mod workers;
 pub mod writer;
 
 pub use chain::Chain;
-pub use error::{Fault, ImageError};
+pub use error::{ImageError, ImageFault};
 pub use reader::Image;
 pub use writer::ImageWriter;
 

@@ -11,7 +11,7 @@
 //! it is of the same kind. Whatever fails, the existing file is unchanged.
 
 use super::bytes::write_at;
-use super::error::{Fault, ImageError, kernel};
+use super::error::{ImageError, ImageFault, kernel};
 use crate::lock::lock;
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
@@ -47,9 +47,9 @@ impl FileKind {
 
     /// Refuses to replace a file of another kind at `path`: it holds something else, which nobody
     /// asked to delete.
-    fn check(self, path: &Path) -> Result<(), Fault> {
+    fn check(self, path: &Path) -> Result<(), ImageFault> {
         let failed =
-            |source| Fault::Kernel { what: "read the file that would be replaced", source };
+            |source| ImageFault::Kernel { what: "read the file that would be replaced", source };
         // Does not follow a link, and does not wait if the path is a pipe or a device.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
         let file = match rustix::fs::open(path, flags, Mode::empty()) {
@@ -62,7 +62,7 @@ impl FileKind {
             return Ok(());
         }
         found.truncate(length);
-        Err(Fault::OtherKind { kind: self.name, expected: self.magic, found })
+        Err(ImageFault::OtherKind { kind: self.name, expected: self.magic, found })
     }
 }
 
@@ -86,25 +86,25 @@ impl NewFile {
     /// # Errors
     /// If a file exists and may not be replaced, `path` is not an absolute path of a file, or the
     /// folder cannot be written. [`NewFile::finish`] checks again, because that can change.
-    pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, Fault> {
+    pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, ImageFault> {
         let replace = replace.then_some(kind);
         let (Some(folder), Some(name), true) =
             (path.parent(), path.file_name(), path.is_absolute())
         else {
-            return Err(Fault::NotAFilePath);
+            return Err(ImageFault::NotAFilePath);
         };
         // A path that ends in `/` or `/.` is the path of a folder.
         if !path.as_os_str().as_bytes().ends_with(name.as_bytes()) {
-            return Err(Fault::NotAFilePath);
+            return Err(ImageFault::NotAFilePath);
         }
         match rustix::fs::lstat(path) {
             Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_file() => {
-                return Err(Fault::NotARegularFile);
+                return Err(ImageFault::NotARegularFile);
             }
-            Ok(_) => replace.ok_or(Fault::Exists)?.check(path)?,
+            Ok(_) => replace.ok_or(ImageFault::Exists)?.check(path)?,
             Err(Errno::NOENT) => {}
             Err(source) => {
-                return Err(Fault::Kernel { what: "create a file in its folder", source });
+                return Err(ImageFault::Kernel { what: "create a file in its folder", source });
             }
         }
         if let Some(file) = Self::unnamed(path, folder, replace)? {
@@ -116,18 +116,18 @@ impl NewFile {
     /// A file without a name; `None` if the file system does not support such files.
     fn unnamed(
         path: &Path, folder: &Path, replace: Option<FileKind>,
-    ) -> Result<Option<Self>, Fault> {
+    ) -> Result<Option<Self>, ImageFault> {
         match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
             Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
             // The file system or the kernel does not support `O_TMPFILE`. An old kernel ignores the
             // flag and tries to open the folder itself.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => Ok(None),
-            Err(source) => Err(Fault::Kernel { what: "create a file in its folder", source }),
+            Err(source) => Err(ImageFault::Kernel { what: "create a file in its folder", source }),
         }
     }
 
     /// A file with a temporary name.
-    fn named(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Self, Fault> {
+    fn named(path: &Path, folder: &Path, replace: Option<FileKind>) -> Result<Self, ImageFault> {
         let mut attempts = temporary_names(path);
         loop {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
@@ -136,7 +136,7 @@ impl NewFile {
                 Ok(file) => return Ok(Self::of(file, path, folder, Some(name), replace)),
                 Err(Errno::EXIST) => {}
                 Err(source) => {
-                    return Err(Fault::Kernel { what: "create a file in its folder", source });
+                    return Err(ImageFault::Kernel { what: "create a file in its folder", source });
                 }
             }
         }
@@ -175,7 +175,7 @@ impl NewFile {
     /// # Errors
     /// If the file system refuses, or another file has appeared at the path and may not be
     /// replaced. Then the file at the path is unchanged.
-    pub fn finish(&self) -> Result<(), Fault> {
+    pub fn finish(&self) -> Result<(), ImageFault> {
         self.sync()?;
         self.persist()
     }
@@ -184,7 +184,7 @@ impl NewFile {
     ///
     /// # Errors
     /// If the file system refuses.
-    pub fn sync(&self) -> Result<(), Fault> {
+    pub fn sync(&self) -> Result<(), ImageFault> {
         rustix::fs::fsync(&self.file).map_err(kernel("sync the file to the disk"))
     }
 
@@ -192,7 +192,7 @@ impl NewFile {
     ///
     /// # Errors
     /// As [`NewFile::finish`].
-    pub fn persist(&self) -> Result<(), Fault> {
+    pub fn persist(&self) -> Result<(), ImageFault> {
         let mut named = lock(&self.temporary);
         let temporary = match &*named {
             Some(name) => name.clone(),
@@ -200,7 +200,7 @@ impl NewFile {
             // be left behind if this process were killed before the rename.
             None if self.link_as(&self.path)? => return self.sync_folder(),
             None if self.replace.is_some() => named.insert(self.link()?).clone(),
-            None => return Err(Fault::Exists),
+            None => return Err(ImageFault::Exists),
         };
         let flags = match self.replace {
             // Checked again: another file may have appeared at the path since the start.
@@ -215,8 +215,8 @@ impl NewFile {
             {
                 rustix::fs::rename(&temporary, &self.path).map_err(kernel("name the file"))?;
             }
-            Err(Errno::EXIST) => return Err(Fault::Exists),
-            Err(source) => return Err(Fault::Kernel { what: "name the file", source }),
+            Err(Errno::EXIST) => return Err(ImageFault::Exists),
+            Err(source) => return Err(ImageFault::Kernel { what: "name the file", source }),
         }
         *named = None;
         self.sync_folder()
@@ -224,7 +224,7 @@ impl NewFile {
 
     /// Syncs the folder, so that the file has its name also after a power failure. If the sync
     /// fails, the file has its name now, so this is not an error.
-    fn sync_folder(&self) -> Result<(), Fault> {
+    fn sync_folder(&self) -> Result<(), ImageFault> {
         let folder =
             rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         if let Err(errno) = folder.and_then(rustix::fs::fsync) {
@@ -238,7 +238,7 @@ impl NewFile {
     }
 
     /// Gives a file without a name a temporary name.
-    fn link(&self) -> Result<PathBuf, Fault> {
+    fn link(&self) -> Result<PathBuf, ImageFault> {
         for name in temporary_names(&self.path) {
             if self.link_as(&name)? {
                 return Ok(name);
@@ -248,11 +248,11 @@ impl NewFile {
     }
 
     /// Gives a file without a name the name `name`. Returns false if another file has that name.
-    fn link_as(&self, name: &Path) -> Result<bool, Fault> {
+    fn link_as(&self, name: &Path) -> Result<bool, ImageFault> {
         match rustix::fs::linkat(CWD, self.by_descriptor(), CWD, name, AtFlags::SYMLINK_FOLLOW) {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) => Ok(false),
-            Err(source) => Err(Fault::Kernel { what: "name the file", source }),
+            Err(source) => Err(ImageFault::Kernel { what: "name the file", source }),
         }
     }
 }
@@ -270,7 +270,7 @@ pub fn write_new(
         write_at(file.as_fd(), bytes, 0)?;
         file.finish()
     };
-    write().map_err(|fault: Fault| fault.of(path))
+    write().map_err(|fault: ImageFault| fault.of(path))
 }
 
 /// Temporary names in the folder of `path`. They do not contain the name of `path`, so they are
@@ -282,9 +282,9 @@ fn temporary_names(path: &Path) -> impl Iterator<Item = PathBuf> {
 }
 
 /// The fault that all temporary names are in use.
-fn no_name(path: &Path) -> Fault {
+fn no_name(path: &Path) -> ImageFault {
     let first = temporary_names(path).next().unwrap_or_default();
-    Fault::NoTemporaryName { first, others: ATTEMPTS - 1 }
+    ImageFault::NoTemporaryName { first, others: ATTEMPTS - 1 }
 }
 
 impl AsFd for NewFile {
@@ -367,8 +367,8 @@ mod tests {
             };
             let late = create(&path, false, named);
             std::fs::write(&path, "old").unwrap();
-            assert!(matches!(NewFile::create(&path, KIND, false), Err(Fault::Exists)));
-            assert!(matches!(late.finish(), Err(Fault::Exists)));
+            assert!(matches!(NewFile::create(&path, KIND, false), Err(ImageFault::Exists)));
+            assert!(matches!(late.finish(), Err(ImageFault::Exists)));
             drop(late);
             only(b"old");
             let file = create(&path, true, named);
@@ -391,10 +391,10 @@ mod tests {
         std::fs::write(&path, "old").unwrap();
         assert!(matches!(
             NewFile::named(&path, folder.path(), Some(KIND)),
-            Err(Fault::NoTemporaryName { .. })
+            Err(ImageFault::NoTemporaryName { .. })
         ));
         if let Some(file) = NewFile::unnamed(&path, folder.path(), Some(KIND)).unwrap() {
-            assert!(matches!(file.finish(), Err(Fault::NoTemporaryName { .. })));
+            assert!(matches!(file.finish(), Err(ImageFault::NoTemporaryName { .. })));
         }
         rustix::io::write(&first, b"o").unwrap();
         first.finish().unwrap();
@@ -426,7 +426,7 @@ mod tests {
                     false => NewFile::create(&path, kind, true).unwrap(),
                 };
                 std::fs::write(&path, "precious").unwrap();
-                assert!(matches!(late.finish(), Err(Fault::OtherKind { .. })));
+                assert!(matches!(late.finish(), Err(ImageFault::OtherKind { .. })));
                 drop(late);
                 assert_eq!(
                     (files(folder.path()).len(), std::fs::read(&path).unwrap()),
@@ -449,7 +449,10 @@ mod tests {
         for path in [&link, &nowhere, &inner, &socket, Path::new("/dev/null")] {
             for replace in [false, true] {
                 assert!(
-                    matches!(NewFile::create(path, KIND, replace), Err(Fault::NotARegularFile)),
+                    matches!(
+                        NewFile::create(path, KIND, replace),
+                        Err(ImageFault::NotARegularFile)
+                    ),
                     "{}",
                     path.display()
                 );
@@ -461,7 +464,7 @@ mod tests {
         ] {
             let refused = NewFile::create(&path, KIND, true).unwrap_err();
             assert!(
-                matches!(refused, Fault::Kernel { source, .. } if source == errno),
+                matches!(refused, ImageFault::Kernel { source, .. } if source == errno),
                 "{refused}"
             );
         }
@@ -485,13 +488,16 @@ mod tests {
     fn a_relative_path_and_the_path_of_a_folder_are_refused() {
         for path in ["image", "/", "/tmp/..", "/tmp/image/", "/tmp/image/."] {
             assert!(
-                matches!(NewFile::create(Path::new(path), KIND, true), Err(Fault::NotAFilePath)),
+                matches!(
+                    NewFile::create(Path::new(path), KIND, true),
+                    Err(ImageFault::NotAFilePath)
+                ),
                 "{path}"
             );
         }
         assert!(matches!(
             NewFile::create(Path::new("/no/such/folder"), KIND, true),
-            Err(Fault::Kernel { .. })
+            Err(ImageFault::Kernel { .. })
         ));
     }
 }

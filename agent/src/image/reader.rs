@@ -11,7 +11,7 @@
 //! one image share the cached pages.
 
 use super::bytes::read_at;
-use super::error::{Fault, ImageError, kernel};
+use super::error::{ImageError, ImageFault, kernel};
 use pageferry_protocol::image::contents::MAX_CONTENTS;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::states::states_size;
@@ -85,7 +85,7 @@ impl Image {
         Self::read_contents(path).map_err(|fault| fault.of(path))
     }
 
-    fn read_contents(path: &Path) -> Result<Self, Fault> {
+    fn read_contents(path: &Path) -> Result<Self, ImageFault> {
         let file = rustix::fs::open(
             path,
             OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
@@ -94,21 +94,21 @@ impl Image {
         let file = file.map_err(kernel("open it"))?;
         let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(Fault::NotARegularFile);
+            return Err(ImageFault::NotARegularFile);
         }
         let found = u64::try_from(stat.st_size).unwrap_or(0);
         if found < HEADER_SIZE as u64 {
-            return Err(Fault::ShorterThanHeader { found });
+            return Err(ImageFault::ShorterThanHeader { found });
         }
         let mut bytes = [0; HEADER_SIZE];
         read_at(file.as_fd(), &mut bytes, 0)?;
         let header = Header::from_bytes(&bytes)?;
         if header.file_length != found {
-            return Err(Fault::FileLength { found, expected: header.file_length });
+            return Err(ImageFault::FileLength { found, expected: header.file_length });
         }
         let section = header.section(SectionKind::Contents);
         if section.length > MAX_CONTENTS {
-            return Err(Fault::ContentsSize { length: section.length, limit: MAX_CONTENTS });
+            return Err(ImageFault::ContentsSize { length: section.length, limit: MAX_CONTENTS });
         }
         let mut bytes = vec![0; section.length as usize];
         let read = read_at(file.as_fd(), &mut bytes, section.offset);
@@ -116,7 +116,7 @@ impl Image {
         check_sum(SectionKind::Contents, section, checksum(&bytes))?;
         let contents = Contents::decode(&bytes)?;
         if header.is_increment() == contents.base_name.is_empty() {
-            return Err(Fault::BaseName { name: contents.base_name, id: header.base });
+            return Err(ImageFault::BaseName { name: contents.base_name, id: header.base });
         }
         let layout = Layout::new(&contents.table)?;
         check_places(&header, &contents, &layout)?;
@@ -145,7 +145,7 @@ impl Image {
         Ok(())
     }
 
-    fn try_read_states(&mut self) -> Result<(), Fault> {
+    fn try_read_states(&mut self) -> Result<(), ImageFault> {
         let section = self.header.section(SectionKind::States);
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
         let mut bytes = vec![0; PART.min(section.length as usize)];
@@ -169,7 +169,7 @@ impl Image {
                 let words = match decode_states(bytes, range, self.header.is_increment()) {
                     Ok(words) => words,
                     Err(source) => {
-                        refused = refused.or(Some(Fault::States { id: block.id, source }));
+                        refused = refused.or(Some(ImageFault::States { id: block.id, source }));
                         continue;
                     }
                 };
@@ -229,12 +229,14 @@ impl Image {
     }
 
     /// Compares pages with their checksums.
-    fn check_pages(&self, at: usize, first: u64, pages: &[u8], sums: &[u32]) -> Result<(), Fault> {
+    fn check_pages(
+        &self, at: usize, first: u64, pages: &[u8], sums: &[u32],
+    ) -> Result<(), ImageFault> {
         for ((page, bytes), found) in (first..).zip(pages.chunks(PAGE_SIZE as usize)).zip(sums) {
             let (computed, found) = (checksum(bytes), *found);
             if found != computed {
                 let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-                return Err(Fault::PageChecksum { id, page, at, found, computed });
+                return Err(ImageFault::PageChecksum { id, page, at, found, computed });
             }
         }
         Ok(())
@@ -242,18 +244,18 @@ impl Image {
 
     /// Adds the page to a fault from reading the pages `run` of the block at index `at`. The page
     /// follows from the offset in the fault.
-    pub(super) fn in_page(&self, at: usize, run: PageRange, source: Fault) -> Fault {
+    pub(super) fn in_page(&self, at: usize, run: PageRange, source: ImageFault) -> ImageFault {
         let start = self.layout.page(at, run.first);
         let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
         let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-        Fault::ReadPage { id, page, at, source: Box::new(source) }
+        ImageFault::ReadPage { id, page, at, source: Box::new(source) }
     }
 
     /// Adds the extent to a fault from reading the checksums of its pages. The extent is number
     /// `extent` of the block at index `at`.
-    pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: Fault) -> Fault {
+    pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: ImageFault) -> ImageFault {
         let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
-        Fault::ReadPageSums {
+        ImageFault::ReadPageSums {
             id,
             first,
             at: self.layout.page_sum(at, first),
@@ -262,7 +264,7 @@ impl Image {
     }
 
     /// Reads the checksums of the pages of an extent, and checks them.
-    fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], Fault> {
+    fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], ImageFault> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let first = extent * EXTENT_PAGES;
         let place = self.layout.page_sum(at, first);
@@ -271,7 +273,7 @@ impl Image {
         let (found, computed) = (self.extent_sum(at, extent), extent_checksum(&sums));
         if found != computed {
             let id = self.contents.table.blocks()[at].id;
-            return Err(Fault::PageSumsChecksum { id, first, at: place, found, computed });
+            return Err(ImageFault::PageSumsChecksum { id, first, at: place, found, computed });
         }
         Ok(sums)
     }
@@ -310,7 +312,7 @@ impl Image {
             }
             Ok(())
         };
-        read().map_err(|fault: Fault| fault.of(&self.path))
+        read().map_err(|fault: ImageFault| fault.of(&self.path))
     }
 
     /// Asks the kernel to read the pages `range`, which lie in one extent, into the page cache.
@@ -351,7 +353,7 @@ impl Image {
     /// # Errors
     /// If the section cannot be read, or is damaged; and the errors of `each`.
     pub fn state_parts(
-        &self, mut each: impl FnMut(&[u8]) -> Result<(), Fault>,
+        &self, mut each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
     ) -> Result<(), ImageError> {
         let section = self.header.section(SectionKind::VmmState);
         let mut read = || {
@@ -366,13 +368,13 @@ impl Image {
             }
             check_sum(SectionKind::VmmState, section, digest.finalize() as u32)
         };
-        read().map_err(|fault: Fault| fault.of(&self.path))
+        read().map_err(|fault: ImageFault| fault.of(&self.path))
     }
 }
 
 /// Checks that each section is where the blocks and the length of the state put it. Otherwise the
 /// sections of a malformed file could overlap, and one would be read as another.
-fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result<(), Fault> {
+fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result<(), ImageFault> {
     let found = header.section(SectionKind::Contents);
     let state = (found.offset + found.length).next_multiple_of(PAGE_SIZE);
     let expected = [
@@ -388,7 +390,7 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
         let Section { offset, length, .. } = section;
         if (offset, length) != (expected_offset, expected_length) {
             let section = kind.name();
-            return Err(Fault::MisplacedSection {
+            return Err(ImageFault::MisplacedSection {
                 section,
                 offset,
                 length,
@@ -401,10 +403,10 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
 }
 
 /// Compares the checksum of a section with the computed one.
-fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), Fault> {
+fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), ImageFault> {
     let Section { offset, length, checksum: found } = section;
     if found != computed {
-        return Err(Fault::SectionChecksum {
+        return Err(ImageFault::SectionChecksum {
             section: kind.name(),
             offset,
             length,

@@ -13,7 +13,7 @@
 //! The collected bytes are bounded by `MOST_BYTES` and `MOST_RUNS`.
 
 use super::bytes::write_at;
-use super::error::Fault;
+use super::error::ImageFault;
 use crate::lock::lock;
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
@@ -42,7 +42,7 @@ impl PageSums {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub fn add(&self, file: BorrowedFd<'_>, place: u64, bytes: &[u8]) -> Result<(), Fault> {
+    pub fn add(&self, file: BorrowedFd<'_>, place: u64, bytes: &[u8]) -> Result<(), ImageFault> {
         let mut collected = lock(&self.0);
         collected.bytes += bytes.len();
         let before = collected.runs.range_mut(..place).next_back();
@@ -63,14 +63,14 @@ impl PageSums {
     ///
     /// # Errors
     /// As for [`PageSums::add`].
-    pub fn flush(&self, file: BorrowedFd<'_>) -> Result<(), Fault> {
+    pub fn flush(&self, file: BorrowedFd<'_>) -> Result<(), ImageFault> {
         std::mem::take(&mut *lock(&self.0)).write(file)
     }
 }
 
 impl Runs {
     /// Writes the runs in order, and runs that touch each other with one write.
-    fn write(self, file: BorrowedFd<'_>) -> Result<(), Fault> {
+    fn write(self, file: BorrowedFd<'_>) -> Result<(), ImageFault> {
         let mut joined: (u64, Vec<u8>) = Default::default();
         for (place, mut bytes) in self.runs {
             if joined.0 + joined.1.len() as u64 == place {

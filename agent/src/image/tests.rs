@@ -141,7 +141,7 @@ fn an_image_that_builds_on_itself_is_refused() {
     rebase(&path("one"), id);
     let error = Chain::open(&path("two")).unwrap_err();
     assert!(
-        matches!(error.fault, Fault::ChainLoop { id: found } if found == id),
+        matches!(error.fault, ImageFault::ChainLoop { id: found } if found == id),
         "{}",
         sentence(&error)
     );
@@ -192,7 +192,7 @@ fn a_chain_with_a_wrong_image_is_refused_with_the_reason() {
         let error = sentence(&Chain::open(&path("other")).unwrap_err());
         assert!(error.contains(expected), "{error}");
     }
-    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, Fault::NotARegularFile));
+    assert!(matches!(Chain::open(folder.path()).unwrap_err().fault, ImageFault::NotARegularFile));
 }
 
 #[test]

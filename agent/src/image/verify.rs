@@ -13,7 +13,7 @@
 
 use super::bytes::{data_in, read_at};
 use super::chain::images;
-use super::error::{Fault, ImageError};
+use super::error::{ImageError, ImageFault};
 use super::reader::Image;
 use super::workers::{Extents, Progress, at_once, share};
 use crate::lock::lock;
@@ -142,7 +142,7 @@ impl Check<'_> {
         )
     }
 
-    fn add(&self, byte: u64, fault: Fault) -> Result<(), Enough> {
+    fn add(&self, byte: u64, fault: ImageFault) -> Result<(), Enough> {
         self.findings.add(Place { image: self.number, byte }, fault.of(self.image.path()))
     }
 
@@ -185,7 +185,7 @@ impl Check<'_> {
                 if let Some(at) = part.iter().position(|byte| *byte != 0) {
                     let at = start + at as u64;
                     // One error for each place is enough.
-                    return self.add(at, Fault::DataInPadding { place, at });
+                    return self.add(at, ImageFault::DataInPadding { place, at });
                 }
             }
         }
@@ -238,7 +238,13 @@ impl Check<'_> {
         if found != computed {
             self.add(
                 sums_at,
-                Fault::PageSumsChecksum { id, first: pages.first, at: sums_at, found, computed },
+                ImageFault::PageSumsChecksum {
+                    id,
+                    first: pages.first,
+                    at: sums_at,
+                    found,
+                    computed,
+                },
             )?;
         }
         let sums_of = |range: &PageRange| {
@@ -253,7 +259,7 @@ impl Check<'_> {
                 let at = layout.page_sum(at, gap.first + stray as u64);
                 self.add(
                     at,
-                    Fault::DataInPadding { place: "checksum of a page without content", at },
+                    ImageFault::DataInPadding { place: "checksum of a page without content", at },
                 )?;
             }
         }
@@ -274,7 +280,7 @@ impl Check<'_> {
             let (found, computed) = (*found, checksum(bytes));
             if found != computed {
                 let at = self.image.layout().page(at, page);
-                self.add(at, Fault::PageChecksum { id, page, at, found, computed })?;
+                self.add(at, ImageFault::PageChecksum { id, page, at, found, computed })?;
             }
         }
         Ok(())
@@ -305,7 +311,7 @@ impl Check<'_> {
                     .filter(|(_, page)| !is_zero(page));
                 for (page, _) in stuffed {
                     let at = layout.page(at, page);
-                    self.add(at, Fault::DataInHole { id, page, at })?;
+                    self.add(at, ImageFault::DataInHole { id, page, at })?;
                 }
             }
         }

@@ -13,7 +13,7 @@
 //! If anything fails, nothing is left of the image, and a file that had its name is unchanged.
 
 use super::bytes::{read_at, write_at};
-use super::error::{Fault, ImageError, kernel};
+use super::error::{ImageError, ImageFault, kernel};
 use super::new_file::{FileKind, NewFile};
 use super::sums::PageSums;
 use crate::memory::zero::data_mask;
@@ -108,7 +108,9 @@ impl ImageWriter {
         Self::new(path, table, replace, cached).map_err(|fault| fault.of(path))
     }
 
-    fn new(path: &Path, table: &BlockTable, replace: bool, cached: bool) -> Result<Self, Fault> {
+    fn new(
+        path: &Path, table: &BlockTable, replace: bool, cached: bool,
+    ) -> Result<Self, ImageFault> {
         let layout = Layout::new(table)?;
         let file = NewFile::create(path, FileKind::IMAGE, replace)?;
         let direct = if cached { None } else { file.direct() };
@@ -183,7 +185,7 @@ impl ImageWriter {
         let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
         let bytes = &bytes[start..start + run.bytes() as usize];
         let mut sums = [0u32; EXTENT_PAGES as usize];
-        let failed = |fault: Fault| fault.of(self.path());
+        let failed = |fault: ImageFault| fault.of(self.path());
         let parts = (run.first..run.end())
             .step_by(sums.len())
             .zip(bytes.chunks(sums.len() * PAGE_SIZE as usize));
@@ -200,7 +202,9 @@ impl ImageWriter {
             // EINVAL: the buffer does not have the alignment that the device requires. A write
             // through the page cache accepts any alignment.
             Some(direct) => match write_at(direct.as_fd(), bytes, place) {
-                Err(Fault::KernelAt { source: Errno::INVAL, .. }) => write_at(cached, bytes, place),
+                Err(ImageFault::KernelAt { source: Errno::INVAL, .. }) => {
+                    write_at(cached, bytes, place)
+                }
                 outcome => outcome,
             },
             None => write_at(cached, bytes, place),
@@ -249,7 +253,7 @@ impl ImageWriter {
     fn write_rest(
         &self, metadata: ImageMetadata<'_>, base: &Base, pieces: Vec<PieceSize>,
         state: Option<BorrowedFd<'_>>,
-    ) -> Result<Totals, Fault> {
+    ) -> Result<Totals, ImageFault> {
         self.sums.flush(self.file.as_fd())?;
         let (states, mut totals) = self.write_states(metadata)?;
         let (extent_sums, written) = self.write_extent_sums()?;
@@ -283,7 +287,7 @@ impl ImageWriter {
         Ok(totals)
     }
 
-    fn write_states(&self, metadata: ImageMetadata<'_>) -> Result<(Section, Totals), Fault> {
+    fn write_states(&self, metadata: ImageMetadata<'_>) -> Result<(Section, Totals), ImageFault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.states());
         let mut totals = Totals::default();
         for (at, block) in self.table.blocks().iter().enumerate() {
@@ -316,7 +320,7 @@ impl ImageWriter {
     /// Writes the checksums of the extents. They are computed from the checksums of the pages,
     /// which are read back from the file: to keep those in memory would take a thousandth of the
     /// guest's memory.
-    fn write_extent_sums(&self) -> Result<(Section, u64), Fault> {
+    fn write_extent_sums(&self) -> Result<(Section, u64), ImageFault> {
         let mut out = Sequence::new(self.file.as_fd(), self.layout.extent_sums());
         let mut sums = [0u32; EXTENT_PAGES as usize];
         let without_content = extent_checksum(&sums);
@@ -345,7 +349,7 @@ impl ImageWriter {
 
     fn write_state(
         &self, offset: u64, length: u64, state: Option<BorrowedFd<'_>>,
-    ) -> Result<Section, Fault> {
+    ) -> Result<Section, ImageFault> {
         let mut out = Sequence::new(self.file.as_fd(), offset);
         let mut done = 0;
         while let Some(state) = state.filter(|_| done < length) {
@@ -400,7 +404,7 @@ impl<'a> Sequence<'a> {
 
     /// Writes the bytes and clears them. Zeroes become holes: the section of a guest that is mostly
     /// empty is mostly zero.
-    fn flush(&mut self) -> Result<(), Fault> {
+    fn flush(&mut self) -> Result<(), ImageFault> {
         let start = self.section.offset + self.section.length;
         for (at, piece) in (start..).step_by(HOLE).zip(self.bytes.chunks(HOLE)) {
             if piece.iter().fold(0, |sum, byte| sum | byte) != 0 {
@@ -425,7 +429,7 @@ fn now() -> u64 {
 }
 
 /// A new random id.
-fn new_id() -> Result<ImageId, Fault> {
+fn new_id() -> Result<ImageId, ImageFault> {
     let mut id = ImageId::default();
     let flags = rustix::fs::OFlags::CLOEXEC;
     let random = rustix::fs::open("/dev/urandom", flags, rustix::fs::Mode::empty());

@@ -248,7 +248,7 @@ impl<'a> PendingHandshakes<'a> {
         let payload = encode_error(&RemoteError::new(code, remote.sentence));
         let writer = RecordWriter::new(refused.reader.socket().clone());
         if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
-            writer.socket().end();
+            writer.socket().end_sending();
             // The limit is more than the number of streams of one source.
             if self.leaving.len() >= MAX_PENDING {
                 self.leaving.remove(0);
@@ -478,10 +478,15 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
     for block in job.memory.blocks() {
         let (id, size) = (block.geometry.id, block.backing.host_page_size());
         if block.backing.kind() == BackingKind::File {
-            return Err(IncomingError::DiskPostcopy { id }.into());
+            return Err(IncomingError::OnDisk { id }.into());
         }
         if size > MAX_POSTCOPY_HOST_PAGE {
-            return Err(IncomingError::HostPage { id, size, limit: MAX_POSTCOPY_HOST_PAGE }.into());
+            return Err(IncomingError::HostPageTooLarge {
+                id,
+                size,
+                limit: MAX_POSTCOPY_HOST_PAGE,
+            }
+            .into());
         }
         if block.vmm_address == 0 {
             return Err(IncomingError::NotMapped { id }.into());
@@ -601,7 +606,7 @@ mod tests {
         assert!(
             matches!(
                 error,
-                JobError::Incoming(IncomingError::HostPage {
+                JobError::Incoming(IncomingError::HostPageTooLarge {
                     id: 0,
                     size: 0x4000_0000,
                     limit: 0x20_0000

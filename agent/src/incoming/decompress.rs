@@ -78,7 +78,7 @@ impl Decompressor {
     /// If the compression was not negotiated, or the payload does not hold exactly these pages.
     pub fn unpack(&mut self, header: &RecordHeader, payload: &[u8]) -> Result<&[u8], JobError> {
         let range = header.range();
-        let failed = |source| IncomingError::Compressed {
+        let failed = |source| IncomingError::Decompress {
             id: header.block(),
             first: range.first,
             count: range.count,

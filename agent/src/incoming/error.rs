@@ -26,7 +26,7 @@ pub enum IncomingError {
     #[error(
         "record for pages {first:#x} + {count:#x} of block {id} before host page {open:#x} was whole"
     )]
-    Torn {
+    HostPageInterrupted {
         /// The block.
         id: u32,
         /// First page.
@@ -38,7 +38,7 @@ pub enum IncomingError {
     },
     /// Compressed pages do not decompress.
     #[error("data record for pages {first:#x} + {count:#x} of block {id}")]
-    Compressed {
+    Decompress {
         /// The block.
         id: u32,
         /// First page.
@@ -51,7 +51,7 @@ pub enum IncomingError {
     },
     /// The destination has host pages too large for postcopy.
     #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
-    HostPage {
+    HostPageTooLarge {
         /// The block.
         id: u32,
         /// Size of a host page in bytes.
@@ -63,7 +63,7 @@ pub enum IncomingError {
     #[error(
         "block {id} is a file on a disk at the destination, which userfaultfd cannot register: postcopy and hybrid take memfds, tmpfs and hugetlbfs; migrate with precopy"
     )]
-    DiskPostcopy {
+    OnDisk {
         /// The block.
         id: u32,
     },
@@ -79,7 +79,7 @@ impl IncomingError {
     /// The code by which the source is told.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::HostPage { .. } | Self::DiskPostcopy { .. } | Self::NotMapped { .. } => {
+            Self::HostPageTooLarge { .. } | Self::OnDisk { .. } | Self::NotMapped { .. } => {
                 ErrorCode::Unsupported
             }
             _ => ErrorCode::Invalid,

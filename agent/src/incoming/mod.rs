@@ -110,7 +110,7 @@ fn take_ownership(
     *ours = true;
     job.guest_arrived();
     // The guest may populate memory as soon as it runs.
-    job.thaw();
+    job.allow_populates();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
     let resumed = job.hooks.ask(&resume, job.hook_timeout);
     // The error says that the guest is here: "failed" alone would let an operator believe that it
@@ -174,7 +174,7 @@ fn send_error(accepted: &mut Accepted, error: &JobError) {
     // If the source does not read, it is not told.
     let writer = RecordWriter::new(accepted.writer.socket().with_deadline(DRAIN));
     if writer.write(RecordHeader::plain(Kind::Error, 0, payload.len()), &payload).is_ok() {
-        accepted.writer.socket().end();
+        accepted.writer.socket().end_sending();
         // A source that was silent or slow until now would only make this side wait.
         if !matches!(
             error,

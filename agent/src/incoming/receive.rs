@@ -434,7 +434,7 @@ mod tests {
             acknowledge: false,
         };
         let received = receive(&job, &mut accepted, &placer)?;
-        ours.end();
+        ours.end_sending();
         let mut answers = RecordReader::new(theirs);
         let mut passes = Vec::new();
         while let Ok(record) = answers.read() {

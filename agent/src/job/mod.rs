@@ -72,7 +72,7 @@ pub struct Job {
 struct State {
     status: JobStatus,
     /// True if populates are refused: the last sync is near or over.
-    frozen: bool,
+    populates_refused: bool,
     /// The pages that are still to be sent, received, saved or restored, once they are known.
     remaining: Option<Arc<HostPageSet>>,
     /// A failure that does not end the job; empty for none.
@@ -102,7 +102,7 @@ impl Job {
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
-                frozen: false,
+                populates_refused: false,
                 remaining: None,
                 warning: String::new(),
             }),
@@ -158,7 +158,7 @@ impl Job {
     ///
     /// # Errors
     /// If the VMM is gone, or has given this agent up.
-    pub fn check_wanted(&self) -> Result<(), JobError> {
+    pub fn check_vmm_connected(&self) -> Result<(), JobError> {
         self.memory.current.check()?;
         if self.hooks.are_connected() { Ok(()) } else { Err(JobError::VmmGone) }
     }
@@ -184,7 +184,7 @@ impl Job {
     }
 
     /// Records that the guest was resumed here by force, after it was not known where it runs.
-    pub fn resumed_by_force(&self) {
+    pub fn set_resumed_by_force(&self) {
         let mut state = self.state();
         state.status.phase = Phase::Failed;
         state.status.error =
@@ -290,7 +290,7 @@ impl Job {
         // The memory of a guest that was handed over, or may have been, is not changed any more.
         let here =
             self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
-        state.frozen = state.frozen && !here;
+        state.populates_refused = state.populates_refused && !here;
         drop(state);
         self.enter(phase);
     }
@@ -306,36 +306,38 @@ impl Job {
     /// # Errors
     /// If the last sync is near or over, which would not see what the populate marks; or if the
     /// memory is being restored, and does not belong to the VMM yet.
-    pub fn populate_unless_frozen<T>(&self, populate: impl FnOnce() -> T) -> Result<T, Frozen> {
+    pub fn populate_if_allowed<T>(
+        &self, populate: impl FnOnce() -> T,
+    ) -> Result<T, PopulateRefused> {
         // The populate may wait, and a query of the status needs the lock.
-        let (frozen, phase) = {
+        let (populates_refused, phase) = {
             let state = self.state();
-            (state.frozen, state.status.phase)
+            (state.populates_refused, state.status.phase)
         };
         let gone = phase.is_postcopy() || matches!(phase, Phase::Completed | Phase::Unconfirmed);
-        match (frozen, self.kind) {
+        match (populates_refused, self.kind) {
             (false, _) => Ok(populate()),
-            (true, JobKind::Restore) => Err(Frozen::Restoring(self.id)),
-            (true, JobKind::Outgoing) if gone => Err(Frozen::Gone(self.id, phase.name())),
-            (true, _) => Err(Frozen::PastLastSync(self.id)),
+            (true, JobKind::Restore) => Err(PopulateRefused::Restoring(self.id)),
+            (true, JobKind::Outgoing) if gone => Err(PopulateRefused::Gone(self.id, phase.name())),
+            (true, _) => Err(PopulateRefused::PastLastSync(self.id)),
         }
     }
 
     /// Refuses populates from now on, and waits for a populate that is running.
-    pub fn freeze(&self) {
-        self.state().frozen = true;
+    pub fn refuse_populates(&self) {
+        self.state().populates_refused = true;
         drop(self.memory.populating());
     }
 
     /// Refuses populates from the start. Only for a job that has not started, and on the connection
     /// that populates, so no populate is running.
-    pub fn start_frozen(&self) {
-        self.state().frozen = true;
+    pub fn start_refusing_populates(&self) {
+        self.state().populates_refused = true;
     }
 
     /// Accepts populates again: the guest is here.
-    pub fn thaw(&self) {
-        self.state().frozen = false;
+    pub fn allow_populates(&self) {
+        self.state().populates_refused = false;
     }
 }
 
@@ -351,7 +353,7 @@ fn is_of_ended_vmm(error: &(dyn std::error::Error + 'static)) -> bool {
 
 /// Why a job refuses a populate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Frozen {
+pub enum PopulateRefused {
     /// The migration with this number.
     #[error(
         "job {0} is past its last sync, or waits for a guest: populate again when the guest runs here"
@@ -369,7 +371,7 @@ pub enum Frozen {
     Restoring(u64),
 }
 
-impl Frozen {
+impl PopulateRefused {
     /// The code tells the client whether it should try again.
     pub fn code(self) -> ErrorCode {
         match self {
@@ -412,7 +414,7 @@ mod tests {
         };
         let gone = ended(CaptureError::Protection { id: 3, source: Errno::SRCH }.into());
         assert!(gone.starts_with("the VMM is gone: block 3"), "{gone}");
-        let gone = ended(CaptureError::Faults(Errno::SRCH).into());
+        let gone = ended(CaptureError::ReadFaults(Errno::SRCH).into());
         assert!(gone.starts_with("the VMM is gone: cannot read write faults"), "{gone}");
         let gone = ended(PlaceError::Read(Errno::SRCH).into());
         assert!(gone.starts_with("the VMM is gone: cannot read faults"), "{gone}");

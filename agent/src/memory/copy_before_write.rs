@@ -25,17 +25,17 @@
 //! ([`GuestMemory::marking`]). So a discard either comes before the instant, or finds the pending
 //! pages.
 //!
-//! These steps are in [`super::capture_steps`], and a model checker tries all orders of them. The
-//! last step has an order, too: "nothing is pending" does not mean "everything is read", because a
-//! thread takes a page before it reads it. So the agent waits for all readers before it asks the
-//! VMM to unregister its mappings.
+//! These steps are in [`super::capture_ordering`], and a model checker tries all orders of them.
+//! The last step has an order, too: "nothing is pending" does not mean "everything is read",
+//! because a thread takes a page before it reads it. So the agent waits for all readers before it
+//! asks the VMM to unregister its mappings.
 //!
 //! The bytes that were read count only if the page was still protected while it was read. If the
 //! VMM gives up on the agent, it unregisters its mappings, and the removal of the protection that
 //! follows each read fails. Then the snapshot fails.
 
 use super::MemoryError;
-use super::capture_steps::{before_unregister, before_write, capture};
+use super::capture_ordering::{before_unregister, before_write, capture};
 use super::cursor::Cursor;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::host_page_set::{HostPageSet, fence_words};
@@ -85,13 +85,13 @@ pub enum CaptureError {
         "nothing was written to the image for {:?}, while the guest waited to write: hook_timeout allows no more, and the guest runs on without the snapshot",
         limit
     )]
-    SlowImage {
+    SinkTimeout {
         /// How long the guest waited, and may wait.
         limit: Duration,
     },
     /// Write faults cannot be read.
     #[error("cannot read write faults")]
-    Faults(#[source] Errno),
+    ReadFaults(#[source] Errno),
     /// A thread that handles write faults ended by a defect.
     #[error("a thread that handles write faults panicked")]
     Panicked,
@@ -420,8 +420,8 @@ impl CopyBeforeWrite {
     }
 
     /// From now on no fault takes a page. While pages are pending, call this before
-    /// [`Marking::end`](super::marking::Marking::end): a discard that does not find the snapshot
-    /// any more waits only for threads that took pages before.
+    /// [`Marking::end_snapshot`](super::marking::Marking::end_snapshot): a discard that does not
+    /// find the snapshot any more waits only for threads that took pages before.
     pub fn stop_faults(&self) {
         self.stopped.store(true, Ordering::Release);
     }

@@ -41,7 +41,7 @@
 //!   unchanged.
 
 use super::block::{Block, GuestMemory};
-use super::capture_steps::before_punch;
+use super::capture_ordering::before_punch;
 use super::copy_before_write::CopyBeforeWrite;
 use super::missing_pages::MissingPages;
 use crate::waiting::may_wait;
@@ -139,7 +139,7 @@ impl GuestMemory {
     pub(super) fn give_back<R>(
         &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl Fn(),
     ) -> R {
-        let (marked, copier) = self.marking.discard(mark);
+        let (marked, copier) = self.marking.mark_discarded(mark);
         let (missing_pages, copier) = (self.missing_pages(), copier.as_deref());
         let missing_pages = missing_pages.as_deref();
         let drop_missing = || {
@@ -190,7 +190,7 @@ impl GuestMemory {
         let checked = self.check(ranges, PageRange::outward)?;
         let _change = self.change();
         let mut changed = 0;
-        let _marking = self.marking.hold();
+        let _marking = self.marking.lock();
         let observer = self.discard_observer();
         for (index, range) in checked {
             // A VMM that punches by itself has done so since the discard: its observer must hear of

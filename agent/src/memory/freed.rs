@@ -55,7 +55,7 @@
 
 use super::backing::{BackingError, BackingKind};
 use super::block::{Block, GuestMemory};
-use super::capture_steps::after_punch;
+use super::capture_ordering::after_punch;
 use super::discard::{Checked, DiscardError, may_be_read, merged};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;

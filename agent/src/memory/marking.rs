@@ -29,14 +29,14 @@ impl<T> Default for Marking<T> {
 
 impl<T> Marking<T> {
     /// While this is held, no marks are set and no instant is taken.
-    pub fn hold(&self) -> MutexGuard<'_, ()> {
+    pub fn lock(&self) -> MutexGuard<'_, ()> {
         self.marks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Calls `mark` to set the marks of a discard. Returns its result, and the snapshot, if there
     /// is one: it must save the pages before they are freed.
-    pub fn discard<R>(&self, mark: impl FnOnce() -> R) -> (R, Option<Arc<T>>) {
-        let marks = self.hold();
+    pub fn mark_discarded<R>(&self, mark: impl FnOnce() -> R) -> (R, Option<Arc<T>>) {
+        let marks = self.lock();
         let marked = mark();
         drop(marks);
         (marked, self.snapshot())
@@ -47,21 +47,21 @@ impl<T> Marking<T> {
     ///
     /// # Errors
     /// The error of `find`. There is no instant then.
-    pub fn instant<E>(&self, find: impl FnOnce() -> Result<Arc<T>, E>) -> Result<(), E> {
-        let _marks = self.hold();
+    pub fn take_instant<E>(&self, find: impl FnOnce() -> Result<Arc<T>, E>) -> Result<(), E> {
+        let _marks = self.lock();
         let found = find()?;
         *self.locked() = Some(found);
         Ok(())
     }
 
     /// Ends the snapshot: discards do not find it any more.
-    pub fn end(&self) {
+    pub fn end_snapshot(&self) {
         *self.locked() = None;
     }
 
     /// The running snapshot, if its instant is over. Waits for an instant that is being taken.
     pub fn running_snapshot(&self) -> Option<Arc<T>> {
-        self.discard(|| ()).1
+        self.mark_discarded(|| ()).1
     }
 
     /// The snapshot, without waiting for an instant.

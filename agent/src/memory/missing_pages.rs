@@ -36,9 +36,9 @@
 //! before it looks at *requested*. Both have a sequentially consistent fence between the two steps,
 //! so at least one of them sees the other, and no fault waits forever. If both answer, both answer
 //! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
-//! [`super::fault_steps`], and a model checker tries all orders of them.
+//! [`super::fault_ordering`], and a model checker tries all orders of them.
 
-use super::fault_steps::{Requested, request, requested_of};
+use super::fault_ordering::{Requested, request, requested_of};
 use super::fence::Readers;
 use super::host_page_set::{HostPageSet, fence_words, words_of};
 use super::mappings::Mappings;
@@ -252,7 +252,7 @@ impl MissingPages {
     ) -> Result<FaultOutcome, PlaceError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let missing = self.missing.block(at);
-        let note = || self.live.latency.waits(key(at, host_page), since);
+        let note = || self.live.latency.begin_wait(key(at, host_page), since);
         let in_flight = || {
             let pages = missing.pages(PageRange::new(host_page, 1));
             memory
@@ -281,7 +281,7 @@ impl MissingPages {
         } else if is_first {
             // The arrival may have reported the answer before `note` reported the wait: report it
             // again.
-            self.live.latency.answered(key(at, host_page));
+            self.live.latency.end_wait(key(at, host_page));
         }
         Ok(FaultOutcome::Resolved)
     }
@@ -314,7 +314,7 @@ impl MissingPages {
 
     fn count_resolved(&self, at: usize, host_page: u64) {
         add(&self.live.faults, 1);
-        self.live.latency.answered(key(at, host_page));
+        self.live.latency.end_wait(key(at, host_page));
     }
 
     /// Content arrived for the pages `range`. Each of them is a host page. Every caller has a

@@ -25,9 +25,9 @@
 //!
 //! - [`copy_before_write`]: saves the guest's memory as it was at one instant, while the guest
 //!   runs;
-//! - [`capture_steps`]: the steps by which captures, writes and discards of a page agree;
+//! - [`capture_ordering`]: the steps by which captures, writes and discards of a page agree;
 //! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
-//! - [`fault_steps`]: the steps by which a fault and an arrival or discard agree on who answers;
+//! - [`fault_ordering`]: the steps by which a fault and an arrival or discard agree on who answers;
 //! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
 //!   while there is no fault;
 //! - [`pool`]: reserves huge pages before the guest runs.
@@ -45,14 +45,14 @@
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
-pub mod capture_steps;
+pub mod capture_ordering;
 pub mod copy_before_write;
 pub mod current;
 pub mod cursor;
 pub mod discard;
 pub mod error;
 pub mod extents;
-pub mod fault_steps;
+pub mod fault_ordering;
 pub mod fence;
 pub mod freed;
 pub mod host_page_set;
@@ -74,8 +74,8 @@ pub use block::{Block, GuestMemory};
 pub use error::MemoryError;
 pub use page_buffer::PageBuffer;
 
-// `fence.rs`, `marking.rs`, `fault_steps.rs` and `capture_steps.rs` import these from their parent,
-// so that the model checker can use its own versions.
+// `fence.rs`, `marking.rs`, `fault_ordering.rs` and `capture_ordering.rs` import these from their
+// parent, so that the model checker can use its own versions.
 use pageferry_protocol::shm::bitmap;
 mod sync {
     pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};

@@ -72,7 +72,7 @@ impl DiscardRecorder {
     /// If there is no memory for the bitmaps.
     pub fn start(memory: &Arc<GuestMemory>, now: impl FnOnce()) -> Result<Self, MappingError> {
         let recorded = Arc::new(RecordedDiscards::none(memory)?);
-        let marking = memory.marking.hold();
+        let marking = memory.marking.lock();
         now();
         memory.set_recorded(Some(recorded.clone()));
         drop(marking);

@@ -181,11 +181,11 @@ fn missing_feature(
 ) -> Option<JobError> {
     let lacks = wanted_features(options) & !accepted;
     if options.compression != Compression::None && lacks & feature_of(options.compression) != 0 {
-        return Some(OutgoingError::Compression(options.compression.name()).into());
+        return Some(OutgoingError::CompressionUnsupported(options.compression.name()).into());
     }
     let postcopy = options.mode.may_postcopy();
     let complete = host_pages.len() == if postcopy { job.memory.blocks().len() } else { 0 };
-    (lacks != 0 || !complete).then(|| OutgoingError::Mode(options.mode.name()).into())
+    (lacks != 0 || !complete).then(|| OutgoingError::ModeUnsupported(options.mode.name()).into())
 }
 
 fn send_hello(
@@ -260,7 +260,7 @@ impl Primary {
         if let Err(TransportError::Kernel(error)) = sent {
             log::debug!("error not sent to the peer: {error}");
         }
-        self.writer.socket().end();
+        self.writer.socket().end_sending();
     }
 
     /// Reads the error that the destination sent before the connection broke, if it arrived.
@@ -321,7 +321,8 @@ mod tests {
             let missing = missing_feature(&job, &options, accepted, host_pages);
             let named = match &missing {
                 Some(JobError::Outgoing(
-                    OutgoingError::Compression(name) | OutgoingError::Mode(name),
+                    OutgoingError::CompressionUnsupported(name)
+                    | OutgoingError::ModeUnsupported(name),
                 )) => Some(*name),
                 Some(other) => panic!("{other}"),
                 None => None,

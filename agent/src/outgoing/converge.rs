@@ -29,7 +29,7 @@ const THROTTLE_MORE: u32 = 10;
 
 /// The measurements of the passes so far.
 #[derive(Debug, Clone, Default)]
-pub struct Pace {
+pub struct PassMeasurements {
     passes: u64,
     /// Bytes per second on the wire.
     bandwidth: u64,
@@ -56,7 +56,7 @@ pub enum Next {
     Postcopy,
 }
 
-impl Pace {
+impl PassMeasurements {
     /// Number of passes that have ended.
     pub fn passes(&self) -> u64 {
         self.passes
@@ -73,17 +73,17 @@ impl Pace {
     }
 
     /// Notes the time of a sync.
-    pub fn synced(&mut self, time: Duration) {
+    pub fn record_sync(&mut self, time: Duration) {
         self.sync_time = time;
     }
 
     /// Adds the time of its fix-up.
-    pub fn synced_more(&mut self, time: Duration) {
+    pub fn add_fixup_time(&mut self, time: Duration) {
         self.sync_time += time;
     }
 
     /// Notes what a pass sent, and its time.
-    pub fn passed(&mut self, pages: u64, bytes: u64, time: Duration) {
+    pub fn record_pass(&mut self, pages: u64, bytes: u64, time: Duration) {
         self.passes += 1;
         self.pass_time = time;
         // A short pass measures latency, so it counts only while there is no better measurement.
@@ -94,7 +94,7 @@ impl Pace {
     }
 
     /// How long to wait before the next pass.
-    pub fn rest(&self) -> Duration {
+    pub fn delay_before_next_pass(&self) -> Duration {
         if self.passes < QUICK_PASSES {
             Duration::ZERO
         } else {
@@ -180,9 +180,9 @@ mod tests {
     }
 
     /// After one pass of 1 GiB in a second.
-    fn pace() -> Pace {
-        let mut pace = Pace::default();
-        pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
+    fn pace() -> PassMeasurements {
+        let mut pace = PassMeasurements::default();
+        pace.record_pass(1 << 18, 1 << 30, Duration::from_secs(1));
         pace
     }
 
@@ -193,7 +193,7 @@ mod tests {
         assert_eq!(pace().decide(&options, fits).unwrap(), Next::Stop);
         assert_eq!(pace().decide(&options, fits + 1000).unwrap(), Next::Pass);
         let mut slow = pace();
-        slow.synced(Duration::from_millis(50));
+        slow.record_sync(Duration::from_millis(50));
         assert_eq!(slow.decide(&options, fits).unwrap(), Next::Pass);
         assert_eq!(slow.decide(&options, fits / 2 - 100).unwrap(), Next::Stop);
     }
@@ -211,7 +211,7 @@ mod tests {
             let mut pace = pace();
             assert_eq!(pace.decide(&options(policy, 2), much).unwrap(), Next::Pass);
             assert_eq!(pace.decide(&options(policy, 0), much).unwrap(), Next::Pass);
-            pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
+            pace.record_pass(1 << 18, 1 << 30, Duration::from_secs(1));
             assert_eq!(pace.decide(&options(policy, 2), much).ok(), first);
         }
     }
@@ -219,7 +219,7 @@ mod tests {
     #[test]
     fn the_guest_is_stopped_when_no_page_is_dirty() {
         let mut pace = pace();
-        pace.synced(Duration::from_millis(5));
+        pace.record_sync(Duration::from_millis(5));
         let options = OutgoingOptions {
             downtime_limit: Duration::ZERO,
             ..options(NonConvergence::KeepGoing, 1)
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn a_limit_below_the_cost_of_a_sync_leaves_it_to_the_policy() {
         let mut pace = pace();
-        pace.synced(Duration::from_millis(5));
+        pace.record_sync(Duration::from_millis(5));
         let limit = |policy| OutgoingOptions {
             downtime_limit: Duration::from_millis(1),
             ..options(policy, 1)
@@ -242,15 +242,15 @@ mod tests {
 
     #[test]
     fn later_passes_start_at_an_interval() {
-        let mut pace = Pace::default();
+        let mut pace = PassMeasurements::default();
         for _ in 0..QUICK_PASSES {
-            assert_eq!(pace.rest(), Duration::ZERO);
-            pace.passed(1, 4128, Duration::from_millis(10));
+            assert_eq!(pace.delay_before_next_pass(), Duration::ZERO);
+            pace.record_pass(1, 4128, Duration::from_millis(10));
         }
-        pace.synced(Duration::from_millis(5));
-        assert_eq!(pace.rest(), INTERVAL - Duration::from_millis(15));
-        pace.passed(1 << 18, 1 << 30, Duration::from_secs(1));
-        assert_eq!(pace.rest(), Duration::ZERO);
+        pace.record_sync(Duration::from_millis(5));
+        assert_eq!(pace.delay_before_next_pass(), INTERVAL - Duration::from_millis(15));
+        pace.record_pass(1 << 18, 1 << 30, Duration::from_secs(1));
+        assert_eq!(pace.delay_before_next_pass(), Duration::ZERO);
     }
 
     #[test]
@@ -277,9 +277,9 @@ mod tests {
 
     #[test]
     fn the_expected_downtime_counts_compression() {
-        let mut pace = Pace::default();
+        let mut pace = PassMeasurements::default();
         // 1 GiB of pages in a second, compressed to a quarter.
-        pace.passed(1 << 18, 1 << 28, Duration::from_secs(1));
+        pace.record_pass(1 << 18, 1 << 28, Duration::from_secs(1));
         let fits = (1 << 18) / 10 - 1;
         let options = options(NonConvergence::KeepGoing, 1);
         assert_eq!(pace.decide(&options, fits).unwrap(), Next::Stop);
@@ -289,17 +289,17 @@ mod tests {
 
     #[test]
     fn a_tiny_pass_counts_while_there_is_no_other() {
-        let mut pace = Pace::default();
-        pace.passed(0, 0, Duration::from_millis(10));
+        let mut pace = PassMeasurements::default();
+        pace.record_pass(0, 0, Duration::from_millis(10));
         assert_eq!(pace.bandwidth(), 0, "nothing was sent yet");
-        pace.passed(1, 4128, Duration::from_millis(10));
+        pace.record_pass(1, 4128, Duration::from_millis(10));
         assert_eq!(pace.bandwidth(), 412_800);
     }
 
     #[test]
     fn a_tiny_pass_does_not_spoil_the_bandwidth() {
         let mut pace = pace();
-        pace.passed(1, 4128, Duration::from_millis(10));
+        pace.record_pass(1, 4128, Duration::from_millis(10));
         assert_eq!(pace.bandwidth, 1 << 30);
     }
 }

@@ -24,12 +24,12 @@ pub enum OutgoingError {
     },
     /// The destination does not know postcopy.
     #[error("mode is {0}, which the destination does not know: migrate with precopy")]
-    Mode(&'static str),
+    ModeUnsupported(&'static str),
     /// The destination does not know the compression that is wanted.
     #[error(
         "compression is {0}, which the destination does not take: migrate with one that it takes, or with none"
     )]
-    Compression(&'static str),
+    CompressionUnsupported(&'static str),
     /// The passes did not converge, and the policy is to fail.
     #[error(
         "not converging: after {passes} passes {remaining} pages remain, which would stop the guest for {expected:?}, \
@@ -47,7 +47,7 @@ pub enum OutgoingError {
     },
     /// The destination says that it placed a page that was not sent.
     #[error("the destination says that it has page {first:#x} of block {id}, which was not sent")]
-    NotSent {
+    PlacedButNotSent {
         /// The block.
         id: u32,
         /// The page.
@@ -57,7 +57,7 @@ pub enum OutgoingError {
     #[error(
         "recovery: the destination lacks {pages:#x} pages from page {first:#x} of block {id}, which it has or was never missing"
     )]
-    NotMissing {
+    RequestedNotMissing {
         /// The block.
         id: u32,
         /// The first of them.
@@ -69,7 +69,7 @@ pub enum OutgoingError {
     #[error(
         "recovery: host pages of block {id} are {size:#x} bytes at the destination, and were {expected:#x} before"
     )]
-    OtherHostPage {
+    HostPageSizeChanged {
         /// The block.
         id: u32,
         /// Bytes, as the destination says now.
@@ -81,7 +81,7 @@ pub enum OutgoingError {
     #[error(
         "recovery: bitmap of block {id} from page {found:#x}, expected is block {expected_id} from page {expected:#x}"
     )]
-    Bitmaps {
+    BitmapOutOfOrder {
         /// Block of the record.
         id: u32,
         /// First page of the record.
@@ -97,7 +97,7 @@ impl OutgoingError {
     /// The code by which the destination is told.
     pub fn code(&self) -> ErrorCode {
         match self {
-            Self::Compression(_) | Self::Mode(_) => ErrorCode::Unsupported,
+            Self::CompressionUnsupported(_) | Self::ModeUnsupported(_) => ErrorCode::Unsupported,
             Self::NotConverging { .. } => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         }

@@ -108,7 +108,7 @@ impl DirtyState {
                 continue;
             }
             // A discard sets all its marks under this lock, so here it has set all of them or none.
-            let _marking = memory.marking.hold();
+            let _marking = memory.marking.lock();
             let unsure = settling.word(word) | block.unsettled.word(word);
             let known = suspects & block.stray.word(word);
             let mut stray = 0;
@@ -184,7 +184,7 @@ impl Migration {
             (self.dirty.settled_at, self.dirty.settles) = (changes, true);
         }
         self.trackers.sync(&memory, &self.dirty.pages)?;
-        self.pace.synced(started.elapsed());
+        self.measurements.record_sync(started.elapsed());
         Ok(())
     }
 
@@ -199,8 +199,8 @@ impl Migration {
         }
         self.dirty.settles = false;
         self.dirty.remaining = self.dirty.pages.count();
-        self.pace.synced_more(started.elapsed());
-        let (remaining, sync) = (self.dirty.remaining, self.pace.sync_time());
+        self.measurements.add_fixup_time(started.elapsed());
+        let (remaining, sync) = (self.dirty.remaining, self.measurements.sync_time());
         self.job.count(|counters| {
             counters.remaining_pages = remaining;
             counters.sync_us = micros(sync);

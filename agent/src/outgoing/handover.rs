@@ -43,7 +43,7 @@ pub fn commit(
     }
     // The VMM may have given this agent up since it answered, and its operator may be about to run
     // the guest. Nothing that waits may come between this check and the commit.
-    job.check_wanted()?;
+    job.check_vmm_connected()?;
     // ---- The commit point. Nothing after it resumes the guest here.
     guest.give_up();
     let confirmed = send_commit(job, primary);
@@ -74,11 +74,11 @@ impl Migration {
 
     fn expect_to_send(&self, stop: &mut Stop, bytes: u64) {
         let options = self.job.options();
-        let (measured, limit) = (self.pace.bandwidth(), options.bandwidth);
+        let (measured, limit) = (self.measurements.bandwidth(), options.bandwidth);
         // The measured bandwidth may be older than the limit that an operator has set.
         let bandwidth =
             if limit == 0 || measured == 0 { measured.max(limit) } else { measured.min(limit) };
-        stop.expect(&options, bytes, bandwidth);
+        stop.set_bytes_to_send(&options, bytes, bandwidth);
     }
 
     /// The run state that the guest will have at the destination: its own, or what the operator of
@@ -158,7 +158,7 @@ pub fn wait_loaded(job: &OutgoingJob, primary: &mut Primary, stop: &Stop) -> Res
     let patience = options.peer_timeout + 2 * options.hook_timeout;
     primary.reader.set_timeout(patience);
     primary.expect(Kind::Loaded, "that the destination has loaded the state")?;
-    stop.is_loaded();
+    stop.end_deadline();
     Ok(())
 }
 
@@ -190,7 +190,7 @@ mod tests {
     use crate::job::{Job, notifier};
     use crate::memory::test_support::memory;
     use crate::outgoing::connect::Streams;
-    use crate::outgoing::converge::Pace;
+    use crate::outgoing::converge::PassMeasurements;
     use crate::outgoing::fixup::DirtyState;
     use crate::tracking::{TrackerChoice, Trackers};
     use crate::transport::{RecordReader, RecordWriter, StreamSocket};
@@ -214,8 +214,8 @@ mod tests {
         let streams =
             Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages: Vec::new() };
         let choice = TrackerChoice::default();
-        let mut pace = Pace::default();
-        pace.passed(1024, 4 << 20, Duration::from_secs(1));
+        let mut measurements = PassMeasurements::default();
+        measurements.record_pass(1024, 4 << 20, Duration::from_secs(1));
         let mut dirty = DirtyState::new(&job.memory).unwrap();
         dirty.remaining = pages;
         Migration {
@@ -225,7 +225,7 @@ mod tests {
             throttled: false,
             streams,
             dirty,
-            pace,
+            measurements,
             job,
         }
     }

@@ -99,26 +99,28 @@ impl OutgoingJob {
     ///
     /// # Errors
     /// If pages were released, or an agent that began the migration may have released some.
-    pub fn check_complete(&self) -> Result<(), Released> {
+    pub fn check_complete(&self) -> Result<(), IncompleteMemory> {
         match get(&self.live.released_pages) {
-            0 if self.adopted && lock(&self.options).release => Err(Released::Perhaps),
+            0 if self.adopted && lock(&self.options).release => {
+                Err(IncompleteMemory::MaybeReleased)
+            }
             0 => Ok(()),
-            pages => Err(Released::Pages(pages)),
+            pages => Err(IncompleteMemory::Released(pages)),
         }
     }
 }
 
 /// The guest's memory is not complete here any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Released {
+pub enum IncompleteMemory {
     /// This many pages were freed because the destination has them.
     #[error("{0} pages of the guest were released here: its memory is not whole any more")]
-    Pages(u64),
+    Released(u64),
     /// The agent that began the migration is gone, and may have freed pages.
     #[error(
         "the agent that began this migration may have released pages of the guest here: its memory may not be whole any more"
     )]
-    Perhaps,
+    MaybeReleased,
 }
 
 #[cfg(test)]
@@ -177,9 +179,9 @@ mod tests {
         let own = OutgoingJob::new(common(), options.clone()).unwrap();
         assert_eq!(own.check_complete(), Ok(()));
         add(&own.live.released_pages, 3);
-        assert_eq!(own.check_complete(), Err(Released::Pages(3)));
+        assert_eq!(own.check_complete(), Err(IncompleteMemory::Released(3)));
         let adopted = OutgoingJob::adopted(common(), options).unwrap();
-        assert_eq!(adopted.check_complete(), Err(Released::Perhaps));
+        assert_eq!(adopted.check_complete(), Err(IncompleteMemory::MaybeReleased));
         let kept = OutgoingJob::adopted(common(), OutgoingOptions::default()).unwrap();
         assert_eq!(kept.check_complete(), Ok(()));
     }

@@ -40,7 +40,7 @@ use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::Address;
 use crate::transport::TransportError;
 use connect::{SessionId, Streams, Target};
-use converge::Pace;
+use converge::PassMeasurements;
 use fixup::DirtyState;
 use handover::{commit, wait_loaded};
 use job::OutgoingJob;
@@ -64,7 +64,7 @@ struct Migration {
     streams: Streams,
     trackers: Trackers,
     dirty: DirtyState,
-    pace: Pace,
+    measurements: PassMeasurements,
     throttled: bool,
 }
 
@@ -108,7 +108,7 @@ impl Migration {
             streams,
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
             dirty: DirtyState::new(&job.memory)?,
-            pace: Pace::default(),
+            measurements: PassMeasurements::default(),
             throttled: false,
         })
     }
@@ -131,7 +131,7 @@ impl Migration {
         loop {
             self.run_pass()?;
             self.sync()?;
-            let next = self.pace.decide(&self.job.options(), self.dirty.remaining());
+            let next = self.measurements.decide(&self.job.options(), self.dirty.remaining());
             // A request for postcopy comes before the policy. But if the rest fits the downtime
             // limit, the migration ends as precopy.
             if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
@@ -149,7 +149,7 @@ impl Migration {
 
     /// Waits before the next pass, or until postcopy is requested.
     fn wait_before_next_pass(&self) -> Result<(), JobError> {
-        let until = Instant::now() + self.pace.rest();
+        let until = Instant::now() + self.measurements.delay_before_next_pass();
         while !self.job.is_postcopy_requested() {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -163,7 +163,7 @@ impl Migration {
     /// Hands the stopped guest over (precopy).
     fn hand_over(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
-        self.job.freeze();
+        self.job.refuse_populates();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let outcome = self.hand_over_within(&mut stop);
         outcome.map_err(|error| stop.explain(error))

@@ -79,7 +79,7 @@ impl Migration {
     pub(super) fn run_pass(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         let started = Instant::now();
-        let number = self.pace.passes();
+        let number = self.measurements.passes();
         let (sent_before, bytes_before) = (get(&job.live.pages_sent), get(&job.live.wire_bytes));
         let remaining = self.dirty.remaining();
         job.live.pass_pages_done.store(0, Ordering::Relaxed);
@@ -101,9 +101,9 @@ impl Migration {
         }
         let pages = get(&job.live.pages_sent) - sent_before;
         let bytes = get(&job.live.wire_bytes) - bytes_before;
-        self.pace.passed(pages, bytes, started.elapsed());
-        let pace = self.pace.clone();
-        job.count(|counters| pace.report(counters));
+        self.measurements.record_pass(pages, bytes, started.elapsed());
+        let measurements = self.measurements.clone();
+        job.count(|counters| measurements.report(counters));
         job.announce();
         Ok(())
     }

@@ -57,7 +57,7 @@ impl Stop {
 
     /// Moves the deadline, now that the number of bytes to send is known. It counts from the
     /// beginning of the stop.
-    pub fn expect(&mut self, options: &OutgoingOptions, bytes: u64, bandwidth: u64) {
+    pub fn set_bytes_to_send(&mut self, options: &OutgoingOptions, bytes: u64, bandwidth: u64) {
         self.limit = Self::limit(options, bytes, bandwidth);
         self.deadline.set(Some(self.started + self.limit));
     }
@@ -80,7 +80,7 @@ impl Stop {
 
     /// Removes the deadline, because the destination has loaded the state. The waits from here on
     /// have their own limits.
-    pub fn is_loaded(&self) {
+    pub fn end_deadline(&self) {
         self.deadline.set(None);
     }
 }
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(deadline.cap(far), far);
         let mut stop = Stop::begin(&deadline, &options());
         assert!(deadline.cap(far) < far && !deadline.has_passed());
-        stop.expect(&options(), 1 << 50, 1 << 20);
+        stop.set_bytes_to_send(&options(), 1 << 50, 1 << 20);
         assert_eq!(deadline.cap(far), far);
         drop(stop);
         let none = OutgoingOptions {

@@ -124,7 +124,7 @@ fn check(job: &Job) -> Result<(), RestoreError> {
             return Err(RestoreError::OnDisk { id });
         }
         if size > MAX_POSTCOPY_HOST_PAGE {
-            return Err(RestoreError::HostPage { id, size, limit: MAX_POSTCOPY_HOST_PAGE });
+            return Err(RestoreError::HostPageTooLarge { id, size, limit: MAX_POSTCOPY_HOST_PAGE });
         }
         if block.vmm_address == 0 {
             return Err(RestoreError::NotMapped { id });

@@ -108,7 +108,7 @@ fn ask_vmm(job: &Job, order: &RestorePlan) -> Result<(), JobError> {
     job.hooks.ask(&Hook::PrepareRestore { path }, job.hook_timeout)?;
     job.cancel.check()?;
     // The VMM has given up its guest. It must not populate memory that is about to be replaced.
-    job.freeze();
+    job.refuse_populates();
     Ok(())
 }
 
@@ -150,7 +150,7 @@ fn resume_guest(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobEr
     job.cancel.commit_point()?;
     *ours = true;
     // The guest may populate memory as soon as it runs.
-    job.thaw();
+    job.allow_populates();
     let resume = Hook::Resume { force: false, paused: guest.is_paused() };
     // The error says that the guest is here: "failed" alone would let an operator believe that
     // there is no guest.

@@ -78,7 +78,7 @@ impl ResetGuard<'_> {
         );
         // A discard sets all its marks under this lock, so it sets them either before or after the
         // loops below.
-        let _marking = self.job.memory.marking.hold();
+        let _marking = self.job.memory.marking.lock();
         for (word, bits) in before.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(discarded.word(word) | since.word(word)));
         }
@@ -98,7 +98,7 @@ impl ResetGuard<'_> {
             self.discards.since().discarded(at),
             self.source.discarded(at),
         );
-        let _marking = self.job.memory.marking.hold();
+        let _marking = self.job.memory.marking.lock();
         for (word, bits) in discarded.nonzero_words(block.all()) {
             block.discarded.take_bits(word, bits & !(before.word(word) | since.word(word)));
         }

@@ -8,7 +8,7 @@
 //! granularity and the host page size may differ: they belong to this VMM, and the guest does not
 //! see them.
 
-use super::working_set::WorkingSetFault;
+use super::working_set::WorkingSetFileError;
 use crate::image::blocks::{self, BlocksDifference};
 use crate::image::{Chain, Image, ImageError};
 use crate::memory::GuestMemory;
@@ -23,7 +23,7 @@ pub enum RestoreError {
     #[error(
         "block {id} \"{name}\" of the image does not exist in this VMM: add all blocks that the guest had"
     )]
-    Missing {
+    OnlyInImage {
         /// The block.
         id: u32,
         /// Its name.
@@ -33,7 +33,7 @@ pub enum RestoreError {
     #[error(
         "block {id} \"{name}\" of this VMM is not in the image: add only the blocks that the guest had"
     )]
-    Surplus {
+    NotInImage {
         /// The block.
         id: u32,
         /// Its name.
@@ -43,7 +43,7 @@ pub enum RestoreError {
     #[error(
         "block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly"
     )]
-    HostPage {
+    HostPageTooLarge {
         /// The block.
         id: u32,
         /// Size of a host page in bytes.
@@ -72,7 +72,7 @@ pub enum RestoreError {
         path: PathBuf,
         /// What is wrong.
         #[source]
-        source: WorkingSetFault,
+        source: WorkingSetFileError,
     },
     /// A field of a block differs from the image.
     #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]
@@ -91,8 +91,8 @@ pub enum RestoreError {
 impl From<BlocksDifference> for RestoreError {
     fn from(difference: BlocksDifference) -> Self {
         match difference {
-            BlocksDifference::OnlyInBase { id, name } => Self::Missing { id, name },
-            BlocksDifference::NotInBase { id, name } => Self::Surplus { id, name },
+            BlocksDifference::OnlyInBase { id, name } => Self::OnlyInImage { id, name },
+            BlocksDifference::NotInBase { id, name } => Self::NotInImage { id, name },
             BlocksDifference::Field { id, field, here, there: image } => {
                 Self::Field { id, field, here, image }
             }

@@ -20,7 +20,7 @@
 //! the end all the same, the job completes, and its status says why there is no working set.
 
 use super::source::{RestoreError, Source};
-use crate::image::Fault;
+use crate::image::ImageFault;
 use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
 use crate::image::new_file::{FileKind, NewFile};
@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 
 /// Why the file at the path cannot be used and must not be replaced.
 #[derive(Debug, thiserror::Error)]
-pub enum WorkingSetFault {
+pub enum WorkingSetFileError {
     /// The kernel refused to open or read it.
     #[error("it cannot be read")]
     Read(#[source] Errno),
@@ -44,16 +44,16 @@ pub enum WorkingSetFault {
     #[error(
         "it is no working set: it is not a regular file, or its {0:#x} bytes are more than the limit of {MAX_SIZE:#x}"
     )]
-    Kind(u64),
+    NotAWorkingSet(u64),
     /// It is a file of another kind.
     #[error("it is not to be overwritten")]
-    Other(#[source] WorkingSetError),
+    OtherKind(#[source] WorkingSetError),
     /// It is empty.
     #[error("it is empty, which is no working set: remove it, or choose another name")]
     Empty,
     /// There is no file, and none can be written.
     #[error("it could not be written")]
-    Write(#[source] Box<Fault>),
+    Write(#[source] Box<ImageFault>),
 }
 
 /// What to do about the working set.
@@ -84,10 +84,10 @@ impl WorkingSetPlan {
             ));
         };
         if bytes.is_empty() {
-            return Err(refused(WorkingSetFault::Empty));
+            return Err(refused(WorkingSetFileError::Empty));
         }
         if !bytes.starts_with(&MAGIC) {
-            return Err(refused(WorkingSetFault::Other(WorkingSetError::Magic)));
+            return Err(refused(WorkingSetFileError::OtherKind(WorkingSetError::Magic)));
         }
         let useless = match WorkingSet::decode(&bytes) {
             Err(error) => crate::error::chain(&error),
@@ -114,7 +114,7 @@ impl WorkingSetPlan {
 }
 
 /// Reads the file. Returns `None` if there is no file.
-fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
+fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFileError> {
     let file = match rustix::fs::open(
         path,
         OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
@@ -122,12 +122,12 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
     ) {
         Ok(file) => file,
         Err(Errno::NOENT) => return Ok(None),
-        Err(errno) => return Err(WorkingSetFault::Read(errno)),
+        Err(errno) => return Err(WorkingSetFileError::Read(errno)),
     };
-    let stat = rustix::fs::fstat(&file).map_err(WorkingSetFault::Read)?;
+    let stat = rustix::fs::fstat(&file).map_err(WorkingSetFileError::Read)?;
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() || size > MAX_SIZE {
-        return Err(WorkingSetFault::Kind(size));
+        return Err(WorkingSetFileError::NotAWorkingSet(size));
     }
     let mut bytes = vec![0; size as usize];
     let mut done = 0;
@@ -137,7 +137,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFault> {
             Ok(0) => break,
             Ok(count) => done += count,
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(WorkingSetFault::Read(errno)),
+            Err(errno) => return Err(WorkingSetFileError::Read(errno)),
         }
     }
     bytes.truncate(done);
@@ -188,12 +188,12 @@ impl WorkingSetRecorder {
     }
 
     /// Checks whether the file can be written, as far as that can be known now.
-    fn checked(self) -> Result<Self, WorkingSetFault> {
-        self.create().map(|_| self).map_err(|fault| WorkingSetFault::Write(fault.into()))
+    fn checked(self) -> Result<Self, WorkingSetFileError> {
+        self.create().map(|_| self).map_err(|fault| WorkingSetFileError::Write(fault.into()))
     }
 
     /// Creates the file. It gets its name only when it is complete.
-    fn create(&self) -> Result<NewFile, Fault> {
+    fn create(&self) -> Result<NewFile, ImageFault> {
         NewFile::create(&self.path, FileKind::WORKING_SET, self.replace)
     }
 
@@ -223,7 +223,7 @@ impl WorkingSetRecorder {
         Some(format!("working_set {} is not written: {why}", self.path.display()))
     }
 
-    fn try_write(&self, memory: &GuestMemory) -> Result<(), Fault> {
+    fn try_write(&self, memory: &GuestMemory) -> Result<(), ImageFault> {
         let named = |(at, run): &(usize, PageRange)| (memory.blocks()[*at].geometry.id, *run);
         let set = WorkingSet { image: self.image, runs: self.runs.iter().map(named).collect() };
         let file = self.create()?;

@@ -12,7 +12,7 @@
 
 use super::Hub;
 use crate::event::Event;
-use crate::session::vhost_user::Awaited;
+use crate::session::vhost_user::ExpectedReply;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
@@ -131,16 +131,16 @@ impl ConnectionState {
 
     /// Ends the connection at once.
     pub(super) fn close(&self) {
-        self.shut(rustix::net::Shutdown::Both);
+        self.shut_down(rustix::net::Shutdown::Both);
     }
 
     /// Ends the connection after the current request is answered and the last event is sent.
     pub(super) fn finish(&self) {
         self.announce();
-        self.shut(rustix::net::Shutdown::Read);
+        self.shut_down(rustix::net::Shutdown::Read);
     }
 
-    fn shut(&self, how: rustix::net::Shutdown) {
+    fn shut_down(&self, how: rustix::net::Shutdown) {
         self.closed.store(true, Ordering::Relaxed);
         // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.socket, how);
@@ -225,7 +225,8 @@ impl Connection {
             log::warn!("request {:#x} refused: {error}", frame.request);
             Some(refused(frame.request, error))
         } else {
-            Awaited::after(frame.request, frame.needs_reply(), true).refusal(frame.request, &error)
+            ExpectedReply::to_request(frame.request, frame.needs_reply(), true)
+                .refusal_reply(frame.request, &error)
         };
         self.send_answer(reply)
     }
@@ -277,7 +278,7 @@ impl Connection {
         let required = FrontendReq::try_from(frame.request).map_or(Role::Operator, required_role);
         if self.role(required == Role::Vmm) < required {
             let denied = RemoteError::new(ErrorCode::Denied, "another connection owns the memory");
-            return Awaited::of(&frame).refusal(frame.request, &denied);
+            return ExpectedReply::of(&frame).refusal_reply(frame.request, &denied);
         }
         self.hub.session.handle_vhost_user(frame)
     }
@@ -353,7 +354,7 @@ impl Connection {
             return Ok(());
         };
         subscription.due = now + subscription.interval;
-        let status = self.hub.session.lock().report();
+        let status = self.hub.session.lock().reported_status();
         let event = Frame::request(request::code::EVENT, status.encode(Encoder::new()).finish());
         match self.socket.send(&event, now) {
             // A client that does not read misses this event. An event is small, so it is sent whole
@@ -376,7 +377,7 @@ impl Drop for Ended<'_> {
             log::error!("a request of connection {} panicked", self.state.token);
         }
         self.state.close();
-        self.hub.session.release(self.state.token);
+        self.hub.session.connection_ended(self.state.token);
         self.hub.connection_ended(self.state.token);
     }
 }

@@ -162,7 +162,7 @@ impl Server {
     /// If the reactor fails.
     pub fn run(&mut self) -> io::Result<()> {
         let outcome = self.serve();
-        self.hub.session.wind_down();
+        self.hub.session.stop_and_join();
         self.end_connections();
         outcome
     }
@@ -176,7 +176,7 @@ impl Server {
                     LISTENER => self.accept(),
                     NOTIFY => self.announce(),
                     SIGNALS => self.stop(),
-                    token => self.hub.session.hung_up(token),
+                    token => self.hub.session.connection_hung_up(token),
                 }
             }
             self.resume_accepting();

@@ -31,7 +31,7 @@ use crate::event::Event;
 use crate::hooks::Hooks;
 use crate::job::{Job, RecoveryRequest, TooLate};
 use crate::memory::GuestMemory;
-use crate::session::shared::Retired;
+use crate::session::shared::DeferredDrop;
 use crate::tracking::TrackerChoice;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::waiting::may_wait;
@@ -66,7 +66,7 @@ pub struct Session {
     /// True while a thread waits for the VMM to resume the guest by force.
     resuming: bool,
     /// Values to drop after the lock is released.
-    retired: Vec<Retired>,
+    retired: Vec<DeferredDrop>,
 }
 
 /// The last job of an earlier session.
@@ -116,7 +116,7 @@ impl Session {
     }
 
     /// The status to report. If this VMM has had no job yet, it is that of the previous VMM's job.
-    pub fn report(&self) -> JobStatus {
+    pub fn reported_status(&self) -> JobStatus {
         let status = match (&self.job, &self.previous) {
             (None, PreviousJob::Ending(job, _)) => job.status(),
             (None, PreviousJob::Ended(status)) => (**status).clone(),
@@ -131,7 +131,7 @@ impl Session {
     fn retire_job(&mut self) {
         if let Some((job, thread)) = self.job.take() {
             let ended = PreviousJob::Ended(Box::new(job.status()));
-            self.retired.push(Retired::Job(job, thread));
+            self.retired.push(DeferredDrop::Job(job, thread));
             self.forget_previous(ended);
         }
     }
@@ -149,12 +149,12 @@ impl Session {
 
     fn forget_previous(&mut self, ended: PreviousJob) {
         if let PreviousJob::Ending(job, thread) = std::mem::replace(&mut self.previous, ended) {
-            self.retired.push(Retired::Job(job, thread));
+            self.retired.push(DeferredDrop::Job(job, thread));
         }
     }
 
     /// The session of the next VMM, after [`Session::end`]. It continues to count the jobs.
-    pub fn successor(&mut self) -> Self {
+    pub fn next_session(&mut self) -> Self {
         let before = match self.job.take() {
             Some((job, thread)) => PreviousJob::Ending(job, thread),
             None => std::mem::take(&mut self.previous),

@@ -208,7 +208,7 @@ impl SharedSession {
             Request::Cancel => self.lock().cancel(),
             Request::SetParameters { options } => self.lock().set_parameters(&options),
             Request::QueryStatus => {
-                let status = self.lock().report();
+                let status = self.lock().reported_status();
                 Ok(Success::Status(Box::new(status)))
             }
             // The server keeps the subscription; there is nothing for the session to do.
@@ -265,8 +265,8 @@ impl SharedSession {
         let populate = || memory.populate(ranges);
         let populated = match job {
             Some(job) => job
-                .populate_unless_frozen(populate)
-                .map_err(|frozen| RemoteError::new(frozen.code(), frozen))?,
+                .populate_if_allowed(populate)
+                .map_err(|refused| RemoteError::new(refused.code(), refused))?,
             None => populate(),
         };
         drop(populating);

@@ -6,7 +6,7 @@
 //! this file makes a new `GuestMemory` and puts it into the session. It refuses that while a job
 //! runs, so a job and its session always have the same memory.
 
-use super::shared::{Retired, SharedSession};
+use super::shared::{DeferredDrop, SharedSession};
 use super::{Session, invalid};
 use crate::memory::block::GuestLog;
 use crate::memory::current::CurrentAgent;
@@ -132,7 +132,7 @@ impl Session {
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
         let memory = memory.owned_by(self.memory.current.clone());
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
-        self.retired.push(Retired::Memory(before));
+        self.retired.push(DeferredDrop::Memory(before));
     }
 }
 

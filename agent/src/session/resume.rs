@@ -6,11 +6,11 @@
 //! The agent cannot know whether the guest runs at the destination. So only an operator may decide,
 //! who has looked at both sides. The steps:
 //!
-//! 1. A paused postcopy is abandoned, and the agent waits for its end ([`ABANDON_TIMEOUT`]).
+//! 1. A paused postcopy is abandoned, and the agent waits for its end (`ABANDON_TIMEOUT`).
 //! 2. The agent checks that the job is unconfirmed, and that no other request is resuming the
 //!    guest.
 //! 3. The agent asks the VMM to resume the guest, without holding the session's lock, and waits for
-//!    the answer ([`RESUME_TIMEOUT`]).
+//!    the answer (`RESUME_TIMEOUT`).
 //!
 //! If the VMM does not answer in time, the operator gets an error, and the VMM may still resume the
 //! guest later.
@@ -53,7 +53,7 @@ impl SharedSession {
         if session.job.as_ref().is_some_and(|(own, _)| own.is(&job)) {
             session.resuming = false;
             if asked.is_ok() {
-                job.resumed_by_force();
+                job.set_resumed_by_force();
                 session.retire_job();
             }
         }

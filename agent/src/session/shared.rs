@@ -155,14 +155,14 @@ impl SharedSession {
     /// To be called when the other side has closed a connection. A request of it may still be
     /// running. If it is the connection of the VMM, this cancels the job now, because that request
     /// may be waiting for the job.
-    pub fn hung_up(&self, connection: u64) {
+    pub fn connection_hung_up(&self, connection: u64) {
         if self.is_owner(connection) {
             self.lock().end();
         }
     }
 
     /// To be called when a connection and its last request have ended.
-    pub fn release(&self, connection: u64) {
+    pub fn connection_ended(&self, connection: u64) {
         let mut locked = self.lock();
         if locked.state.owner.as_ref().is_none_or(|owner| owner.connection != connection) {
             return;
@@ -171,16 +171,16 @@ impl SharedSession {
         locked.state.owner = None;
         // The job ends on its own thread. It keeps the memory with which it was started.
         locked.end();
-        let next = locked.successor();
+        let next = locked.next_session();
         let before = std::mem::replace(&mut locked.state.session, next);
-        locked.retired.push(Retired::Session(Box::new(before)));
+        locked.retired.push(DeferredDrop::Session(Box::new(before)));
         drop(locked);
         self.released.notify_all();
     }
 
     /// Cancels the job and waits until it has ended, so that it can undo what it has changed in the
     /// VMM. Waits also for a job whose VMM is gone, because it may be about to send the commit.
-    pub fn wind_down(&self) {
+    pub fn stop_and_join(&self) {
         may_wait("wait for the jobs to end");
         let mut locked = self.lock();
         locked.stop();
@@ -195,7 +195,7 @@ impl SharedSession {
 /// A value that the session does not use any more. To drop it may join a thread or free a guest's
 /// memory, and can take any time.
 #[derive(Debug)]
-pub(super) enum Retired {
+pub(super) enum DeferredDrop {
     /// A job that has ended.
     Job(SessionJob, Option<JoinHandle<()>>),
     /// Memory that was replaced.
@@ -207,7 +207,7 @@ pub(super) enum Retired {
 /// The thread that drops the values that the session does not use any more. The drop of this type
 /// joins the thread.
 struct DropThread {
-    retired: Option<Sender<Retired>>,
+    retired: Option<Sender<DeferredDrop>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -225,18 +225,18 @@ impl DropThread {
         Ok(Self { retired: Some(retired), thread: Some(thread) })
     }
 
-    fn drop_on_thread(&self, retired: Retired) {
+    fn drop_on_thread(&self, retired: DeferredDrop) {
         // Fails only if the thread has panicked. Then the value is dropped here.
         let _ = self.retired.as_ref().map(|sender| sender.send(retired));
     }
 }
 
-fn drop_all(next: Receiver<Retired>) {
+fn drop_all(next: Receiver<DeferredDrop>) {
     for retired in next {
         match retired {
-            Retired::Job(job, thread) => join(&job, thread),
-            Retired::Memory(memory) => drop(memory),
-            Retired::Session(session) => drop(session),
+            DeferredDrop::Job(job, thread) => join(&job, thread),
+            DeferredDrop::Memory(memory) => drop(memory),
+            DeferredDrop::Session(session) => drop(session),
         }
     }
 }
@@ -297,7 +297,7 @@ mod tests {
             [Request::Discard { flags: 1, ranges: ranges.clone() }, Request::Populate { ranges }]
         {
             // A snapshot holds this lock while it takes its instant.
-            let instant = memory.marking.hold();
+            let instant = memory.marking.lock();
             let changes = memory.changes();
             std::thread::scope(|scope| {
                 let waiting = scope.spawn(|| ask(&session, Role::Vmm, &request, Vec::new()));
@@ -331,17 +331,17 @@ mod tests {
         assert_eq!(session.role(2, &second, true), Role::Operator, "the first lives");
         // The first VMM closes the connection while a request of it is running.
         drop(first_vmm);
-        session.hung_up(1);
+        session.connection_hung_up(1);
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let next =
                 scope.spawn(|| (session.role(2, &second, true), ended.load(Ordering::SeqCst)));
             ended.store(true, Ordering::SeqCst);
-            session.release(1);
+            session.connection_ended(1);
             assert_eq!(next.join().unwrap(), (Role::Vmm, true));
         });
         assert!(session.lock().memory.blocks().is_empty(), "its memory is its own");
-        session.release(1);
+        session.connection_ended(1);
         assert_eq!(session.role(2, &second, false), Role::Vmm);
     }
 
@@ -365,8 +365,8 @@ mod tests {
             locked.run_job(SessionJob::Snapshot(job.clone()), run).unwrap();
             job
         };
-        session.hung_up(1);
-        session.release(1);
+        session.connection_hung_up(1);
+        session.connection_ended(1);
         let fence = rustix::fs::memfd_create("fence", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fence, FENCE_BYTES).unwrap();
         let hello =

@@ -18,7 +18,7 @@ use crate::outgoing::connect::Target;
 use crate::outgoing::job::OutgoingJob;
 use crate::restore::RestorePlan;
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
-use crate::snapshot::Plan;
+use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
 use crate::transport::{Address, Listener};
 use pageferry_protocol::control::job::{
@@ -51,7 +51,7 @@ impl SharedSession {
         let job = session.new_job(JobKind::Incoming, options.into())?;
         let job = IncomingJob::new(job, options.clone()).map_err(no_job)?;
         // The guest is not here yet, so the VMM must not change what it will hold.
-        job.start_frozen();
+        job.start_refusing_populates();
         // No tracker sees what the job writes.
         session.end_checkpoint("a guest came by a migration");
         let (checkpoint, job) = (session.checkpoint.clone(), Arc::new(job));
@@ -273,7 +273,7 @@ impl Session {
         let job = self.new_job(JobKind::Snapshot, (&options).into())?;
         let (trackers, checkpoint) = (self.trackers.clone(), self.checkpoint.clone());
         let reply = JobStarted { job: job.id, address: path.clone() };
-        let plan = Plan { path: path.into(), options, trackers, checkpoint };
+        let plan = SnapshotPlan { path: path.into(), options, trackers, checkpoint };
         self.run_job(SessionJob::Snapshot(job.clone()), move || crate::snapshot::run(&job, &plan))?;
         Ok(Success::Started(reply))
     }
@@ -292,7 +292,7 @@ impl Session {
         let asks_first = role == Role::Operator;
         if !asks_first {
             // The guest is not here yet, so the VMM must not change what it will hold.
-            job.start_frozen();
+            job.start_refusing_populates();
         }
         let before = match asks_first {
             true => RecordDiscards::FromPause,

@@ -34,41 +34,41 @@ pub struct Features {
 
 /// The reply that the front-end expects to a request, also if the request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Awaited {
+pub enum ExpectedReply {
     /// No reply. The front-end would take one for the reply to its next request.
-    Nothing,
+    None,
     /// A number of 64 bits; zero means success.
-    Acknowledgement,
+    Ack,
     /// The size and offset of the log that the back-end has mapped.
     Log,
 }
 
-impl Awaited {
+impl ExpectedReply {
     /// The reply that the front-end expects to `frame`.
     pub fn of(frame: &Frame) -> Self {
-        Self::after(frame.request, frame.needs_reply(), !frame.fds.is_empty())
+        Self::to_request(frame.request, frame.needs_reply(), !frame.fds.is_empty())
     }
 
-    /// As [`Awaited::of`], from the parts of the request. `has_fds` is true if the request has
-    /// descriptors.
-    pub fn after(request: u32, needs_reply: bool, has_fds: bool) -> Self {
+    /// As [`ExpectedReply::of`], from the parts of the request. `has_fds` is true if the request
+    /// has descriptors.
+    pub fn to_request(request: u32, needs_reply: bool, has_fds: bool) -> Self {
         // SET_LOG_BASE without a descriptor has no reply of its own.
         if request == FrontendReq::SET_LOG_BASE as u32 && has_fds {
             Self::Log
         } else if needs_reply || request == FrontendReq::GET_VRING_BASE as u32 {
-            Self::Acknowledgement
+            Self::Ack
         } else {
-            Self::Nothing
+            Self::None
         }
     }
 
     /// The reply that refuses request `code`; `None` if the front-end expects no reply.
-    pub fn refusal(self, code: u32, error: &RemoteError) -> Option<Frame> {
+    pub fn refusal_reply(self, code: u32, error: &RemoteError) -> Option<Frame> {
         log::warn!("vhost-user request {code} refused: {error}");
         let number = u64::from(error.code as u32).to_le_bytes();
         match self {
-            Self::Nothing => None,
-            Self::Acknowledgement => Some(Frame::reply(code, number.to_vec())),
+            Self::None => None,
+            Self::Ack => Some(Frame::reply(code, number.to_vec())),
             // The reply has the layout of the log: size, then offset. The size is zero, which no
             // front-end can take for success. The error code is in the place of the offset.
             Self::Log => Some(Frame::reply(code, [[0; 8], number].concat())),
@@ -94,13 +94,13 @@ impl Features {
 impl SharedSession {
     /// Handles a vhost-user request. Returns the reply; `None` if the front-end expects none.
     pub fn handle_vhost_user(&self, frame: Frame) -> Option<Frame> {
-        let awaited = Awaited::of(&frame);
+        let expected = ExpectedReply::of(&frame);
         let code = frame.request;
         match self.answer_vhost_user(frame) {
             Ok(Some(body)) => Some(Frame::reply(code, body)),
-            Ok(None) => (awaited == Awaited::Acknowledgement)
+            Ok(None) => (expected == ExpectedReply::Ack)
                 .then(|| Frame::reply(code, 0u64.to_le_bytes().to_vec())),
-            Err(error) => awaited.refusal(code, &error),
+            Err(error) => expected.refusal_reply(code, &error),
         }
     }
 

@@ -20,7 +20,7 @@
 //! Discarded pages need no fix-up here: whatever the trackers report of them, the image says that
 //! they are discarded. And a populate marks its pages in the log.
 
-use super::{Plan, is_increment};
+use super::{SnapshotPlan, is_increment};
 use crate::job::{Job, JobError};
 use crate::memory::GuestMemory;
 use crate::snapshot::SnapshotError;
@@ -58,7 +58,9 @@ struct TrackedChanges {
 impl Changes {
     /// For a snapshot that builds on the image `base`, unless that id is zero. With `track`, the
     /// next increment may build on this snapshot.
-    pub fn begin(job: &Job, plan: &Plan, base: ImageId, track: bool) -> Result<Self, JobError> {
+    pub fn begin(
+        job: &Job, plan: &SnapshotPlan, base: ImageId, track: bool,
+    ) -> Result<Self, JobError> {
         let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
         shared.stop_idle();
         let increment = is_increment(base);

@@ -9,7 +9,7 @@ pub enum SnapshotError {
     #[error(
         "block {id}: the host page size is {size:#x}, a background snapshot takes at most {limit:#x}: use mode paused"
     )]
-    LargeHostPage {
+    HostPageTooLarge {
         /// The block.
         id: u32,
         /// Size of a host page in bytes.

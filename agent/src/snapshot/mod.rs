@@ -5,7 +5,7 @@
 //! - [`changes`]: what has changed since the last image, for increments;
 //! - [`prepare`]: what is done before the instant, so that the guest is paused for a shorter time;
 //! - [`protect`]: write protection, set before the instant as far as possible;
-//! - [`protect_steps`]: the order of "protect a page" and "note that it is protected";
+//! - [`protect_ordering`]: the order of "protect a page" and "note that it is protected";
 //! - [`point_in_time`]: the instant, which decides which pages are saved;
 //! - [`write_faults`]: captures pages that the guest is about to write to;
 //! - [`sweep`]: captures all other pages;
@@ -21,7 +21,7 @@ pub mod image_sink;
 pub mod point_in_time;
 pub mod prepare;
 pub mod protect;
-pub mod protect_steps;
+pub mod protect_ordering;
 pub mod sweep;
 pub mod write_faults;
 
@@ -30,7 +30,7 @@ pub use error::SnapshotError;
 use crate::image::blocks::compare;
 use crate::image::chain::{MAX_IMAGES, lineage, name_of_base};
 use crate::image::writer::{Base, ImageMetadata};
-use crate::image::{Fault, ImageWriter};
+use crate::image::{ImageFault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
 use crate::tracking::checkpoint::SharedCheckpoint;
@@ -45,13 +45,13 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-// `protect_steps.rs` imports this from its parent, so that the model checker can use its own
+// `protect_ordering.rs` imports this from its parent, so that the model checker can use its own
 // version.
 use pageferry_protocol::shm::bitmap;
 
 /// What to save, and how.
 #[derive(Debug)]
-pub struct Plan {
+pub struct SnapshotPlan {
     /// The path of the image.
     pub path: PathBuf,
     /// The options of the request.
@@ -69,18 +69,18 @@ struct Saved {
 }
 
 /// Saves the guest of `job`, and ends the job.
-pub fn run(job: &Arc<Job>, plan: &Plan) {
+pub fn run(job: &Arc<Job>, plan: &SnapshotPlan) {
     let outcome = save(job, plan);
     job.finish(outcome);
 }
 
-fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
+fn save(job: &Arc<Job>, plan: &SnapshotPlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     if plan.options.mode == SnapshotMode::Background {
         WriteWatch::check_memory(job)?;
     }
     if let Some(id) = job.memory.block_of_file(&plan.path) {
-        return Err(Fault::IsGuestMemory { id }.of(&plan.path).into());
+        return Err(ImageFault::IsGuestMemory { id }.of(&plan.path).into());
     }
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
@@ -95,22 +95,22 @@ fn save(job: &Arc<Job>, plan: &Plan) -> Result<(), JobError> {
 }
 
 /// The image on which an increment builds. A full image gets a base without an id.
-fn find_base(job: &Job, plan: &Plan) -> Result<Base, JobError> {
+fn find_base(job: &Job, plan: &SnapshotPlan) -> Result<Base, JobError> {
     if plan.options.base.is_empty() {
         return Ok(Base::default());
     }
     let path = Path::new(&plan.options.base);
     let images = lineage(path)?;
-    let refused = |fault: Fault| JobError::from(fault.of(&plan.path));
+    let refused = |fault: ImageFault| JobError::from(fault.of(&plan.path));
     if images.len() >= MAX_IMAGES {
-        return Err(refused(Fault::ChainTooLong(MAX_IMAGES)));
+        return Err(refused(ImageFault::ChainTooLong(MAX_IMAGES)));
     }
     let over = images.iter().find(|image| is_same_file(image.path(), &plan.path));
     if let Some(image) = over {
-        return Err(refused(Fault::ReplacesBase { path: image.path().to_owned() }));
+        return Err(refused(ImageFault::ReplacesBase { path: image.path().to_owned() }));
     }
     compare(job.memory.table(), &images[0].contents().table, true)
-        .map_err(|source| refused(Fault::BaseBlocks { path: path.to_owned(), source }))?;
+        .map_err(|source| refused(ImageFault::BaseBlocks { path: path.to_owned(), source }))?;
     Ok(Base { id: images[0].header().id, name: name_of_base(path, &plan.path) })
 }
 
@@ -121,7 +121,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 
 /// Captures the memory and the VMM's state as of one instant.
 fn capture(
-    job: &Arc<Job>, plan: &Plan, writer: &Arc<ImageWriter>, changes: &mut Changes,
+    job: &Arc<Job>, plan: &SnapshotPlan, writer: &Arc<ImageWriter>, changes: &mut Changes,
 ) -> Result<Saved, JobError> {
     job.enter(Phase::Protecting);
     changes.sync(job)?;
@@ -169,7 +169,7 @@ fn capture(
     // All memory is read now. If this agent is still the current one, it was the current one all
     // the time. Then the guest did not run in the meantime: neither a guest that the VMM itself had
     // stopped, nor a guest whose writes nobody watched any more.
-    job.check_wanted()?;
+    job.check_vmm_connected()?;
     Ok(Saved { state, instant })
 }
 

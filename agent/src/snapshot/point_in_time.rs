@@ -47,7 +47,7 @@ impl PointInTime {
         let mut mode = watch.map(WriteWatch::hold_faults);
         watch.map_or(Ok(()), WriteWatch::check)?;
         writer.set_instant_to_now();
-        memory.marking.instant(|| {
+        memory.marking.take_instant(|| {
             let changed = changes.begin_epoch(std::mem::take(&mut prepared.later))?;
             for (at, block) in memory.blocks().iter().enumerate() {
                 for (word, bits) in block.discarded.nonzero_words(block.all()) {
@@ -78,7 +78,7 @@ impl PointInTime {
     /// # Errors
     /// If one of them failed.
     pub fn finish(&self) -> Result<(), JobError> {
-        self.job.memory.marking.end();
+        self.job.memory.marking.end_snapshot();
         Ok(self.copier.finish(&self.job.memory.readers)?)
     }
 }
@@ -87,6 +87,6 @@ impl Drop for PointInTime {
     fn drop(&mut self) {
         // Faults are handled even after a failure, but they must take no page any more.
         self.copier.stop_faults();
-        self.job.memory.marking.end();
+        self.job.memory.marking.end_snapshot();
     }
 }

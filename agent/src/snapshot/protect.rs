@@ -8,11 +8,12 @@
 //! those pages are left to protect that were written or allocated since. A guest that writes a lot
 //! is slowed down by its faults, so there are never many.
 //!
-//! The set `ahead` has the host pages that are certainly protected. [`super::protect_steps`] keeps
-//! it right: at the pause, when no fault is being handled, every page in the set is protected.
+//! The set `ahead` has the host pages that are certainly protected. [`super::protect_ordering`]
+//! keeps it right: at the pause, when no fault is being handled, every page in the set is
+//! protected.
 
 use super::prepare::Prepared;
-use super::protect_steps;
+use super::protect_ordering;
 use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
@@ -87,7 +88,7 @@ impl WatchState {
     /// If the registration is gone, or the kernel refuses.
     pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), CaptureError> {
         let page = PageRange::new(host_page, 1);
-        protect_steps::unprotect(self.ahead[at].bits(), page, || {
+        protect_ordering::unprotect(self.ahead[at].bits(), page, || {
             self.protection.unprotect(at, page)
         })
     }
@@ -124,7 +125,7 @@ impl WriteWatch {
                 return Err(SnapshotError::OnDisk { id }.into());
             }
             if size > MAX_POSTCOPY_HOST_PAGE {
-                return Err(SnapshotError::LargeHostPage {
+                return Err(SnapshotError::HostPageTooLarge {
                     id,
                     size,
                     limit: MAX_POSTCOPY_HOST_PAGE,
@@ -213,11 +214,11 @@ impl WriteWatch {
             self.job.check()?;
             self.check()?;
             count += run.count;
-            Ok(protect_steps::protect(noted, run, || protection.protect(at, run))?)
+            Ok(protect_ordering::protect(noted, run, || protection.protect(at, run))?)
         };
         for (word, bits) in wanted.nonzero_words(wanted.all()) {
             for next in
-                runs_of_word(word * WORD_BITS, protect_steps::not_protected(noted, word, bits))
+                runs_of_word(word * WORD_BITS, protect_ordering::not_protected(noted, word, bits))
             {
                 if next.first == run.end() && run.count < most {
                     run.count += next.count;

@@ -151,13 +151,13 @@ fn handle_faults(
 ) -> Result<(), CaptureError> {
     let uffd = &shared.protection.uffd;
     let mut faults = [0; MAX_FAULTS];
-    while wait(uffd, stop.as_fd()).map_err(CaptureError::Faults)? {
+    while wait(uffd, stop.as_fd()).map_err(CaptureError::ReadFaults)? {
         let since = Instant::now();
         // Locked before the faults are read: a thread that gets the lock after this one finds that
         // all faults that were read are handled.
         let mode = shared.mode();
         let read = uffd.read_faults(&mut faults);
-        let count = read.map_err(CaptureError::Faults)?;
+        let count = read.map_err(CaptureError::ReadFaults)?;
         for address in &faults[..count] {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
             // After an error the other faults are still handled.
@@ -217,7 +217,7 @@ fn wait_for_buffer(
         match free.recv_timeout(CHECK_INTERVAL) {
             Ok(bytes) => return Ok(Some(bytes)),
             Err(_) if is_lost() => return Err(CaptureError::GivenUp),
-            Err(_) if since.elapsed() >= limit => return Err(CaptureError::SlowImage { limit }),
+            Err(_) if since.elapsed() >= limit => return Err(CaptureError::SinkTimeout { limit }),
             Err(_) => {}
         }
     }

@@ -2,8 +2,8 @@
 
 //! A histogram of the time that faults wait, from the read of the fault to its answer.
 //!
-//! One thread reads a fault ([`Latency::waits`]) and puts its key and the time into a table.
-//! Another thread answers the fault ([`Latency::answered`]), takes it from the table and adds the
+//! One thread reads a fault ([`Latency::begin_wait`]) and puts its key and the time into a table.
+//! Another thread answers the fault ([`Latency::end_wait`]), takes it from the table and adds the
 //! time to the histogram. All parts are atomic counters: there is no lock and no allocation.
 //!
 //! The table has a fixed size, with room for more faults than a guest has vCPUs. If two waiting
@@ -62,7 +62,7 @@ impl Latency {
     }
 
     /// Records that the fault `key` was read at `since`, and waits for its answer.
-    pub fn waits(&self, key: u64, since: Instant) {
+    pub fn begin_wait(&self, key: u64, since: Instant) {
         let place = self.place(key);
         if place.key.load(Ordering::Relaxed) == 0 {
             place.since.store(self.nanos(since), Ordering::Relaxed);
@@ -71,7 +71,7 @@ impl Latency {
     }
 
     /// Records that the fault `key` was answered.
-    pub fn answered(&self, key: u64) {
+    pub fn end_wait(&self, key: u64) {
         let place = self.place(key);
         if place.key.load(Ordering::Acquire) != key + 1 {
             return;
@@ -165,11 +165,11 @@ mod tests {
         let since =
             Instant::now().checked_sub(Duration::from_millis(30)).unwrap_or_else(Instant::now);
         let latency = Latency { start: since, ..latency };
-        latency.waits(7, since);
-        latency.waits(7, Instant::now());
-        latency.answered(7);
-        latency.answered(7);
-        latency.answered(8);
+        latency.begin_wait(7, since);
+        latency.begin_wait(7, Instant::now());
+        latency.end_wait(7);
+        latency.end_wait(7);
+        latency.end_wait(8);
         assert!(latency.summary()[3] >= 30_000);
         assert_eq!(
             latency.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).sum::<u64>(),

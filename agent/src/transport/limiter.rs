@@ -84,11 +84,11 @@ impl Limiter {
         &self, bytes: usize, cancel: &Cancel, socket: &StreamSocket,
     ) -> Result<(), TransportError> {
         self.wait_with(bytes, |left| {
-            let until = socket.stop().cap(Instant::now() + left);
+            let until = socket.stop_deadline().cap(Instant::now() + left);
             if cancel.wait(&[(socket.as_fd(), PollFlags::RDHUP)], until)?[0] {
                 return Err(TransportError::Closed);
             }
-            if socket.stop().has_passed() {
+            if socket.stop_deadline().has_passed() {
                 return Err(TransportError::StopDeadlinePassed);
             }
             Ok(false)

@@ -69,25 +69,25 @@ impl StreamSocket {
     }
 
     /// The deadline of the guest's stop. It is set while the guest is paused for its hand-over.
-    pub fn stop(&self) -> &Deadline {
+    pub fn stop_deadline(&self) -> &Deadline {
         &self.stop
     }
 
     /// Ends both directions, and wakes the threads that read or write.
-    pub fn shut(&self) {
+    pub fn shut_down(&self) {
         // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
     }
 
     /// Ends the receiving direction, and wakes the threads that read. The peer of a UNIX socket
     /// cannot send any more; the peer of a TCP socket does not notice.
-    pub fn stop_reading(&self) {
+    pub fn end_receiving(&self) {
         // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read);
     }
 
     /// Ends the sending direction. The peer reads all that was sent, and then the end.
-    pub fn end(&self) {
+    pub fn end_sending(&self) {
         // Fails only if the socket is not connected any more.
         let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write);
     }

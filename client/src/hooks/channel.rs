@@ -113,7 +113,7 @@ impl HookChannel {
             };
             match handled {
                 Ok(()) => {}
-                Err(SocketError::Closed | SocketError::Cut { .. }) => self.end(hooks),
+                Err(SocketError::Closed | SocketError::ClosedInFrame { .. }) => self.end(hooks),
                 Err(source) => {
                     // It breaks the protocol.
                     self.context.link.give_up();

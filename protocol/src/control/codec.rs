@@ -11,7 +11,7 @@
 pub enum DecodeError {
     /// The body ends inside a field.
     #[error("body ends in field {field}: {needed} bytes needed, {left} left")]
-    Short {
+    TooShort {
         /// The field.
         field: &'static str,
         /// Bytes that the field takes.
@@ -21,13 +21,13 @@ pub enum DecodeError {
     },
     /// The body continues after the last field.
     #[error("body is {extra} bytes longer than its type")]
-    Long {
+    TrailingBytes {
         /// Bytes after the last field.
         extra: usize,
     },
     /// The value is not allowed.
     #[error("{field} is {value:#x}, allowed: {allowed}")]
-    Value {
+    InvalidValue {
         /// The field.
         field: &'static str,
         /// Its value.
@@ -37,7 +37,7 @@ pub enum DecodeError {
     },
     /// The duration is not allowed.
     #[error("{field} is {}, allowed: {allowed}", format_micros(*micros))]
-    Time {
+    InvalidDuration {
         /// The field.
         field: &'static str,
         /// Its value in microseconds.
@@ -47,7 +47,7 @@ pub enum DecodeError {
     },
     /// The text is too long.
     #[error("{field} has {length} bytes, allowed are {limit}")]
-    TextLength {
+    TextTooLong {
         /// The field.
         field: &'static str,
         /// Bytes of the text.
@@ -65,7 +65,7 @@ pub enum DecodeError {
     },
     /// The text is not UTF-8.
     #[error("{field} is not UTF-8")]
-    Text {
+    NotUtf8 {
         /// The field.
         field: &'static str,
     },
@@ -108,7 +108,7 @@ impl<'a> Decoder<'a> {
                 self.rest = rest;
                 Ok(head)
             }
-            None => Err(DecodeError::Short { field, needed: length, left: self.rest.len() }),
+            None => Err(DecodeError::TooShort { field, needed: length, left: self.rest.len() }),
         }
     }
 
@@ -164,7 +164,7 @@ impl<'a> Decoder<'a> {
     ) -> Result<u32, DecodeError> {
         match self.u32(field)? {
             value if value & !known == 0 => Ok(value),
-            value => Err(DecodeError::Value { field, value: value.into(), allowed }),
+            value => Err(DecodeError::InvalidValue { field, value: value.into(), allowed }),
         }
     }
 
@@ -175,10 +175,10 @@ impl<'a> Decoder<'a> {
     pub fn text(&mut self, field: &'static str, limit: usize) -> Result<&'a str, DecodeError> {
         let length = self.u32(field)?;
         if length as usize > limit {
-            return Err(DecodeError::TextLength { field, length, limit });
+            return Err(DecodeError::TextTooLong { field, length, limit });
         }
         let bytes = self.bytes(field, length as usize)?;
-        std::str::from_utf8(bytes).map_err(|_| DecodeError::Text { field })
+        std::str::from_utf8(bytes).map_err(|_| DecodeError::NotUtf8 { field })
     }
 
     /// All bytes that are left.
@@ -193,7 +193,7 @@ impl<'a> Decoder<'a> {
     pub fn finish(self) -> Result<(), DecodeError> {
         match self.rest.len() {
             0 => Ok(()),
-            extra => Err(DecodeError::Long { extra }),
+            extra => Err(DecodeError::TrailingBytes { extra }),
         }
     }
 }
@@ -258,7 +258,7 @@ impl Encoder {
 }
 
 /// Cuts a sentence to `limit` bytes at the boundary of a character, so that it fits its field.
-pub fn clip(sentence: &str, limit: usize) -> &str {
+pub fn truncate_text(sentence: &str, limit: usize) -> &str {
     let mut end = sentence.len().min(limit);
     while !sentence.is_char_boundary(end) {
         end -= 1;
@@ -287,21 +287,21 @@ mod tests {
     fn wrong_bodies_name_the_field() {
         assert_eq!(
             Decoder::new(&[0; 3]).u32("length"),
-            Err(DecodeError::Short { field: "length", needed: 4, left: 3 })
+            Err(DecodeError::TooShort { field: "length", needed: 4, left: 3 })
         );
-        assert_eq!(Decoder::new(&[0; 3]).finish(), Err(DecodeError::Long { extra: 3 }));
+        assert_eq!(Decoder::new(&[0; 3]).finish(), Err(DecodeError::TrailingBytes { extra: 3 }));
         let huge = Encoder::new().u32(u32::MAX).finish();
         let error = Decoder::new(&huge).text("name", 255).unwrap_err().to_string();
         assert_eq!(error, "name has 4294967295 bytes, allowed are 255");
         let lying = Encoder::new().u32(200).finish();
         assert!(matches!(
             Decoder::new(&lying).text("name", 255),
-            Err(DecodeError::Short { field: "name", .. })
+            Err(DecodeError::TooShort { field: "name", .. })
         ));
         let broken = Encoder::new().u32(1).u8(0xff).finish();
         assert_eq!(
             Decoder::new(&broken).text("name", 255),
-            Err(DecodeError::Text { field: "name" })
+            Err(DecodeError::NotUtf8 { field: "name" })
         );
     }
 
@@ -315,15 +315,16 @@ mod tests {
         ];
         for (micros, expected) in named {
             let error =
-                DecodeError::Time { field: "peer_timeout", micros, allowed: "any" }.to_string();
+                DecodeError::InvalidDuration { field: "peer_timeout", micros, allowed: "any" }
+                    .to_string();
             assert_eq!(error, format!("peer_timeout is {expected}, allowed: any"));
         }
     }
 
     #[test]
     fn clip_keeps_characters_whole() {
-        assert_eq!(clip("grün", 3), "gr");
-        assert_eq!(clip("grün", 4), "grü");
-        assert_eq!(clip("grün", 400), "grün");
+        assert_eq!(truncate_text("grün", 3), "gr");
+        assert_eq!(truncate_text("grün", 4), "grü");
+        assert_eq!(truncate_text("grün", 400), "grün");
     }
 }

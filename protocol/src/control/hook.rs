@@ -228,7 +228,7 @@ impl Hook {
             code::CLEAR_TRACKER => decode_clear(decoder),
             code::THROTTLE => match decoder.u32("percent") {
                 Ok(percent @ 0..=99) => Ok(Self::Throttle { percent }),
-                Ok(value) => Err(DecodeError::Value {
+                Ok(value) => Err(DecodeError::InvalidValue {
                     field: "percent",
                     value: value.into(),
                     allowed: "0 to 99",
@@ -269,7 +269,7 @@ fn decode_resume(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
 fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, DecodeError> {
     match decoder.u32(field)? {
         value @ 0..=1 => Ok(value == 1),
-        value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
+        value => Err(DecodeError::InvalidValue { field, value: value.into(), allowed: "0 or 1" }),
     }
 }
 
@@ -279,7 +279,7 @@ fn decode_sources(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
     let value = decoder.u32("sources")?;
     if value == 0 || value & !STARTABLE != 0 {
         let allowed = "bit 0, hooks, bit 1, write-protect, or both";
-        return Err(DecodeError::Value { field: "sources", value: value.into(), allowed });
+        return Err(DecodeError::InvalidValue { field: "sources", value: value.into(), allowed });
     }
     Trackers::from_wire("sources", value)
 }
@@ -289,14 +289,14 @@ fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
     let words = decoder.u32("words")?;
     let first = decoder.u64("first")?;
     if u64::from(words) * 64 > MAX_CLEAR_PAGES {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "words",
             value: words.into(),
             allowed: "at most 4096",
         });
     }
     if first % 64 != 0 {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "first",
             value: first,
             allowed: "multiples of 64",
@@ -320,12 +320,12 @@ mod tests {
         let words = Encoder::new().u64(1).u32(0).u32(u32::MAX).u64(0).finish();
         assert!(matches!(
             Hook::decode(code::CLEAR_TRACKER, &words).unwrap(),
-            Err(DecodeError::Value { field: "words", .. })
+            Err(DecodeError::InvalidValue { field: "words", .. })
         ));
         let pieces = Encoder::new().u64(1).u32(1).u64(u64::MAX).text("x").finish();
         assert!(matches!(
             Hook::decode(code::LOAD_STATE, &pieces).unwrap(),
-            Err(DecodeError::Value { field: "length of a piece", .. })
+            Err(DecodeError::InvalidValue { field: "length of a piece", .. })
         ));
     }
 
@@ -340,7 +340,8 @@ mod tests {
             let log = Trackers::LOG_IS_COMPLETE.bits();
             for value in [0, log, log | Trackers::HOOKS.bits(), 1 << 3, u32::MAX] {
                 let allowed = "bit 0, hooks, bit 1, write-protect, or both";
-                let refused = DecodeError::Value { field: "sources", value: value.into(), allowed };
+                let refused =
+                    DecodeError::InvalidValue { field: "sources", value: value.into(), allowed };
                 assert_eq!(decode(value), Err(refused));
             }
         }
@@ -356,7 +357,7 @@ mod tests {
             (code::RELINQUISH, &[7; 16], "release"),
         ] {
             let refused = Hook::decode(code, &body(before)).unwrap().unwrap_err();
-            assert_eq!(refused, DecodeError::Value { field, value: 2, allowed: "0 or 1" });
+            assert_eq!(refused, DecodeError::InvalidValue { field, value: 2, allowed: "0 or 1" });
         }
     }
 }

@@ -61,7 +61,7 @@ pub fn decode_state_reply(body: &[u8]) -> Result<Reply<SavedState>, DecodeError>
     decode_reply(after_sequence(body)?, |decoder| {
         let value = decoder.u32("guest")?;
         let allowed = "0 running, 1 paused";
-        let unknown = DecodeError::Value { field: "guest", value: value.into(), allowed };
+        let unknown = DecodeError::InvalidValue { field: "guest", value: value.into(), allowed };
         let guest = RunState::from_wire(value).ok_or(unknown)?;
         Ok(SavedState { guest, pieces: decode_pieces(decoder)? })
     })

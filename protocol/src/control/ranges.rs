@@ -44,14 +44,14 @@ pub(super) fn decode_ranges(
     let flags = decoder.flags("flags", known, allowed)?;
     let count = decoder.u32("count")? as usize;
     if count > MAX_RANGES {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "count",
             value: count as u64,
             allowed: "at most 43690 ranges",
         });
     }
     let bytes = decoder.bytes("ranges", count * RANGE_SIZE)?;
-    let ranges = <[WireRange]>::ref_from_bytes(bytes).map_err(|_| DecodeError::Short {
+    let ranges = <[WireRange]>::ref_from_bytes(bytes).map_err(|_| DecodeError::TooShort {
         field: "ranges",
         needed: count * RANGE_SIZE,
         left: bytes.len(),

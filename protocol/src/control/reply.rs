@@ -6,7 +6,7 @@
 //! returns follow. Any other code is an [`ErrorCode`]; a sentence follows that names the field and
 //! its value.
 
-use super::codec::{DecodeError, Decoder, Encoder, clip};
+use super::codec::{DecodeError, Decoder, Encoder, truncate_text};
 use super::job::{MAX_ADDRESS, MAX_SENTENCE};
 
 /// Why the agent, or a hook of the VMM, did not carry out a request.
@@ -78,9 +78,10 @@ pub type Reply<T> = Result<T, RemoteError>;
 pub fn encode_reply<T>(reply: &Reply<T>, fields: impl FnOnce(&T, Encoder) -> Encoder) -> Vec<u8> {
     match reply {
         Ok(value) => fields(value, Encoder::new().u32(0)).finish(),
-        Err(error) => {
-            Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish()
-        }
+        Err(error) => Encoder::new()
+            .u32(error.code as u32)
+            .text(truncate_text(&error.sentence, MAX_SENTENCE))
+            .finish(),
     }
 }
 
@@ -170,7 +171,7 @@ pub struct JobStarted {
 impl JobStarted {
     /// Adds the fields to a body.
     pub fn encode(&self, encoder: Encoder) -> Encoder {
-        encoder.u64(self.job).text(clip(&self.address, MAX_ADDRESS))
+        encoder.u64(self.job).text(truncate_text(&self.address, MAX_ADDRESS))
     }
 
     /// Reads the fields from a body.

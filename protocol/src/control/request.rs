@@ -367,7 +367,13 @@ fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let agent = match features & FEATURE_FENCE {
         0 => 0,
         _ => match decoder.u64("agent")? {
-            0 => return Err(DecodeError::Value { field: "agent", value: 0, allowed: "from 1" }),
+            0 => {
+                return Err(DecodeError::InvalidValue {
+                    field: "agent",
+                    value: 0,
+                    allowed: "from 1",
+                });
+            }
             number => number,
         },
     };
@@ -398,7 +404,7 @@ fn decode_trackers(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
     }
     let allowed =
         "at least one tracker; bit 2, log-is-complete, if every writer marks the shared log";
-    Err(DecodeError::Value { field: "sources", value: 0, allowed })
+    Err(DecodeError::InvalidValue { field: "sources", value: 0, allowed })
 }
 
 fn decode_recover(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
@@ -412,7 +418,7 @@ fn decode_subscribe(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
         value @ 10..=3_600_000 => {
             Ok(Request::Subscribe { interval: Duration::from_millis(value.into()) })
         }
-        value => Err(DecodeError::Value {
+        value => Err(DecodeError::InvalidValue {
             field: "interval",
             value: value.into(),
             allowed: "10 to 3600000 milliseconds",

@@ -25,7 +25,7 @@ pub enum SocketError {
     Closed,
     /// The other side closed the connection inside a frame.
     #[error("the connection ended inside a frame, {missing} bytes before its end")]
-    Cut {
+    ClosedInFrame {
         /// Bytes of the header or body that did not come.
         missing: usize,
     },
@@ -42,7 +42,7 @@ pub enum SocketError {
     Header(#[from] HeaderError),
     /// The connection ended, or accepted no more, inside a frame that this side was sending.
     #[error("the connection took {sent} of the {total} bytes of a frame")]
-    HalfSent {
+    PartlySent {
         /// Bytes that were sent.
         sent: usize,
         /// Bytes of the frame.
@@ -78,8 +78,8 @@ impl SocketError {
         match self {
             Self::Timeout { .. } | Self::LostFds { .. } | Self::Kernel(_) => true,
             Self::Closed
-            | Self::Cut { .. }
-            | Self::HalfSent { .. }
+            | Self::ClosedInFrame { .. }
+            | Self::PartlySent { .. }
             | Self::Header(_)
             | Self::TooManyFds { .. } => false,
         }
@@ -212,8 +212,8 @@ impl FrameSocket {
     /// Sends a whole frame. Waits for room until `deadline`.
     ///
     /// # Errors
-    /// If the connection ended or there is no room in time. [`SocketError::HalfSent`] if a part of
-    /// the frame was sent by then: drop the socket.
+    /// If the connection ended or there is no room in time. [`SocketError::PartlySent`] if a part
+    /// of the frame was sent by then: drop the socket.
     pub fn send(&self, frame: &Frame, deadline: Instant) -> Result<(), SocketError> {
         let fds: Vec<BorrowedFd<'_>> = frame.fds.iter().map(AsFd::as_fd).collect();
         self.send_parts(frame.request, frame.flags, &frame.body, &fds, deadline)
@@ -236,7 +236,7 @@ impl FrameSocket {
         let mut sent = 0;
         let failed = |sent: usize, error: SocketError| match sent {
             0 => error,
-            _ => SocketError::HalfSent { sent, total, source: Box::new(error) },
+            _ => SocketError::PartlySent { sent, total, source: Box::new(error) },
         };
         while sent < total {
             let head = &header.as_bytes()[sent.min(HEADER_SIZE)..];
@@ -284,7 +284,7 @@ impl FrameSocket {
             return Err(if self.have == 0 {
                 SocketError::Closed
             } else {
-                SocketError::Cut { missing }
+                SocketError::ClosedInFrame { missing }
             });
         };
         self.fds.extend(received.fds);
@@ -297,7 +297,7 @@ impl FrameSocket {
         self.lost_fds |= received.cut;
         match received.bytes {
             0 if self.have == 0 => Err(SocketError::Closed),
-            0 => Err(SocketError::Cut { missing }),
+            0 => Err(SocketError::ClosedInFrame { missing }),
             bytes => Ok(Some(bytes)),
         }
     }
@@ -401,7 +401,7 @@ mod tests {
         let (a, mut b) = pair();
         rustix::io::write(&a, &FrameHeader::new(5, 0, 3).as_bytes()[..7]).unwrap();
         drop(a);
-        assert!(matches!(b.recv(soon()), Err(SocketError::Cut { missing: 5 })));
+        assert!(matches!(b.recv(soon()), Err(SocketError::ClosedInFrame { missing: 5 })));
 
         let (a, mut b) = pair();
         rustix::io::write(&a, FrameHeader::new(5, 0, u32::MAX as usize).as_bytes()).unwrap();
@@ -431,7 +431,7 @@ mod tests {
         let error = a
             .send_parts(5, 0, &vec![0; crate::control::frame::MAX_BODY], &[], Instant::now())
             .unwrap_err();
-        assert!(matches!(&error, SocketError::HalfSent { sent, .. } if *sent > 0), "{error}");
+        assert!(matches!(&error, SocketError::PartlySent { sent, .. } if *sent > 0), "{error}");
         assert!(!error.keeps_framing());
         // And one of which nothing is sent leaves the socket in step.
         while a.send_parts(6, 0, &[], &[], Instant::now()).is_ok() {}

@@ -40,7 +40,7 @@ pub(crate) fn encode_pieces(pieces: &[PieceSize], encoder: Encoder) -> Encoder {
 pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>, DecodeError> {
     let count = decoder.u32("pieces")?;
     if count as usize > MAX_PIECES {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "pieces",
             value: count.into(),
             allowed: "at most 1024",
@@ -52,7 +52,11 @@ pub(crate) fn decode_pieces(decoder: &mut Decoder<'_>) -> Result<Vec<PieceSize>,
         total = total.saturating_add(length);
         if total > MAX_STATE {
             let allowed = "1 GiB in all pieces together";
-            return Err(DecodeError::Value { field: "length of a piece", value: length, allowed });
+            return Err(DecodeError::InvalidValue {
+                field: "length of a piece",
+                value: length,
+                allowed,
+            });
         }
         let name = decoder.text("name of a piece", MAX_PIECE_NAME)?;
         // A VMM finds its pieces by their names.

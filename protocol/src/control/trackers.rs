@@ -66,7 +66,7 @@ impl Trackers {
             return Ok(Self(value));
         }
         let allowed = "bit 0, hooks, bit 1, write-protect, and bit 2, log-is-complete";
-        Err(DecodeError::Value { field, value: value.into(), allowed })
+        Err(DecodeError::InvalidValue { field, value: value.into(), allowed })
     }
 }
 

@@ -55,7 +55,7 @@ pub fn decode_mem_table(body: &[u8]) -> Result<Vec<Region>, DecodeError> {
     let count = decoder.u32("num_regions")?;
     decoder.u32("padding")?;
     if count as usize > super::frame::MAX_FDS {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "num_regions",
             value: count.into(),
             allowed: "at most 32",

@@ -71,7 +71,7 @@ impl Contents {
         let mut decoder = Decoder::new(bytes);
         let count = decoder.u32("blocks")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "blocks",
                 value: count.into(),
                 allowed: "at most 512",
@@ -87,7 +87,7 @@ impl Contents {
             // those that the writer used.
             if table.blocks().last().is_some_and(|last: &BlockGeometry| gpa < last.gpa) {
                 let allowed = "at least that of the block before";
-                return Err(DecodeError::Value { field: "gpa", value: gpa, allowed }.into());
+                return Err(DecodeError::InvalidValue { field: "gpa", value: gpa, allowed }.into());
             }
             let granularity = decoder.u64("granularity")?;
             let name = decoder.text("name", MAX_NAME)?.to_owned();
@@ -153,7 +153,7 @@ mod tests {
             prop_assert_eq!(Contents::decode(&bytes), Ok(contents));
             prop_assert!(Contents::decode(&bytes[..cut.index(bytes.len())]).is_err());
             bytes.push(0);
-            let longer = ContentsError::Field(DecodeError::Long { extra: 1 });
+            let longer = ContentsError::Field(DecodeError::TrailingBytes { extra: 1 });
             prop_assert_eq!(Contents::decode(&bytes), Err(longer));
         }
     }

@@ -61,7 +61,7 @@ pub fn encode_states(words: impl IntoIterator<Item = StateWord>, into: &mut Vec<
 pub fn decode_states(
     bytes: &[u8], range: PageRange, increment: bool,
 ) -> Result<impl Iterator<Item = (u64, StateWord)> + '_, DecodeError> {
-    let refused = |field, value, allowed| Err(DecodeError::Value { field, value, allowed });
+    let refused = |field, value, allowed| Err(DecodeError::InvalidValue { field, value, allowed });
     let (words, rest) = bytes.as_chunks::<WORD_SIZE>();
     if !rest.is_empty() || words.len() as u64 != range.count.div_ceil(WORD_BITS) {
         return refused("length of the states", bytes.len() as u64, "16 bytes for each 64 pages");

@@ -83,7 +83,7 @@ impl WorkingSet {
         }
         let version = decoder.u32("version")?;
         if version != VERSION {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "version",
                 value: version.into(),
                 allowed: "1",
@@ -94,7 +94,9 @@ impl WorkingSet {
         let image = decoder.array("image")?;
         if count as usize > MAX_RUNS || count as usize * RUN != decoder.left().saturating_sub(4) {
             let allowed = "at most 2^20, and as many as the file holds";
-            return Err(DecodeError::Value { field: "runs", value: count.into(), allowed }.into());
+            return Err(
+                DecodeError::InvalidValue { field: "runs", value: count.into(), allowed }.into()
+            );
         }
         let mut run = |_| -> Result<_, DecodeError> {
             let block = decoder.u32("block")?;

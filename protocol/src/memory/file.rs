@@ -43,19 +43,19 @@ pub struct MemoryFile {
 pub enum MemoryFileError {
     /// Not a file of memory.
     #[error("memory fd is not a regular file or memfd (mode {mode:#o})")]
-    Kind {
+    NotARegularFile {
         /// `st_mode`.
         mode: u32,
     },
     /// The descriptor cannot both read and write.
     #[error("memory fd is open {mode}, allowed: O_RDWR")]
-    Access {
+    NotReadWrite {
         /// How it is open.
         mode: &'static str,
     },
     /// The descriptor has a flag that changes what reads or writes do.
     #[error("memory fd is open with {flag}: {why}; allowed: O_RDWR without it")]
-    Flag {
+    OpenFlag {
         /// The flag.
         flag: &'static str,
         /// What it would do.
@@ -71,7 +71,7 @@ pub enum MemoryFileError {
     },
     /// The file ends before the block does.
     #[error("file of {size:#x} bytes is shorter than fd_offset {offset:#x} + length {length:#x}")]
-    Short {
+    TooShort {
         /// Size of the file in bytes.
         size: u64,
         /// Offset of the block in bytes.
@@ -109,12 +109,12 @@ impl MemoryFile {
         let kernel = |what| move |source| MemoryFileError::Kernel { what, source };
         let stat = rustix::fs::fstat(fd).map_err(kernel("fstat"))?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(MemoryFileError::Kind { mode: stat.st_mode });
+            return Err(MemoryFileError::NotARegularFile { mode: stat.st_mode });
         }
         check_flags(rustix::fs::fcntl_getfl(fd).map_err(kernel("get the flags"))?)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(MemoryFileError::Short { size, offset, length });
+            return Err(MemoryFileError::TooShort { size, offset, length });
         }
         let statfs = rustix::fs::fstatfs(fd).map_err(kernel("fstatfs"))?;
         // The field's type differs between architectures; the magic is 32 bits on all.
@@ -141,13 +141,13 @@ impl MemoryFile {
 /// something else.
 fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
     if flags.contains(OFlags::PATH) {
-        return Err(MemoryFileError::Access { mode: "O_PATH" });
+        return Err(MemoryFileError::NotReadWrite { mode: "O_PATH" });
     }
     match flags & OFlags::ACCMODE {
         OFlags::RDWR => {}
-        OFlags::RDONLY => return Err(MemoryFileError::Access { mode: "O_RDONLY" }),
-        OFlags::WRONLY => return Err(MemoryFileError::Access { mode: "O_WRONLY" }),
-        _ => return Err(MemoryFileError::Access { mode: "with access mode 3" }),
+        OFlags::RDONLY => return Err(MemoryFileError::NotReadWrite { mode: "O_RDONLY" }),
+        OFlags::WRONLY => return Err(MemoryFileError::NotReadWrite { mode: "O_WRONLY" }),
+        _ => return Err(MemoryFileError::NotReadWrite { mode: "with access mode 3" }),
     }
     let refused = [
         (
@@ -162,7 +162,7 @@ fn check_flags(flags: OFlags) -> Result<(), MemoryFileError> {
         ),
     ];
     match refused.into_iter().find(|(flag, ..)| flags.contains(*flag)) {
-        Some((_, flag, why)) => Err(MemoryFileError::Flag { flag, why }),
+        Some((_, flag, why)) => Err(MemoryFileError::OpenFlag { flag, why }),
         None => Ok(()),
     }
 }
@@ -219,10 +219,10 @@ mod tests {
             error.to_string(),
             "file of 0x4000 bytes is shorter than fd_offset 0x1000 + length 0x4000"
         );
-        assert!(matches!(check(&memfd(4), u64::MAX, 2), Err(MemoryFileError::Short { .. })));
+        assert!(matches!(check(&memfd(4), u64::MAX, 2), Err(MemoryFileError::TooShort { .. })));
         assert!(matches!(check(&memfd(4), 1, PAGE_SIZE), Err(MemoryFileError::Unaligned { .. })));
         let (pipe, _write) = rustix::pipe::pipe().unwrap();
-        assert!(matches!(check(&pipe, 0, 0), Err(MemoryFileError::Kind { .. })));
+        assert!(matches!(check(&pipe, 0, 0), Err(MemoryFileError::NotARegularFile { .. })));
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(PAGE_SIZE).unwrap();
     }
@@ -268,7 +268,7 @@ mod tests {
         rustix::fs::fcntl_setfl(&append, OFlags::APPEND).unwrap();
         assert!(matches!(
             check(&append, 0, PAGE_SIZE),
-            Err(MemoryFileError::Flag { flag: "O_APPEND", .. })
+            Err(MemoryFileError::OpenFlag { flag: "O_APPEND", .. })
         ));
     }
 }

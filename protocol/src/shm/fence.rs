@@ -145,6 +145,9 @@ mod tests {
     fn a_file_that_is_too_short_is_refused() {
         let fd = memfd_create("fence", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, 7).unwrap();
-        assert!(matches!(FenceView::map(fd.as_fd(), 1), Err(MappingError::Short { size: 7, .. })));
+        assert!(matches!(
+            FenceView::map(fd.as_fd(), 1),
+            Err(MappingError::TooShort { size: 7, .. })
+        ));
     }
 }

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub enum MappingError {
     /// The file ends before the mapping would.
     #[error("file of {size:#x} bytes is shorter than offset {offset:#x} + length {length:#x}")]
-    Short {
+    TooShort {
         /// Size of the file in bytes.
         size: u64,
         /// Offset of the mapping in bytes.
@@ -30,16 +30,16 @@ pub enum MappingError {
     },
     /// The descriptor is not open for both reading and writing.
     #[error("fd is not open for reading and writing (O_RDWR)")]
-    Access,
+    NotReadWrite,
     /// The offset is not a multiple of the page size.
     #[error("offset {offset:#x} is not a multiple of the page size")]
-    Offset {
+    UnalignedOffset {
         /// Offset of the mapping in bytes.
         offset: u64,
     },
     /// The length is zero or not addressable.
     #[error("length {length:#x} cannot be mapped")]
-    Length {
+    InvalidLength {
         /// Length in bytes.
         length: u64,
     },
@@ -104,7 +104,7 @@ impl MappedWords {
             .map_err(|source| MappingError::Kernel { length, source })?;
         // All else that may be set on it, such as O_APPEND, changes nothing for a mapping.
         if flags.contains(OFlags::PATH) || flags & OFlags::ACCMODE != OFlags::RDWR {
-            return Err(MappingError::Access);
+            return Err(MappingError::NotReadWrite);
         }
         Self::map_shared(fd, offset, length, ProtFlags::READ | ProtFlags::WRITE)
     }
@@ -113,13 +113,13 @@ impl MappedWords {
         fd: BorrowedFd<'_>, offset: u64, length: u64, protection: ProtFlags,
     ) -> Result<Self, MappingError> {
         if !offset.is_multiple_of(crate::memory::PAGE_SIZE) {
-            return Err(MappingError::Offset { offset });
+            return Err(MappingError::UnalignedOffset { offset });
         }
         let kernel = |source| MappingError::Kernel { length, source };
         let stat = rustix::fs::fstat(fd).map_err(kernel)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(MappingError::Short { size, offset, length });
+            return Err(MappingError::TooShort { size, offset, length });
         }
         let bytes = addressable(length.next_multiple_of(8))?;
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
@@ -176,7 +176,7 @@ impl ReadOnlyWord {
 fn addressable(length: u64) -> Result<usize, MappingError> {
     match usize::try_from(length) {
         Ok(bytes) if bytes > 0 && bytes <= isize::MAX as usize => Ok(bytes),
-        _ => Err(MappingError::Length { length }),
+        _ => Err(MappingError::InvalidLength { length }),
     }
 }
 

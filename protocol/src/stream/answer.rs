@@ -3,7 +3,7 @@
 //! The answer of the destination to a hello, and errors of both sides.
 
 use super::hello::STREAM_VERSION;
-use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
+use crate::control::codec::{DecodeError, Decoder, Encoder, truncate_text};
 use crate::control::job::MAX_SENTENCE;
 use crate::control::reply::{ErrorCode, RemoteError};
 use crate::memory::{MAX_BLOCKS, PAGE_SIZE};
@@ -36,7 +36,7 @@ impl Accept {
         let mut decoder = Decoder::new(payload);
         let version = decoder.u16("version")?;
         if version != STREAM_VERSION {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "version",
                 value: version.into(),
                 allowed: "1",
@@ -45,7 +45,7 @@ impl Accept {
         let features = decoder.u64("features")?;
         let count = decoder.u32("host_pages")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "host_pages",
                 value: count.into(),
                 allowed: "at most 512",
@@ -53,7 +53,7 @@ impl Accept {
         }
         let host_page = |_| match decoder.u64("host page")? {
             size if size.is_power_of_two() && size >= PAGE_SIZE => Ok(size),
-            value => Err(DecodeError::Value {
+            value => Err(DecodeError::InvalidValue {
                 field: "host page",
                 value,
                 allowed: "powers of two from 4096",
@@ -67,7 +67,10 @@ impl Accept {
 
 /// The payload of a reject or error record.
 pub fn encode_error(error: &RemoteError) -> Vec<u8> {
-    Encoder::new().u32(error.code as u32).text(clip(&error.sentence, MAX_SENTENCE)).finish()
+    Encoder::new()
+        .u32(error.code as u32)
+        .text(truncate_text(&error.sentence, MAX_SENTENCE))
+        .finish()
 }
 
 /// Reads the payload of a reject or error record.
@@ -95,7 +98,7 @@ mod tests {
             let refused =
                 Accept::decode(&Accept { host_pages: vec![4096, size], ..accept.clone() }.encode());
             assert!(
-                matches!(refused, Err(DecodeError::Value { field: "host page", .. })),
+                matches!(refused, Err(DecodeError::InvalidValue { field: "host page", .. })),
                 "{size}"
             );
         }

@@ -138,7 +138,7 @@ impl Hello {
         let stream = decoder.u16("stream")?;
         let streams = decoder.u16("streams")?;
         if streams == 0 || streams > MAX_STREAMS {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "streams",
                 value: streams.into(),
                 allowed: "1 to 64",
@@ -146,7 +146,7 @@ impl Hello {
             .into());
         }
         if stream >= streams {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "stream",
                 value: stream.into(),
                 allowed: "less than streams",
@@ -159,18 +159,23 @@ impl Hello {
         let urgent = decoder.u16("urgent")?;
         if urgent >= streams || (urgent == 0 && features & FEATURE_POSTCOPY != 0) {
             let allowed = "less than streams, and at least 1 with postcopy";
-            return Err(
-                DecodeError::Value { field: "urgent", value: urgent.into(), allowed }.into()
-            );
+            return Err(DecodeError::InvalidValue {
+                field: "urgent",
+                value: urgent.into(),
+                allowed,
+            }
+            .into());
         }
         let flags = decoder.u16("flags")?;
         if flags & !(HELLO_RECOVER | HELLO_ACKNOWLEDGE) != 0 {
             let allowed = "bit 0, recover, and bit 1, acknowledge";
-            return Err(DecodeError::Value { field: "flags", value: flags.into(), allowed }.into());
+            return Err(
+                DecodeError::InvalidValue { field: "flags", value: flags.into(), allowed }.into()
+            );
         }
         let count = decoder.u32("blocks")?;
         if count as usize > MAX_BLOCKS {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "blocks",
                 value: count.into(),
                 allowed: "at most 512",
@@ -273,7 +278,7 @@ mod tests {
         let stream = Hello { stream: 4, ..hello(table(&[])) }.encode();
         assert!(matches!(
             Hello::decode(&stream),
-            Err(HelloError::Decode(DecodeError::Value { field: "stream", .. }))
+            Err(HelloError::Decode(DecodeError::InvalidValue { field: "stream", .. }))
         ));
         for urgent in [0, 4, u16::MAX] {
             let wrong = Hello { urgent, ..hello(table(&[])) }.encode();
@@ -281,7 +286,7 @@ mod tests {
             assert!(
                 matches!(
                     refused,
-                    Err(HelloError::Decode(DecodeError::Value { field: "urgent", .. }))
+                    Err(HelloError::Decode(DecodeError::InvalidValue { field: "urgent", .. }))
                 ),
                 "{urgent}"
             );

@@ -32,7 +32,7 @@ pub fn encode_bitmap(words: impl IntoIterator<Item = u64>) -> Vec<u8> {
 pub fn decode_bitmap(
     payload: &[u8], range: PageRange, block_pages: u64,
 ) -> Result<impl Iterator<Item = (u64, u64)> + '_, DecodeError> {
-    let refused = |field, value, allowed| Err(DecodeError::Value { field, value, allowed });
+    let refused = |field, value, allowed| Err(DecodeError::InvalidValue { field, value, allowed });
     if !range.first.is_multiple_of(WORD_BITS) || !range.fits(block_pages) {
         return refused("first page", range.first, "multiples of 64 with a range within the block");
     }
@@ -71,7 +71,7 @@ pub fn decode_runs(
     payload: &[u8], block_pages: u64,
 ) -> Result<impl Iterator<Item = PageRange> + '_, DecodeError> {
     if !payload.len().is_multiple_of(RUN_SIZE) {
-        return Err(DecodeError::Value {
+        return Err(DecodeError::InvalidValue {
             field: "payload length",
             value: payload.len() as u64,
             allowed: "multiples of 16 in a list of runs",
@@ -79,7 +79,7 @@ pub fn decode_runs(
     }
     if payload.len() > MAX_RUNS * RUN_SIZE {
         let value = (payload.len() / RUN_SIZE) as u64;
-        return Err(DecodeError::Value { field: "runs", value, allowed: "at most 65536" });
+        return Err(DecodeError::InvalidValue { field: "runs", value, allowed: "at most 65536" });
     }
     let runs = || {
         payload.chunks_exact(RUN_SIZE).map(|run| {
@@ -91,7 +91,7 @@ pub fn decode_runs(
         })
     };
     match runs().find(|run| run.is_empty() || !run.fits(block_pages)) {
-        Some(run) => Err(DecodeError::Value {
+        Some(run) => Err(DecodeError::InvalidValue {
             field: "run",
             value: run.first,
             allowed: "runs of at least one page within the block",
@@ -131,7 +131,7 @@ impl<'a> StatePart<'a> {
         let mut decoder = Decoder::new(payload);
         let length = decoder.u64("length")?;
         if length > MAX_STATE {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "length",
                 value: length,
                 allowed: "at most 1 GiB",
@@ -141,7 +141,7 @@ impl<'a> StatePart<'a> {
         let name = decoder.text("name", MAX_PIECE_NAME)?;
         let bytes = decoder.remainder();
         if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > length) {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "offset",
                 value: offset,
                 allowed: "parts within the piece",
@@ -233,7 +233,7 @@ mod tests {
         let good = encode_bitmap(words);
         assert!(decode_bitmap(&good, range, 194).unwrap().eq([(1, 5), (2, u64::MAX), (3, 0b11)]));
         let refused = |payload: &[u8], range, pages| match decode_bitmap(payload, range, pages) {
-            Err(DecodeError::Value { field, .. }) => field,
+            Err(DecodeError::InvalidValue { field, .. }) => field,
             other => panic!("{:?}", other.map(Iterator::collect::<Vec<_>>)),
         };
         assert_eq!(refused(&good[8..], range, 194), "payload length");
@@ -259,7 +259,7 @@ mod tests {
         let part = StatePart { name: "x", length: 3, offset: 1, bytes: b"123" };
         assert!(matches!(
             StatePart::decode(&part.encode()),
-            Err(DecodeError::Value { field: "offset", .. })
+            Err(DecodeError::InvalidValue { field: "offset", .. })
         ));
     }
 }

@@ -74,7 +74,7 @@ pub fn control_frame(data: &[u8]) -> bool {
                 assert!(rest.is_empty(), "{} bytes more", rest.len());
                 return frames > 0;
             }
-            Err(SocketError::Cut { missing }) => {
+            Err(SocketError::ClosedInFrame { missing }) => {
                 let size = FrameHeader::read_from_prefix(rest)
                     .map_or(0, |(header, _)| header.size.get() as usize);
                 assert_eq!(rest.len() + missing, HEADER_SIZE + size);

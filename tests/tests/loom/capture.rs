@@ -9,7 +9,7 @@
 //! The model fails if a page is read while it changes or after it did, if it is captured twice or
 //! not at all, and if the guest waits for ever.
 
-use crate::memory::capture_steps::{before_punch, before_unregister, before_write, capture};
+use crate::memory::capture_ordering::{before_punch, before_unregister, before_write, capture};
 use crate::memory::fence::{FAULTS, Readers, SESSION};
 use crate::shm::bitmap::{Bitmap, WORD_BITS};
 use loom::cell::UnsafeCell;

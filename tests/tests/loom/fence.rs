@@ -4,7 +4,7 @@
 //! `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
 //! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
 
-use crate::memory::capture_steps::{after_punch, before_punch};
+use crate::memory::capture_ordering::{after_punch, before_punch};
 use crate::memory::fence::Readers;
 use crate::shm::bitmap::Bitmap;
 use loom::cell::UnsafeCell;

@@ -7,10 +7,10 @@
 
 mod bitmap;
 mod capture;
-mod fault_steps;
+mod fault_ordering;
 mod fence;
 mod marking;
-mod protect_steps;
+mod protect_ordering;
 
 #[path = "../../../protocol/src/shm"]
 mod shm {
@@ -33,8 +33,8 @@ mod memory {
         pub(crate) use loom::thread::yield_now;
         pub(crate) use std::sync::PoisonError;
     }
-    pub(crate) mod capture_steps;
-    pub(crate) mod fault_steps;
+    pub(crate) mod capture_ordering;
+    pub(crate) mod fault_ordering;
     pub(crate) mod fence;
     pub(crate) mod marking;
 }
@@ -43,5 +43,5 @@ mod memory {
 mod snapshot {
     pub(crate) use super::shm::bitmap;
     #[allow(dead_code, unreachable_pub, reason = "it is all of the agent's file")]
-    pub(crate) mod protect_steps;
+    pub(crate) mod protect_ordering;
 }

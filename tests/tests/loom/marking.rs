@@ -4,7 +4,7 @@
 //! they mark, look and read. What runs here are the agent's own lock of marks and its own steps of
 //! capturing, with loom's in the place of the standard atomics and locks.
 
-use crate::memory::capture_steps::{before_punch, capture};
+use crate::memory::capture_ordering::{before_punch, capture};
 use crate::memory::fence::{Readers, SESSION};
 use crate::memory::marking::Marking;
 use crate::shm::bitmap::Bitmap;
@@ -94,7 +94,7 @@ impl Guest {
             pending = Some(found.clone());
             Ok::<_, Infallible>(found)
         };
-        self.marking.instant(find).unwrap();
+        self.marking.take_instant(find).unwrap();
         let as_in_base = saved == Saved::AsInTheBase;
         assert!(!as_in_base || self.at_instant.load(Relaxed) == 0, "it is not as in the base");
         self.capture(WORKER, &pending.unwrap());
@@ -102,7 +102,8 @@ impl Guest {
     }
 
     fn discard(&self) {
-        let (_, capturing) = self.marking.discard(|| self.discarded.set(PageRange::new(PAGE, 1)));
+        let (_, capturing) =
+            self.marking.mark_discarded(|| self.discarded.set(PageRange::new(PAGE, 1)));
         let rescue = || {
             if let Some(pending) = &capturing {
                 self.capture(SESSION, pending);
@@ -113,7 +114,7 @@ impl Guest {
     }
 
     fn populate(&self) {
-        let _marking = self.marking.hold();
+        let _marking = self.marking.lock();
         self.discarded.take(PageRange::new(PAGE, 1), |word, bits| {
             self.log.or_word(word, bits);
         });

@@ -73,9 +73,9 @@ fn a_merged_image_can_replace_the_newest_of_its_chain() {
     let before = Image::open(&path("one")).unwrap();
 
     let error = merge(&path("one"), &path("one"), false, 2, &quiet).unwrap_err();
-    assert!(matches!(error.fault, Fault::Exists), "{}", sentence(&error));
+    assert!(matches!(error.fault, ImageFault::Exists), "{}", sentence(&error));
     let error = merge(&path("one"), &path("full"), false, 2, &quiet).unwrap_err();
-    assert!(matches!(error.fault, Fault::Exists), "{}", sentence(&error));
+    assert!(matches!(error.fault, ImageFault::Exists), "{}", sentence(&error));
     merge(&path("one"), &path("one"), true, 2, &quiet).unwrap();
     std::fs::remove_file(path("full")).unwrap();
 

@@ -58,8 +58,12 @@ impl Assembly {
                 continue;
             }
             let part = rest.intersection(&PageRange::new(host_page * unit, unit));
-            let torn =
-                |open| IncomingError::Torn { id, first: part.first, count: part.count, open };
+            let torn = |open| IncomingError::HostPageInterrupted {
+                id,
+                first: part.first,
+                count: part.count,
+                open,
+            };
             match self.open {
                 None => self.start(at, host_page, unit),
                 Some(open) if open == (at, host_page) => {}

@@ -117,7 +117,7 @@ impl Batch {
                 log::debug!("a request was not sent: {}", crate::error::chain(&error));
                 // A part of it may have been sent. Shutting the stream makes its reader fail, and
                 // the pages are requested again after the recovery.
-                stream.shut();
+                stream.shut_down();
             }
             records.clear();
         }

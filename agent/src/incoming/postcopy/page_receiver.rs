@@ -83,9 +83,9 @@ impl StreamGroup<'_> {
         // there.
         let (primary, others) =
             self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
-        others.iter().for_each(StreamSocket::shut);
+        others.iter().for_each(StreamSocket::shut_down);
         if let Some(primary) = primary {
-            if nothing_to_tell { primary.shut() } else { primary.stop_reading() }
+            if nothing_to_tell { primary.shut_down() } else { primary.end_receiving() }
         }
         self.missing_pages.release_waiters();
         self.missing_pages.notify();
@@ -169,7 +169,7 @@ impl<'a> PageReceiver<'a> {
             group.over.store(true, Ordering::Release);
             // Nothing more comes on the urgent streams. Do not close them: the source must not see
             // their end before it is told that all memory is here.
-            urgent_sockets.iter().for_each(StreamSocket::stop_reading);
+            urgent_sockets.iter().for_each(StreamSocket::end_receiving);
         });
         let failure = group.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(()), Err)
@@ -345,7 +345,7 @@ impl<'a> Stream<'a> {
         super::super::compare(&claimed, &self.counted)?;
         if let Some((at, open)) = self.assembly.open() {
             let id = self.group.job.memory.blocks()[at].geometry.id;
-            return Err(IncomingError::Torn { id, first: 0, count: 0, open }.into());
+            return Err(IncomingError::HostPageInterrupted { id, first: 0, count: 0, open }.into());
         }
         self.group.ended.fetch_add(1, Ordering::AcqRel);
         self.group.missing_pages.notify();

@@ -16,6 +16,7 @@ use crate::transport::StreamError;
 use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PageRange;
+
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -36,7 +37,7 @@ impl PostcopyGuest {
             if !matches!(why, JobError::Transport(_) | JobError::Cancelled) {
                 send_error(accepted, &why);
             }
-            accepted.sockets().iter().for_each(StreamSocket::shut);
+            accepted.sockets().iter().for_each(StreamSocket::shut_down);
             if let JobError::Memory(MemoryError::Place(error)) = &why
                 && error.is_gone()
             {

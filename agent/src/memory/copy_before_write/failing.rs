@@ -3,7 +3,7 @@
 //! A disk that fails: what it does to sweeps, write faults and discards.
 
 use super::*;
-use crate::image::Fault;
+use crate::image::ImageFault;
 use crate::memory::Backing;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};
@@ -18,7 +18,7 @@ struct Broken;
 
 impl Sink for Broken {
     fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, SinkError> {
-        Err(Fault::KernelAt { what: "write", at: 0x5000, source: Errno::IO }
+        Err(ImageFault::KernelAt { what: "write", at: 0x5000, source: Errno::IO }
             .of(Path::new("/image"))
             .into())
     }
@@ -83,7 +83,7 @@ fn write_continues_although_its_page_cannot_be_put() {
 fn discard_succeeds_although_its_pages_cannot_be_put() {
     let (memory, fd) = memory();
     let copier = all_pending(&memory);
-    memory.marking.instant(|| Ok::<_, CaptureError>(copier.clone())).unwrap();
+    memory.marking.take_instant(|| Ok::<_, CaptureError>(copier.clone())).unwrap();
     let range = BlockRange { block: 3, offset: 0, length: 50 * PAGE_SIZE };
     assert_eq!(memory.discard(&[range], true).unwrap(), 50);
     assert_eq!(rustix::fs::fstat(&fd).unwrap().st_blocks as u64 * 512, 150 * PAGE_SIZE);

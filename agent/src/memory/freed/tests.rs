@@ -144,7 +144,7 @@ fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<CopyBefore
         kept.clone(),
         Arc::default(),
     ));
-    memory.marking.instant(|| Ok::<_, ()>(copier.clone())).unwrap();
+    memory.marking.take_instant(|| Ok::<_, ()>(copier.clone())).unwrap();
     copier
 }
 

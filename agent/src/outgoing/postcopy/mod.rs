@@ -43,7 +43,7 @@ impl Migration {
     /// Hands the stopped guest over before the rest of its memory.
     pub(super) fn run_postcopy(&mut self, since: AlreadySent) -> Result<(), JobError> {
         self.job.enter(Phase::Stopping);
-        self.job.freeze();
+        self.job.refuse_populates();
         let mut stop = Stop::begin(&self.job.stop, &self.job.options());
         let mut paused = PausedGuest::pause(self.job.common())?;
         let missing = self

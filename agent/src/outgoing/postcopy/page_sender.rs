@@ -92,24 +92,24 @@ impl StreamGroup<'_> {
         }
         drop(failure);
         if !self.following.load(Ordering::Acquire) {
-            return self.shut();
+            return self.shut_down();
         }
         self.bulk.limiter.set_rate(0);
         let (primary, others) =
             self.sockets.split_first().map_or((None, &[][..]), |(one, rest)| (Some(one), rest));
-        others.iter().for_each(StreamSocket::shut);
+        others.iter().for_each(StreamSocket::shut_down);
         // The primary is still read: the destination may have sent its reason.
-        primary.into_iter().for_each(StreamSocket::end);
+        primary.into_iter().for_each(StreamSocket::end_sending);
     }
 
     fn failed(&self) -> bool {
         lock(&self.failure).is_some()
     }
 
-    fn shut(&self) {
+    fn shut_down(&self) {
         // Without a limit no thread keeps waiting to send on a stream that is shut.
         self.bulk.limiter.set_rate(0);
-        self.sockets.iter().for_each(StreamSocket::shut);
+        self.sockets.iter().for_each(StreamSocket::shut_down);
     }
 
     fn check(&self, outcome: Result<(), JobError>) {
@@ -189,7 +189,7 @@ impl PostcopySource {
                 group.fail(error);
             }
             group.over.store(true, Ordering::Release);
-            group.shut();
+            group.shut_down();
         });
         let failure = group.failure.into_inner().unwrap_or_else(PoisonError::into_inner);
         failure.map_or(Ok(()), Err)
@@ -356,8 +356,11 @@ impl PostcopySource {
             None => Ok(()),
             Some((at, host_page)) => {
                 let first = self.missing.block(at).pages(PageRange::new(host_page, 1)).first;
-                Err(OutgoingError::NotSent { id: self.job.memory.blocks()[at].geometry.id, first }
-                    .into())
+                Err(OutgoingError::PlacedButNotSent {
+                    id: self.job.memory.blocks()[at].geometry.id,
+                    first,
+                }
+                .into())
             }
         }
     }
@@ -391,7 +394,7 @@ impl PostcopySource {
             // The destination cannot have pages that were not sent. They must not be freed.
             if let Some(host_page) = host_pages.bits().next_set(host_pages.covering(run)) {
                 let first = host_pages.pages(PageRange::new(host_page, 1)).first;
-                return Err(OutgoingError::NotSent { id: block.geometry.id, first }.into());
+                return Err(OutgoingError::PlacedButNotSent { id: block.geometry.id, first }.into());
             }
             if let Some(kept) = &self.kept {
                 kept.take_range(at, host_pages.covering(run), |_, _| {});

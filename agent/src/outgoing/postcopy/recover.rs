@@ -40,7 +40,7 @@ pub fn run(job: &Arc<OutgoingJob>, session: SessionId, address: Address) {
 
 fn adopt(job: &Arc<OutgoingJob>, session: SessionId, address: Address) -> Result<(), JobError> {
     // The guest was handed over before this job began.
-    job.freeze();
+    job.refuse_populates();
     job.cancel.commit_point()?;
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
@@ -143,7 +143,7 @@ impl PostcopySource {
                 let range = record.header.range();
                 if record.header.block() != id || range.first != next {
                     let (found, expected) = (range.first, next);
-                    return Err(OutgoingError::Bitmaps {
+                    return Err(OutgoingError::BitmapOutOfOrder {
                         id: record.header.block(),
                         found,
                         expected_id: id,
@@ -172,7 +172,7 @@ impl PostcopySource {
         for (at, (block, size)) in self.job.memory.blocks().iter().zip(sizes).enumerate() {
             let expected = kept.block(at).unit() * PAGE_SIZE;
             if *size != expected {
-                return Err(OutgoingError::OtherHostPage {
+                return Err(OutgoingError::HostPageSizeChanged {
                     id: block.geometry.id,
                     size: *size,
                     expected,
@@ -190,7 +190,7 @@ impl PostcopySource {
             let unknown = missing.block(at).page_word(word) & !kept.block(at).page_word(word);
             if unknown != 0 {
                 let first = word * WORD_BITS + u64::from(unknown.trailing_zeros());
-                return Err(OutgoingError::NotMissing {
+                return Err(OutgoingError::RequestedNotMissing {
                     id,
                     first,
                     pages: unknown.count_ones().into(),

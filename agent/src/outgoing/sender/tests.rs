@@ -46,7 +46,7 @@ fn sent(
     let view = PassView { job, limiter: &limiter, send_zeros: true };
     send(&mut sender, &view, &job.memory);
     sender.flush(&view).unwrap();
-    sender.socket().end();
+    sender.socket().end_sending();
     let mut peer = RecordReader::new(socket(theirs));
     let mut records = Vec::new();
     while let Ok(record) = peer.read() {
@@ -126,7 +126,7 @@ fn without_a_limit_all_records_go_in_one_write() {
     let view = PassView { job: &job, limiter: &limiter, send_zeros: true };
     sender.queue_missing_pages(&view, (0, &job.memory.blocks()[0]), 0, bits(&[2, 5, 8])).unwrap();
     sender.flush(&view).unwrap();
-    sender.socket().end();
+    sender.socket().end_sending();
     let mut buffer = vec![0; 1 << 20];
     let mut writes = || recv(&theirs, &mut buffer[..], RecvFlags::empty()).unwrap().1;
     assert_eq!((writes(), writes()), (3 * RECORD_SIZE + 2 * PAGE, 0));

@@ -179,7 +179,7 @@ fn discards_survive_a_cancel_before_the_reset() {
     let order = discarded_twice(&ram, &path);
     ram.discard(0, PageRange::new(14, 5));
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
-    let error = job.populate_unless_frozen(|| ()).unwrap_err().to_string();
+    let error = job.populate_if_allowed(|| ()).unwrap_err().to_string();
     assert_eq!(
         error,
         "job 1 restores the memory: populate again once the guest runs, or the restore has failed"
@@ -187,7 +187,7 @@ fn discards_survive_a_cancel_before_the_reset() {
     job.cancel.cancel().unwrap();
     run(&job, &order);
     assert_eq!(job.status().phase, Phase::Cancelled);
-    job.populate_unless_frozen(|| ()).unwrap();
+    job.populate_if_allowed(|| ()).unwrap();
     ram.check_empty(|id, page| page < 10 || since(id, page) || id == 0 && (14..19).contains(&page));
 }
 
@@ -212,7 +212,7 @@ fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
         checkpoint: Default::default(),
     };
     let refused = new_job(&ram, &vmm, 0);
-    refused.thaw();
+    refused.allow_populates();
     run(&refused, &order);
     assert!(refused.status().error.contains("a guest runs here"), "{}", refused.status().error);
     assert!(ram.block(0).discarded.contains(3) && !ram.allocated(0).is_empty());

@@ -309,7 +309,7 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
         }
         assert!(job.cancel.cancel().is_err());
         // The guest may populate memory.
-        job.populate_unless_frozen(|| ()).unwrap();
+        job.populate_if_allowed(|| ()).unwrap();
         job.limiter.set_rate(0);
         restoring.join().unwrap();
     });

@@ -319,7 +319,7 @@ fn job_with(ram: &Ram, vmm: &Vmm, options: CommonOptions) -> Arc<Job> {
     let notify = crate::job::notifier().unwrap();
     let job = Job::new(1, JobKind::Restore, ram.memory.clone(), vmm.hooks.clone(), options, notify)
         .unwrap();
-    job.freeze();
+    job.refuse_populates();
     Arc::new(job)
 }
 

@@ -9,9 +9,11 @@ use std::time::Duration;
 pub(super) fn workers(decoder: &mut Decoder<'_>) -> Result<u16, DecodeError> {
     match decoder.u16("workers")? {
         value @ 1..=MAX_STREAMS => Ok(value),
-        value => {
-            Err(DecodeError::Value { field: "workers", value: value.into(), allowed: "1 to 64" })
-        }
+        value => Err(DecodeError::InvalidValue {
+            field: "workers",
+            value: value.into(),
+            allowed: "1 to 64",
+        }),
     }
 }
 
@@ -20,7 +22,7 @@ pub(super) fn bandwidth(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
         value @ (0 | MIN_BANDWIDTH..) => Ok(value),
         value => {
             let allowed = "0 for no limit, or at least 0x10000 (64 KiB) bytes per second";
-            Err(DecodeError::Value { field: "bandwidth", value, allowed })
+            Err(DecodeError::InvalidValue { field: "bandwidth", value, allowed })
         }
     }
 }
@@ -28,7 +30,7 @@ pub(super) fn bandwidth(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
 pub(super) fn flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, DecodeError> {
     match decoder.u16(field)? {
         value @ 0..=1 => Ok(value == 1),
-        value => Err(DecodeError::Value { field, value: value.into(), allowed: "0 or 1" }),
+        value => Err(DecodeError::InvalidValue { field, value: value.into(), allowed: "0 or 1" }),
     }
 }
 
@@ -46,6 +48,10 @@ pub(super) fn timeout(
     const LONGEST: u64 = 24 * 3600 * 1_000_000;
     match decoder.u64(field)? {
         value @ 1..=LONGEST => Ok(Duration::from_micros(value)),
-        micros => Err(DecodeError::Time { field, micros, allowed: "1 microsecond to 24 hours" }),
+        micros => Err(DecodeError::InvalidDuration {
+            field,
+            micros,
+            allowed: "1 microsecond to 24 hours",
+        }),
     }
 }

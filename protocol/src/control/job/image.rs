@@ -33,7 +33,7 @@ impl SnapshotMode {
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
-            DecodeError::Value {
+            DecodeError::InvalidValue {
                 field: "mode",
                 value: value.into(),
                 allowed: "0 background, 1 paused, 2 stopped",
@@ -148,7 +148,11 @@ impl RestoreMode {
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
-            DecodeError::Value { field: "mode", value: value.into(), allowed: "0 eager, 1 lazy" },
+            DecodeError::InvalidValue {
+                field: "mode",
+                value: value.into(),
+                allowed: "0 eager, 1 lazy",
+            },
         )
     }
 }
@@ -210,7 +214,7 @@ impl RestoreOptions {
         };
         if options.mode != RestoreMode::Lazy && !options.working_set.is_empty() {
             let (value, allowed) = (options.mode as u64, "1 lazy with a working_set");
-            return Err(DecodeError::Value { field: "mode", value, allowed });
+            return Err(DecodeError::InvalidValue { field: "mode", value, allowed });
         }
         Ok(options)
     }

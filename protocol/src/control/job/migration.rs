@@ -37,7 +37,7 @@ impl NonConvergence {
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(
-            DecodeError::Value {
+            DecodeError::InvalidValue {
                 field: "policy",
                 value: value.into(),
                 allowed: "0 keep-going, 1 throttle, 2 stop, 3 fail, 4 postcopy",
@@ -78,7 +78,7 @@ impl Mode {
 
     fn from_wire(value: u16) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, mode)| *mode).find(|mode| *mode as u16 == value).ok_or(
-            DecodeError::Value {
+            DecodeError::InvalidValue {
                 field: "mode",
                 value: value.into(),
                 allowed: "0 precopy, 1 postcopy, 2 hybrid",
@@ -126,7 +126,11 @@ impl Compression {
 
     fn from_wire(which: u16, level: u16) -> Result<Self, DecodeError> {
         let refused = |allowed| {
-            Err(DecodeError::Value { field: "compression_level", value: level.into(), allowed })
+            Err(DecodeError::InvalidValue {
+                field: "compression_level",
+                value: level.into(),
+                allowed,
+            })
         };
         match (which, level) {
             (0, 0) => Ok(Self::None),
@@ -134,7 +138,7 @@ impl Compression {
             (0 | 1, _) => refused("0 without zstd"),
             (2, 1..=19) => Ok(Self::Zstd(level as u8)),
             (2, _) => refused("1 to 19 with zstd"),
-            _ => Err(DecodeError::Value {
+            _ => Err(DecodeError::InvalidValue {
                 field: "compression",
                 value: which.into(),
                 allowed: "0 none, 1 lz4, 2 zstd",
@@ -243,7 +247,7 @@ impl OutgoingOptions {
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
         if streams == 0 || streams > MAX_STREAMS {
-            return Err(DecodeError::Value {
+            return Err(DecodeError::InvalidValue {
                 field: "streams",
                 value: streams.into(),
                 allowed: "1 to 64",
@@ -283,11 +287,11 @@ impl OutgoingOptions {
     pub fn check_start(&self) -> Result<(), DecodeError> {
         if self.switch_after != 0 && self.mode != Mode::Hybrid {
             let (value, allowed) = (self.switch_after.into(), "0 unless mode is 2 hybrid");
-            return Err(DecodeError::Value { field: "switch_after", value, allowed });
+            return Err(DecodeError::InvalidValue { field: "switch_after", value, allowed });
         }
         if self.release && !self.mode.may_postcopy() {
             let allowed = "0 unless mode is 1 postcopy or 2 hybrid";
-            return Err(DecodeError::Value { field: "release", value: 1, allowed });
+            return Err(DecodeError::InvalidValue { field: "release", value: 1, allowed });
         }
         Ok(())
     }
@@ -298,11 +302,11 @@ impl OutgoingOptions {
         {
             let value = self.urgent_streams.into();
             let allowed = "at least 1 with postcopy, and at most 64 together with streams";
-            return Err(DecodeError::Value { field: "urgent_streams", value, allowed });
+            return Err(DecodeError::InvalidValue { field: "urgent_streams", value, allowed });
         }
         if self.policy == NonConvergence::Postcopy && self.mode != Mode::Hybrid {
             let (value, allowed) = (self.policy as u64, "4 postcopy only with mode 2 hybrid");
-            return Err(DecodeError::Value { field: "policy", value, allowed });
+            return Err(DecodeError::InvalidValue { field: "policy", value, allowed });
         }
         Ok(())
     }

@@ -62,7 +62,11 @@ impl ResumePolicy {
 
     pub(super) fn from_wire(value: u16) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u16 == value).ok_or(
-            DecodeError::Value { field: "resume", value: value.into(), allowed: "0 auto, 1 never" },
+            DecodeError::InvalidValue {
+                field: "resume",
+                value: value.into(),
+                allowed: "0 auto, 1 never",
+            },
         )
     }
 }

@@ -5,7 +5,7 @@
 use super::fields::flag;
 use super::{MAX_SENTENCE, RunState};
 use crate::control::Trackers;
-use crate::control::codec::{DecodeError, Decoder, Encoder, clip};
+use crate::control::codec::{DecodeError, Decoder, Encoder, truncate_text};
 
 /// The kind of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,7 +40,7 @@ impl JobKind {
         [Self::None, Self::Outgoing, Self::Incoming, Self::Snapshot, Self::Restore]
             .into_iter()
             .find(|kind| *kind as u32 == value)
-            .ok_or(DecodeError::Value {
+            .ok_or(DecodeError::InvalidValue {
                 field: "kind",
                 value: value.into(),
                 allowed: "0 none, 1 outgoing, 2 incoming, 3 snapshot, 4 restore",
@@ -136,11 +136,9 @@ impl Phase {
     }
 
     fn from_wire(value: u32) -> Result<Self, DecodeError> {
-        Self::ALL
-            .iter()
-            .map(|(phase, _)| *phase)
-            .find(|phase| *phase as u32 == value)
-            .ok_or(DecodeError::Value { field: "phase", value: value.into(), allowed: "0 to 18" })
+        Self::ALL.iter().map(|(phase, _)| *phase).find(|phase| *phase as u32 == value).ok_or(
+            DecodeError::InvalidValue { field: "phase", value: value.into(), allowed: "0 to 18" },
+        )
     }
 }
 
@@ -277,7 +275,7 @@ impl JobStatus {
         let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
         let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
         let encoder = encoder.u16(self.arrived.into()).u32(self.trackers.bits());
-        self.counters.encode(encoder).text(clip(&self.error, MAX_SENTENCE))
+        self.counters.encode(encoder).text(truncate_text(&self.error, MAX_SENTENCE))
     }
 
     /// Reads the fields from a body.
@@ -305,7 +303,7 @@ fn decode_guest(decoder: &mut Decoder<'_>) -> Result<Option<RunState>, DecodeErr
         Some(Some(guest)) => Ok(Some(guest)),
         Some(None) => {
             let allowed = "0 not known, 1 running, 2 paused";
-            Err(DecodeError::Value { field: "guest", value: value.into(), allowed })
+            Err(DecodeError::InvalidValue { field: "guest", value: value.into(), allowed })
         }
     }
 }

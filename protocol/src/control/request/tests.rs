@@ -375,9 +375,9 @@ fn unknown_codes_and_flags_are_told_apart_from_short_bodies() {
     let error = Request::decode(code::DISCARD, &Encoder::new().u32(2).u32(0).finish())
         .unwrap()
         .unwrap_err();
-    assert!(matches!(error, DecodeError::Value { field: "flags", value: 2, .. }));
+    assert!(matches!(error, DecodeError::InvalidValue { field: "flags", value: 2, .. }));
     let error = Request::decode(code::DISCARD, &Encoder::new().u32(0).u32(u32::MAX).finish())
         .unwrap()
         .unwrap_err();
-    assert!(matches!(error, DecodeError::Value { field: "count", .. }));
+    assert!(matches!(error, DecodeError::InvalidValue { field: "count", .. }));
 }

@@ -6,7 +6,7 @@
 //! atomics in the place of the standard ones; the kernel's part is a word of protected pages.
 
 use crate::shm::bitmap::{Bitmap, runs_of_word};
-use crate::snapshot::protect_steps;
+use crate::snapshot::protect_ordering;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::sync::{Arc, Mutex, MutexGuard};
 use loom::thread::{self, JoinHandle};
@@ -42,12 +42,12 @@ impl Watch {
 
     /// Protects those of the pages `wanted` that are not noted.
     fn walk(&self, wanted: u64) {
-        for run in runs_of_word(0, protect_steps::not_protected(&self.noted, 0, wanted)) {
+        for run in runs_of_word(0, protect_ordering::not_protected(&self.noted, 0, wanted)) {
             let protect = || {
                 self.protected.fetch_or(mask(run), Ordering::AcqRel);
                 Ok::<_, Infallible>(())
             };
-            protect_steps::protect(&self.noted, run, protect).unwrap();
+            protect_ordering::protect(&self.noted, run, protect).unwrap();
         }
     }
 
@@ -61,7 +61,7 @@ impl Watch {
             self.protected.fetch_and(!(1 << page), Ordering::AcqRel);
             Ok::<_, Infallible>(())
         };
-        protect_steps::unprotect(&self.noted, PageRange::new(page, 1), lift).unwrap();
+        protect_ordering::unprotect(&self.noted, PageRange::new(page, 1), lift).unwrap();
     }
 
     /// The VMM discards a page, frees it by itself, whereby the kernel drops its protection, and

@@ -5,7 +5,7 @@
 //! its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's
 //! part is a word that says what the page holds.
 
-use crate::memory::fault_steps::{request, requested_of};
+use crate::memory::fault_ordering::{request, requested_of};
 use crate::memory::fence::Readers;
 use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
