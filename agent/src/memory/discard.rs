@@ -61,13 +61,14 @@ pub enum DiscardError {
         id: u32,
     },
     /// The range is not in the block.
-    #[error("range {index} of block {id}: {source}")]
+    #[error("range {index} of block {id}")]
     Range {
         /// Index of the range in the request.
         index: usize,
         /// The block.
         id: u32,
         /// What is wrong.
+        #[source]
         source: RangeError,
     },
 }

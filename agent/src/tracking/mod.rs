@@ -14,6 +14,7 @@ pub mod pagemap;
 
 use crate::hooks::{HookError, Hooks};
 use crate::job::Deadline;
+use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::{Hook, MAX_CLEAR_PAGES};
@@ -447,8 +448,7 @@ impl LazyClear {
         while let Some(first) = bitmap.next_set(rest) {
             let first = first / WORD_BITS * WORD_BITS;
             let part = PageRange::new(first, (range.end() - first).min(MAX_CLEAR_PAGES));
-            let words = part.first / WORD_BITS..part.end().div_ceil(WORD_BITS);
-            let mut bitmap: Vec<u64> = words.map(|word| bitmap.word(word)).collect();
+            let mut bitmap: Vec<u64> = words_of(part).map(|(word, _)| bitmap.word(word)).collect();
             bitmap.truncate(bitmap.iter().rposition(|word| *word != 0).map_or(0, |last| last + 1));
             let timeout = self.stop.cap_timeout(self.timeout);
             self.hooks.ask(&Hook::ClearTracker { block: id, first, bitmap }, timeout)?;

@@ -12,12 +12,12 @@ use super::PostcopyGuest;
 use super::page_receiver::{PageReceiver, send_complete};
 use crate::job::{JobError, RecoveryRequest, add};
 use crate::memory::MemoryError;
+use crate::memory::host_page_set::words_of;
 use crate::transport::StreamError;
 use crate::transport::StreamSocket;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::memory::PageRange;
 
-use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::time::Instant;
@@ -98,11 +98,8 @@ impl PostcopyGuest {
             let missing = self.missing_pages.missing().block(at);
             for first in (0..geometry.pages()).step_by(MAX_BITMAP_PAGES as usize) {
                 let range = PageRange::new(first, MAX_BITMAP_PAGES).intersection(&block.all());
-                let words = range.first / WORD_BITS..range.end().div_ceil(WORD_BITS);
-                let valid =
-                    |word: u64| word_mask(0, (range.end() - word * WORD_BITS).min(WORD_BITS));
-                let payload =
-                    encode_bitmap(words.map(|word| !missing.page_word(word) & valid(word)));
+                let received = |(word, pages): (u64, u64)| !missing.page_word(word) & pages;
+                let payload = encode_bitmap(words_of(range).map(received));
                 let header = RecordHeader::new(Kind::Received, 0, id, range, payload.len());
                 add(&self.job.live.wire_bytes, accepted.writer.write(header, &payload)?);
             }

@@ -110,3 +110,14 @@ fn memory_is_unchanged_between_discards_and_populates() {
     drop(change);
     assert!(memory.is_unchanged(memory.changes()));
 }
+
+#[test]
+fn a_refused_range_is_described_once() {
+    let memory = memory(&[64]);
+    let id = memory.blocks()[0].geometry.id;
+    let range = BlockRange { block: id, offset: 64 * PAGE_SIZE, length: PAGE_SIZE };
+    let error = memory.discard(&[range], false).unwrap_err();
+    let DiscardError::Range { source, .. } = &error else { panic!("{error}") };
+    let expected = format!("range 0 of block {id}: {source}");
+    assert_eq!(crate::error::chain(&error), expected);
+}

@@ -14,7 +14,7 @@ use super::super::pass::find_allocated;
 use super::AlreadySent;
 use crate::job::{JobError, add};
 use crate::memory::Block;
-use crate::memory::host_page_set::HostPageSet;
+use crate::memory::host_page_set::{HostPageSet, words_of};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
@@ -65,15 +65,15 @@ impl Migration {
                 if missing.block(at).bits().next_set(missing.block(at).covering(chunk)).is_none() {
                     continue;
                 }
-                let words = chunk.first / WORD_BITS..chunk.end().div_ceil(WORD_BITS);
                 // Both sets come from one read of the marks. If a page was discarded between two
                 // reads, it would be in both sets and be counted twice.
-                let split = |word: u64| {
+                let split = |(word, _): (u64, u64)| {
                     let (pages, discarded) =
                         (missing.block(at).page_word(word), block.discarded.word(word));
                     (pages & !discarded, pages & discarded)
                 };
-                let (populated, discarded): (Vec<u64>, Vec<u64>) = words.map(split).unzip();
+                let (populated, discarded): (Vec<u64>, Vec<u64>) =
+                    words_of(chunk).map(split).unzip();
                 self.send_bitmap(block, chunk, 0, &populated)?;
                 self.send_bitmap(block, chunk, FLAG_STRAY, &discarded)?;
             }
