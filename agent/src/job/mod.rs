@@ -258,8 +258,8 @@ impl Job {
     }
 
     /// Ends the job. A cancelled job fails in many ways, depending on where it was. The status says
-    /// that it was cancelled. Whether it was is decided here, in one step with the answer to a later
-    /// cancel: if a cancel is accepted, the job ends as cancelled.
+    /// that it was cancelled. Whether it was is decided here, in one step with the answer to a
+    /// later cancel: if a cancel is accepted, the job ends as cancelled.
     pub fn finish(&self, outcome: Result<(), JobError>) {
         let outcome = match (self.cancel.end(), outcome) {
             (true, Err(error)) if !matches!(error, JobError::Cancelled | JobError::Panicked) => {

@@ -27,8 +27,8 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::os::fd::OwnedFd;
 
 /// Gives up ownership of the guest, and waits until the destination confirms that the guest is
-/// there. The VMM keeps `session`, so that another agent can recover the migration. It is all zeroes
-/// if there will be nothing to recover.
+/// there. The VMM keeps `session`, so that another agent can recover the migration. It is all
+/// zeroes if there will be nothing to recover.
 pub fn commit(
     job: &OutgoingJob, guest: &mut PausedGuest, primary: &mut Primary, session: SessionId,
 ) -> Result<(), JobError> {
