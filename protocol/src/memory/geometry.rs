@@ -230,6 +230,20 @@ fn check_fields(block: &BlockGeometry) -> Result<(), GeometryError> {
     Ok(())
 }
 
+/// A table of adjacent blocks of these numbers of pages, for unit tests.
+#[cfg(test)]
+pub(crate) fn test_table(pages: &[u64]) -> BlockTable {
+    let mut table = BlockTable::new();
+    let mut gpa = 0;
+    for (id, pages) in (0..).zip(pages) {
+        let (name, length) = (format!("ram{id}"), pages * PAGE_SIZE);
+        let block = BlockGeometry { id, name, gpa, length, granularity: PAGE_SIZE };
+        table.insert(block, MAX_BLOCKS).unwrap();
+        gpa += length;
+    }
+    table
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

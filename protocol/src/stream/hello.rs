@@ -211,25 +211,8 @@ impl Hello {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::geometry::test_table as table;
     use proptest::prelude::*;
-
-    fn table(lengths: &[u64]) -> BlockTable {
-        let mut table = BlockTable::new();
-        let mut gpa = 0;
-        for (id, length) in lengths.iter().enumerate() {
-            let name = format!("ram{id}");
-            let block = BlockGeometry {
-                id: id as u32,
-                name,
-                gpa,
-                length: length * 4096,
-                granularity: 4096,
-            };
-            gpa += length * 4096;
-            table.insert(block, MAX_BLOCKS).unwrap();
-        }
-        table
-    }
 
     fn hello(blocks: BlockTable) -> Hello {
         let (session, flags) = ([7; 16], HELLO_RECOVER);

@@ -93,25 +93,7 @@ pub fn compare_tables(theirs: &BlockTable, own: &BlockTable) -> Result<(), Table
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{BlockGeometry, MAX_BLOCKS};
-
-    fn table(lengths: &[u64]) -> BlockTable {
-        let mut table = BlockTable::new();
-        let mut gpa = 0;
-        for (id, length) in lengths.iter().enumerate() {
-            let name = format!("ram{id}");
-            let block = BlockGeometry {
-                id: id as u32,
-                name,
-                gpa,
-                length: length * 4096,
-                granularity: 4096,
-            };
-            gpa += length * 4096;
-            table.insert(block, MAX_BLOCKS).unwrap();
-        }
-        table
-    }
+    use crate::memory::geometry::test_table as table;
 
     #[test]
     fn tables_that_differ_are_refused_by_field() {

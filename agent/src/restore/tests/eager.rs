@@ -131,13 +131,7 @@ fn discarded_twice(ram: &Arc<Ram>, path: &Path) -> RestorePlan {
     // In block 0 the image has content in pages 0 to 13 and 35 to 48.
     ram.discard(0, PageRange::new(2, 3));
     ram.discard(0, PageRange::new(35, 2));
-    RestorePlan {
-        path: path.into(),
-        options: RestoreOptions::default(),
-        asks_first: false,
-        record_discards: before,
-        checkpoint: Default::default(),
-    }
+    RestorePlan { record_discards: before, ..plan(path, RestoreOptions::default()) }
 }
 
 fn since(id: u32, page: u64) -> bool {
@@ -204,13 +198,7 @@ fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
         }
         _ => Ok(()),
     });
-    let order = RestorePlan {
-        path: path.clone(),
-        options: RestoreOptions::default(),
-        asks_first: true,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = RestorePlan { asks_first: true, ..plan(&path, RestoreOptions::default()) };
     let refused = new_job(&ram, &vmm, 0);
     refused.allow_populates();
     run(&refused, &order);
@@ -228,13 +216,7 @@ fn discards_and_frees_during_an_eager_restore_stay_holes() {
     let vmm = Vmm::willing(&ram);
     // The limit is low enough that the first extent is placed and the others are not.
     let job = new_job(&ram, &vmm, 2 << 20);
-    let order = |workers| RestorePlan {
-        path: path.clone(),
-        options: RestoreOptions { workers, ..Default::default() },
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = |workers| plan(&path, RestoreOptions { workers, ..Default::default() });
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order(1)));
         while job.status().counters.pages_sent < 512 {

@@ -62,13 +62,7 @@ fn faults_are_answered_from_the_state_load_on() {
     });
     // The limit is low enough that the guest waits for most pages that it touches.
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = RestorePlan {
-        path: one,
-        options: lazy_options(),
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = plan(one, lazy_options());
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order));
         while job.status().phase < Phase::Prefetching {
@@ -105,13 +99,7 @@ fn one_worker_prefetches_untouched_pages() {
     let Saved { folder: _folder, path, ram } = Saved::new(&PAGES, sparse);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 0);
-    let order = RestorePlan {
-        path,
-        options: RestoreOptions { workers: 1, ..lazy_options() },
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = plan(path, RestoreOptions { workers: 1, ..lazy_options() });
     let restored = job.clone();
     // Detached: if the restore never ends, the test must still end.
     std::thread::spawn(move || run(&restored, &order));
@@ -128,13 +116,7 @@ fn discards_and_frees_of_missing_pages_stay_holes() {
     let Saved { folder: _folder, path, ram } = Saved::new(&[8 * 512], |_, _| Page::Content);
     let vmm = Vmm::willing(&ram);
     let job = new_job(&ram, &vmm, 1 << 20);
-    let order = RestorePlan {
-        path,
-        options: lazy_options(),
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = plan(path, lazy_options());
     let gone = |page: u64| (100..200).contains(&page) || (3000..3100).contains(&page);
     let freed = |page: u64| (300..400).contains(&page) || (3200..3300).contains(&page);
     std::thread::scope(|scope| {
@@ -287,13 +269,7 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
         }
         Ok(())
     });
-    let order = RestorePlan {
-        path,
-        options: lazy_options(),
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = plan(path, lazy_options());
     let job = new_job(&ram, &vmm, 0);
     *cancelled.lock().unwrap() = Some(job.clone());
     run(&job, &order);
@@ -360,13 +336,7 @@ fn a_late_resume_does_not_lose_the_memory() {
         let options = CommonOptions { bandwidth: 1 << 20, hook_timeout };
         let job = job_with(&ram, &vmm, options);
         shared.set(job.clone()).unwrap();
-        let order = RestorePlan {
-            path,
-            options: lazy_options(),
-            asks_first: false,
-            record_discards: RecordDiscards::FromPause,
-            checkpoint: Default::default(),
-        };
+        let order = plan(path, lazy_options());
         run(&job, &order);
         // On a busy machine an earlier hook may be late. Then the VMM gets more time.
         if vmm.asked().contains(&"resume") {
@@ -392,13 +362,7 @@ fn a_refused_resume_does_not_lose_the_memory() {
         _ => Ok(()),
     });
     let job = new_job(&ram, &vmm, 0);
-    let order = RestorePlan {
-        path,
-        options: lazy_options(),
-        asks_first: false,
-        record_discards: RecordDiscards::FromPause,
-        checkpoint: Default::default(),
-    };
+    let order = plan(path, lazy_options());
     run(&job, &order);
     assert_not_resumed(&job, &ram, &complete, "hook \"resume\" failed in the VMM");
 }

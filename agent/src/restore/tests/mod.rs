@@ -323,17 +323,19 @@ fn job_with(ram: &Ram, vmm: &Vmm, options: CommonOptions) -> Arc<Job> {
     Arc::new(job)
 }
 
+/// A restore for a VMM that did not discard since the request.
+fn plan(path: impl Into<PathBuf>, options: RestoreOptions) -> RestorePlan {
+    RestorePlan {
+        path: path.into(),
+        options,
+        asks_first: false,
+        record_discards: RecordDiscards::FromPause,
+        checkpoint: Default::default(),
+    }
+}
+
 fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> JobStatus {
     let job = new_job(ram, vmm, options.bandwidth);
-    run(
-        &job,
-        &RestorePlan {
-            path: path.into(),
-            options,
-            asks_first: false,
-            record_discards: RecordDiscards::FromPause,
-            checkpoint: Default::default(),
-        },
-    );
+    run(&job, &plan(path, options));
     job.status()
 }
