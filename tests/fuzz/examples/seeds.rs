@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes the inputs that each decoder accepts to `corpus/TARGET`, for libFuzzer to start from.
+//! Writes inputs that each decoder accepts to `corpus/TARGET`. libFuzzer starts from them.
 
 use pageferry_fuzz::decoders::TARGETS;
 use std::path::Path;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What every fuzz target is made of: one function of `pageferry_tests::decoders`, with the memory
-//! that it takes counted.
+//! Common part of the fuzz targets. A target runs one function of `pageferry_tests::decoders`, with
+//! an allocator that counts the memory of the decoder.
 
 pub use libfuzzer_sys::fuzz_target;
 pub use pageferry_tests::decoders;
 
-/// The fuzz target of a function over bytes.
+/// Defines the fuzz target of a function over bytes.
 #[macro_export]
 macro_rules! target {
     ($room:ident::$decoder:ident) => {

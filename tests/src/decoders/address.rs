@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! AddressRange that a user writes.
+//! Addresses that a user writes.
 
 use super::heap::{fair, within};
 use pageferry_agent::transport::Address;
 
-/// An address says again what it was read from, and a refusal repeats the text.
+/// An address prints the text that it was parsed from, and a refusal repeats the text.
 pub fn address(data: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(data) else { return false };
     match within(fair(data), || Address::parse(text)) {
@@ -26,7 +26,7 @@ pub fn address(data: &[u8]) -> bool {
     }
 }
 
-/// One of each kind.
+/// One address of each kind.
 pub fn address_seeds() -> Vec<Vec<u8>> {
     [
         "tcp:[::1]:70",

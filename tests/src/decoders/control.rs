@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What travels between a VMM, its operator and the agent.
+//! Decoders of the messages between a VMM, its operator and the agent.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use super::heap::{fair, within};
@@ -39,7 +39,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Most bytes of a stream that is tried: fits into a socket's buffer.
+/// Longest stream that is tried, in bytes. It fits into a socket's buffer.
 pub(super) const MOST: usize = 48 << 10;
 
 /// A socket that holds `bytes` and then ends.
@@ -50,10 +50,11 @@ pub(super) fn spooled(bytes: &[u8]) -> OwnedFd {
     theirs.into()
 }
 
-/// A socket gives the frames that the bytes are, and then says why there are no more.
+/// A socket returns the frames in the bytes, and then the reason why there are no more.
 pub fn control_frame(data: &[u8]) -> bool {
     let mut rest = &data[..data.len().min(MOST)];
-    // The body is made when its header is here, and a header may lie up to the limit.
+    // The body is allocated when its header is here, and the length in a header may be wrong up to
+    // the limit.
     let limit = fair(rest) + MAX_BODY;
     let mut socket = FrameSocket::from(spooled(rest));
     let mut frames = 0;
@@ -104,7 +105,7 @@ pub fn frame_seeds() -> Vec<Vec<u8>> {
     vec![frame(0x1000, !3, &[1, 0, 1, 0, 0, 0, 0, 0]), many, frame(5, 0, &[9; 9000])]
 }
 
-/// Checks what came of a body whose encoding has the same length: reserved fields may hold
+/// Checks the result for a body whose encoding has the same length. Reserved fields may hold
 /// anything.
 fn checked<T: PartialEq + std::fmt::Debug>(
     body: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>, encode: impl Fn(&T) -> Vec<u8>,
@@ -120,7 +121,7 @@ fn checked<T: PartialEq + std::fmt::Debug>(
     }
 }
 
-/// A request is the one that its code says, and says the same when it is sent on.
+/// A request matches its code, and its encoding decodes to the same request.
 pub fn request(data: &[u8]) -> bool {
     let (low, body) = choice(data);
     let code = FIRST_NATIVE_REQUEST + u32::from(low);
@@ -134,7 +135,7 @@ pub fn request(data: &[u8]) -> bool {
     })
 }
 
-/// All requests.
+/// One of each request.
 pub fn request_seeds() -> Vec<Vec<u8>> {
     let range = |block, offset, length| BlockRange { block, offset, length };
     let options = OutgoingOptions {
@@ -196,7 +197,7 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// Those about images, in all modes.
+/// The requests about images, in all modes.
 fn image_requests() -> Vec<Request> {
     let path = || String::from("/images/mönday.img");
     let full = SnapshotOptions {
@@ -240,7 +241,7 @@ fn answer<T: PartialEq + std::fmt::Debug>(
     checked(body, |body| decode_reply(body, decode), |reply| encode_reply(reply, encode))
 }
 
-/// An answer, to a request or to a hook, carries a result or an error, and nothing else.
+/// A reply to a request or to a hook carries a result or an error, and nothing else.
 pub fn reply(data: &[u8]) -> bool {
     let (kind, body) = choice(data);
     let sequence = || reply_sequence(body).unwrap_or_default();
@@ -293,7 +294,7 @@ fn status() -> JobStatus {
     }
 }
 
-/// A hook is the one that its code says, with its number, and says the same when it is sent on.
+/// A hook matches its code and number, and its encoding decodes to the same hook.
 pub fn hook(data: &[u8]) -> bool {
     let (low, body) = choice(data);
     let code = hook::code::PAUSE + u32::from(low);
@@ -307,7 +308,7 @@ pub fn hook(data: &[u8]) -> bool {
     })
 }
 
-/// All hooks.
+/// One of each hook.
 pub fn hook_seeds() -> Vec<Vec<u8>> {
     let pieces = vec![
         PieceSize { name: "vcpu".into(), length: 1 << 30 },
@@ -346,8 +347,8 @@ fn print_table(regions: &[Region]) -> Vec<u8> {
     regions.iter().fold(Encoder::new().u32(regions.len() as u32).u32(0), print_region).finish()
 }
 
-/// The bodies of vhost-user's requests, printed again in its layout.
-pub fn standard(data: &[u8]) -> bool {
+/// The bodies of vhost-user's requests, encoded again in its layout.
+pub fn vhost_user(data: &[u8]) -> bool {
     let (kind, body) = choice(data);
     match kind {
         0 => checked(body, decode_mem_table, |table| print_table(table)),
@@ -364,8 +365,8 @@ pub fn standard(data: &[u8]) -> bool {
     }
 }
 
-/// A table of the most regions, one region, and numbers.
-pub fn standard_seeds() -> Vec<Vec<u8>> {
+/// A table with the largest number of regions, one region, and numbers.
+pub fn vhost_user_seeds() -> Vec<Vec<u8>> {
     let region = |at: u64| Region {
         gpa: at << 30,
         length: 1 << 30,

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Inputs by the thousands, the same ones every time: noise, and accepted inputs with something
-//! wrong.
+//! Thousands of repeatable inputs for a decoder: noise, and accepted inputs with mutations.
 
 use super::Target;
 use crate::random::Random;
 
-/// Longest input made of noise alone, in bytes.
+/// Longest input of pure noise, in bytes.
 const NOISE: u64 = 300;
-/// Bytes of an input that failed to be shown; all of it comes again with the next run.
+/// How many bytes of a failed input are shown. The next run repeats the whole input.
 const SHOWN: usize = 400;
-/// Numbers at which decoders go wrong.
+/// Numbers at which decoders often fail.
 const EDGES: [u64; 10] =
     [0, 1, 0xff, 0x7fff_ffff, 0xffff_ffff, 1 << 32, 1 << 50, 1 << 63, u64::MAX - 4095, u64::MAX];
 
-/// How many inputs were taken, and how many were not.
+/// How many inputs were accepted, and how many were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Hammered {
     /// Inputs that the decoder accepted.
@@ -23,10 +22,10 @@ pub struct Hammered {
     pub refused: u64,
 }
 
-/// Runs `target` over its seeds, and then over `rounds` inputs that follow from its name.
+/// Runs `target` over its seeds, and then over `rounds` inputs that its name determines.
 ///
 /// # Panics
-/// If the target does, or refuses a seed.
+/// If the target panics, or refuses a seed.
 pub fn hammer(target: &Target, rounds: u64) -> Hammered {
     let seeds = (target.seeds)();
     for seed in &seeds {
@@ -49,7 +48,7 @@ pub fn hammer(target: &Target, rounds: u64) -> Hammered {
     hammered
 }
 
-/// Runs it, and says which input it was that failed.
+/// Runs the target. If it panics, prints the input.
 fn shown(target: &Target, input: &[u8]) -> bool {
     struct Shown<'a>(&'a str, &'a [u8]);
     impl Drop for Shown<'_> {
@@ -88,15 +87,15 @@ fn mutate(random: &mut Random, bytes: &mut Vec<u8>, seeds: &[Vec<u8>]) {
         0 => bytes.truncate(at),
         1 => bytes.insert(at, random.next() as u8),
         2 if !bytes.is_empty() => drop(bytes.remove(at)),
-        // A part of another input in place of the rest.
+        // Replace the rest by a part of another input.
         3 => {
             bytes.truncate(at);
             let other = pick(random, seeds).map_or(&[][..], Vec::as_slice);
             bytes.extend_from_slice(&other[random.below(other.len() as u64) as usize..]);
         }
-        // All of it once more.
+        // Append the whole input once more.
         4 if bytes.len() < 4096 => bytes.extend_from_within(..),
-        // A number at the edge of something, of any width.
+        // Write a number at a limit, in any width.
         5 | 6 if !bytes.is_empty() => {
             let number = pick(random, &EDGES)
                 .map_or(0, |edge| edge.wrapping_add(random.below(3)).wrapping_sub(1));

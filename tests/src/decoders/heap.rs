@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How much memory a decoder takes at its peak: no more than the bytes it was given account for
-//! (`vmm-survives`).
+//! A decoder's peak memory use, which must not exceed what its input accounts for (`vmm-survives`).
 //!
-//! Counts only where the program has [`CountingHeap`] as its allocator, as the test and the fuzz
-//! targets do.
+//! It is counted only if [`CountingHeap`] is the program's allocator, as in the test and in the
+//! fuzz targets.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -15,8 +14,7 @@ use std::cell::Cell;
 pub struct CountingHeap;
 
 thread_local! {
-    // Of this thread alone, and without a destructor: so that it may be used inside of the
-    // allocator.
+    // Thread-local and without a destructor, so that the allocator itself may use it.
     static HELD: Cell<isize> = const { Cell::new(0) };
     static PEAK: Cell<isize> = const { Cell::new(0) };
 }
@@ -52,7 +50,7 @@ unsafe impl GlobalAlloc for CountingHeap {
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // Both may be there at once.
+        // The old and the new allocation may exist at the same time.
         took(size);
         gave(layout.size());
         // SAFETY: as the caller promised.
@@ -60,7 +58,7 @@ unsafe impl GlobalAlloc for CountingHeap {
     }
 }
 
-/// True if the program counts.
+/// True if the program uses [`CountingHeap`].
 pub fn counts() -> bool {
     let before = HELD.get();
     let held = std::hint::black_box(Box::new([0u8; 64]));
@@ -83,8 +81,8 @@ pub fn within<T>(limit: usize, decode: impl FnOnce() -> T) -> T {
     decoded
 }
 
-/// Bytes that decoding `input` may take: a value is a few times larger than its fields on the wire,
-/// and a vector that grows is there twice.
+/// Bytes that decoding `input` may take. A value is a few times larger than its fields on the wire,
+/// and a growing vector exists twice for a moment.
 pub fn fair(input: &[u8]) -> usize {
     4096 + 16 * input.len()
 }

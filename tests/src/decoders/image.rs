@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Images of guests: the header, what it points to, and the working set beside it.
+//! Decoders of images: the header, the sections that it points to, and the file of the working set.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use super::heap::{fair, within};
@@ -20,20 +20,20 @@ use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange
 /// The checksum is made right first, so that the rest of the checks is reached.
 const SEALED: u8 = 1 << 0;
 
-/// Makes the checksum right that the last four bytes are.
+/// Corrects the checksum in the last four bytes.
 fn seal(bytes: &mut [u8]) {
     if let Some((checked, sum)) = bytes.split_last_chunk_mut() {
         *sum = checksum(checked).to_le_bytes();
     }
 }
 
-/// The number of `N` bytes at `at`, as the table in the module of the header has it.
+/// The number of `N` bytes at `at`, as in the table of the header's module.
 fn number<const N: usize>(bytes: &[u8], at: usize) -> u128 {
     bytes[at..at + N].iter().rev().fold(0, |number, byte| number << 8 | u128::from(*byte))
 }
 
-/// A header is taken exactly if a reader of the table would, and says the same when it is written
-/// again. Bytes that are missing at its end are zero, so that most of what is changed is not
+/// A header is accepted exactly if the model that follows the table accepts it, and its encoding is
+/// the same bytes. Missing bytes at the end count as zero, so that most mutations do not hit
 /// padding.
 pub fn image_header(data: &[u8]) -> bool {
     let (how, data) = choice(data);
@@ -58,7 +58,7 @@ pub fn image_header(data: &[u8]) -> bool {
         Ok(header) => {
             assert!(fits, "{header:x?} was taken");
             assert_eq!(header.is_increment(), bytes[40..56] != [0; 16]);
-            // What is written as zero, and not looked at.
+            // Written as zero, and ignored when read.
             (72..192).step_by(24).for_each(|at| bytes[at + 20..at + 24].fill(0));
             bytes[192..].fill(0);
             seal(&mut bytes);
@@ -72,7 +72,7 @@ pub fn image_header(data: &[u8]) -> bool {
     }
 }
 
-/// A full image, an increment, and one of sections that are empty and at the end.
+/// A full image, an increment, and an image with empty sections at the end.
 pub fn image_header_seeds() -> Vec<Vec<u8>> {
     let section = |offset, length| Section { offset, length, checksum: 0x1234_5678 };
     let sections = [
@@ -93,14 +93,15 @@ pub fn image_header_seeds() -> Vec<Vec<u8>> {
     let increment = Header { id: [2; 16], base: [1; 16], guest: RunState::Paused, ..full.clone() };
     let edges =
         Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
-    // The fields, and padding that is added again.
+    // Only the fields. The padding is added again.
     let short =
         [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
     let whole = [full, increment].map(|header| [&[0], header.to_bytes().as_slice()].concat());
     [short.as_slice(), &whole].concat()
 }
 
-/// Contents are within all limits, have their blocks in order, and are written again as they were.
+/// Contents are within all limits, have their blocks in order, and their encoding is the same
+/// bytes.
 pub fn image_contents(data: &[u8]) -> bool {
     match within(fair(data), || Contents::decode(data)) {
         Ok(contents) => {
@@ -110,7 +111,7 @@ pub fn image_contents(data: &[u8]) -> bool {
                 blocks.is_sorted_by_key(|block| block.gpa) && contents.state_size() <= MAX_STATE
             );
             let mut bytes = data.to_vec();
-            // What is written as zero, and not looked at, in each block.
+            // In each block, written as zero and ignored when read.
             blocks.iter().fold(4, |at, block| {
                 bytes[at + 4..at + 8].fill(0);
                 at + 36 + block.name.len()
@@ -122,7 +123,7 @@ pub fn image_contents(data: &[u8]) -> bool {
     }
 }
 
-/// Nothing at all; blocks with pieces; an increment of one block.
+/// Empty contents, blocks with pieces of state, and an increment of one block.
 pub fn image_contents_seeds() -> Vec<Vec<u8>> {
     let block = |id: u32, gpa, length| BlockGeometry {
         id,
@@ -154,12 +155,12 @@ pub fn image_contents_seeds() -> Vec<Vec<u8>> {
     .into()
 }
 
-/// The image builds on another.
+/// The image has a base.
 const INCREMENT: u8 = 1 << 0;
 
-/// States are taken exactly if a reader of single bits would, for any number of pages, and are what
-/// it reads. Accepted if they are for the number of pages that is chosen first, which is one that
-/// so many bytes can be of.
+/// States are accepted exactly if a model that reads single bits accepts them, for any number of
+/// pages, and the values are the same. The result is that of the first number of pages, which is
+/// one that can have this many bytes.
 pub fn image_states(data: &[u8]) -> bool {
     let (how, data) = choice(data);
     let (cut, bytes) = choice(data);
@@ -212,7 +213,7 @@ fn states(bytes: &[u8], pages: u64, increment: bool) -> bool {
     }
 }
 
-/// Blocks that end within a word and with one; of an increment, and not.
+/// Blocks that end inside a word and at the end of one, for increments and for full images.
 pub fn image_states_seeds() -> Vec<Vec<u8>> {
     let zero = StateWord::default();
     let present = StateWord { present: u64::MAX, ..zero };
@@ -232,7 +233,7 @@ pub fn image_states_seeds() -> Vec<Vec<u8>> {
     ]
 }
 
-/// A working set has as many runs as its bytes, and is written again as it was.
+/// A working set has the number of runs that its bytes hold, and its encoding is the same bytes.
 pub fn working_set(data: &[u8]) -> bool {
     let (how, bytes) = choice(data);
     let mut bytes = bytes.to_vec();
@@ -245,7 +246,7 @@ pub fn working_set(data: &[u8]) -> bool {
             for (at, (block, range)) in (32..).step_by(24).zip(&set.runs) {
                 let mut run = Decoder::new(&bytes[at..]);
                 assert_eq!(run.u32("block"), Ok(*block));
-                // What is written as zero, and not looked at.
+                // Written as zero, and ignored when read.
                 bytes[at + 4..at + 8].fill(0);
                 let numbers = [number::<8>(&bytes, at + 8), number::<8>(&bytes, at + 16)];
                 assert_eq!(numbers, [range.first, range.count].map(u128::from));
@@ -258,8 +259,8 @@ pub fn working_set(data: &[u8]) -> bool {
     }
 }
 
-/// No run, one, and several; with the checksum that they have, and one that follows what is
-/// changed.
+/// No run, one run and several runs, with their own checksum, or with one that is corrected after
+/// each mutation.
 pub fn working_set_seeds() -> Vec<Vec<u8>> {
     let run = |block, first, count| (block, PageRange::new(first, count));
     let sets = [

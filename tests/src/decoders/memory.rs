@@ -1,21 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Ranges and blocks: the rules that a peer's numbers meet, against models that count in wider
-//! numbers.
+//! Ranges and blocks: the rules for a peer's numbers, compared with models that use wider numbers.
 
 use super::heap::{fair, within};
 use pageferry_protocol::control::{Decoder, Encoder};
 use pageferry_protocol::memory::geometry::{MAX_BLOCK_LENGTH, MAX_NAME};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 
-/// Most blocks of a table here: few, so that the limit is met.
+/// Limit of blocks in a table. It is small, so that the limit is reached.
 const LIMIT: usize = 8;
-/// The numbers of a step are small ones, so that blocks meet each other.
+/// The numbers of a step are small, so that blocks overlap.
 const SMALL: u8 = 1 << 0;
 /// The step removes a block.
 const REMOVE: u8 = 1 << 1;
 
-/// A table takes a block exactly if the model does, and is unchanged if it does not.
+/// A table accepts a block exactly if the model does, and is unchanged otherwise.
 pub fn geometry(data: &[u8]) -> bool {
     let (mut steps, mut table, mut model) =
         (Decoder::new(data), BlockTable::new(), Vec::<BlockGeometry>::new());
@@ -74,7 +73,7 @@ fn get_along(one: &BlockGeometry, other: &BlockGeometry) -> bool {
     apart && one.id != other.id && one.name != other.name
 }
 
-/// Blocks side by side, one that overlaps and one that goes.
+/// Adjacent blocks, one that overlaps, and one that is removed.
 pub fn geometry_seeds() -> Vec<Vec<u8>> {
     let step = |flags: u8, id: u8, name: u16, gpa: u64, length: u64| {
         Encoder::new().u8(flags).u8(id).u16(name).u64(gpa).u64(length).u64(PAGE_SIZE).finish()
@@ -93,14 +92,14 @@ pub fn geometry_seeds() -> Vec<Vec<u8>> {
     vec![pair, busy.concat(), many.concat(), last]
 }
 
-/// A discard covers whole units inside of the bytes, as many as there are, and a populate all that
-/// the bytes touch (`round-safely`); and ranges of any numbers meet without wrapping around.
+/// A discard covers all whole units inside the bytes, and a populate all units that the bytes touch
+/// (`round-safely`). Intersections of ranges with any numbers do not wrap around.
 pub fn range(data: &[u8]) -> bool {
     let mut numbers = Decoder::new(data);
     let [a, b, c, d] = [0; 4].map(|_| numbers.u64("number").unwrap_or(0));
     meet(PageRange::new(a, b), PageRange::new(c, d));
     let unit = PAGE_SIZE << (numbers.u8("unit").unwrap_or(0) % 20);
-    // What a block's length can be.
+    // The lengths that a block can have.
     let block = (c % (MAX_BLOCK_LENGTH + 1)).max(PAGE_SIZE) / PAGE_SIZE * PAGE_SIZE;
     rounding(a, b, unit, block)
 }
@@ -152,7 +151,7 @@ fn rounding(offset: u64, length: u64, unit: u64, block: u64) -> bool {
 
 fn meet(one: PageRange, other: PageRange) {
     let end = |range: PageRange| u128::from(range.first) + u128::from(range.count);
-    // A range beyond the last number ends there.
+    // A range that exceeds the largest number ends there.
     let stop = |range: PageRange| end(range).min(u128::from(u64::MAX));
     let first = u128::from(one.first.max(other.first));
     let shared = stop(one).min(stop(other)).saturating_sub(first);
@@ -168,7 +167,7 @@ fn meet(one: PageRange, other: PageRange) {
     );
 }
 
-/// Aligned and not, at both ends of a block.
+/// Aligned and unaligned ranges, at both ends of a block.
 pub fn range_seeds() -> Vec<Vec<u8>> {
     let seed = |[a, b, c, d]: [u64; 4], unit: u8| {
         Encoder::new().u64(a).u64(b).u64(c).u64(d).u8(unit).finish()

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What every decoder has to do with any bytes at all.
+//! What every decoder must do with arbitrary bytes.
 //!
-//! A [`Target`] is an ordinary function over bytes. It panics if a decoder does, if decoding takes
-//! more memory than the bytes account for, or if what was decoded is not what the bytes say: it is
-//! encoded again, and compared with the bytes where the encoding is unique, or with the value where
-//! fields are reserved or order is free. Where a naive model is at hand, the decoder has to agree
-//! with it on what to refuse.
+//! A [`Target`] is an ordinary function over bytes. It panics if a decoder panics, if decoding
+//! takes more memory than the bytes account for, or if the decoded value does not match the bytes.
+//! For that, the value is encoded again. The result is compared with the bytes if the encoding is
+//! unique. Otherwise, with reserved fields or a free order, it is decoded again and the values are
+//! compared. If there is a naive model, the decoder must refuse exactly what the model refuses.
 //!
 //! The same functions run twice: as a normal test over thousands of repeatable inputs
 //! ([`hammer()`]), and under libFuzzer (`tests/fuzz`).
 //!
 //! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what
 //!   travels between agents;
-//! - [`image`]: the file of a guest that is saved; [`memory`]: ranges and blocks;
-//!   [`address`](mod@address): what a user writes;
+//! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
+//!   addresses that a user writes;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
 
 pub mod address;
@@ -27,24 +27,24 @@ pub mod stream;
 
 pub use hammer::hammer;
 
-/// A decoder with what has to hold of it.
+/// A decoder and the check of its results.
 #[derive(Debug, Clone, Copy)]
 pub struct Target {
-    /// Its name; the one of its file in `tests/fuzz/fuzz_targets`, too.
+    /// Its name, which is also the name of its file in `tests/fuzz/fuzz_targets`.
     pub name: &'static str,
-    /// Decodes the bytes and checks what came of it. Returns whether they were accepted.
+    /// Decodes the bytes and checks the result. Returns whether they were accepted.
     pub run: fn(&[u8]) -> bool,
-    /// Inputs that are accepted: at least one for each form that there is.
+    /// Inputs that are accepted, with at least one for each form.
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
-/// All of them.
+/// All targets.
 pub const TARGETS: [Target; 16] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
     Target { name: "hook", run: control::hook, seeds: control::hook_seeds },
-    Target { name: "standard", run: control::standard, seeds: control::standard_seeds },
+    Target { name: "vhost_user", run: control::vhost_user, seeds: control::vhost_user_seeds },
     Target { name: "hello", run: stream::hello, seeds: stream::hello_seeds },
     Target { name: "record", run: stream::record, seeds: stream::record_seeds },
     Target {
@@ -71,14 +71,13 @@ fn choice(bytes: &[u8]) -> (u8, &[u8]) {
     bytes.split_first().map_or((0, bytes), |(first, rest)| (*first, rest))
 }
 
-/// Fails unless two values that should be one are. An error on either side is shown as the user
-/// would see it.
+/// Fails if two values differ. An error on either side is shown as the user would see it.
 #[track_caller]
 fn same<T: PartialEq + std::fmt::Debug>(again: T, value: T) {
     assert_eq!(again, value, "what was decoded is encoded to something else");
 }
 
-/// What a refusal comes to: bytes that were not accepted, and a sentence that says why.
+/// Checks a refusal: it must have a sentence that says why. Returns false, for not accepted.
 fn refused(error: &impl std::error::Error) -> bool {
     assert!(!error.to_string().is_empty());
     false

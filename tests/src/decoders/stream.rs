@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What travels between two agents.
+//! Decoders of what two agents send each other.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use super::control::{MOST, spooled};
@@ -26,7 +26,7 @@ use pageferry_protocol::stream::table::compare_tables;
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use std::time::Duration;
 
-/// How a stream opens: what the source says, and what the destination answers.
+/// The opening of a stream: the source's hello and the destination's answer.
 pub fn hello(data: &[u8]) -> bool {
     let (kind, payload) = choice(data);
     match kind {
@@ -36,7 +36,7 @@ pub fn hello(data: &[u8]) -> bool {
                 compare_tables(&hello.blocks, &hello.blocks).expect("a table is equal to itself");
                 let again = hello.encode();
                 assert_eq!(again.len(), payload.len());
-                // The table may have come in another order.
+                // The blocks may have come in another order.
                 same(Hello::decode(&again).expect("what was encoded"), hello);
                 true
             }
@@ -46,7 +46,7 @@ pub fn hello(data: &[u8]) -> bool {
         2 => match within(fair(payload), || decode_error(payload)) {
             Ok(error) => {
                 let again = encode_error(&error);
-                // Unknown codes become one.
+                // All unknown codes become the same value.
                 assert_eq!(again[4..], payload[4..]);
                 same(decode_error(&again), Ok(error));
                 true
@@ -57,7 +57,7 @@ pub fn hello(data: &[u8]) -> bool {
     }
 }
 
-/// Checks a payload that has one encoding only.
+/// Checks a payload that has only one encoding.
 fn exact<T>(
     payload: &[u8], decode: impl Fn(&[u8]) -> Result<T, DecodeError>,
     encode: impl Fn(&T) -> Vec<u8>,
@@ -117,7 +117,7 @@ fn header_of(bytes: &[u8]) -> Option<RecordHeader> {
     Some(RecordHeader::from_wire(*bytes.first_chunk::<RECORD_SIZE>()?))
 }
 
-/// What passes the checks is within all limits, and has one form only.
+/// A record that is accepted is within all limits, and has only one encoding.
 pub fn record(data: &[u8]) -> bool {
     let Some(header) = header_of(data) else { return false };
     let payload = &data[RECORD_SIZE..];
@@ -152,7 +152,7 @@ fn sealed(kind: Kind, flags: u16, range: PageRange, payload: &[u8]) -> Vec<u8> {
     [header.to_wire().as_slice(), payload].concat()
 }
 
-/// All kinds, and both compressions.
+/// All kinds of records, and both compressions.
 pub fn record_seeds() -> Vec<Vec<u8>> {
     let seed = |kind| match kind {
         Kind::Data => sealed(kind, FLAG_STRAY, PageRange::new(9, 2), &[7; 2 * PAGE_SIZE as usize]),
@@ -183,13 +183,13 @@ fn packed(flag: u16, pages: u64) -> Vec<u8> {
     compressor.output().to_vec()
 }
 
-/// The reader waits for what it does not have, and reads in large pieces.
+/// The reader waits for missing bytes, and reads in large pieces.
 const WAITING: u8 = 1 << 0;
 /// The checksums are made right first, so that the rest of the checks is reached.
 const SEALED: u8 = 1 << 1;
 
-/// A socket gives the records that the bytes are, and then says why there are no more. A stranger
-/// can say hello only, and gets no more memory than a hello takes.
+/// A socket returns the records in the bytes, and then the reason why there are no more. A stranger
+/// can only send a hello, and gets no more memory than a hello takes.
 pub fn record_stream(data: &[u8]) -> bool {
     let (how, bytes) = choice(data);
     let mut bytes = bytes[..bytes.len().min(MOST)].to_vec();
@@ -227,7 +227,7 @@ fn read(reader: &mut RecordReader, waiting: bool) -> Result<(Kind, &[u8]), Trans
     Ok((Kind::Hello, reader.try_read_hello()?.expect("all that will come is here")))
 }
 
-/// Checks why there is no record in what is left.
+/// Checks the reason why the rest is not a record.
 fn check_end(error: &TransportError, rest: &[u8], waiting: bool) {
     let header = header_of(rest);
     match (error, header) {
@@ -248,7 +248,7 @@ fn check_end(error: &TransportError, rest: &[u8], waiting: bool) {
     }
 }
 
-/// Makes the checksums of all records right that are whole.
+/// Corrects the checksums of all complete records.
 fn seal(bytes: &mut [u8]) {
     let mut at = 0;
     while let Some(header) = bytes.get(at..).and_then(header_of) {
@@ -260,7 +260,7 @@ fn seal(bytes: &mut [u8]) {
     }
 }
 
-/// All kinds in one stream, and what a stranger may say.
+/// All kinds in one stream, and what a stranger may send.
 pub fn record_stream_seeds() -> Vec<Vec<u8>> {
     let all = record_seeds().concat();
     let hello = sealed(Kind::Hello, 0, PageRange::default(), &[5; 100]);
@@ -270,8 +270,7 @@ pub fn record_stream_seeds() -> Vec<Vec<u8>> {
         .into()
 }
 
-/// The payloads that are not pages. The runs are of a block of as many pages as the first number
-/// says.
+/// The payloads that are not pages. The first number is the size in pages of the block of the runs.
 pub fn payload(data: &[u8]) -> bool {
     let (kind, payload) = choice(data);
     match kind {
@@ -301,8 +300,8 @@ pub fn payload(data: &[u8]) -> bool {
     }
 }
 
-/// Compressed pages: the first byte says how many more than one. What comes out is as large as they
-/// are, and takes no more memory than that.
+/// Compressed pages. The first byte is the number of pages minus one. The result has exactly their
+/// size, and takes no more memory.
 fn pages(flag: u16, bytes: &[u8]) -> bool {
     let (more, payload) = choice(bytes);
     let range = PageRange::new(9, 1 + u64::from(more));
@@ -343,7 +342,7 @@ fn runs(payload: &[u8], pages: u64) -> bool {
     }
 }
 
-/// A bitmap covers the range that its record names, whole words of it, and nothing after its end.
+/// A bitmap covers the range of its record in whole words, and has no bit after its end.
 fn bitmap(payload: &[u8], range: PageRange, pages: u64) -> bool {
     let (words, rest) = payload.as_chunks::<8>();
     let words: Vec<u64> = words.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
@@ -372,7 +371,7 @@ fn bitmap(payload: &[u8], range: PageRange, pages: u64) -> bool {
     }
 }
 
-/// Runs up to the end of a block, parts of the state, totals, compressed pages, bitmaps.
+/// Runs up to the end of a block, parts of the state, totals, compressed pages and bitmaps.
 pub fn payload_seeds() -> Vec<Vec<u8>> {
     let runs = encode_runs(&[PageRange::new(0, 1), PageRange::new(5, 10), PageRange::new(999, 1)]);
     let part = StatePart { name: "vcpu0", length: 9, offset: 4, bytes: b"12345" }.encode();
