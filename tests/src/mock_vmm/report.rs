@@ -1,34 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What `mock_vmm` says: a progress bar while the migration runs, and a report at its end.
+//! The output of `mock_vmm`: a progress bar while the job runs, and a report at its end.
 
 use crate::Error;
 use crate::vmm::MockVmm;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pageferry_client::{Counters, JobStatus, Phase};
+use pageferry_client::{JobStatus, Phase};
 use serde::Serialize;
 use std::time::Duration;
 
-/// Time between two looks at the job.
+/// Interval at which the job is polled.
 pub(super) const LOOK: Duration = Duration::from_millis(2);
 
-/// The end of a migration, seen from one side. What that side cannot know is `None`, and `null` in
-/// JSON.
+/// The end of a job, as one side sees it. A value that this side does not know is `None`, and
+/// `null` in JSON.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
-    /// Name of the job's last phase: `completed`, or what became of it instead.
+    /// Name of the job's last phase: `completed`, `failed` or `cancelled`.
     pub status: String,
     /// Why it failed; empty if it did not.
     pub error: String,
-    /// Passes, the last one with the guest stopped among them.
+    /// Number of passes, including the last one, for which the guest is paused.
     pub passes: u64,
     /// Pages sent with their content.
     pub pages_sent: u64,
     /// Pages that were found to be zero.
     pub zero_pages: u64,
-    /// Pages told to the destination as discarded.
+    /// Pages that the destination was told to discard.
     pub discarded_pages: u64,
-    /// Pages sent although discarded, since they were written afterwards.
+    /// Discarded pages that were sent because the guest wrote to them after the discard.
     pub stray_pages: u64,
     /// Bytes on all streams.
     pub wire_bytes: u64,
@@ -38,9 +38,9 @@ pub struct Report {
     pub downtime_ms: f64,
     /// Restore: milliseconds until the guest ran.
     pub running_ms: f64,
-    /// Snapshot: pages saved before their turn, since the guest wrote to them.
+    /// Snapshot: pages saved before their turn because the guest wrote to them.
     pub captured_pages: u64,
-    /// Snapshot: pages saved before their turn, since the guest discarded them.
+    /// Snapshot: pages saved before their turn because the guest discarded them.
     pub rescued_pages: u64,
     /// Restore: pages of the working set that were read ahead.
     pub working_set_pages: u64,
@@ -48,73 +48,60 @@ pub struct Report {
     pub faults: u64,
     /// Postcopy: pages that the destination asked for.
     pub requested_pages: u64,
-    /// Postcopy: pages that came without being asked for.
+    /// Postcopy: pages that the source pushed without a request.
     pub pushed_pages: u64,
-    /// Postcopy: pages that were discarded before they came.
+    /// Postcopy: pages that were discarded before they arrived.
     pub dropped_pages: u64,
-    /// Postcopy: pages that the source freed since the destination has them.
+    /// Postcopy: pages that the source freed because the destination has them.
     pub released_pages: u64,
-    /// Postcopy: how long half of the faults took at most, in microseconds; 99 of 100; and the
-    /// slowest.
+    /// Postcopy: the time to answer a fault, in microseconds: median, 99th percentile, maximum.
     pub fault_us: [u64; 3],
     /// Postcopy: milliseconds without a connection.
     pub paused_ms: f64,
-    /// Bytes allocated at the source before anything, the discards included.
+    /// Bytes allocated at the source at the start, before any discard.
     pub source_allocated_before: Option<u64>,
     /// Bytes allocated at the source at the end.
     pub source_allocated_after: Option<u64>,
-    /// Bytes allocated at the destination when all was there and before its guest wrote.
+    /// Bytes allocated at the destination when all memory had arrived, before its guest wrote.
     pub destination_allocated: Option<u64>,
 }
 
 impl Report {
-    /// From how the job stands.
+    /// Reports the present state of a job.
     pub fn new(status: &JobStatus) -> Self {
-        let Counters {
-            passes,
-            pages_sent,
-            zero_pages,
-            discarded_pages,
-            stray_pages,
-            wire_bytes,
-            ..
-        } = status.counters;
-        let Counters {
-            faults, requested_pages, pushed_pages, dropped_pages, released_pages, ..
-        } = status.counters;
-        let Counters { fault_p50_us, fault_p99_us, fault_max_us, .. } = status.counters;
+        let counters = &status.counters;
         Self {
-            faults,
-            requested_pages,
-            pushed_pages,
-            dropped_pages,
-            released_pages,
-            fault_us: [fault_p50_us, fault_p99_us, fault_max_us],
-            paused_ms: milliseconds(status.counters.paused_us),
             status: status.phase.name().to_owned(),
-            // Of a job that completed it is a warning.
+            // The error of a job that completed is only a warning.
             error: if status.phase == Phase::Completed {
                 String::new()
             } else {
                 status.error.clone()
             },
-            passes,
-            pages_sent,
-            zero_pages,
-            discarded_pages,
-            stray_pages,
-            wire_bytes,
-            total_ms: milliseconds(status.counters.total_us),
-            downtime_ms: milliseconds(status.counters.downtime_us),
-            running_ms: milliseconds(status.counters.running_us),
-            captured_pages: status.counters.captured_pages,
-            rescued_pages: status.counters.rescued_pages,
-            working_set_pages: status.counters.working_set_pages,
+            passes: counters.passes,
+            pages_sent: counters.pages_sent,
+            zero_pages: counters.zero_pages,
+            discarded_pages: counters.discarded_pages,
+            stray_pages: counters.stray_pages,
+            wire_bytes: counters.wire_bytes,
+            total_ms: milliseconds(counters.total_us),
+            downtime_ms: milliseconds(counters.downtime_us),
+            running_ms: milliseconds(counters.running_us),
+            captured_pages: counters.captured_pages,
+            rescued_pages: counters.rescued_pages,
+            working_set_pages: counters.working_set_pages,
+            faults: counters.faults,
+            requested_pages: counters.requested_pages,
+            pushed_pages: counters.pushed_pages,
+            dropped_pages: counters.dropped_pages,
+            released_pages: counters.released_pages,
+            fault_us: [counters.fault_p50_us, counters.fault_p99_us, counters.fault_max_us],
+            paused_ms: milliseconds(counters.paused_us),
             ..Self::default()
         }
     }
 
-    /// Of a migration that did not get as far as a job, or whose job cannot be asked any more.
+    /// Reports a migration for which no job started, or whose job cannot be queried any more.
     pub fn failed(error: &Error) -> Self {
         Self { status: Phase::Failed.name().to_owned(), error: error.sentence(), ..Self::default() }
     }
@@ -124,9 +111,9 @@ impl Report {
         self.status == Phase::Completed.name() && self.error.is_empty()
     }
 
-    /// As one JSON object.
+    /// The report as one JSON object.
     pub fn json(&self) -> String {
-        // Numbers, strings and nulls: there is nothing in it that JSON cannot say.
+        // This cannot fail: the report has only numbers, strings and nulls.
         serde_json::to_string(self).unwrap_or_default()
     }
 }
@@ -199,11 +186,11 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Watches a job until it ended, with a progress bar if standard error is a terminal. `seen` is
-/// called with every look at it.
+/// Polls a job until it ends, with a progress bar if standard error is a terminal. Calls `seen`
+/// with each status.
 ///
 /// # Errors
-/// If the agent is lost, or what `seen` says.
+/// If the agent is lost, or if `seen` fails.
 pub fn watch(
     vmm: &MockVmm, job: u64, bar: bool, mut seen: impl FnMut(&JobStatus) -> Result<(), Error>,
 ) -> Result<JobStatus, Error> {
@@ -223,14 +210,14 @@ pub fn watch(
     }
 }
 
-/// A bar on standard error; none if that is no terminal.
+/// A progress bar on standard error. It is hidden if that is not a terminal.
 pub fn progress_bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
     let style = ProgressStyle::with_template("{prefix:<12} [{bar:40}] {percent:>3}%  {msg}");
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Brings a bar up to date.
+/// Updates a bar.
 pub fn show(bar: &ProgressBar, status: &JobStatus) {
     let counters = &status.counters;
     bar.set_length(counters.pass_pages.max(1));

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests that never stop writing, moments by chance, and what must hold of an image that was made
-//! of such a guest.
+//! Guests that write all the time, random moments of a job, and checks of an image of such a guest.
 
 use super::Host;
 use crate::deadline::wait_until;
@@ -17,10 +16,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pages of the guest, and those that hold something from the start.
+/// Number of pages of the guest. The first `FILLED` of them hold something from the start.
 pub const PAGES: u64 = 4096;
 const FILLED: u64 = 3000;
-/// Some 50 ms for the pages that hold something.
+/// With this bandwidth, the pages that hold something take about 50 ms.
 pub const BANDWIDTH: u64 = 256 << 20;
 
 fn usage() -> Arc<Usage> {
@@ -31,7 +30,7 @@ fn options(rate: u64) -> ThreadGuestOptions {
     ThreadGuestOptions { rate: Some(rate), ..ThreadGuestOptions::default() }
 }
 
-/// A VMM whose guest runs, and writes everywhere.
+/// A VMM whose guest runs and writes everywhere.
 pub struct Running {
     /// The VMM.
     pub vmm: MockVmm,
@@ -45,12 +44,12 @@ impl std::fmt::Debug for Running {
 }
 
 impl Running {
-    /// Memory that holds something, and a guest that writes into it.
+    /// Memory that holds something, and a guest that writes to it.
     pub fn new(host: &Host) -> Self {
         Self::with(host, Config::default())
     }
 
-    /// The same with another configuration.
+    /// The same with another configuration of the client.
     pub fn with(host: &Host, config: Config) -> Self {
         let usage = usage();
         usage.memory().block(0).unwrap().fill(PageRange::new(0, FILLED), 1).unwrap();
@@ -65,20 +64,20 @@ impl Running {
         running
     }
 
-    /// The agent is lost, and the guest runs on, and can write everywhere.
+    /// Waits until the agent is lost, and checks that the guest runs and can write everywhere.
     pub fn assert_runs_without_agent(&self) {
         wait_until("the agent to be lost", PATIENCE, || self.vmm.record().agent_lost.is_some())
             .unwrap();
         self.assert_runs();
     }
 
-    /// The guest runs, and can write everywhere.
+    /// Checks that the guest runs and can write everywhere.
     pub fn assert_runs(&self) {
         wait_until("the guest to run", PATIENCE, || self.vmm.record().runs).unwrap();
         let before = (self.writes)();
         wait_until("the guest to write", PATIENCE, || (self.writes)() >= before + 50).unwrap();
         let memory = self.vmm.memory().clone();
-        // Beside the words of the guest.
+        // These words are not the guest's.
         let writing = std::thread::spawn(move || {
             let block = memory.block(0).unwrap();
             (0..PAGES).for_each(|page| block.store(page * PAGE_SIZE + 2048, page).unwrap());
@@ -88,12 +87,12 @@ impl Running {
     }
 }
 
-/// A VMM that waits for a guest such as [`Running`] has.
+/// A VMM that waits for a guest like that of [`Running`].
 pub fn waiting(host: &Host) -> MockVmm {
     waiting_with(host, Config::default())
 }
 
-/// The same with another configuration.
+/// The same with another configuration of the client.
 pub fn waiting_with(host: &Host, config: Config) -> MockVmm {
     let usage = usage();
     let guest = ThreadGuest::new(&usage, options(0)).unwrap();
@@ -103,8 +102,8 @@ pub fn waiting_with(host: &Host, config: Config) -> MockVmm {
     vmm
 }
 
-/// The image is whole, and one moment of its guest: each page holds what the guest says that it
-/// wrote there, and all that it did not write to is as it was from the start.
+/// Checks that the image is complete and shows one moment of its guest: each page holds what the
+/// guest's ledger says, and pages that the guest did not write are as they were at the start.
 #[track_caller]
 pub fn check_image(path: &Path) {
     let chain = Chain::open(path).unwrap();
@@ -130,7 +129,7 @@ pub fn check_image(path: &Path) {
     assert!(usage.check().unwrap() > 0, "nothing was compared");
 }
 
-/// All that nobody wrote to is as it was from the start.
+/// Checks that everything except the words of writers is as it was at the start.
 #[track_caller]
 pub fn check_content(usage: &Usage) {
     let block = usage.memory().block(0).unwrap();
@@ -143,25 +142,25 @@ pub fn check_content(usage: &Usage) {
     }
 }
 
-/// When something happens.
+/// A moment of a job.
 #[derive(Debug)]
 pub enum Moment {
-    /// When so many pages were worked on, or the job ended.
+    /// When the job has processed this many pages, or has ended.
     Pages(u64),
-    /// So long after it was started.
+    /// This long after the start of the job.
     After(Duration),
-    /// So long after all pages that hold something were, while the rest is written and made safe,
-    /// or loaded.
+    /// This long after all pages that hold something were processed. The rest of the image is then
+    /// written and synced, or loaded.
     Last(Duration),
 }
 
 impl Moment {
-    /// One that `random` chooses.
+    /// A moment that `random` chooses.
     pub fn any(random: &mut Random) -> Self {
         let kind = random.below(10);
         let mut below = |micros| Duration::from_micros(random.below(micros));
         match kind {
-            // Before there is much to see of it.
+            // Early, when the job has hardly begun.
             0..3 => Self::After(below(3_000)),
             3..5 => Self::After(below(80_000)),
             5..7 => Self::Last(below(8_000)),
@@ -169,10 +168,10 @@ impl Moment {
         }
     }
 
-    /// Returns when it has come.
+    /// Returns at this moment.
     pub fn wait(&self, mut status: impl FnMut() -> JobStatus) {
         match self {
-            // Whatever the job has come to by then: what must hold does at any moment.
+            // The job may be in any phase then. What the tests check holds at every moment.
             Self::After(time) => std::thread::sleep(*time),
             Self::Last(time) => {
                 Self::Pages(FILLED).wait(status);
@@ -192,8 +191,8 @@ impl Moment {
     }
 }
 
-/// What happens at so many moments hits jobs that are under way, and not only such as are over:
-/// else nothing was tried.
+/// Counts how many moments hit a job that was still under way. If nearly all jobs had ended
+/// already, the test shows nothing.
 #[derive(Debug, Default)]
 pub struct Hits {
     moments: u64,
@@ -201,18 +200,30 @@ pub struct Hits {
 }
 
 impl Hits {
-    /// At one of the moments the job was in this phase.
+    /// Waits for `moment` in the job of `client`, counts it, and prints it after `case`, so that a
+    /// failure can be repeated. Returns the phase of the job at the moment.
+    pub fn wait_for(
+        &mut self, moment: &Moment, case: std::fmt::Arguments<'_>, client: &Client,
+    ) -> Phase {
+        moment.wait(|| client.status().unwrap());
+        let phase = client.status().unwrap().phase;
+        eprintln!("{case}: {moment:?}, in phase {}", phase.name());
+        self.count(phase);
+        phase
+    }
+
+    /// Counts a moment at which the job was in this phase.
     pub fn count(&mut self, phase: Phase) {
         self.count_if(!phase.is_final());
     }
 
-    /// The same; `under_way` says whether the job was.
+    /// Counts a moment. `under_way` says whether the job had not ended.
     pub fn count_if(&mut self, under_way: bool) {
         self.moments += 1;
         self.under_way += u64::from(under_way);
     }
 
-    /// A third of the moments hit something.
+    /// Checks that at least a third of the moments hit a job that was under way.
     #[track_caller]
     pub fn check(&self) {
         assert!(self.under_way * 3 >= self.moments, "nearly all came too late: {self:?}");

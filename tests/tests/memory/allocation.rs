@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB, on the wire,
-//! at both sides, and in the agents.
+//! `never-populate` at scale: a guest of 64 GiB or 1 TiB that uses 1 GiB costs 1 GiB on the wire
+//! and on both sides, and the agents stay small.
 
 use pageferry_client::{
     BlockRange, Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase, Punch, Target,
@@ -40,8 +40,8 @@ fn resident(agent: &mut AgentProcess) -> u64 {
     agent.process().resident_bytes().unwrap()
 }
 
-/// Migrates a guest of `size` bytes that uses `used`, with `discarded` bytes of it discarded but
-/// left allocated.
+/// Migrates a guest of `size` bytes that uses `used` bytes. Of those, `discarded` bytes are
+/// discarded but still allocated.
 fn migrate(size: u64, used: u64, discarded: u64) {
     let folder = tempfile::tempdir().unwrap();
     let mut agents = ["source", "destination"]
@@ -96,7 +96,7 @@ fn migrate(size: u64, used: u64, discarded: u64) {
     let limit = (64 << 20) + BITMAPS * bitmap_bytes(size / 4096);
     for agent in &mut agents {
         let resident = resident(agent);
-        assert!(resident < limit, "an agent takes {resident} bytes, the limit is {limit}");
+        assert!(resident < limit, "an agent has {resident} resident bytes, the limit is {limit}");
     }
 }
 

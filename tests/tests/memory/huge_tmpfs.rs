@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory on a tmpfs that hands out huge pages for small writes: what arrives there, or is
-//! restored, allocates nothing that the source had not.
+//! Memory on a tmpfs that hands out huge pages for small writes: a guest that arrives or is
+//! restored there allocates only pages that the source had allocated.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{
     BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_tests::memory::{Backing, BlockLayout, TestBlock};
+use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::require;
 use pageferry_tests::scenario::images::paused;
 use pageferry_tests::scenario::{MockSide, passes};
 use pageferry_tests::tmpfs::{Tmpfs, hands_out_huge_pages};
 use pageferry_tests::vmm::PATIENCE;
-use std::ops::Deref;
 use std::sync::Arc;
 
 /// Pages of a huge page.
@@ -22,89 +21,72 @@ const HUGE: u64 = 512;
 const PAGES: u64 = 20 * HUGE;
 
 /// A VMM with one block.
-struct Side {
-    mock: MockSide,
+fn side(fd_offset: u64, backing: Backing) -> MockSide {
+    let ram = BlockLayout { fd_offset, backing, ..BlockLayout::ram(PAGES * PAGE_SIZE) };
+    MockSide::new(vec![ram])
 }
 
-impl Deref for Side {
-    type Target = MockSide;
-
-    fn deref(&self) -> &MockSide {
-        &self.mock
+/// A source in a memfd, which allocates page by page.
+fn source() -> MockSide {
+    let side = side(0, Backing::Memfd);
+    let runs = [
+        // One page of a huge page.
+        PageRange::new(5, 1),
+        // A huge page that is dense at its start only.
+        PageRange::new(HUGE, 200),
+        // A whole huge page, and one that is partly discarded.
+        PageRange::new(2 * HUGE, 2 * HUGE),
+        // Pages across the border of two huge pages.
+        PageRange::new(6 * HUGE - 10, 90),
+    ];
+    for run in runs {
+        side.block(0).fill(run, 3).unwrap();
     }
+    // One page in each of the other huge pages.
+    for huge_page in 8..PAGES / HUGE {
+        side.block(0).fill(PageRange::new(huge_page * HUGE + huge_page, 1), 4).unwrap();
+    }
+    let discarded = PageRange::new(3 * HUGE + 100, 50);
+    let range = BlockRange { block: 0, offset: discarded.offset(), length: discarded.bytes() };
+    side.vmm.client().discard(&[range], Punch::Yes).unwrap();
+    side.vmm.start().unwrap();
+    side
 }
 
-impl Side {
-    fn new(fd_offset: u64, backing: Backing) -> Self {
-        let ram = BlockLayout { fd_offset, backing, ..BlockLayout::ram(PAGES * PAGE_SIZE) };
-        Self { mock: MockSide::new(vec![ram]) }
-    }
-
-    /// In a memfd, which allocates page by page.
-    fn source() -> Self {
-        let side = Self::new(0, Backing::Memfd);
-        let runs = [
-            // One page of a huge page.
-            PageRange::new(5, 1),
-            // A huge page that begins densely, and is not.
-            PageRange::new(HUGE, 200),
-            // A whole one, and one that is discarded in part.
-            PageRange::new(2 * HUGE, 2 * HUGE),
-            // Across the border of two.
-            PageRange::new(6 * HUGE - 10, 90),
-        ];
-        for run in runs {
-            side.block().fill(run, 3).unwrap();
-        }
-        // One page of each of the rest.
-        for huge_page in 8..PAGES / HUGE {
-            side.block().fill(PageRange::new(huge_page * HUGE + huge_page, 1), 4).unwrap();
-        }
-        let discarded = PageRange::new(3 * HUGE + 100, 50);
-        let range = BlockRange { block: 0, offset: discarded.offset(), length: discarded.bytes() };
-        side.vmm.client().discard(&[range], Punch::Yes).unwrap();
-        side.vmm.start().unwrap();
-        side
-    }
-
-    /// On a tmpfs that is mounted with `huge`; not aligned to its huge pages if `odd`. `None` if
-    /// the kernel has no huge pages to hand out now.
-    fn on(tmpfs: Tmpfs, huge: &str, odd: bool) -> Option<Self> {
-        let fd_offset = if odd { 3 * PAGE_SIZE } else { 0 };
-        let options = format!("size=256M,huge={huge}");
-        let file = tmpfs.file(&options, fd_offset + PAGES * PAGE_SIZE).unwrap();
-        // Else there is nothing to be seen.
-        require::met("huge-tmpfs", hands_out_huge_pages(&file).map_err(Into::into))?;
-        Some(Self::new(fd_offset, Backing::File(Arc::new(file))))
-    }
-
-    fn block(&self) -> &TestBlock {
-        self.vmm.memory().block(0).unwrap()
-    }
-
-    /// It holds what the other does, and has allocated nothing that the other has not.
-    #[track_caller]
-    fn assert_no_more_than(&self, source: &Side, what: &str) {
-        for page in 0..PAGES {
-            assert_eq!(
-                self.block().read_page(page).unwrap(),
-                source.block().read_page(page).unwrap(),
-                "{what}: page {page:#x}"
-            );
-        }
-        let pages = |side: &Side| side.block().extents().unwrap();
-        let there = pages(source);
-        let surplus = |run: &PageRange| !there.iter().any(|have| have.intersection(run) == *run);
-        let more: Vec<PageRange> = pages(self).into_iter().filter(surplus).collect();
-        assert!(more.is_empty(), "{what}: allocated here alone: {more:x?}");
-    }
+/// A destination on a tmpfs that is mounted with `huge`. If `odd`, its block is not aligned to huge
+/// pages. `None` if the kernel has no free huge pages now.
+fn destination_on(tmpfs: Tmpfs, huge: &str, odd: bool) -> Option<MockSide> {
+    let fd_offset = if odd { 3 * PAGE_SIZE } else { 0 };
+    let options = format!("size=256M,huge={huge}");
+    let file = tmpfs.file(&options, fd_offset + PAGES * PAGE_SIZE).unwrap();
+    // Without huge pages the test would show nothing.
+    require::met("huge-tmpfs", hands_out_huge_pages(&file).map_err(Into::into))?;
+    Some(side(fd_offset, Backing::File(Arc::new(file))))
 }
 
-/// The ways of a tmpfs to hand out huge pages, aligned and not.
+/// Checks that the destination holds the same as the source, and has allocated only pages that the
+/// source has allocated.
+#[track_caller]
+fn assert_allocates_no_more(destination: &MockSide, source: &MockSide, what: &str) {
+    for page in 0..PAGES {
+        assert_eq!(
+            destination.block(0).read_page(page).unwrap(),
+            source.block(0).read_page(page).unwrap(),
+            "{what}: page {page:#x}"
+        );
+    }
+    let pages = |side: &MockSide| side.block(0).extents().unwrap();
+    let there = pages(source);
+    let surplus = |run: &PageRange| !there.iter().any(|have| have.intersection(run) == *run);
+    let more: Vec<PageRange> = pages(destination).into_iter().filter(surplus).collect();
+    assert!(more.is_empty(), "{what}: allocated only at the destination: {more:x?}");
+}
+
+/// The mount options with which a tmpfs hands out huge pages, with aligned and unaligned blocks.
 fn ways() -> Vec<(Tmpfs, &'static str, bool)> {
     let Some(tmpfs) = require::huge_tmpfs() else { return Vec::new() };
-    // Or khugepaged would fill holes of what the VMM has mapped, at any moment. What is written is
-    // given huge pages all the same.
+    // Otherwise khugepaged would fill holes in the VMM's mappings at any moment. Writes still get
+    // huge pages.
     rustix::thread::disable_transparent_huge_pages(true).unwrap();
     vec![(tmpfs, "always", false), (tmpfs, "within_size", false), (tmpfs, "always", true)]
 }
@@ -125,15 +107,15 @@ fn a_guest_that_arrives_takes_no_more_than_before() {
         for options in options {
             let what =
                 format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
-            let Some(to) = Side::on(tmpfs, huge, odd) else { continue };
-            let from = Side::source();
+            let Some(to) = destination_on(tmpfs, huge, odd) else { continue };
+            let from = source();
             let (incoming, address) = to.listen(&IncomingOptions::default());
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             for (side, job) in [(&from, outgoing), (&to, incoming)] {
                 let status = side.vmm.wait_job(job, PATIENCE).unwrap();
                 assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
             }
-            to.assert_no_more_than(&from, &what);
+            assert_allocates_no_more(&to, &from, &what);
         }
     }
 }
@@ -142,7 +124,7 @@ fn a_guest_that_arrives_takes_no_more_than_before() {
 fn a_restored_guest_takes_no_more_huge_pages_than_before() {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
-    let from = Side::source();
+    let from = source();
     let status =
         from.vmm.wait_job(from.vmm.start_snapshot(&image, &paused()).unwrap(), PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -153,12 +135,12 @@ fn a_restored_guest_takes_no_more_huge_pages_than_before() {
         }
         for mode in modes {
             let what = format!("{huge}, {odd}, {mode:?}");
-            let Some(to) = Side::on(tmpfs, huge, odd) else { continue };
+            let Some(to) = destination_on(tmpfs, huge, odd) else { continue };
             let options = RestoreOptions { mode, ..RestoreOptions::default() };
             let status =
                 to.vmm.wait_job(to.vmm.start_restore(&image, &options).unwrap(), PATIENCE).unwrap();
             assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
-            to.assert_no_more_than(&from, &what);
+            assert_allocates_no_more(&to, &from, &what);
         }
     }
 }

@@ -4,9 +4,9 @@
 //!
 //! - [`pairs`]: the table of docs/postcopy.md, cell by cell;
 //! - [`huge_pages`]: hugetlbfs, and transparent huge pages;
-//! - [`allocation`]: what a guest of 1 TiB costs that uses 1 GiB.
+//! - [`allocation`]: the cost of a guest of 1 TiB that uses 1 GiB.
 //!
-//! `huge_tmpfs.rs`, beside this file, is a program of its own, since it turns transparent huge
+//! `huge_tmpfs.rs`, beside this file, is a program of its own, because it turns transparent huge
 //! pages off for its process.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The table of docs/postcopy.md, cell by cell: what each kind of memory takes, and with which
-//! words what does not work is refused.
+//! The table of docs/postcopy.md, cell by cell: which jobs work with each kind of memory, and the
+//! error of those that do not.
 //!
-//! Host pages of 1 GiB are no row here, since few machines have one to spare: their checks have
-//! unit tests.
+//! There is no row for host pages of 1 GiB, because few machines have one to spare. Unit tests
+//! cover their checks.
 
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
@@ -25,7 +25,7 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 const LENGTH: u64 = 4 << 20;
 
-/// A row: the memory of the VMM that the guest comes to, or that saves it.
+/// A row: the memory of the VMM that receives the guest, or that saves it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Row {
     Memfd,
@@ -36,7 +36,7 @@ enum Row {
     Sealed,
     /// `vmm_address` is 0.
     NotMapped,
-    /// The VMM has its mapping registered with a userfaultfd of its own.
+    /// The VMM has registered its mapping with its own userfaultfd.
     Registered,
 }
 
@@ -52,7 +52,7 @@ enum Column {
     WriteProtect,
 }
 
-/// A VMM with one block, on an agent. The VMM goes first.
+/// A VMM with one block, and its agent. The VMM is dropped first.
 struct Place {
     client: Client,
     _registered: Option<WriteProtect>,
@@ -60,7 +60,7 @@ struct Place {
     _agent: InProcessAgent,
 }
 
-/// The file under the block; `None` if this machine has no such file.
+/// The file under the block. `None` if this machine cannot have such a file.
 fn file(row: Row) -> Option<File> {
     match row {
         Row::Huge => Some(hugetlb_memfd(LENGTH).unwrap().into()),
@@ -92,7 +92,7 @@ impl Place {
         Some(Self { client, _registered: registered, mapping, _agent: agent })
     }
 
-    /// With something in it.
+    /// A place whose memory holds something.
     fn full(row: Row) -> Option<Self> {
         let place = Self::new(row)?;
         let memory = place.mapping.as_volatile_slice();
@@ -111,7 +111,7 @@ impl Place {
         }
     }
 
-    /// How the job ends.
+    /// The result of the job.
     fn ends(&self, started: Result<u64, Error>) -> Result<(), String> {
         let job = match started {
             Ok(job) => job,
@@ -137,7 +137,7 @@ impl Place {
     }
 }
 
-/// Moves the guest; what the source says of a failure.
+/// Migrates the guest. The error is the one at the source.
 fn moves(source: &Place, destination: &Place, options: &OutgoingOptions) -> Result<(), String> {
     let listen = Target::Address("tcp:127.0.0.1:0".into());
     let incoming = destination.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
@@ -148,7 +148,7 @@ fn moves(source: &Place, destination: &Place, options: &OutgoingOptions) -> Resu
     Ok(())
 }
 
-/// What comes of a cell; `None` if this machine lacks something for it.
+/// The result of a cell. `None` if this machine lacks something for it.
 fn cell(row: Row, column: Column) -> Option<Result<(), String>> {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
@@ -197,7 +197,7 @@ const COLUMNS: [Column; 8] = [
     Column::Paused,
     Column::WriteProtect,
 ];
-/// In a cell: it works.
+/// In a cell: the job works.
 const YES: &str = "";
 const DISK: &str = "block 0 is a file on a disk";
 const SEALED: &str = "block 0 is sealed against writing";

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest of the models at the source: memory in odd blocks, what the guest and its VMM do, and
-//! a naive record of what must hold.
+//! The guest of the models at the source: memory in odd blocks, the steps of the guest and its VMM,
+//! and a naive record of what must hold.
 
 use pageferry_client::{BlockRange, Client, HookError, Hooks, Punch, RunState, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -30,14 +30,14 @@ pub fn layouts() -> Vec<Layout> {
     ]
 }
 
-/// Bytes of guest address space that the log has to cover for them.
+/// Bytes of guest address space that the log must cover for these blocks.
 pub const LOG_COVERS: u64 = 0x1_0010_0000;
 
 pub fn all_pages() -> Vec<Page> {
     layouts().iter().flat_map(|layout| (0..layout.pages).map(|page| (layout.id, page))).collect()
 }
 
-/// A few pages in a row of one block.
+/// A few consecutive pages of one block.
 pub fn some_pages(chance: &mut Random) -> (u32, PageRange) {
     let layouts = layouts();
     let layout = &layouts[chance.below(layouts.len() as u64) as usize];
@@ -54,8 +54,8 @@ pub fn whole(id: u32, range: PageRange) -> BlockRange {
     BlockRange { block: id, offset: range.offset(), length: range.bytes() }
 }
 
-/// The same pages, perhaps with a part of a page on either side, which changes nothing for a
-/// discard.
+/// The byte range of these pages, perhaps with a part of a page on either side, which does not
+/// matter for a discard.
 pub fn ragged(chance: &mut Random, id: u32, range: PageRange) -> BlockRange {
     let pages = layouts().iter().find(|layout| layout.id == id).unwrap().pages;
     let mut exact = whole(id, range);
@@ -66,13 +66,13 @@ pub fn ragged(chance: &mut Random, id: u32, range: PageRange) -> BlockRange {
     exact
 }
 
-/// The memory of one VMM. What is written and looked at here goes by the files.
+/// The memory of one VMM. Reads and writes here use the files.
 pub struct Memory(TestMemory);
 
 impl Memory {
     pub fn new() -> Self {
         let block = |layout: Layout| {
-            // The block ends before its file does.
+            // The file is longer than the block.
             let file = files::memfd(layout.fd_offset + layout.pages * PAGE_SIZE + 0x3000).unwrap();
             BlockLayout {
                 id: layout.id,
@@ -122,19 +122,20 @@ impl Memory {
     }
 }
 
-/// What must be so at the source, kept naively.
+/// A naive model of the source.
 #[derive(Default)]
 pub struct Model {
     /// What the guest last wrote, for pages that it may use.
     pub content: BTreeMap<Page, u64>,
     pub discarded: BTreeSet<Page>,
-    /// Discarded pages written afterwards, with all that was written: the last of it may arrive or
-    /// not, and if the VMM then freed the page behind the agent's back, an earlier write may stay.
+    /// Discarded pages that were written afterwards, with all these writes. The last write may
+    /// arrive or not. If the VMM then freed the page without telling the agent, an earlier write
+    /// may stay.
     pub stray: BTreeMap<Page, Vec<u64>>,
-    /// Pages discarded while the guest was paused, with what they held before: the destination may
-    /// or may not know.
+    /// Pages that were discarded while the guest was paused, with their old content. The
+    /// destination may or may not know of the discard.
     pub late: BTreeMap<Page, Vec<u64>>,
-    /// Pages with an allocation at the source.
+    /// Pages that are allocated at the source.
     pub allocated: BTreeSet<Page>,
     pub paused: bool,
     pub next_stamp: u64,
@@ -146,16 +147,26 @@ impl Model {
         self.next_stamp
     }
 
-    /// The guest runs at the source, or runs on: what was discarded while it was paused is now
-    /// simply discarded.
+    /// The page loses its content. If the guest is paused, the destination may still get any of it.
+    fn drop_content(&mut self, page: Page) {
+        let content = self.content.remove(&page);
+        let stray = self.stray.remove(&page);
+        if self.paused {
+            let held = content.into_iter().chain(stray.into_iter().flatten());
+            self.late.entry(page).or_default().extend(held);
+        }
+    }
+
+    /// The guest runs at the source. Pages that were discarded while it was paused are now ordinary
+    /// discarded pages.
     pub fn runs(&mut self) {
         self.paused = false;
         self.late.clear();
     }
 }
 
-/// The source: its memory, and what must be so. The model's lock makes pausing and the guest's
-/// steps exclude each other.
+/// The source: its memory and its model. The lock of the model excludes a pause during a step of
+/// the guest.
 pub struct World {
     pub memory: Memory,
     pub model: Mutex<Model>,
@@ -167,7 +178,7 @@ impl World {
     }
 }
 
-/// One thing that the guest or its VMM does.
+/// One step of the guest or its VMM.
 pub fn step(chance: &mut Random, world: &World, client: &Client) {
     let (id, range) = some_pages(chance);
     let given = ragged(chance, id, range);
@@ -180,9 +191,9 @@ pub fn step(chance: &mut Random, world: &World, client: &Client) {
         7 | 8 => populate(&mut model, world, client, id, range),
         10 | 11 => free(&mut model, world, client, given, pages_of(id, range)),
         12 => {
-            // A tracker may report what was not written. Of a discarded page that is still
-            // allocated that is a stray write; of one that was punched it is an old report, which
-            // counts for nothing.
+            // A tracker may report a page that was not written. If the page is discarded but still
+            // allocated, that counts as a stray write. If it was punched, the report is old and has
+            // no effect.
             let is_stray =
                 |page: &Page| model.discarded.contains(page) && model.allocated.contains(page);
             for page in pages_of(id, range).filter(|page| !is_stray(page)) {
@@ -190,7 +201,7 @@ pub fn step(chance: &mut Random, world: &World, client: &Client) {
             }
         }
         9 => {
-            // What a VMM may do with memory that it gave back.
+            // A VMM may do this with memory that its guest gave back.
             for page in pages_of(id, range)
                 .filter(|page| model.discarded.contains(page))
                 .collect::<Vec<_>>()
@@ -203,8 +214,8 @@ pub fn step(chance: &mut Random, world: &World, client: &Client) {
     }
 }
 
-/// The running guest writes somewhere. To be called before a PASS_DONE is passed on, since a guest
-/// that has nothing dirty after a pass is stopped.
+/// The running guest writes to a random page. Call this before a PASS_DONE is passed on, because a
+/// guest without dirty pages after a pass is stopped.
 pub fn keep_busy(chance: &mut Random, world: &World) {
     let (id, range) = some_pages(chance);
     let mut model = world.model.lock().unwrap();
@@ -215,7 +226,7 @@ pub fn keep_busy(chance: &mut Random, world: &World) {
 
 fn write(chance: &mut Random, model: &mut Model, world: &World, id: u32, range: PageRange) {
     for page in pages_of(id, range).take(5) {
-        // A page of zeroes is allocated, too.
+        // A zero page is allocated, too.
         let stamp = if chance.one_in(8) { 0 } else { model.stamp() };
         world.memory.write(page, stamp);
         world.memory.block(id).mark(PageRange::new(page.1, 1));
@@ -234,16 +245,8 @@ fn discard(
 ) {
     client.discard(&[given], punch).unwrap();
     for page in pages {
-        let content = model.content.remove(&page);
-        let stray = model.stray.remove(&page);
+        model.drop_content(page);
         model.discarded.insert(page);
-        if model.paused {
-            model
-                .late
-                .entry(page)
-                .or_default()
-                .extend(content.into_iter().chain(stray.into_iter().flatten()));
-        }
         if punch == Punch::Yes {
             assert!(world.memory.is_hole(page), "an acknowledged discard has freed page {page:?}");
             model.allocated.remove(&page);
@@ -251,7 +254,7 @@ fn discard(
     }
 }
 
-/// From now on the page is a hole, until the guest writes into it.
+/// Frees pages. They are holes until the guest writes to them.
 fn free(
     model: &mut Model, world: &World, client: &Client, given: BlockRange,
     pages: impl Iterator<Item = Page>,
@@ -262,21 +265,13 @@ fn free(
         assert!(world.memory.is_hole(page), "an acknowledged free has freed page {page:?}");
         expected += u64::from(!model.discarded.contains(&page));
         model.allocated.remove(&page);
-        let content = model.content.remove(&page);
-        // To free what is discarded is to discard it once more.
-        let stray = model.stray.remove(&page);
-        if model.paused {
-            model
-                .late
-                .entry(page)
-                .or_default()
-                .extend(content.into_iter().chain(stray.into_iter().flatten()));
-        }
+        // A free of a discarded page discards it once more.
+        model.drop_content(page);
     }
     assert_eq!(freed, expected);
 }
 
-/// Also tried while the guest is paused, when it may be refused.
+/// Populates pages. While the guest is paused the agent may refuse that.
 fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: PageRange) {
     let gained: Vec<Page> =
         pages_of(id, range).filter(|page| model.discarded.contains(page)).collect();
@@ -287,7 +282,7 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
                 model.discarded.remove(&page);
                 model.late.remove(&page);
                 model.stray.remove(&page);
-                // Its content has no guarantee, but whatever it is, it is the same on both sides.
+                // Its content is not guaranteed, but it is the same on both sides.
                 match world.memory.stamp(page) {
                     0 => model.content.remove(&page),
                     stamp => model.content.insert(page, stamp),
@@ -309,7 +304,7 @@ fn populate(model: &mut Model, world: &World, client: &Client, id: u32, range: P
     }
 }
 
-/// The source's VMM.
+/// The hooks of the source's VMM.
 pub struct SourceHooks(pub Arc<World>);
 
 impl Hooks for SourceHooks {

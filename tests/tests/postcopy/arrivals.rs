@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A fault that comes while its page is being placed.
+//! Faults on a page that is just being placed.
 
 use pageferry_agent::memory::host_page_set::HostPageSet;
 use pageferry_agent::memory::missing_pages::{FaultOutcome, MissingPages};
@@ -63,7 +63,7 @@ fn a_fault_on_a_page_being_placed_gets_its_content() {
                 std::thread::yield_now();
             }
             assert_eq!(missing_pages.locate(faults[0]), Some((0, page)));
-            // As an arrival does: it takes the page, and then places it.
+            // Like an arriving page: it takes the page, and then places it.
             let fault = scope.spawn(|| {
                 taken.wait();
                 missing_pages.fault(memory, (0, page), Instant::now()).unwrap()

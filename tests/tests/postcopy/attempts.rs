@@ -2,7 +2,7 @@
 
 //! Attempts to recover that fail half-way.
 
-use crate::scene::{Side, Switch, TRICKLE, guest};
+use crate::scene::{Switch, TRICKLE, check_all_filled, fill_all, guest, small};
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
@@ -15,8 +15,8 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(4), Side::small(4));
-    source.fill(2);
+    let (source, destination) = (small(4), small(4));
+    fill_all(&source, 2);
     let writes = destination.threads(&guest(Pattern::Uniform, 1000));
     let _ = source.threads(&guest(Pattern::Uniform, 1000));
     let (incoming, address) =
@@ -36,14 +36,14 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
         phase(Phase::PostcopyPaused);
         proxy.limit(Some(connections));
         client.recover(None, &options).unwrap();
-        // Those that came through say hello, and then nobody is there.
+        // These connections send their hellos, and then break.
         wait_until("some connections", PATIENCE, || proxy.links() as u64 == connections).unwrap();
         wait_until("their hellos", PATIENCE, || proxy.passed() >= connections).unwrap();
         proxy.cut();
         phase(Phase::PostcopyPaused);
         proxy.limit(None);
         client.recover(None, &options).unwrap();
-        // It is not asked a second time.
+        // This recovery succeeds without another request.
         phase(Phase::Postcopy);
         wait_until("the destination's", PATIENCE, || destination.status().phase == Phase::Postcopy)
             .unwrap();
@@ -56,5 +56,5 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
     assert!(writes() > 0);
     destination.vmm.stop().unwrap();
     destination.vmm.usage().check().unwrap();
-    destination.check_filled(2);
+    check_all_filled(&destination, 2);
 }

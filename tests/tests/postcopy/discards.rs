@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Discards and populates while the guest's memory is on its way.
+//! Discards and populates during a postcopy.
 
-use crate::scene::{MIB, Move, SWITCHES, Side, Switch, guest};
+use crate::scene::{MIB, Move, SWITCHES, Switch, fill_all, guest, side_with, small};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way, byte_range};
@@ -11,14 +11,15 @@ use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::plug::Plug;
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::vmm::PATIENCE;
 use std::sync::Arc;
 
 const PLUGGED: u32 = 2;
 const UNIT: u64 = MIB / 2;
 
-/// Two blocks, and one whose memory is plugged.
-fn side() -> Side {
+/// Two ordinary blocks, and one whose memory is plugged.
+fn side() -> MockSide {
     let ram = |id: u32, name: &str| BlockLayout {
         id,
         name: name.into(),
@@ -28,14 +29,14 @@ fn side() -> Side {
     };
     let plugged =
         BlockLayout { discarded: true, granularity: UNIT, fd_offset: 0, ..ram(PLUGGED, "plugged") };
-    Side::new(Arc::new(TestMemory::new(vec![ram(0, "low"), ram(1, "high"), plugged]).unwrap()))
+    side_with(Arc::new(TestMemory::new(vec![ram(0, "low"), ram(1, "high"), plugged]).unwrap()))
 }
 
-fn balloon(side: &Side, way: Way, seed: u64) -> Balloon {
+fn balloon(side: &MockSide, way: Way, seed: u64) -> Balloon {
     Balloon::new(side.client().clone(), side.vmm.usage().clone(), way, seed)
 }
 
-fn plug(side: &Side) -> Plug {
+fn plug(side: &MockSide) -> Plug {
     Plug::new(side.client().clone(), side.vmm.usage().clone(), PLUGGED, UNIT).unwrap()
 }
 
@@ -49,13 +50,13 @@ fn discarded_pages_need_not_come_and_are_zero_when_populated() {
         let (source, destination) = (side(), side());
         let options = guest(Pattern::Uniform, 20_000);
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
-        // A page that was freed by the VMM is a hole, and one that was not has stale content:
-        // neither is to come.
+        // With a punch a discarded page is a hole, and without one it has stale content. Neither
+        // may be sent.
         let mut taken = [(Punch::Yes, seed), (Punch::No, seed + 100)]
             .map(|(punch, seed)| balloon(&source, Way::Discard(punch), seed));
         let mut freed = balloon(&source, Way::Free, seed + 300);
         let mut plugged = plug(&source);
-        source.fill(seed);
+        fill_all(&source, seed);
         for unit in 0..8 {
             assert!(plugged.plug(unit).unwrap());
         }
@@ -64,14 +65,14 @@ fn discarded_pages_need_not_come_and_are_zero_when_populated() {
         taken.iter_mut().for_each(|balloon| assert!(balloon.inflate(10, 100).unwrap() > 0));
         assert!(plugged.unplug(3).unwrap() && freed.inflate(10, 100).unwrap() > 0);
 
-        // Quick passes, and then time for the balloon.
+        // The passes are fast. Then the postcopy is slow, so that the balloon has time.
         let (client, slow) = (source.client().clone(), switch.options(4 * MIB));
         source.vmm.before_pause(move || Ok(client.set_parameters(&slow)?));
         let migration = Move::start(&source, &destination, switch.options(100 * MIB));
         if switch == Switch::OnRequest {
             source.client().start_postcopy().unwrap();
         } else {
-            // During the passes, or when all of it remains.
+            // During the passes, or when all pages remain.
             taken[0].inflate(3, 50).unwrap();
             freed.inflate(3, 50).unwrap();
             freed.deflate(5).unwrap();
@@ -93,7 +94,7 @@ fn discarded_pages_need_not_come_and_are_zero_when_populated() {
             } else {
                 assert!(plugged.plug(round).unwrap());
             }
-            // What the source's balloon holds travelled with the usage.
+            // The pages that the source's balloon holds are part of the usage's state.
             if let Some((block, run)) = held.pop() {
                 client.populate(&[byte_range(block, run)]).unwrap();
                 destination.vmm.usage().take_back(block, run).unwrap();
@@ -137,14 +138,14 @@ fn all_that_remains_may_be_given_away() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(8), Side::small(8));
-    source.fill(1);
+    let (source, destination) = (small(8), small(8));
+    fill_all(&source, 1);
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(MIB));
     migration.until_postcopy();
     for block in destination.vmm.memory().blocks() {
         destination.client().discard(&[byte_range(block.id(), block.all())], Punch::Yes).unwrap();
     }
-    // Nobody has to hurry: there is nothing to wait for.
+    // The bandwidth stays low, because no page is missing.
     let [outgoing, incoming] = migration.finish();
     assert!(incoming.counters.dropped_pages > 0 && outgoing.counters.dropped_pages > 0);
     assert_eq!(destination.allocated(), 0);

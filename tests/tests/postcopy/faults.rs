@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Faults of many threads at once, and those that the kernel takes on behalf of a device.
+//! Faults of many threads at once, and faults of the kernel in system calls of a device.
 
-use crate::scene::{Move, Side, Switch, TRICKLE};
+use crate::scene::{Move, Switch, TRICKLE, small};
 use pageferry_client::{IncomingOptions, MIN_BANDWIDTH, Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -10,6 +10,7 @@ use pageferry_tests::guest::IdleGuest;
 use pageferry_tests::memory::TestBlock;
 use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::vmm::PATIENCE;
 use std::io::{Read, Seek, Write};
 use std::sync::Barrier;
@@ -18,9 +19,9 @@ use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 
 const SEED: u64 = 11;
 
-/// A guest whose memory is full, and a place for it.
-fn full(mib: u64) -> (Side, Side) {
-    let (source, destination) = (Side::small(mib), Side::small(mib));
+/// A guest whose memory is full, and an empty destination.
+fn full(mib: u64) -> (MockSide, MockSide) {
+    let (source, destination) = (small(mib), small(mib));
     for block in source.vmm.memory().blocks() {
         block.fill(block.all(), SEED).unwrap();
     }
@@ -38,7 +39,7 @@ fn expected(page: u64) -> u64 {
     u64::from_le_bytes(page_content(SEED, page)[..8].try_into().unwrap())
 }
 
-fn assert_arrived(destination: &Side) {
+fn assert_arrived(destination: &MockSide) {
     for block in destination.vmm.memory().blocks() {
         for page in 0..block.pages() {
             assert!(block.read_page(page).unwrap() == page_content(SEED, page), "page {page:#x}");
@@ -60,7 +61,8 @@ fn threads_that_touch_a_page_at_once_all_get_its_content() {
     std::thread::scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| {
-                // From the end: the push comes from the start, and goes on behind the last fault.
+                // From the end, because the push begins at the start and continues after the last
+                // fault.
                 for page in (block.pages() - pages..block.pages()).rev() {
                     together.wait();
                     assert_eq!(load(block, page), expected(page), "page {page:#x}");
@@ -113,8 +115,8 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
     let guest = destination.vmm.memory().guest();
-    // Whole pages, and parts of the one before and of the one after: the rest of those comes from
-    // the source.
+    // Whole pages, and parts of the pages before and after. The rest of those two comes from the
+    // source.
     let (before, length) = (100, 3 * PAGE_SIZE + 500);
     let mut bytes = vec![0; length as usize];
     Random::new(SEED).fill(&mut bytes);
@@ -126,7 +128,7 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
     let places: Vec<u64> = (0..40).map(|at| 900 - at * 20).collect();
     for (number, page) in places.iter().enumerate() {
         let into = GuestAddress(page * PAGE_SIZE + before);
-        // A file and a pipe: what a disk and a network card of the VMM do.
+        // From a file and from a pipe, like a disk and a network card of the VMM.
         if number % 2 == 0 {
             file.rewind().unwrap();
             guest.read_exact_volatile_from(into, &mut file, bytes.len()).unwrap();
@@ -168,11 +170,11 @@ fn a_system_call_waits_for_the_memory_that_it_reads_or_writes() {
 }
 
 #[test]
-fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
+fn a_page_in_a_slow_push_comes_when_it_is_requested() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(8), Side::small(8));
+    let (source, destination) = (small(8), small(8));
     source.block(0).fill(source.block(0).all(), 7).unwrap();
     let (job, address) =
         destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
@@ -192,7 +194,7 @@ fn a_page_whose_push_is_held_back_comes_when_it_is_asked_for() {
     });
     wait_until("every page", PATIENCE, || touches.is_finished()).unwrap();
     touches.join().unwrap();
-    // What is held back goes as soon as it may.
+    // The pushed pages that wait for bandwidth are sent now.
     source.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
     assert_eq!(source.vmm.wait_job(outgoing, PATIENCE).unwrap().phase, Phase::Completed);
     assert_eq!(destination.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);

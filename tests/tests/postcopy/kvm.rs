@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A real guest under KVM sweeps through its memory before it is there.
+//! A real guest under KVM that sweeps through memory that is still missing.
 
-use crate::scene::{MIB, Move, Pages, Side, Switch, TRICKLE, memory};
+use crate::scene::{MIB, Move, Pages, Switch, TRICKLE, memory, side_with};
 use pageferry_client::Phase;
 use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep, check_consistent, counters};
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::verify::same_block;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
 
-fn sweep(side: &Side) -> Sweep {
+fn sweep(side: &MockSide) -> Sweep {
     Sweep::all(side.vmm.memory().guest()).spins(2000)
 }
 
-fn guest(side: &Side) -> KvmGuest {
+fn guest(side: &MockSide) -> KvmGuest {
     KvmGuest::new(side.vmm.memory().guest().clone(), sweep(side)).unwrap()
 }
 
-fn counters_of(side: &Side) -> Vec<u32> {
+fn counters_of(side: &MockSide) -> Vec<u32> {
     counters(side.vmm.memory().guest(), &sweep(side)).unwrap()
 }
 
 fn moves(pages: Pages, switch: Switch, tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
-    let [source, destination] = [(), ()].map(|()| Side::new(memory(pages, 8)));
+    let [source, destination] = [(), ()].map(|()| side_with(memory(pages, 8)));
     let mut booted = guest(&source);
     booted.boot().unwrap();
     source.vmm.set_tracker(tracker(&booted, source.vmm.memory())).unwrap();
@@ -43,8 +44,8 @@ fn moves(pages: Pages, switch: Switch, tracker: impl FnOnce(&KvmGuest, &TestMemo
     migration.until_gone();
     let stopped = check_consistent(counters_of(&source)).unwrap();
     if at_once {
-        // Nobody else touches it, and it sweeps in order: it has counted in the first page that it
-        // waited for when it waits for the second.
+        // Only the guest touches the memory, and it sweeps in order. So when it waits for the
+        // second page, it has counted in the first one.
         wait_until("the guest to count on before its memory is there", PATIENCE, || {
             destination.status().counters.faults >= 2
         })

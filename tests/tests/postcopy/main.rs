@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Postcopy between two VMMs whose guests touch memory by their mappings: threads, devices, and a
-//! real one under KVM, on small and huge pages.
+//! Postcopy between two VMMs whose guests touch memory through mappings: threads, devices, and a
+//! real guest under KVM, on small and huge pages.
 //!
 //! - [`scene`]: two VMMs, and a migration between them;
-//! - [`threads`]: guests of threads, and devices, whenever they go; [`kvm`]: a real guest;
-//! - [`faults`]: many at once, and those of system calls; [`arrivals`]: one that comes while its
-//!   page is being placed;
-//! - [`discards`]: what is given away and taken back meanwhile; [`sparse`]: a large guest that gave
-//!   most of it away;
+//! - [`threads`]: guests of threads, and devices, with every kind of switch; [`kvm`]: a real guest;
+//! - [`faults`]: many faults at once, and faults in system calls; [`arrivals`]: a fault on a page
+//!   that is just being placed;
+//! - [`discards`]: discards and populates meanwhile; [`sparse`]: a large guest that gave most of
+//!   its memory back;
 //! - [`release`]: memory that the source frees; [`shortage`]: a destination without memory;
-//! - [`refusals`]: memory that it cannot fill;
-//! - [`attempts`]: recoveries that fail half-way; [`watch`]: what is seen of one;
-//! - [`onwards`]: what comes after;
-//! - [`failures`]: every moment at which something can fail.
+//! - [`refusals`]: memory that postcopy cannot fill;
+//! - [`attempts`]: recoveries that fail half-way; [`watch`]: what operators and VMMs see of a
+//!   recovery;
+//! - [`onwards`]: the guest after a postcopy;
+//! - [`failures`]: failures at every moment.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod arrivals;

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! After a postcopy: the memory is like any other, and the guest goes on to the next host.
+//! After a postcopy the memory is like any other, and the guest can migrate to the next host.
 
-use crate::scene::{MIB, Move, Pages, Side, Switch, guest, memory};
+use crate::scene::{
+    MIB, Move, Pages, Switch, check_all_filled, fill_all, guest, memory, side_with, small,
+};
 use pageferry_client::{Mode, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -27,7 +29,7 @@ fn holes_are_plain_holes_again_when_all_is_here() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(4), Side::small(4));
+    let (source, destination) = (small(4), small(4));
     let here = source.block(0);
     here.fill(PageRange::new(0, 500), 1).unwrap();
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(MIB));
@@ -38,7 +40,7 @@ fn holes_are_plain_holes_again_when_all_is_here() {
     let [_, incoming] = migration.finish();
     assert!(!blocks.iter().any(is_registered));
     assert!(source.vmm.memory().blocks().iter().all(|block| !is_registered(block)));
-    // Nobody is there to answer.
+    // No agent answers faults any more.
     let word = destination
         .block(0)
         .mapping()
@@ -64,14 +66,14 @@ fn a_guest_goes_from_host_to_host_in_every_mode() {
         (Pages::Small, Switch::AtOnce.options(0)),
     ];
     let options = guest(Pattern::Uniform, 10_000);
-    let mut source = Side::new(memory(Pages::Small, 4));
-    source.fill(9);
+    let mut source = side_with(memory(Pages::Small, 4));
+    fill_all(&source, 9);
     let mut writes = Box::new(source.threads(&options)) as Box<dyn Fn() -> u64>;
     source.vmm.start().unwrap();
     for (pages, how) in hosts {
         wait_until("writes", PATIENCE, || writes() > 500).unwrap();
         eprintln!("{:?} to {pages:?} pages", how.mode);
-        let destination = Side::new(memory(pages, 4));
+        let destination = side_with(memory(pages, 4));
         writes = Box::new(destination.threads(&options));
         let migration = Move::start(&source, &destination, how.clone());
         if how.mode == Mode::Precopy {
@@ -85,5 +87,5 @@ fn a_guest_goes_from_host_to_host_in_every_mode() {
     }
     source.vmm.stop().unwrap();
     assert!(source.vmm.usage().check().unwrap() > 1000);
-    source.check_filled(9);
+    check_all_filled(&source, 9);
 }

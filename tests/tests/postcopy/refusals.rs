@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that postcopy cannot fill is refused when the source connects, and not when its guest is
-//! to move.
+//! Memory that postcopy cannot fill is refused when the source connects, and not only at the
+//! switchover.
 
-use crate::scene::{Pages, Side, Switch, memory};
+use crate::scene::{Pages, Switch, memory, side_with, small};
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{Client, Config, IncomingOptions, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PageRange;
@@ -11,6 +11,7 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, PATIENCE, Tracker};
 use std::path::Path;
@@ -18,10 +19,10 @@ use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
 
-/// The source is refused in all modes with postcopy, with these words, before it sends a page; the
-/// destination waits on, its operator reads the same, and a precopy is taken, if the memory is good
-/// for that.
-fn refused_at_accept(source: &Side, destination: &MockVmm, words: &str, takes_precopy: bool) {
+/// Checks that the source is refused in all modes with postcopy, with these words, before it sends
+/// a page. The destination continues to wait, and its operator reads the same words. If
+/// `takes_precopy`, a precopy then succeeds.
+fn refused_at_accept(source: &MockSide, destination: &MockVmm, words: &str, takes_precopy: bool) {
     source
         .vmm
         .memory()
@@ -62,9 +63,9 @@ fn a_file_on_a_disk_takes_precopy_alone() {
     let Some(file) = require::file_on_disk(Path::new(env!("CARGO_TARGET_TMPDIR")), 4 * MIB) else {
         return;
     };
-    let destination = Side::new(one_block(Backing::File(Arc::new(file))));
+    let destination = side_with(one_block(Backing::File(Arc::new(file))));
     refused_at_accept(
-        &Side::new(one_block(Backing::Memfd)),
+        &side_with(one_block(Backing::Memfd)),
         &destination.vmm,
         "block 0 is a file on a disk",
         true,
@@ -76,7 +77,7 @@ fn a_mapping_that_cannot_be_registered_takes_precopy_only() {
     if !require::uffd() {
         return;
     }
-    // The VMM itself has it registered.
+    // The VMM itself has registered the memory.
     let memory = memory(Pages::Small, 4);
     let ranges: Vec<_> =
         memory.blocks().iter().map(|block| (block.address(), block.layout().length)).collect();
@@ -86,7 +87,7 @@ fn a_mapping_that_cannot_be_registered_takes_precopy_only() {
     let destination =
         MockVmm::new(client, channel, Usage::new(memory).unwrap(), Tracker::Log).unwrap();
     let words = "block 0 cannot be registered for missing pages";
-    refused_at_accept(&Side::small(4), &destination, words, true);
+    refused_at_accept(&small(4), &destination, words, true);
     drop(destination);
     drop(agent);
     drop(registered);
@@ -98,11 +99,11 @@ fn memory_that_is_sealed_against_writing_takes_no_guest() {
     let fd = memfd_create("sealed", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&fd, 4 * MIB).unwrap();
     let file = Arc::new(std::fs::File::from(fd));
-    // Mapped before it is sealed, as a VMM does that wants nobody else to write.
+    // Mapped before it is sealed, like a VMM that wants no other process to write.
     let memory = one_block(Backing::File(file.clone()));
     fcntl_add_seals(&file, SealFlags::FUTURE_WRITE).unwrap();
-    let destination = Side::new(memory);
-    let source = Side::new(one_block(Backing::Memfd));
+    let destination = side_with(memory);
+    let source = side_with(one_block(Backing::Memfd));
     refused_at_accept(&source, &destination.vmm, "block 0 is sealed against writing", false);
     let (incoming, address) =
         destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();

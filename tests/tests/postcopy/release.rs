@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that the source frees as the destination gets it.
+//! Memory that the source frees while the destination receives it.
 
-use crate::scene::{MIB, Move, Side, Switch, guest};
+use crate::scene::{MIB, Move, Switch, check_all_filled, fill_all, guest, small};
 use pageferry_client::OutgoingOptions;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -17,8 +17,8 @@ fn what_the_destination_has_is_freed_at_the_source() {
     }
     for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
         eprintln!("{switch:?}");
-        let (source, destination) = (Side::small(8), Side::small(8));
-        source.fill(5);
+        let (source, destination) = (small(8), small(8));
+        fill_all(&source, 5);
         let options = guest(Pattern::Uniform, 5000);
         let wrote = source.threads(&options);
         let writes = destination.threads(&options);
@@ -38,7 +38,7 @@ fn what_the_destination_has_is_freed_at_the_source() {
         };
         wait_until("completion", PATIENCE, &mut smaller).unwrap();
         smaller();
-        assert!(steps > 1 || switch != Switch::AtOnce, "it was freed step by step");
+        assert!(steps > 1 || switch != Switch::AtOnce, "the source frees step by step");
         let [outgoing, _] = migration.finish();
         assert!(writes() > 0);
         let counted = outgoing.counters;
@@ -50,7 +50,7 @@ fn what_the_destination_has_is_freed_at_the_source() {
         }
         destination.vmm.stop().unwrap();
         assert!(destination.vmm.usage().check().unwrap() > 0);
-        destination.check_filled(5);
+        check_all_filled(&destination, 5);
     }
 }
 
@@ -59,7 +59,7 @@ fn without_that_the_source_keeps_everything() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(4), Side::small(4));
+    let (source, destination) = (small(4), small(4));
     source.block(0).fill(PageRange::new(3, 600), 1).unwrap();
     let before = source.allocated();
     let [outgoing, _] = Move::start(&source, &destination, Switch::AtOnce.options(0)).finish();

@@ -5,14 +5,13 @@
 use pageferry_client::{JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::guest::threads::{Pattern, ThreadGuest, ThreadGuestOptions};
+use pageferry_tests::guest::threads::{Pattern, ThreadGuestOptions};
 use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::random::page_content;
 use pageferry_tests::scenario::MockSide;
 use pageferry_tests::usage::Path;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
-use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,14 +19,14 @@ pub const MIB: u64 = 1 << 20;
 /// Pages of a huge page.
 pub const HUGE: u64 = HUGE_PAGE / PAGE_SIZE;
 
-/// What memory is made of.
+/// The page size of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
     Small,
     Huge,
 }
 
-/// Two blocks of `mib` MiB each, at places that suit the pages.
+/// Two blocks of `mib` MiB each, at file offsets that the page size allows.
 pub fn memory(pages: Pages, mib: u64) -> Arc<TestMemory> {
     let (fd_offset, backing) = match pages {
         Pages::Small => (0x3000, Backing::Memfd),
@@ -44,56 +43,27 @@ pub fn memory(pages: Pages, mib: u64) -> Arc<TestMemory> {
     Arc::new(TestMemory::new(vec![low, high]).unwrap())
 }
 
-/// A VMM with its agent.
-pub struct Side {
-    mock: MockSide,
+/// A VMM with this memory and its agent.
+pub fn side_with(memory: Arc<TestMemory>) -> MockSide {
+    MockSide::over(memory, Tracker::Log)
 }
 
-impl Deref for Side {
-    type Target = MockSide;
+/// The same with two blocks of `mib` MiB each, on small pages.
+pub fn small(mib: u64) -> MockSide {
+    side_with(memory(Pages::Small, mib))
+}
 
-    fn deref(&self) -> &MockSide {
-        &self.mock
+/// Fills all memory of a side except the first words of each page, which belong to the guests.
+pub fn fill_all(side: &MockSide, seed: u64) {
+    for block in side.vmm.memory().blocks() {
+        fill(block, block.all(), seed);
     }
 }
 
-impl Side {
-    pub fn new(memory: Arc<TestMemory>) -> Self {
-        Self { mock: MockSide::over(memory, Tracker::Log) }
-    }
-
-    pub fn small(mib: u64) -> Self {
-        Self::new(memory(Pages::Small, mib))
-    }
-
-    /// Puts a guest of threads into it; returns how often it wrote.
-    pub fn threads(&self, options: &ThreadGuestOptions) -> impl Fn() -> u64 + Send + Sync + use<> {
-        let guest = ThreadGuest::new(self.vmm.usage(), options.clone()).unwrap();
-        let writes = guest.watch_writes();
-        self.vmm.set_guest(guest);
-        writes
-    }
-
-    pub fn allocated(&self) -> u64 {
-        self.vmm.memory().allocated().unwrap()
-    }
-
-    pub fn saw(&self, phase: Phase) -> bool {
-        self.vmm.record().events.iter().any(|status| status.phase == phase)
-    }
-
-    /// Fills all of its memory but the first words of each page, which are the guests'.
-    pub fn fill(&self, seed: u64) {
-        for block in self.vmm.memory().blocks() {
-            fill(block, block.all(), seed);
-        }
-    }
-
-    /// Checks what [`Side::fill`] did, where the guest may not have given pages away.
-    pub fn check_filled(&self, seed: u64) {
-        for block in self.vmm.memory().blocks() {
-            check_filled(block, block.all(), seed);
-        }
+/// Checks what [`fill_all`] wrote, on a side whose guest gave no pages away.
+pub fn check_all_filled(side: &MockSide, seed: u64) {
+    for block in side.vmm.memory().blocks() {
+        check_filled(block, block.all(), seed);
     }
 }
 
@@ -117,7 +87,7 @@ pub fn check_filled(block: &TestBlock, pages: PageRange, seed: u64) {
     }
 }
 
-/// A guest that writes the log itself.
+/// A guest that marks the log itself.
 pub fn guest(pattern: Pattern, rate: u64) -> ThreadGuestOptions {
     ThreadGuestOptions {
         threads: 3,
@@ -128,7 +98,7 @@ pub fn guest(pattern: Pattern, rate: u64) -> ThreadGuestOptions {
     }
 }
 
-/// When the guest goes.
+/// When the guest switches over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Switch {
     AtOnce,
@@ -146,7 +116,7 @@ impl Switch {
             streams: 2,
             mode: Mode::Hybrid,
             bandwidth,
-            // Never met.
+            // This limit is never met.
             downtime_limit: Duration::ZERO,
             max_passes: 0,
             policy: NonConvergence::KeepGoing,
@@ -163,31 +133,34 @@ impl Switch {
     }
 }
 
-/// Bytes per second at which next to nothing comes by itself: what the guest touches is missing.
+/// A bandwidth at which hardly any page is pushed, so that pages that the guest touches are
+/// missing.
 pub const TRICKLE: u64 = 64 << 10;
 
 /// A migration.
 pub struct Move<'a> {
-    pub source: &'a Side,
-    pub destination: &'a Side,
+    pub source: &'a MockSide,
+    pub destination: &'a MockSide,
     pub options: OutgoingOptions,
     outgoing: u64,
     incoming: u64,
 }
 
 impl<'a> Move<'a> {
-    pub fn start(source: &'a Side, destination: &'a Side, options: OutgoingOptions) -> Self {
+    pub fn start(
+        source: &'a MockSide, destination: &'a MockSide, options: OutgoingOptions,
+    ) -> Self {
         let [outgoing, incoming] = source.start_move(destination, &options);
         Self { source, destination, options, outgoing, incoming }
     }
 
-    /// Waits until the guest runs at the destination, whose memory may be there by then.
+    /// Waits until the guest runs at the destination. Its memory may already be there.
     pub fn until_gone(&self) {
         self.source.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
         wait_until("the guest runs", PATIENCE, || self.destination.vmm.record().runs).unwrap();
     }
 
-    /// Waits until both sides are in postcopy; the guest runs at the destination.
+    /// Waits until both sides are in postcopy. The guest then runs at the destination.
     pub fn until_postcopy(&self) {
         for side in [self.source, self.destination] {
             let status = side.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
@@ -196,14 +169,15 @@ impl<'a> Move<'a> {
         wait_until("the guest runs", PATIENCE, || self.destination.vmm.record().runs).unwrap();
     }
 
-    /// Lets the rest come as fast as it can.
+    /// Removes the bandwidth limit for the rest.
     pub fn hurry(&self) {
         let options = OutgoingOptions { bandwidth: 0, ..self.options.clone() };
-        // Refused if it is over.
+        // The agent refuses this if the job has ended.
         let _ = self.source.client().set_parameters(&options);
     }
 
-    /// Waits until both jobs ended; returns how they stand at the source and at the destination.
+    /// Waits for the end of both jobs. Returns the final status of the source and of the
+    /// destination.
     pub fn end(self) -> [JobStatus; 2] {
         let both = [(self.source, self.outgoing), (self.destination, self.incoming)];
         both.map(|(side, job)| {
@@ -217,7 +191,7 @@ impl<'a> Move<'a> {
         })
     }
 
-    /// The same for a postcopy that is to be complete.
+    /// The same, and checks that the postcopy completed.
     pub fn finish(self) -> [JobStatus; 2] {
         let (source, destination) = (self.source, self.destination);
         let ended = self.end();
@@ -226,14 +200,14 @@ impl<'a> Move<'a> {
             plausible(status);
         }
         for side in [source, destination] {
-            // The job may be over before its events have arrived.
+            // The job may end before its events have arrived.
             wait_until("the event of the postcopy", PATIENCE, || side.saw(Phase::Postcopy))
                 .unwrap();
         }
         assert!(destination.vmm.record().memory_complete);
         let [outgoing, incoming] = &ended;
         let (ours, theirs) = (outgoing.counters, incoming.counters);
-        // What was asked for may have come by itself meanwhile.
+        // A requested page may have been pushed meanwhile.
         assert!(ours.requested_pages <= theirs.requested_pages, "{ours:?} {theirs:?}");
         assert!(
             theirs.pushed_pages <= ours.pushed_pages + ours.requested_pages,
@@ -243,7 +217,7 @@ impl<'a> Move<'a> {
     }
 }
 
-/// The figures of a postcopy that is complete.
+/// Checks the counters of a completed postcopy.
 pub fn plausible(status: &JobStatus) {
     let counters = &status.counters;
     assert_eq!(counters.remaining_pages, 0, "{counters:?}");

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A destination that has too few huge pages, before its guest runs and while it does.
+//! A destination with too few huge pages, before its guest runs and while it runs.
 
-use crate::scene::{HUGE, MIB, Move, Pages, Side, Switch, TRICKLE, guest, memory, plausible};
+use crate::scene::{
+    HUGE, MIB, Move, Pages, Switch, TRICKLE, check_all_filled, fill_all, guest, memory, plausible,
+    side_with, small,
+};
 use pageferry_client::{BlockRange, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PageRange;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::huge_pages::{HUGE_PAGE, HugePages, hugetlb_memfd};
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::vmm::PATIENCE;
 use rustix::fs::{FallocateFlags, fallocate};
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 
-/// Takes all huge pages but `left`, until it is dropped.
+/// Takes all free huge pages except `left`, until the value is dropped.
 fn take_all_but(left: u64) -> OwnedFd {
     let others = HugePages::free().unwrap() - left;
     let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
@@ -22,28 +26,28 @@ fn take_all_but(left: u64) -> OwnedFd {
     hog
 }
 
-/// A source on small pages that is full, and a destination on huge pages.
-fn sides() -> (Side, Side) {
-    let (source, destination) = (Side::small(8), Side::new(memory(Pages::Huge, 8)));
-    source.fill(4);
+/// A source on small pages with full memory, and a destination on huge pages.
+fn sides() -> (MockSide, MockSide) {
+    let (source, destination) = (small(8), side_with(memory(Pages::Huge, 8)));
+    fill_all(&source, 4);
     (source, destination)
 }
 
-/// Moves the guest at once: hardly any page comes by itself.
-fn start<'a>(source: &'a Side, destination: &'a Side) -> Move<'a> {
+/// Switches the guest over at once. Hardly any page is pushed.
+fn start<'a>(source: &'a MockSide, destination: &'a MockSide) -> Move<'a> {
     let migration = Move::start(source, destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
     migration
 }
 
 /// The last huge page of the second block: its number, and its first byte.
-fn last_page(side: &Side) -> (u64, u64) {
+fn last_page(side: &MockSide) -> (u64, u64) {
     let last = side.block(1).pages() / HUGE - 1;
     (last, last * HUGE_PAGE)
 }
 
-/// A thread of the guest writes into the last huge page of the second block.
-fn touch(side: &Side) -> JoinHandle<()> {
+/// A thread of the guest that writes to the last huge page of the second block.
+fn touch(side: &MockSide) -> JoinHandle<()> {
     let (memory, (_, offset)) = (side.vmm.memory().clone(), last_page(side));
     std::thread::spawn(move || memory.block(1).unwrap().store(offset, 5).unwrap())
 }
@@ -60,7 +64,7 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
         let (wrote, writes) = (source.threads(&options), destination.threads(&options));
         source.vmm.start().unwrap();
         wait_until("writes", PATIENCE, || wrote() > 2000).unwrap();
-        // With passes the pages are allocated as they arrive, by name as well.
+        // With passes, huge pages are allocated as pages arrive. That error names the pool, too.
         let hog = take_all_but(3);
         let [outgoing, incoming] =
             Move::start(&source, &destination, switch.options(60 * MIB)).end();
@@ -68,7 +72,7 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
             assert!(status.error.contains("nr_hugepages"), "{}", status.error);
         }
-        // It runs on where it was.
+        // The guest keeps running at the source.
         assert!(source.vmm.record().runs && !destination.vmm.record().runs);
         let before = wrote();
         wait_until("more writes", PATIENCE, || wrote() > before + 100).unwrap();
@@ -79,7 +83,7 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
         wait_until("writes there", PATIENCE, || writes() > 0).unwrap();
         destination.vmm.stop().unwrap();
         assert!(destination.vmm.usage().check().unwrap() > 1000);
-        destination.check_filled(4);
+        check_all_filled(&destination, 4);
     }
 }
 
@@ -95,18 +99,19 @@ fn huge_pages_still_missing_are_reserved_for_the_guest() {
     migration.hurry();
     migration.finish();
     drop(hog);
-    destination.check_filled(4);
+    check_all_filled(&destination, 4);
 }
 
 #[test]
-fn a_guest_waits_for_a_huge_page_and_goes_on_with_it() {
+fn a_guest_waits_for_a_huge_page_and_continues_with_it() {
     if !require::uffd() {
         return;
     }
     let Some(_pool) = require::hugetlb(10) else { return };
     let (source, destination) = sides();
     let migration = start(&source, &destination);
-    // It gives a page away, whose reservation goes with it, and others take what is left.
+    // The guest discards a huge page, which also drops its reservation. Then others take all free
+    // huge pages.
     let (_, offset) = last_page(&destination);
     let given = BlockRange { block: 1, offset, length: HUGE_PAGE };
     destination.block(1).store(offset, 4).unwrap();
@@ -114,7 +119,7 @@ fn a_guest_waits_for_a_huge_page_and_goes_on_with_it() {
     destination.client().populate(&[given]).unwrap();
     let hog = take_all_but(0);
     let touching = touch(&destination);
-    wait_until("the status says it", PATIENCE, || {
+    wait_until("the reason in the status", PATIENCE, || {
         destination.status().error.contains("nr_hugepages")
     })
     .unwrap();
@@ -136,8 +141,8 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
     let Some(_pool) = require::hugetlb(10) else { return };
     let (source, destination) = sides();
     let migration = start(&source, &destination);
-    // The page is reserved. Whoever fills it by its file and frees it again uses that up; then
-    // others take all that is left.
+    // The page is reserved. To allocate it through its file and to free it uses the reservation up.
+    // Then others take all free huge pages.
     let (last, offset) = last_page(&destination);
     let file = destination.block(1).file();
     let place = destination.block(1).layout().fd_offset + offset;
@@ -145,7 +150,7 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
     destination.block(1).punch(PageRange::new(last * HUGE, HUGE)).unwrap();
     let hog = take_all_but(0);
     let touching = touch(&destination);
-    // It is asked for, it comes, and there is no room for it.
+    // The page is requested and arrives, and there is no room for it.
     let errors = [&source, &destination].map(|side| {
         let paused = || side.status().phase == Phase::PostcopyPaused;
         wait_until("the pause", PATIENCE, paused).unwrap();
@@ -164,5 +169,5 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
         plausible(&status);
     }
     assert_eq!(destination.block(1).load(offset).unwrap(), 5);
-    destination.check_filled(4);
+    check_all_filled(&destination, 4);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A large guest that gave most of its memory away.
+//! A large guest that gave most of its memory back.
 
-use crate::scene::{Move, Side, Switch, TRICKLE};
+use crate::scene::{Move, Switch, TRICKLE, side_with};
 use pageferry_client::Punch;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use pageferry_tests::balloon::byte_range;
@@ -17,21 +17,21 @@ use vm_memory::VolatileMemory;
 
 const GIB: u64 = 1 << 30;
 const SEED: u64 = 3;
-/// The last GiB is the guest's, the others are the balloon's.
+/// Pages that the balloon holds: all except the last GiB.
 const GIVEN: PageRange = PageRange { first: 0, count: 7 * GIB / PAGE_SIZE };
-/// Given to the balloon with its content, and not freed.
+/// Pages that the balloon holds and that still have stale content.
 const STALE: PageRange = PageRange { first: GIB / PAGE_SIZE, count: (32 << 20) / PAGE_SIZE };
-/// What the guest has allocated of its own.
+/// Pages that the guest uses.
 const USED: PageRange =
     PageRange { first: 7 * GIB / PAGE_SIZE + 5000, count: (64 << 20) / PAGE_SIZE };
 
 #[test]
-fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
+fn seven_of_eight_gibibytes_in_a_balloon_cost_nothing() {
     if !require::uffd() {
         return;
     }
     let [source, destination] =
-        [(), ()].map(|()| Side::new(Arc::new(TestMemory::ram(8 * GIB).unwrap())));
+        [(), ()].map(|()| side_with(Arc::new(TestMemory::ram(8 * GIB).unwrap())));
     let (here, there) = (source.block(0), destination.block(0));
     here.fill(STALE, SEED).unwrap();
     here.fill(USED, SEED).unwrap();
@@ -42,8 +42,8 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
 
     let migration = Move::start(&source, &destination, Switch::AtOnce.options(TRICKLE));
     migration.until_postcopy();
-    // All over: where the balloon has it, with stale content at the source and without, in holes,
-    // and in what was used.
+    // The guest touches pages everywhere: pages of the balloon with and without stale content,
+    // holes, and used pages.
     let touched: BTreeSet<u64> = std::thread::scope(|scope| {
         let threads = (0..4).map(|thread| {
             scope.spawn(move || {
@@ -81,14 +81,18 @@ fn seven_of_eight_gibibytes_that_were_given_away_cost_nothing() {
         "{} of {asked} were asked for",
         theirs.requested_pages
     );
-    assert_eq!(ours.requested_pages + ours.pushed_pages, USED.count, "nothing else was missing");
-    // A page that is asked for while its push is on its way is sent once more.
+    assert_eq!(
+        ours.requested_pages + ours.pushed_pages,
+        USED.count,
+        "only used pages were missing"
+    );
+    // A page that is requested after it was pushed and before it arrives is sent twice.
     let twice = ours.pages_sent.checked_sub(USED.count).unwrap();
     assert!(twice <= theirs.requested_pages, "{twice} pages were sent twice");
     assert_eq!((ours.zero_pages, ours.stray_pages), (0, 0));
     assert!(ours.wire_bytes < USED.bytes() * 11 / 10, "{ours:?}");
     assert!((USED.count..=ours.pages_sent).contains(&theirs.pages_sent), "{theirs:?}");
-    // Each page once, however many touched it.
+    // Each page counts once, even if several threads touched it.
     assert!(
         theirs.faults >= touched.len() as u64 - asked && theirs.faults <= touched.len() as u64,
         "{theirs:?}"

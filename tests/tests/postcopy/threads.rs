@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests of threads, and devices, that write on both sides: whenever the guest goes, whatever it
-//! writes, and however that is found.
+//! Guests of threads, and devices, that write on both sides: with every switch, pattern and
+//! tracker.
 
-use crate::scene::{HUGE, MIB, Move, Pages, SWITCHES, Side, Switch, guest, memory};
+use crate::scene::{
+    HUGE, MIB, Move, Pages, SWITCHES, Switch, check_all_filled, fill_all, guest, memory, side_with,
+    small,
+};
 use pageferry_client::JobStatus;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::device::Device;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuestOptions};
 use pageferry_tests::require;
+use pageferry_tests::scenario::MockSide;
 use pageferry_tests::usage::Path;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
 
@@ -16,19 +20,19 @@ const SEED: u64 = 7;
 const PATTERNS: [Pattern; 3] =
     [Pattern::Uniform, Pattern::Sequential, Pattern::Hot { pages_percent: 10, writes_percent: 90 }];
 
-/// Two devices beside the guest, with ledgers of their own.
-fn add_devices(side: &Side) {
+/// Adds two devices with their own ledgers.
+fn add_devices(side: &MockSide) {
     for (name, seed) in [("net", 5), ("disk", 6)] {
         side.vmm.add_device(Device::new(side.vmm.usage(), name, 2000, seed).unwrap());
     }
 }
 
-/// Moves a guest that writes all the time, and checks every word that it and its devices wrote, and
-/// what they did not.
+/// Migrates a guest that writes all the time. Checks every word that it and its devices wrote, and
+/// all other content.
 fn moves(
-    source: &Side, destination: &Side, switch: Switch, options: &ThreadGuestOptions,
+    source: &MockSide, destination: &MockSide, switch: Switch, options: &ThreadGuestOptions,
 ) -> [JobStatus; 2] {
-    source.fill(SEED);
+    fill_all(source, SEED);
     let wrote = source.threads(options);
     let writes =
         destination.threads(&ThreadGuestOptions { path: Path::MappingAndLog, ..options.clone() });
@@ -57,7 +61,7 @@ fn moves(
     assert_eq!(source.allocated(), before, "nothing is allocated at the source");
     destination.vmm.stop().unwrap();
     assert!(destination.vmm.usage().check().unwrap() > 1000);
-    destination.check_filled(SEED);
+    check_all_filled(destination, SEED);
     ended
 }
 
@@ -69,7 +73,7 @@ fn a_guest_counts_on_whenever_it_goes_and_whatever_it_writes() {
     for switch in SWITCHES {
         for pattern in PATTERNS {
             eprintln!("{switch:?} {pattern:?}");
-            moves(&Side::small(8), &Side::small(8), switch, &guest(pattern, 20_000));
+            moves(&small(8), &small(8), switch, &guest(pattern, 20_000));
         }
     }
 }
@@ -81,7 +85,7 @@ fn what_write_protection_finds_is_still_to_come() {
     }
     for switch in SWITCHES {
         eprintln!("{switch:?}");
-        let (source, destination) = (Side::small(8), Side::small(8));
+        let (source, destination) = (small(8), small(8));
         source.vmm.set_tracker(Tracker::WriteProtect).unwrap();
         let options = ThreadGuestOptions { path: Path::Mapping, ..guest(Pattern::Uniform, 20_000) };
         moves(&source, &destination, switch, &options);
@@ -93,7 +97,7 @@ fn a_guest_of_many_threads_that_never_rest() {
     if !require::uffd() {
         return;
     }
-    let (source, destination) = (Side::small(8), Side::small(8));
+    let (source, destination) = (small(8), small(8));
     let options = ThreadGuestOptions { threads: 16, rate: None, ..guest(Pattern::Uniform, 0) };
     moves(&source, &destination, Switch::AtOnce, &options);
 }
@@ -103,14 +107,14 @@ fn host_pages_are_placed_whole_from_any_page_size() {
     if !require::uffd() {
         return;
     }
-    // Two blocks, one of them from its second host page on, on both sides.
+    // Two blocks on each side. One of them begins at the second host page of its file.
     let Some(_pool) = require::hugetlb(2 * (2 * 4 + 1)) else { return };
     for (ours, theirs) in
         [(Pages::Huge, Pages::Huge), (Pages::Small, Pages::Huge), (Pages::Huge, Pages::Small)]
     {
         for switch in [Switch::AtOnce, Switch::AfterPasses(1)] {
             eprintln!("{ours:?} to {theirs:?}, {switch:?}");
-            let (source, destination) = (Side::new(memory(ours, 8)), Side::new(memory(theirs, 8)));
+            let (source, destination) = (side_with(memory(ours, 8)), side_with(memory(theirs, 8)));
             let [outgoing, incoming] =
                 moves(&source, &destination, switch, &guest(Pattern::Uniform, 20_000));
             if theirs == Pages::Huge {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an operator and the VMMs see of a postcopy that loses its connections.
+//! What operators and VMMs see of a postcopy that loses its connections.
 
 use crate::scene::{guest, plausible};
 use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
@@ -17,7 +17,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-/// A VMM in this process, with an agent in one of its own. The VMM goes first.
+/// A VMM in this process, with an agent process. The VMM is dropped first.
 struct Side {
     vmm: MockVmm,
     agent: AgentProcess,
@@ -39,7 +39,7 @@ impl Side {
         Process::spawn("watch", &mut command).unwrap()
     }
 
-    /// The phases that its VMM was told of, in order.
+    /// The phases in the events of its VMM, in order.
     fn phases(&self) -> Vec<Phase> {
         let events = self.vmm.record().events;
         let mut phases: Vec<Phase> = events.iter().map(|status| status.phase).collect();
@@ -48,12 +48,12 @@ impl Side {
     }
 }
 
-/// What a watcher printed.
+/// The output of a watcher.
 fn seen(watch: &Process) -> Vec<Value> {
     watch.lines().iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// The phases of it, in order.
+/// The phases in that output, in order.
 fn names(watch: &Process) -> Vec<String> {
     let mut names: Vec<String> =
         seen(watch).iter().map(|status| status["status"].as_str().unwrap().to_owned()).collect();
@@ -94,11 +94,11 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
     for side in sides {
         let status = side.vmm.client().status().unwrap();
         assert_eq!(status.phase, Phase::PostcopyPaused);
-        assert!(!status.error.is_empty(), "it says why");
+        assert!(!status.error.is_empty(), "the status has the reason");
     }
     let recovering = source.vmm.client().recover(None, &options).unwrap();
     assert_eq!(recovering.job, outgoing, "it is the same job");
-    // The destination hears of it when all connections are there, and goes on at once.
+    // The destination learns of the recovery when all connections are there, and continues at once.
     sees(&watching, Phase::Recovering, 0..1);
     proxy.hold(false);
     wait_until("postcopy again", PATIENCE, || {
@@ -123,7 +123,7 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
         plausible(&status);
         assert!(status.counters.paused_us > 0);
         assert!(watch.wait(PATIENCE).unwrap().success());
-        // A watcher may miss what is over at once, and sees the rest in order.
+        // A watcher may miss short phases. It sees the others in order.
         let mut expected = order.iter().map(|phase| phase.name());
         let names = names(watch);
         let since = names.iter().skip_while(|name| *name != "postcopy").collect::<Vec<_>>();

@@ -9,15 +9,22 @@ use pageferry_tests::random::{Random, page_content};
 use pageferry_tests::scenario::image_guest::{PAGES, assert_completed, restore_modes, slow};
 use pageferry_tests::scenario::images::paused;
 use pageferry_tests::scenario::{Guest, Host};
+use std::path::Path;
+
+/// A guest whose restore is under way, and the job.
+fn restoring(host: &Host, path: &Path, options: &RestoreOptions) -> (Guest, u64) {
+    let guest = Guest::new(host, PAGES);
+    let job = guest.restore(path, options);
+    guest.reaches(under_way(options));
+    (guest, job)
+}
 
 #[test]
-fn all_memory_is_discarded_in_the_midst_of_a_restore() {
+fn all_memory_is_discarded_during_a_restore() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
-        let guest = Guest::new(&host, PAGES);
-        let job = guest.restore(&path, &slow(options.clone()));
-        guest.reaches(under_way(&options));
+        let (guest, job) = restoring(&host, &path, &slow(options.clone()));
         assert_eq!(guest.client.discard(&[guest.range(0, PAGES)], Punch::Yes).unwrap(), PAGES);
         assert!(guest.is_hole());
         guest.hurry();
@@ -26,7 +33,7 @@ fn all_memory_is_discarded_in_the_midst_of_a_restore() {
         let discarded = guest.client.discarded(0).unwrap();
         assert_eq!(discarded.count(discarded.all()), PAGES);
         assert!(guest.is_hole(), "{options:?}");
-        // It is like any other guest.
+        // Afterwards it is like any other guest.
         assert_eq!(guest.client.populate(&[guest.range(0, PAGES)]).unwrap(), PAGES);
         guest.assert_free();
         guest.fill(0..PAGES, 3);
@@ -40,16 +47,14 @@ fn a_populate_during_a_restore_waits_for_the_guest_to_run() {
     let host = Host::start();
     let path = image(&host);
     for options in restore_modes() {
-        let guest = Guest::new(&host, PAGES);
-        let job = guest.restore(&path, &slow(options.clone()));
-        guest.reaches(under_way(&options));
+        let (guest, job) = restoring(&host, &path, &slow(options.clone()));
         let part = [guest.range(PAGES / 2, 100)];
         guest.client.discard(&part, Punch::Yes).unwrap();
         let populated = guest.client.populate(&part);
         let runs = options.mode == RestoreMode::Lazy;
         if runs {
             assert_eq!(populated.unwrap(), 100);
-            // New memory, of which the image knows nothing.
+            // This is new memory, which is not in the image.
             for page in PAGES / 2..PAGES / 2 + 100 {
                 assert_eq!(guest.block().load(page * PAGE_SIZE).unwrap(), 0, "page {page:#x}");
                 guest.write(page, page);
@@ -84,10 +89,8 @@ fn after_random_discards_and_populates_the_last_one_holds() {
     for options in restore_modes() {
         for seed in 0..4 {
             eprintln!("seed {seed}, {options:?}");
-            let guest = Guest::new(&host, PAGES);
             let options = RestoreOptions { bandwidth: 32 << 20, ..options.clone() };
-            let job = guest.restore(&path, &options);
-            guest.reaches(under_way(&options));
+            let (guest, job) = restoring(&host, &path, &options);
             let mut random = Random::new(seed);
             let was_discarded = pageferry_protocol::shm::MappedBitmap::private(PAGES).unwrap();
             while !guest.client.status().unwrap().phase.is_final() {
@@ -107,7 +110,7 @@ fn after_random_discards_and_populates_the_last_one_holds() {
                 if was_discarded.contains(page) {
                     assert!(
                         found.iter().all(|byte| *byte == 0),
-                        "page {page:#x} came after its discard"
+                        "page {page:#x} was loaded after its discard"
                     );
                 } else {
                     assert!(
@@ -118,7 +121,7 @@ fn after_random_discards_and_populates_the_last_one_holds() {
                 let hole = guest.block().is_hole(PageRange::new(page, 1)).unwrap();
                 assert!(
                     hole || !discarded.contains(page),
-                    "page {page:#x} is discarded, and allocated"
+                    "page {page:#x} is discarded but allocated"
                 );
             }
         }

@@ -20,8 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-/// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs,
-/// since a handshake has no more.
+/// Request timeout of the VMM. It also limits a handshake, so it is long enough for a busy machine
+/// on which nothing hangs.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An image of a guest that writes.
@@ -33,7 +33,7 @@ fn image(host: &Host) -> PathBuf {
     path
 }
 
-/// A guest is restored, and is the one that was saved.
+/// Restores a guest, and checks that it is the one that was saved.
 #[track_caller]
 fn assert_restores(vmm: &MockVmm, path: &Path, options: &RestoreOptions) {
     let job = vmm.start_restore(path, options).unwrap();
@@ -54,10 +54,7 @@ fn after_an_agent_killed_in_an_eager_restore_the_next_completes() {
         vmm.clear_record();
         let options = RestoreOptions { bandwidth: BANDWIDTH, ..eager() };
         vmm.start_restore(&path, &options).unwrap();
-        moment.wait(|| vmm.client().status().unwrap());
-        let phase = vmm.client().status().unwrap().phase;
-        eprintln!("seed 5, {index}: {moment:?}, in phase {}", phase.name());
-        hits.count(phase);
+        hits.wait_for(&moment, format_args!("seed 5, {index}"), vmm.client());
         host.replace_agent();
         wait_until("the agent to be lost", PATIENCE, || vmm.record().agent_lost.is_some()).unwrap();
         let record = vmm.record();
@@ -81,7 +78,7 @@ fn an_agent_killed_before_a_lazy_guest_runs_leaves_none() {
     let mut vmm = waiting(&host);
     for next in [eager(), lazy(), lazy()] {
         vmm.clear_record();
-        // It is asked, and does not answer.
+        // The hook is called, and does not answer.
         vmm.inject(HookName::LoadState, Some(Fault::Never));
         vmm.start_restore(&path, &lazy()).unwrap();
         wait_until("the state to be loaded", PATIENCE, || {
@@ -129,10 +126,10 @@ fn an_agent_killed_in_a_lazy_restore_loses_the_running_guest() {
         wait_until("the agent to be lost", PATIENCE, || vmm.record().agent_lost.is_some()).unwrap();
         let record = vmm.record();
         assert_eq!(record.agent_lost, Some(Ownership::Ours));
-        // Between the look and the end it may have become whole.
+        // The memory may have become complete between the query and the kill.
         assert_eq!(record.memory_lost.is_some(), !record.memory_complete, "{record:?}");
         assert!(!whole || record.memory_complete);
-        // What is here is right.
+        // Pages that are here have the right content.
         let (block, mut right) = (vmm.memory().block(0).unwrap(), vec![0; PAGE_SIZE as usize]);
         for page in 0..PAGES {
             let here = block.read_page(page).unwrap();
@@ -188,7 +185,7 @@ fn a_vmm_killed_while_restored_leaves_a_free_agent() {
 }
 
 #[test]
-fn an_agent_told_to_end_undoes_or_finishes_a_restore() {
+fn an_agent_that_is_shut_down_undoes_or_finishes_a_restore() {
     let mut host = Host::start();
     let guest = Guest::full(&host, image_guest::PAGES);
     let (path, right) = (host.images.path("image"), guest.bytes());
@@ -208,7 +205,7 @@ fn an_agent_told_to_end_undoes_or_finishes_a_restore() {
     let job = guest.restore(&path, &slow(lazy()));
     guest.reaches(Phase::Prefetching);
     host.agent.process().terminate().unwrap();
-    // It is there for its guest until that is whole.
+    // The agent serves its guest until all memory is here.
     let page = guest.block().load(9 * PAGE_SIZE).unwrap();
     assert_eq!(page.to_le_bytes(), right[9 * PAGE_SIZE as usize..][..8]);
     assert_eq!(guest.client.status().unwrap().job, job);
@@ -236,7 +233,7 @@ fn after_an_agent_hangs_in_a_restore_the_next_completes() {
         guest.reaches(if runs { Phase::Prefetching } else { Phase::Restoring });
         host.agent.process().freeze().unwrap();
         if !runs {
-            // Nobody waits for it but the VMM, which asks.
+            // The VMM's next request finds the hang.
             guest.client.status().unwrap_err();
         }
         wait_until("the agent to be lost", SOON, || {
@@ -246,7 +243,7 @@ fn after_an_agent_hangs_in_a_restore_the_next_completes() {
         assert_eq!((guest.losses(), guest.vmm.resumes()), if runs { (1, 1) } else { (0, 0) });
         let ownership = if runs { Ownership::Ours } else { Ownership::Awaiting };
         assert_eq!(guest.client.ownership(), ownership);
-        assert!(!host.agent.process().wait(SOON).unwrap().success(), "it was not killed");
+        assert!(!host.agent.process().wait(SOON).unwrap().success(), "the agent was not killed");
         assert!(host.images.bytes() == before, "{:?}", host.images.files());
         host.replace_agent();
         let guest = if runs {

@@ -43,7 +43,7 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
         .client()
         .discard(&[BlockRange { block: 0, offset: HUGE_PAGE, length: HUGE_PAGE }], Punch::Yes)
         .unwrap();
-    // A page at a time, so that it writes into one that is not captured yet.
+    // One worker, so that the guest writes to a page that is not captured yet.
     let options = SnapshotOptions { workers: 1, bandwidth: 4 << 20, ..SnapshotOptions::default() };
     let started = scene.client().start_snapshot(&scene.path("image"), &options).unwrap();
     scene.vmm.wait_phase(Phase::Saving, PATIENCE).unwrap();
@@ -52,7 +52,7 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
     let status = scene.client().wait(started.job, PATIENCE).unwrap();
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
     assert!(status.counters.captured_pages >= HUGE, "{:?}", status.counters);
-    // As of the moment before.
+    // The image has the content from before the write.
     scene.write(last, COUNT);
     scene.check(&Chain::open(&scene.path("image")).unwrap());
     assert_eq!(status.counters.pages_sent, COUNT - 2);
@@ -74,15 +74,15 @@ fn an_increment_of_huge_pages_is_complete() {
     assert_eq!(status.counters.pages_sent, 1);
 }
 
-/// A guest of eight huge pages, if it is on such.
+/// A guest with the size of eight huge pages, on this backing.
 fn thin(backing: Backing) -> Scene {
     let layout = BlockLayout { fd_offset: HUGE_PAGE, backing, ..BlockLayout::ram(8 * HUGE_PAGE) };
     Scene::new(vec![layout])
 }
 
-/// The image `image` of a guest on small pages, in `scene`'s folder: in huge pages 0, 3, 6 and 7
-/// page 77 holds something, and 100 to 199 of 0 are discarded; 1 and 5 are discarded, 4 is zero,
-/// and 2 is full.
+/// Saves a guest on small pages to `image` in `scene`'s folder. In huge pages 0, 3, 6 and 7, page
+/// 77 holds something. Pages 100 to 199 of huge page 0 are discarded. Huge pages 1 and 5 are
+/// discarded, 4 is zero, and 2 is full.
 fn save_thin(scene: &Scene) -> Chain {
     let guest = thin(Backing::Memfd);
     [0, 3, 6, 7].into_iter().for_each(|huge| guest.write(huge * HUGE + 77, huge + 1));
@@ -96,8 +96,17 @@ fn save_thin(scene: &Scene) -> Chain {
     Chain::open(&scene.path("image")).unwrap()
 }
 
-/// All that was saved is there, what was discarded of a huge page is zero, and only those are
-/// allocated that have to be.
+/// A guest of eight huge pages and the image from [`save_thin`]. Huge pages 4 and 5 hold something
+/// that must not be there after a restore.
+fn thin_with_image() -> (Scene, Chain) {
+    let scene = thin(Backing::HugePages);
+    let chain = save_thin(&scene);
+    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
+    (scene, chain)
+}
+
+/// Checks that all saved content is there, that discarded parts of a huge page are zero, and that
+/// only the necessary huge pages are allocated.
 #[track_caller]
 fn check_restored(scene: &Scene, chain: &Chain, allocated: u64) {
     scene.check(chain);
@@ -111,10 +120,7 @@ fn check_restored(scene: &Scene, chain: &Chain, allocated: u64) {
 #[test]
 fn a_restore_allocates_only_huge_pages_with_content() {
     let Some(_pool) = require::hugetlb(8) else { return };
-    let scene = thin(Backing::HugePages);
-    let chain = save_thin(&scene);
-    // What must not be there afterwards.
-    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
+    let (scene, chain) = thin_with_image();
     for workers in [1, 3] {
         let options = RestoreOptions { workers, ..RestoreOptions::default() };
         let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
@@ -131,10 +137,8 @@ fn a_lazy_restore_places_whole_huge_pages() {
     if !require::uffd() {
         return;
     }
-    let scene = thin(Backing::HugePages);
-    let chain = save_thin(&scene);
-    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
-    // What is not touched would take for ever.
+    let (scene, chain) = thin_with_image();
+    // Pages that the guest does not touch are hardly loaded.
     let options = RestoreOptions {
         mode: RestoreMode::Lazy,
         workers: 1,
@@ -148,12 +152,12 @@ fn a_lazy_restore_places_whole_huge_pages() {
         pages.map(|page| block.load(page * PAGE_SIZE).unwrap())
     });
     assert_eq!(found, [8, 0, 1, 0, 0]);
-    // The full one and others, one after another.
+    // The full huge page and the others.
     scene.client().set_parameters(&OutgoingOptions::default()).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
     assert!(status.counters.faults >= 2, "{:?}", status.counters);
-    // One that was touched, and was zero.
+    // One more huge page than before, because the guest touched a zero one.
     check_restored(&scene, &chain, 6);
 }
 
@@ -163,10 +167,8 @@ fn a_lazy_restore_to_too_few_huge_pages_is_refused() {
     if !require::uffd() {
         return;
     }
-    let scene = thin(Backing::HugePages);
-    let chain = save_thin(&scene);
-    scene.block().fill(PageRange::new(4 * HUGE, 2 * HUGE), 9).unwrap();
-    // Five are needed; two are held here, and two are left.
+    let (scene, chain) = thin_with_image();
+    // The restore needs five huge pages. This memory holds two, and two are free.
     let others = HugePages::free().unwrap() - 2;
     let hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
     fallocate(&hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
@@ -175,9 +177,9 @@ fn a_lazy_restore_to_too_few_huge_pages_is_refused() {
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);
     assert!(status.error.contains("nr_hugepages"), "{}", status.error);
-    assert_eq!(scene.block().allocated().unwrap(), 2 * HUGE_PAGE, "what the memory held is there");
+    assert_eq!(scene.block().allocated().unwrap(), 2 * HUGE_PAGE, "the memory keeps what it held");
     drop(hog);
-    // With one more it fits, since what is held is freed.
+    // With three free ones it fits, because the memory's own two are freed first.
     let others = HugePages::free().unwrap() - 3;
     let _hog = hugetlb_memfd(others * HUGE_PAGE).unwrap();
     fallocate(&_hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents and VMMs that are killed at any moment of a snapshot, and agents that hang at any.
+//! Agents and VMMs that are killed at any moment of a snapshot, and agents that hang at any moment.
 
 use pageferry_agent::image::Chain;
 use pageferry_client::{Config, Phase, SnapshotOptions};
@@ -20,8 +20,7 @@ use pageferry_tests::scenario::{Guest, Host, VmmProcess, image_guest, lock};
 use pageferry_tests::vmm::PATIENCE;
 use std::time::Duration;
 
-/// There is a whole image or none, and nothing else that was not there before. Takes the image
-/// away.
+/// Checks that there is a complete image or none, and no other new file. Removes the image.
 #[track_caller]
 fn assert_whole_or_none(host: &Host, before: &[&str]) {
     let files = host.images.files();
@@ -49,16 +48,13 @@ fn kill_agent_in_snapshots(seed: u64, count: u64, increment: bool, options: &Sna
                 .start_snapshot(&base, &tracked(SnapshotOptions { replace: true, ..paused() }))
                 .unwrap();
             assert_completed(&running.vmm.wait_job(job, PATIENCE).unwrap());
-            // As much as a whole image.
+            // Now the increment has as much as a full image.
             running.vmm.memory().block(0).unwrap().mark(PageRange::new(0, PAGES));
             options = on(&base, tracked(options));
         }
         let moment = Moment::any(&mut random);
         running.vmm.start_snapshot(&host.images.path("image"), &options).unwrap();
-        moment.wait(|| running.vmm.client().status().unwrap());
-        let phase = running.vmm.client().status().unwrap().phase;
-        eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
-        hits.count(phase);
+        hits.wait_for(&moment, format_args!("seed {seed}, {index}"), running.vmm.client());
         host.replace_agent();
         running.assert_runs_without_agent();
         assert_whole_or_none(&host, before);
@@ -101,7 +97,7 @@ fn an_agent_killed_in_an_increment_saves_all_or_none() {
     kill_agent_in_snapshots(3, 10, true, &mode);
 }
 
-/// The agent hangs at `count` moments of a snapshot, and is killed when it is given up.
+/// Makes the agent hang at `count` moments of a snapshot. It is killed when it is given up.
 fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
     let mut host = Host::start();
     let config = Config { request_timeout: Duration::from_secs(5), ..Config::default() };
@@ -111,12 +107,9 @@ fn hang_in_snapshots(seed: u64, count: u64, options: &SnapshotOptions) {
     for index in 0..count {
         let moment = Moment::any(&mut random);
         running.vmm.start_snapshot(&host.images.path("image"), &options).unwrap();
-        moment.wait(|| running.vmm.client().status().unwrap());
-        let phase = running.vmm.client().status().unwrap().phase;
-        eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
-        hits.count(phase);
+        hits.wait_for(&moment, format_args!("seed {seed}, {index}"), running.vmm.client());
         host.agent.process().freeze().unwrap();
-        // Whatever it hangs in, the guest does not wait for it.
+        // The guest does not wait for the agent, wherever it hangs.
         running.assert_runs();
         running.vmm.client().status().unwrap_err();
         running.assert_runs_without_agent();
@@ -162,15 +155,11 @@ fn kill_agent_in_replacement(seed: u64, count: u64) {
         let moment = Moment::any(&mut random);
         let slow = SnapshotOptions { bandwidth: BANDWIDTH, ..options.clone() };
         running.vmm.start_snapshot(&host.images.path("image"), &slow).unwrap();
-        moment.wait(|| running.vmm.client().status().unwrap());
-        let phase = running.vmm.client().status().unwrap().phase;
-        eprintln!("seed {seed}, {index}: {moment:?}, in phase {}", phase.name());
-        hits.count(phase);
+        hits.wait_for(&moment, format_args!("seed {seed}, {index}"), running.vmm.client());
         host.replace_agent();
         running.assert_runs_without_agent();
         check_image(&host.images.path("image"));
-        // Between the two it has a name of its own for an instant, which nobody takes away who is
-        // dead.
+        // For an instant the new image has a name of its own, and a killed agent cannot remove it.
         let whole = |name: &String| name == "image" || name.ends_with(".part");
         assert!(host.images.files().iter().all(whole), "{:?}", host.images.files());
         running.vmm.clear_record();
@@ -211,7 +200,7 @@ fn a_vmm_killed_while_saved_leaves_a_whole_image_or_none() {
 }
 
 #[test]
-fn a_vmm_that_is_not_told_to_writes_over_no_image() {
+fn a_vmm_replaces_an_image_only_with_the_option() {
     let host = Host::start();
     let vmm = VmmProcess::new(&host);
     let image = host.images.path("image");
@@ -222,7 +211,7 @@ fn a_vmm_that_is_not_told_to_writes_over_no_image() {
 }
 
 #[test]
-fn an_agent_told_to_end_leaves_no_image_or_protection() {
+fn an_agent_that_is_shut_down_leaves_no_image_or_protection() {
     for options in snapshot_modes() {
         let mut host = Host::start();
         let guest = Guest::full(&host, image_guest::PAGES);
