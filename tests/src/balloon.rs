@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A balloon: takes runs of pages at random from the guest and gives them back.
+//! A balloon that takes random runs of pages from the guest and gives them back.
 //!
-//! What it takes is freed, and the guest gets it back without a word to the agent, as with free
-//! page reporting and with a balloon that deflates by touching. Or it is discarded, and populated
-//! before the guest gets it back, as a VMM does that keeps the book itself.
+//! There are two ways. Either the pages are freed, and the guest gets them back without a message
+//! to the agent, as with free page reporting, or with a balloon that deflates by touching. Or they
+//! are discarded, and populated before the guest gets them back, as a VMM does that keeps the
+//! record itself.
 
 use crate::Error;
 use crate::random::Random;
@@ -20,25 +21,25 @@ pub struct Balloon {
     usage: Arc<Usage>,
     random: Random,
     way: Way,
-    /// What it holds.
+    /// The pages that it holds.
     held: Vec<(u32, PageRange)>,
 }
 
-/// How the agent hears of what is taken and given back.
+/// How the agent learns which pages the balloon takes and gives back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
-    /// It is freed; nothing is said of what is given back.
+    /// Pages are freed. The agent does not learn when they are given back.
     Free,
-    /// It is discarded, and populated.
+    /// Pages are discarded, and populated when they are given back.
     Discard(Punch),
 }
 
-/// The byte range of pages of a block, as the client takes it.
+/// The byte range of pages of a block, for the client.
 pub fn byte_range(block: u32, pages: PageRange) -> BlockRange {
     BlockRange { block, offset: pages.offset(), length: pages.bytes() }
 }
 
-/// True if the agent asks to try again later.
+/// True if the agent refused because it is busy, so that the VMM tries again later.
 pub fn is_busy(error: &pageferry_client::Error) -> bool {
     matches!(error, pageferry_client::Error::Refused { code: ErrorCode::Busy, .. })
 }
@@ -49,14 +50,14 @@ impl Balloon {
         Self { client, usage, random: Random::new(seed), way, held: Vec::new() }
     }
 
-    /// What it holds.
+    /// The pages that it holds.
     pub fn held(&self) -> &[(u32, PageRange)] {
         &self.held
     }
 
-    /// Takes `runs` runs of up to `longest` pages, less where the guest has none to give. One
-    /// request tells of all of them. Returns the number of pages that it took; none while the VMM
-    /// is paused.
+    /// Takes `runs` runs of up to `longest` pages, or less if the guest has no more. One request
+    /// names all of them. Returns the number of pages that it took, which is 0 while the VMM is
+    /// paused.
     ///
     /// # Errors
     /// If the client refuses, which it never should.
@@ -79,7 +80,7 @@ impl Balloon {
                 .next_multiple_of(unit)
                 .min(block.pages() - first);
             let wanted = PageRange::new(first, count);
-            // Pages that are held already are in no run.
+            // Runs do not contain pages that the balloon holds already.
             let usable = usage.usable(block.id())?;
             for run in usable.runs(wanted).collect::<Vec<_>>() {
                 usage.give_up(block.id(), run)?;
@@ -97,8 +98,8 @@ impl Balloon {
     }
 
     /// Gives back up to `runs` of the runs that it holds, chosen at random. Returns the number of
-    /// pages that were given back: none if the agent is busy, which is no error, or the VMM is
-    /// paused.
+    /// pages that it gave back. That is 0 if the VMM is paused or the agent is busy, which is not
+    /// an error.
     ///
     /// # Errors
     /// If the agent refuses for another reason.

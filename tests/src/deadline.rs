@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Waiting for conditions: never by sleeping and hoping, always with an end.
+//! Waiting for a condition, always with a deadline.
 
 use crate::Error;
 use std::time::{Duration, Instant};
 
-/// Time between two looks at a condition that cannot wake anybody.
+/// Interval at which a condition is polled.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Looks until `found` returns something, for at most `timeout`. `what` names it in the error.
+/// Polls `found` until it returns something, for at most `timeout`. `what` names it in the error.
 ///
 /// # Errors
 /// If it did not come in time.
@@ -27,7 +27,7 @@ pub fn wait_for<T>(
     }
 }
 
-/// Looks until `holds` returns true, for at most `timeout`. `what` names it in the error.
+/// Polls `holds` until it returns true, for at most `timeout`. `what` names it in the error.
 ///
 /// # Errors
 /// If it did not come true in time.

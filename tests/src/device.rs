@@ -2,8 +2,8 @@
 
 //! An emulated device: a thread of the VMM that writes into guest memory through vm-memory.
 //!
-//! KVM's dirty log does not see such writes; they reach the dirty log by the memory's type
-//! parameter, [`pageferry_client::LogBitmap`].
+//! KVM's dirty log does not see such writes. The bitmap type of the memory,
+//! [`pageferry_client::LogBitmap`], marks them in the shared dirty log.
 
 use crate::Error;
 use crate::guest::Guest;
@@ -11,15 +11,15 @@ use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::usage::{Path, Usage};
 use std::sync::Arc;
 
-/// A device that writes into pages at random, at a rate. It is paused and resumed as a guest is,
-/// and keeps a ledger of its own.
+/// A device that writes to random pages at a set rate. It is paused and resumed with the guest, and
+/// keeps its own ledger.
 #[derive(Debug)]
 pub struct Device {
     thread: ThreadGuest,
 }
 
 impl Device {
-    /// A device that is not running yet; `name` tells it from others in the VMM's state.
+    /// A device that does not run yet. `name` is its name in the VMM's state.
     ///
     /// # Errors
     /// If there is no memory for its ledger.
@@ -44,7 +44,7 @@ impl Device {
         self.thread.resume()
     }
 
-    /// Stops it; when this returns it writes nothing any more.
+    /// Stops it. When this returns it writes nothing any more.
     ///
     /// # Errors
     /// None at present.

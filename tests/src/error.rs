@@ -26,16 +26,16 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
-    /// The client library, or the agent through it.
+    /// An error of the client library, or of the agent through it.
     #[error(transparent)]
     Client(#[from] pageferry_client::Error),
-    /// Write protection is not to be had.
+    /// The kernel does not offer write protection.
     #[error(transparent)]
     WriteProtect(#[from] pageferry_client::tracking::uffd::UffdError),
-    /// The guest under KVM.
+    /// An error of the guest under KVM.
     #[error(transparent)]
     Kvm(Box<crate::guest::kvm::GuestError>),
-    /// KVM's dirty log.
+    /// An error of KVM's dirty log.
     #[error(transparent)]
     KvmLog(#[from] pageferry_client::tracking::kvm::KvmLogError),
     /// Guest memory could not be mapped or reached.
@@ -44,12 +44,12 @@ pub enum Error {
     /// There is no such block.
     #[error("block {0} does not exist")]
     NoBlock(u32),
-    /// Something that was waited for did not come.
+    /// The harness waited for something that did not happen in time.
     #[error("{what} did not happen within {timeout:?}")]
     Deadline {
-        /// What was waited for.
+        /// What it waited for.
         what: String,
-        /// How long.
+        /// The timeout.
         timeout: Duration,
     },
     /// A piece of VMM state is not what was expected.

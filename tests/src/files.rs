@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Files as guest memory, for tests that need no more of a VMM than that.
+//! Files as guest memory, for tests that need nothing else of a VMM.
 
 use crate::Error;
 use pageferry_client::{
@@ -13,7 +13,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
-/// A memfd of `size` bytes, all of them a hole, that cannot shrink.
+/// A memfd of `size` bytes that cannot shrink. All of it is a hole.
 ///
 /// # Errors
 /// If the kernel refuses.
@@ -23,7 +23,7 @@ pub fn memfd(size: u64) -> Result<OwnedFd, Error> {
     Ok(fd)
 }
 
-/// A memfd that can still shrink, and be sealed; `kind` says of which pages.
+/// A memfd that can still shrink and be sealed. `kind` gives its page size.
 ///
 /// # Errors
 /// If the kernel refuses.
@@ -54,8 +54,8 @@ pub fn is_hole(fd: impl AsFd, offset: u64) -> Result<bool, Error> {
     }
 }
 
-/// The block of a file from its start to `length`: populated, discarded by the page, at guest
-/// address 0, and mapped nowhere.
+/// The first `length` bytes of a file as a block: populated, with a granularity of one page, at
+/// guest address 0, and not mapped.
 pub fn block<'a>(id: u32, name: &'a str, memory: BorrowedFd<'a>, length: u64) -> BlockSpec<'a> {
     BlockSpec {
         id,
@@ -70,7 +70,7 @@ pub fn block<'a>(id: u32, name: &'a str, memory: BorrowedFd<'a>, length: u64) ->
     }
 }
 
-/// Guest memory of one memfd for each (GPA, length), mapped.
+/// Mapped guest memory with one memfd for each (GPA, length).
 ///
 /// # Errors
 /// If the kernel refuses, or regions overlap.
@@ -87,7 +87,7 @@ pub fn mapped(regions: &[(u64, u64)]) -> Result<GuestMemoryMmap<()>, Error> {
         .map_err(|error| Error::Memory(error.to_string()))
 }
 
-/// The hooks of a VMM whose guest is idle and has no state: its memory is all there is.
+/// The hooks of a VMM whose guest is idle and has no state except its memory.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Still;
 
@@ -101,7 +101,7 @@ impl Still {
     ) -> Result<(), Error> {
         channel.spawn(Self)?;
         client.add_block(block(0, "ram", memory.as_fd(), length))?;
-        // Nobody writes, so the log has all that is written.
+        // The guest writes nothing, so the log is complete.
         client.set_trackers(Trackers::LOG_IS_COMPLETE)?;
         Ok(())
     }

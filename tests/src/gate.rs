@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Stopping threads for certain: what a pause hook needs of the threads that write guest memory.
+//! A gate that stops the threads that write guest memory, for a pause hook.
 //!
-//! A worker passes the gate for every small batch of work. Closing it returns when no worker is
-//! inside any more, so whoever closed it knows that nothing is written until it opens it again.
+//! A worker passes the gate for every small batch of work. [`Gate::close`] returns when no worker
+//! is inside any more. So nothing is written until the gate is opened again.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -22,7 +22,7 @@ pub struct Gate {
     changed: Condvar,
 }
 
-/// Being inside; dropping it leaves.
+/// The right to be inside the gate. Dropping it leaves.
 #[derive(Debug)]
 pub struct Pass<'a>(&'a Gate);
 
@@ -31,7 +31,7 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until the gate is open and goes in; `None` when the gate ended.
+    /// Waits until the gate is open, and enters. `None` when the gate ended.
     pub fn enter(&self) -> Option<Pass<'_>> {
         let closed = |state: &mut State| !state.open && !state.ended;
         let mut state =
@@ -43,7 +43,7 @@ impl Gate {
         Some(Pass(self))
     }
 
-    /// Outside: waits for `duration`, less if the gate is closed or ends meanwhile.
+    /// Waits outside for `duration`, or less if the gate is closed or ends meanwhile.
     pub fn idle(&self, duration: Duration) {
         let open = |state: &mut State| state.open && !state.ended;
         drop(self.changed.wait_timeout_while(self.lock(), duration, open));
@@ -55,20 +55,20 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Lets no worker in any more, and returns when none is inside.
+    /// Closes the gate, and returns when no worker is inside.
     pub fn close(&self) {
         self.lock().open = false;
         self.changed.notify_all();
         drop(self.changed.wait_while(self.lock(), |state| state.inside > 0));
     }
 
-    /// Sends all workers home.
+    /// Ends the gate. From now on [`Gate::enter`] returns `None`.
     pub fn end(&self) {
         self.lock().ended = true;
         self.changed.notify_all();
     }
 
-    /// True if workers are let in.
+    /// True if the gate is open.
     pub fn is_open(&self) -> bool {
         self.lock().open
     }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Huge pages of 2 MiB, which the kernel keeps apart from all other memory: a pool, and files made
-//! of it.
+//! Huge pages of 2 MiB: the kernel's pool of them, and files made of them.
 
 use crate::Error;
 use crate::deadline::wait_until;
@@ -19,20 +18,21 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 /// The pool's figures.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// Huge pages for one test. What was added to the kernel's pool is taken away again on drop.
+/// Huge pages for one test. On drop, the kernel's pool gets its old size again.
 #[derive(Debug)]
 pub struct HugePages {
     added: u64,
-    /// Pages that others had before.
+    /// Size of the pool before.
     used: u64,
-    /// Locked for as long as it is open: other processes that run such tests wait.
+    /// A file lock that is held while this is open. Other processes that run such tests wait for
+    /// it.
     _alone_here: File,
     _alone: MutexGuard<'static, ()>,
 }
 
 impl HugePages {
-    /// Makes sure that at least `pages` are free, and that no other test takes them, of this
-    /// process or another.
+    /// Makes sure that at least `pages` are free, and that no other test of this or another process
+    /// takes them.
     ///
     /// # Errors
     /// If there are fewer and the pool cannot grow.
@@ -47,7 +47,7 @@ impl HugePages {
         if missing > 0 {
             resize(before + missing)?;
         }
-        // The kernel adds as many as it finds room for.
+        // The kernel adds as many pages as it finds room for.
         let pool = Self {
             added: persistent()?.saturating_sub(before),
             used,
@@ -61,7 +61,7 @@ impl HugePages {
         Ok(pool)
     }
 
-    /// Pages that nobody has or has claimed.
+    /// Pages of the pool that are neither used nor reserved.
     ///
     /// # Errors
     /// If the kernel has no huge pages of this size.
@@ -72,7 +72,7 @@ impl HugePages {
 
 impl Drop for HugePages {
     fn drop(&mut self) {
-        // What a thread that is just ending still maps would stay in the pool for good.
+        // A page that an ending thread still maps would stay in the pool forever.
         let given_back = wait_until("huge pages given back", PATIENCE, || {
             used().is_ok_and(|used| used <= self.used)
         });
@@ -86,12 +86,12 @@ impl Drop for HugePages {
     }
 }
 
-/// Pages of the pool, without those that the kernel lends beyond it.
+/// Pages of the pool, without surplus pages.
 fn persistent() -> Result<u64, Error> {
     Ok(figure("nr_hugepages")?.saturating_sub(figure("surplus_hugepages")?))
 }
 
-/// Pages that someone has.
+/// Pages of the pool that are in use.
 fn used() -> Result<u64, Error> {
     Ok(figure("nr_hugepages")?.saturating_sub(figure("free_hugepages")?))
 }
@@ -110,7 +110,7 @@ fn resize(pages: u64) -> Result<(), Error> {
 /// A memfd of huge pages.
 ///
 /// # Errors
-/// If the kernel has none, or `length` is no multiple of their size.
+/// If the kernel has none, or `length` is not a multiple of their size.
 pub fn hugetlb_memfd(length: u64) -> rustix::io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
     let fd = memfd_create("pageferry-test-huge", flags)?;

@@ -8,17 +8,17 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
-/// An agent that serves one connection, and ends with it.
+/// An agent that serves one connection and ends with it.
 #[derive(Debug)]
 pub struct InProcessAgent {
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
 impl InProcessAgent {
-    /// Starts an agent; returns the VMM's end of its connection.
+    /// Starts an agent. Returns the VMM's end of its connection.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// If the kernel refuses.
     pub fn start() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut server = Server::new()?;
@@ -31,7 +31,7 @@ impl InProcessAgent {
 
 impl Drop for InProcessAgent {
     fn drop(&mut self) {
-        // Its connection was closed by then, or the test hangs here, and says where.
+        // The connection must be closed before this. Otherwise the test hangs here.
         if let Some(thread) = self.thread.take() {
             match thread.join() {
                 Ok(Ok(())) => {}

@@ -1,27 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Mock VMM harness: everything around an agent that a test, a benchmark or an example needs, made
-//! of threads and files.
+//! Mock VMM harness: what a test, a benchmark or an example needs around an agent, made of threads
+//! and files.
 //!
-//! - [`memory`]: guest memory of several blocks, and looking at it without touching it; [`verify`]:
-//!   what has to hold after a migration;
-//! - [`files`]: files as guest memory, without any of that;
-//! - [`usage`]: which pages may be written right now, and what was written into them;
-//! - [`guest`]: guests that write: threads, or a real one under KVM; [`device`]: emulated devices
+//! - [`memory`]: guest memory of several blocks, which can be read without allocating it;
+//!   [`verify`]: what must hold after a migration;
+//! - [`files`]: plain files as guest memory, for tests without a mock VMM;
+//! - [`usage`]: which pages may be written now, and what was written to them;
+//! - [`guest`]: guests that write: threads, or a real guest under KVM; [`device`]: emulated devices
 //!   that write through vm-memory;
 //! - [`balloon`], [`plug`]: sources of discards;
-//! - [`vmm`]: all of it behind a [`pageferry_client::Client`] and its hooks, with faults on demand;
+//! - [`vmm`]: a mock VMM: all of this behind a [`pageferry_client::Client`] and its hooks, with
+//!   faults on demand;
 //! - [`in_process`]: an agent on a thread of the test's own process;
 //! - [`process`]: agents and VMMs as processes of their own; [`agent`]: the agent's command line
 //!   within this binary;
-//! - [`tmpfs`]: a small file system for one process, which is full soon;
+//! - [`tmpfs`]: a small file system for one process, which is soon full;
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
 //! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`scenario`]: scenes that a test steps through, with VMMs that follow a script;
-//! - [`decoders`]: what every decoder has to do with any bytes at all;
-//! - [`require`]: what a test needs of the machine; [`huge_pages`]: a pool of them;
+//! - [`decoders`]: what every decoder must do with arbitrary bytes;
+//! - [`require`]: what a test needs of the machine; [`huge_pages`]: the kernel's pool of huge
+//!   pages;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable
-//!   chance.
+//!   random numbers.
 //!
 //! Everything random follows from a seed, and everything that waits has a deadline.
 #![deny(unsafe_code)]

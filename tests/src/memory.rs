@@ -2,9 +2,9 @@
 
 //! Guest memory of a mock VMM: several blocks on memfds, files or huge pages, at any file offset.
 //!
-//! The guest and the devices write through the mapping. Whoever prepares or checks content uses
-//! `pread` and `pwrite` on the file instead: a look through the mapping would allocate the holes
-//! that it finds (`never-populate`), and the check would spoil what it checks.
+//! The guest and the devices write through the mapping. Code that prepares or checks content uses
+//! `pread` and `pwrite` on the file instead. A read through the mapping would allocate the holes
+//! that it finds (`never-populate`), and so change what the test checks.
 
 use crate::Error;
 use crate::files;
@@ -23,23 +23,23 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion, VolatileMemory,
 };
 
-/// Bytes of a buffer that memory is read, written or compared through.
+/// Size in bytes of the buffer with which memory is read, written or compared.
 const BUFFER: u64 = 1 << 20;
 
-/// What a block's memory is made of.
+/// The backing of a block.
 #[derive(Debug, Clone, Default)]
 pub enum Backing {
-    /// A memfd of its own, sealed against shrinking, as large as `fd_offset + length`.
+    /// A memfd of `fd_offset + length` bytes for this block, sealed against shrinking.
     #[default]
     Memfd,
-    /// A memfd of its own on hugetlbfs with pages of [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE)
-    /// bytes.
+    /// A memfd on hugetlbfs for this block, with pages of
+    /// [`HUGE_PAGE`](crate::huge_pages::HUGE_PAGE) bytes.
     HugePages,
-    /// This file as it is: never truncated, extended or sealed. Several blocks may share it.
+    /// This file. It is not truncated, extended or sealed. Several blocks may share it.
     File(Arc<File>),
 }
 
-/// How a block is made.
+/// The layout of a block.
 #[derive(Debug, Clone)]
 pub struct BlockLayout {
     /// Its id, unique.
@@ -50,13 +50,13 @@ pub struct BlockLayout {
     pub gpa: u64,
     /// Length in bytes.
     pub length: u64,
-    /// Where it begins in its file, in bytes.
+    /// Offset in its file, in bytes.
     pub fd_offset: u64,
     /// Unit of discards in bytes.
     pub granularity: u64,
     /// Whether it starts as discarded.
     pub discarded: bool,
-    /// What it is made of.
+    /// Its backing.
     pub backing: Backing,
 }
 
@@ -76,7 +76,7 @@ impl BlockLayout {
     }
 }
 
-/// One block: its file, and its mapping in this process.
+/// One block, with its file and its mapping in this process.
 #[derive(Debug)]
 pub struct TestBlock {
     layout: BlockLayout,
@@ -115,7 +115,7 @@ impl TestMemory {
         Self::new(vec![BlockLayout::ram(length)])
     }
 
-    /// The blocks, in the order that they were given in.
+    /// The blocks, in the order of the layouts.
     pub fn blocks(&self) -> &[TestBlock] {
         &self.blocks
     }
@@ -168,7 +168,7 @@ impl TestBlock {
             }
             Backing::File(file) => file.clone(),
         };
-        // vm-memory does not look, and a mapping past the end is SIGBUS.
+        // vm-memory does not check this, and an access past the end of the file is SIGBUS.
         let size = rustix::fs::fstat(&file)
             .map_err(Error::kernel("look at the memory's file"))?
             .st_size as u64;
@@ -215,7 +215,7 @@ impl TestBlock {
         Ok(added)
     }
 
-    /// How it was made.
+    /// Its layout.
     pub fn layout(&self) -> &BlockLayout {
         &self.layout
     }
@@ -260,7 +260,7 @@ impl TestBlock {
         Ok(stat.st_blocks as u64 * 512)
     }
 
-    /// The pages that are allocated, as far as the file system tells: runs in order. On huge pages
+    /// The allocated pages as runs in order, as the file system reports them. On huge pages
     /// everything counts as allocated.
     ///
     /// # Errors
@@ -300,7 +300,7 @@ impl TestBlock {
         Ok(!self.extents()?.iter().any(|extent| extent.overlaps(&pages)))
     }
 
-    /// Reads `bytes` from `offset` of the block, without allocating what is a hole.
+    /// Reads `bytes` from `offset` of the block, without allocating holes.
     ///
     /// # Errors
     /// If the file ends before, or the kernel refuses.
@@ -338,14 +338,14 @@ impl TestBlock {
         Ok(u64::from_le_bytes(word))
     }
 
-    /// Writes `bytes` at `offset` of the block, behind the back of all trackers: for content that
-    /// is there before anything starts.
+    /// Writes `bytes` at `offset` of the block. No tracker sees this: it is for content that exists
+    /// before the test starts.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         if matches!(self.layout.backing, Backing::HugePages) {
-            // hugetlbfs has no write.
+            // Files on hugetlbfs cannot be written with `pwrite`.
             let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
             let slice = self
                 .mapping
@@ -385,7 +385,7 @@ impl TestBlock {
         Ok(())
     }
 
-    /// Frees `pages`, as the owner of the file may do.
+    /// Punches a hole over `pages`, as the owner of the file may do.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -400,10 +400,10 @@ impl TestBlock {
         .map_err(Error::kernel("punch a hole into guest memory"))
     }
 
-    /// Stores a word as a vCPU does: through the mapping, and not marked in the dirty log.
+    /// Stores a word like a vCPU: through the mapping, without a mark in the dirty log.
     ///
     /// # Errors
-    /// If `offset` is outside the block or no multiple of 8.
+    /// If `offset` is outside the block, or not a multiple of 8.
     pub fn store(&self, offset: u64, value: u64) -> Result<(), Error> {
         let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
         let word = self
@@ -414,11 +414,11 @@ impl TestBlock {
         Ok(())
     }
 
-    /// Loads a word as a vCPU does: through the mapping, so that a hole becomes a page, and a
-    /// missing page is waited for.
+    /// Loads a word like a vCPU: through the mapping. This allocates a hole, and waits for a
+    /// missing page.
     ///
     /// # Errors
-    /// If `offset` is outside the block or no multiple of 8.
+    /// If `offset` is outside the block, or not a multiple of 8.
     pub fn load(&self, offset: u64) -> Result<u64, Error> {
         let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
         let word = self
@@ -428,8 +428,8 @@ impl TestBlock {
         Ok(word.load(Ordering::Relaxed))
     }
 
-    /// Marks `pages` in the dirty log, as whoever wrote there without another tracker has to, after
-    /// the write.
+    /// Marks `pages` in the dirty log. A writer without another tracker must do that after the
+    /// write.
     pub fn mark(&self, pages: PageRange) {
         self.mapping.bitmap().mark_dirty(pages.offset() as usize, pages.bytes() as usize);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A source of discards like virtio-mem: a block whose memory is plugged and unplugged in units,
-//! and starts unplugged.
+//! A source of discards like virtio-mem: a block that starts unplugged, and whose memory is plugged
+//! and unplugged in units.
 
 use crate::Error;
 use crate::balloon::{byte_range, is_busy};
@@ -49,8 +49,8 @@ impl Plug {
         &self.plugged
     }
 
-    /// Plugs a unit. False if the agent is busy, or the VMM is paused: the guest's request is then
-    /// answered so, and it asks again.
+    /// Plugs a unit. False if the agent is busy or the VMM is paused. Then the guest gets the
+    /// answer "busy" and asks again.
     ///
     /// # Errors
     /// If the agent refuses for another reason.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents and VMMs as processes of their own, for what only a process can do: be killed.
+//! Agents and VMMs as processes of their own, for tests that kill them or make them hang.
 
 use crate::Error;
 use crate::deadline::{wait_for, wait_until};
@@ -14,13 +14,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// The program `pageferry-test-process`: an agent or a mock VMM, as its first argument says. Cargo
-/// builds it before it runs a test or a bench of this package.
+/// The program `pageferry-test-process`. Its first argument says whether it is an agent or a mock
+/// VMM. Cargo builds it before it runs a test or a bench of this package.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         const NAME: &str = "pageferry-test-process";
-        // Cargo sets it since 1.94. Without it, tests are in a folder beside the program.
+        // Cargo sets this variable since 1.94. Without it, the tests are in a folder beside the
+        // program.
         std::env::var_os(format!("CARGO_BIN_EXE_{NAME}")).map_or_else(
             || {
                 let test = std::env::current_exe().unwrap_or_default();
@@ -51,7 +52,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`; `name` tells its output from others'.
+    /// Starts `command`. `name` marks its output.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -59,8 +60,8 @@ impl Process {
         Self::collecting(name, command.stderr(Stdio::piped()))
     }
 
-    /// The same, but what it prints on standard error goes where this process's goes, such as a
-    /// terminal.
+    /// Like [`Process::spawn`], but the child's standard error is the one of this process, for
+    /// example a terminal.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -85,20 +86,20 @@ impl Process {
         self.child.id()
     }
 
-    /// What it printed so far, on both outputs.
+    /// The lines that it printed so far, on both outputs.
     pub fn lines(&self) -> Vec<String> {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Waits until it printed a line that holds `text`, and returns the first such line.
+    /// Waits for a line that contains `text`, and returns the first such line.
     ///
     /// # Errors
-    /// If it did not within `timeout`, or ended without.
+    /// If none came within `timeout`, or the process ended before.
     pub fn wait_for_line(&mut self, text: &str, timeout: Duration) -> Result<String, Error> {
         let what = format!("a line with \"{text}\" from {}", self.name);
         let find = |process: &Self| process.lines().into_iter().find(|line| line.contains(text));
         wait_for(&what, timeout, || {
-            // In this order: what it printed before it ended counts.
+            // Check for the end first: lines that it printed before its end still count.
             let ended = self.has_ended();
             find(self).map(Some).or_else(|| ended.then_some(None))
         })?
@@ -111,7 +112,7 @@ impl Process {
         })
     }
 
-    /// True if it ended and all that it printed is there.
+    /// True if it ended and all its output was read.
     pub fn has_ended(&mut self) -> bool {
         if self.status.is_none() {
             self.status = self.child.try_wait().ok().flatten();
@@ -119,7 +120,7 @@ impl Process {
         self.status.is_some() && self.readers.iter().all(JoinHandle::is_finished)
     }
 
-    /// Waits until it ended.
+    /// Waits for its end.
     ///
     /// # Errors
     /// If it did not within `timeout`.
@@ -137,7 +138,7 @@ impl Process {
         self.wait(PATIENCE).map(drop)
     }
 
-    /// Asks it to end in good order, as a service manager does (SIGTERM).
+    /// Asks it to shut down, as a service manager does (SIGTERM).
     ///
     /// # Errors
     /// If it is gone.
@@ -147,8 +148,8 @@ impl Process {
             .map_err(Error::kernel("terminate a process"))
     }
 
-    /// Stops it where it is, without its knowing: when this returns it hangs, until it is killed or
-    /// goes on.
+    /// Makes it hang (SIGSTOP). When this returns all its threads have stopped, until
+    /// [`Process::thaw`] or a kill.
     ///
     /// # Errors
     /// If it is gone, or does not stop.
@@ -156,7 +157,7 @@ impl Process {
         freeze(self.id())
     }
 
-    /// Lets it go on after [`Process::freeze`].
+    /// Lets it continue after [`Process::freeze`].
     ///
     /// # Errors
     /// If it is gone.
@@ -166,8 +167,8 @@ impl Process {
             .map_err(Error::kernel("let a process go on"))
     }
 
-    /// From now on it cannot make a file longer than this, as on a file system that takes no longer
-    /// ones; `None` is no limit.
+    /// Limits the length of files that it writes, as a file system with such a limit does. `None`
+    /// is no limit.
     ///
     /// # Errors
     /// If it is gone.
@@ -180,14 +181,14 @@ impl Process {
             .map_err(Error::kernel("limit the files of a process"))
     }
 
-    /// From now on it has no more than this many descriptors. Those that it has it keeps.
+    /// Limits the number of its descriptors. Descriptors that are open already stay open.
     ///
     /// # Errors
     /// If it is gone.
     pub fn limit_descriptors(&self, count: u64) -> Result<(), Error> {
         use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
         let pid = rustix::process::Pid::from_child(&self.child);
-        // It has the hard limit of this process, which started it.
+        // Its hard limit is that of this process, which started it.
         let limit = Rlimit { current: Some(count), ..getrlimit(Resource::Nofile) };
         prlimit(Some(pid), Resource::Nofile, limit)
             .map(drop)
@@ -213,14 +214,15 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if !self.has_ended() {
-            // Both fail only if it is gone already.
+            // Both fail only if the process is gone already.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
 }
 
-/// Stops a process that may be in other hands, and returns when all of its threads have stopped.
+/// Stops a process, which need not be a child of this one, and returns when all its threads have
+/// stopped.
 ///
 /// # Errors
 /// If it is gone, or does not stop.
@@ -229,7 +231,7 @@ pub fn freeze(id: u32) -> Result<(), Error> {
     let pid = pid.ok_or_else(|| Error::Argument(format!("{id} is no process")))?;
     rustix::process::kill_process(pid, rustix::process::Signal::STOP)
         .map_err(Error::kernel("stop a process"))?;
-    // The signal is only on its way, and each thread stops by itself.
+    // The signal is only sent so far. Each thread stops at its own time.
     wait_until(&format!("process {id} to stop"), PATIENCE, || {
         let tasks = std::fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten();
         tasks
@@ -238,7 +240,7 @@ pub fn freeze(id: u32) -> Result<(), Error> {
     })
 }
 
-/// The state letter of a process or a thread, by its `stat` in /proc; `None` if it is gone.
+/// The state letter of a process or a thread, from `stat` in /proc. `None` if it is gone.
 pub fn state(stat: &Path) -> Option<char> {
     let stat = std::fs::read_to_string(stat).ok()?;
     stat.rsplit_once(')')?.1.trim_start().chars().next()
@@ -254,7 +256,7 @@ fn collect(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> 
     })
 }
 
-/// An agent as a process, listening at a socket.
+/// An agent process that listens at a socket.
 #[derive(Debug)]
 pub struct AgentProcess {
     process: Process,
@@ -265,12 +267,12 @@ impl AgentProcess {
     /// Starts `program agent --socket DIRECTORY/NAME.sock` and waits until it listens.
     ///
     /// # Errors
-    /// If it does not.
+    /// If it does not listen.
     pub fn spawn(program: impl AsRef<OsStr>, directory: &Path, name: &str) -> Result<Self, Error> {
         Self::start(&mut Command::new(program), directory, name)
     }
 
-    /// The same by a command that runs the program.
+    /// Like [`AgentProcess::spawn`], with another command that runs the program.
     ///
     /// # Errors
     /// If it does not listen.

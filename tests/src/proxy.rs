@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A wire that can be cut: stands between two agents, copies bytes, and closes connections when it
-//! is told to.
+//! A TCP proxy between two agents. It copies bytes, and closes connections when the test asks for
+//! it.
 
 use crate::Error;
 use std::io::{Read, Write};
@@ -9,7 +9,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// A connection of the source, and the one to the destination that goes with it.
+/// A connection of the source, and the matching connection to the destination.
 #[derive(Debug)]
 struct Link {
     source: TcpStream,
@@ -19,7 +19,7 @@ struct Link {
 impl Link {
     fn close(&self) {
         for end in [&self.source, &self.destination] {
-            // Either may be closed already.
+            // Either side may be closed already.
             let _ = end.shutdown(Shutdown::Both);
         }
     }
@@ -28,11 +28,11 @@ impl Link {
 #[derive(Debug, Default)]
 struct State {
     links: Vec<Link>,
-    /// Pieces of what the source says that were passed on since the last limit.
+    /// Number of reads from the source that were passed on since the last limit.
     passed: u64,
-    /// Connections are taken, and nothing is passed on.
+    /// If true, connections are accepted, and nothing is passed on.
     held: bool,
-    /// How many more connections are passed on; the others are closed at once.
+    /// Number of connections that are still passed on. Later ones are closed at once.
     left: Option<u64>,
     ended: bool,
 }
@@ -59,10 +59,10 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// To an agent that listens at `destination`, which is `tcp:HOST:PORT`.
+    /// A proxy to the agent that listens at `destination`, which is `tcp:HOST:PORT`.
     ///
     /// # Errors
-    /// If it is another kind of address, or there is no port or thread to be had.
+    /// If the address is of another kind, or no port or thread is available.
     pub fn to(destination: &str) -> Result<Self, Error> {
         let Some(destination) = destination.strip_prefix("tcp:").map(str::to_owned) else {
             return Err(Error::Argument(format!("{destination} is not of TCP")));
@@ -82,13 +82,13 @@ impl Proxy {
         &self.address
     }
 
-    /// Connections that are open, as far as nobody has closed them.
+    /// Number of connections that neither the test nor a peer has closed.
     pub fn links(&self) -> usize {
         self.shared.lock().links.len()
     }
 
-    /// Pieces of what the source says that were passed on since the last [`Proxy::limit`]: at least
-    /// one of each connection that said something.
+    /// Number of reads from the source that were passed on since the last [`Proxy::limit`]. It is
+    /// at least one for each connection on which the source sent something.
     pub fn passed(&self) -> u64 {
         self.shared.lock().passed
     }
@@ -98,7 +98,7 @@ impl Proxy {
         self.shared.lock().links.drain(..).for_each(|link| link.close());
     }
 
-    /// Closes one connection, that of this number modulo how many there are. False if there is
+    /// Closes the connection with this number modulo the number of connections. False if there is
     /// none.
     pub fn cut_one(&self, number: u64) -> bool {
         let mut state = self.shared.lock();
@@ -109,15 +109,15 @@ impl Proxy {
         count > 0
     }
 
-    /// So many more connections are passed on, and those after them are closed at once; `None` is
-    /// no limit.
+    /// Passes on only this many further connections, and closes later ones at once. `None` is no
+    /// limit.
     pub fn limit(&self, connections: Option<u64>) {
         let mut state = self.shared.lock();
         state.left = connections;
         state.passed = 0;
     }
 
-    /// From now on new connections are taken, and nothing is passed on before it is let go again.
+    /// If true, new connections are accepted, but nothing is passed on until this is set to false.
     pub fn hold(&self, held: bool) {
         self.shared.lock().held = held;
         self.shared.changed.notify_all();
@@ -128,7 +128,7 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.lock().ended = true;
         self.shared.changed.notify_all();
-        // Whoever accepts is told that there is nobody any more.
+        // The connection wakes the accepting thread, which then sees the end.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         if let Some(thread) = self.accepting.take() {
             let _ = thread.join();
@@ -154,13 +154,13 @@ fn accept(listener: &TcpListener, destination: &str, shared: &Arc<Shared>) {
         if let Err(error) = TcpStream::connect(destination)
             .and_then(|destination| join(source, destination, shared))
         {
-            // The source sees its connection end.
+            // Dropping the connection closes it, and the source sees that.
             log::debug!("proxy: {error}");
         }
     }
 }
 
-/// Copies between the two from now on, on two threads that end with the connection.
+/// Starts to copy in both directions, on two threads that end with the connection.
 fn join(source: TcpStream, destination: TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
     for end in [&source, &destination] {
         end.set_nodelay(true)?;
@@ -182,7 +182,7 @@ fn copy(mut from: &TcpStream, mut to: &TcpStream, passed: impl Fn()) {
             _ => break,
         }
     }
-    // What one side said last still arrives at the other.
+    // The last bytes of one side still arrive at the other.
     let _ = to.shutdown(Shutdown::Write);
     let _ = from.shutdown(Shutdown::Read);
 }

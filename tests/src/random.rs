@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Repeatable chance: the same seed gives the same numbers on every machine.
+//! Repeatable random numbers: a seed gives the same numbers on every machine.
 
 use pageferry_protocol::memory::PAGE_SIZE;
 
@@ -16,7 +16,7 @@ impl Random {
         Self { state: seed }
     }
 
-    /// A generator for something of its own within a test, such as one thread or one page.
+    /// A separate generator for one part of a test, such as one thread or one page.
     pub fn derive(seed: u64, of: u64) -> Self {
         Self::new(Self::new(seed ^ of.wrapping_mul(0xd6e8_feb8_6659_fd93)).next())
     }
@@ -58,8 +58,8 @@ impl Random {
     }
 }
 
-/// Text of repeating words with varying numbers, different for each `page`: like what guests hold,
-/// about a quarter as large when compressed.
+/// Text of repeating words with varying numbers, different for each `page`. It resembles what
+/// guests hold: compression shrinks it to about a quarter.
 pub fn page_text(page: u64) -> [u8; PAGE_SIZE as usize] {
     const WORDS: [&str; 8] = [
         "kernel: ",
@@ -82,7 +82,7 @@ pub fn page_text(page: u64) -> [u8; PAGE_SIZE as usize] {
     content
 }
 
-/// The content that `seed` gives to page `page`: different in every page, and never zero.
+/// The content of page `page` for this `seed`. It differs in every page, and is never zero.
 pub fn page_content(seed: u64, page: u64) -> [u8; PAGE_SIZE as usize] {
     let mut content = [0; PAGE_SIZE as usize];
     Random::derive(seed, page).fill(&mut content);

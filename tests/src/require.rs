@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a test needs of the machine, and what happens where the machine lacks it.
+//! What a test needs of the machine, and what happens if the machine lacks it.
 //!
 //! ```no_run
 //! # use pageferry_tests::require;
@@ -10,9 +10,10 @@
 //! let Some(_pool) = require::hugetlb(4) else { return };
 //! ```
 //!
-//! A need that is not met prints `skipped: why`. Where the environment variable `PAGEFERRY_REQUIRE`
-//! names it (comma separated: `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails
-//! instead: a machine that is meant to run everything must not skip in silence.
+//! If a need is not met, the test prints `skipped: why`. If the environment variable
+//! `PAGEFERRY_REQUIRE` names the need (comma separated:
+//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails instead. So a machine that
+//! should run everything skips nothing unnoticed.
 
 use crate::huge_pages::HugePages;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
@@ -25,10 +26,10 @@ use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
-/// Name of the variable that turns skipping into failing.
+/// Name of the variable with the needs that must be met.
 pub const VARIABLE: &str = "PAGEFERRY_REQUIRE";
 
-/// True if a VM can be made, and its dirty log be cleared by hand.
+/// True if a VM can be created, and its dirty log can be cleared by hand.
 ///
 /// # Panics
 /// If not, and `PAGEFERRY_REQUIRE` names `kvm`.
@@ -44,9 +45,9 @@ pub fn uffd() -> bool {
     met("uffd", try_uffd()).is_some()
 }
 
-/// `pages` free huge pages of 2 MiB, added to the kernel's pool as far as they are missing; `None`
-/// if it has no room for them. No other test, of this process or another, has huge pages until what
-/// is returned is dropped.
+/// `pages` free huge pages of 2 MiB. Missing ones are added to the kernel's pool. `None` if there
+/// is no room for them. Until the caller drops the value, no other test of this or another process
+/// has huge pages.
 ///
 /// # Panics
 /// If there is no room, and `PAGEFERRY_REQUIRE` names `hugetlb`.
@@ -54,7 +55,7 @@ pub fn hugetlb(pages: u64) -> Option<HugePages> {
     met("hugetlb", HugePages::reserve(pages).map_err(Into::into))
 }
 
-/// True if the kernel gives shared memory transparent huge pages without being asked for each
+/// True if the kernel uses transparent huge pages for shared memory without a request for each
 /// mapping.
 ///
 /// # Panics
@@ -71,8 +72,7 @@ pub fn tmpfs() -> Option<Tmpfs> {
     met("tmpfs", Tmpfs::find().map_err(Into::into))
 }
 
-/// The same, where a tmpfs that is mounted with `huge=always` hands out huge pages for small
-/// writes.
+/// Like [`tmpfs`], if a tmpfs with `huge=always` hands out huge pages for small writes.
 ///
 /// # Panics
 /// If there is none, and `PAGEFERRY_REQUIRE` names `huge-tmpfs`.
@@ -83,7 +83,7 @@ pub fn huge_tmpfs() -> Option<Tmpfs> {
     met("huge-tmpfs", tried.map(|()| tmpfs).map_err(Into::into))
 }
 
-/// A file of `length` bytes in `folder`, which is to be on a disk.
+/// A file of `length` bytes in `folder`, which must be on a disk.
 ///
 /// # Panics
 /// If it is not, and `PAGEFERRY_REQUIRE` names `disk`.
@@ -102,9 +102,9 @@ fn try_file_on_disk(folder: &Path, length: u64) -> Result<File, Box<dyn Error>> 
     Ok(file)
 }
 
-/// What `unshare` is to do so that a process has a network, and mounts, of its own: who is root
-/// needs no user namespace, unless that is all its container gives it. There are `sh`, `ip` and
-/// `mount` then.
+/// The options of `unshare` that give a process its own network and mounts. Root needs no user
+/// namespace, except in a container that allows nothing else. With these options `sh`, `ip` and
+/// `mount` work.
 ///
 /// # Panics
 /// If nothing works, and `PAGEFERRY_REQUIRE` names `net`.
@@ -150,11 +150,11 @@ fn try_uffd() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What was found of a need that only the test itself can look for; `None` if nothing was, which is
-/// said in a line.
+/// The result of a check that only the test itself can make. If the check failed, prints the reason
+/// and returns `None`.
 ///
 /// # Panics
-/// If nothing was, and `PAGEFERRY_REQUIRE` names `need`.
+/// If the check failed, and `PAGEFERRY_REQUIRE` names `need`.
 #[allow(clippy::panic)] // the one way to fail a test from a helper that every test calls
 pub fn met<T>(need: &str, found: Result<T, Box<dyn Error>>) -> Option<T> {
     let error = match found {

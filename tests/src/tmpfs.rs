@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A small file system for one process: full soon, without harm to anybody else.
+//! A small file system for one process, which a test can fill without harm to other processes.
 //!
-//! It is mounted in a mount namespace of the process's own, if need be in a user namespace, so that
-//! it takes no privilege, nobody else sees it, and it goes with the process.
+//! It is mounted in a mount namespace of the process, and in a user namespace if necessary. So it
+//! needs no privilege, no other process sees it, and it is gone when the process ends.
 
 use crate::Error;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -17,32 +17,32 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// Mounts a tmpfs of `$1` bytes at `$0`, and becomes what follows.
+/// Mounts a tmpfs of `$1` bytes at `$0`, and executes the rest of the arguments.
 const SCRIPT: &str = r#"mount -t tmpfs -o "size=$1" none "$0" && shift && exec "$@""#;
 
-/// Mounts a tmpfs with the options `$1` at `$0`, says so, and stays until its input ends.
+/// Mounts a tmpfs with the options `$1` at `$0`, prints a line, and waits until its input ends.
 const HOLD: &str = r#"mount -t tmpfs -o "$1" none "$0" && echo mounted && exec cat"#;
 
-/// How a process gets one.
+/// How a process gets a tmpfs of its own.
 #[derive(Debug, Clone, Copy)]
 pub struct Tmpfs {
-    /// What `unshare` is to do: who is root needs no user namespace, unless that is all its
-    /// container gives it.
+    /// The options of `unshare`. Root needs no user namespace, except in a container that allows
+    /// nothing else.
     namespaces: &'static str,
 }
 
-/// The folder of another process where its tmpfs is, seen from here, also after the end of that
-/// process.
+/// The folder with the tmpfs of another process. It can be read from here also after that process
+/// ended.
 #[derive(Debug)]
 pub struct View {
     folder: File,
 }
 
 impl Tmpfs {
-    /// Finds out what this machine allows.
+    /// Finds the options that this machine allows.
     ///
     /// # Errors
-    /// If it is nothing.
+    /// If it allows none.
     pub fn find() -> Result<Self, Error> {
         let folder = tempfile::tempdir().map_err(Error::io("make a folder"))?;
         let mut said = String::new();
@@ -59,7 +59,8 @@ impl Tmpfs {
         Err(Error::Argument(said))
     }
 
-    /// A command that runs `program` where `folder`, which is there, is a tmpfs of `bytes` bytes.
+    /// A command that mounts a tmpfs of `bytes` bytes at the existing folder `folder`, and runs
+    /// `program`.
     pub fn command(&self, folder: &Path, bytes: u64, program: impl AsRef<OsStr>) -> Command {
         let mut command = Command::new("unshare");
         command
@@ -72,11 +73,11 @@ impl Tmpfs {
 }
 
 impl Tmpfs {
-    /// A file of `length` bytes on a tmpfs of its own that was mounted with `options`. It goes with
-    /// the file.
+    /// A file of `length` bytes on a new tmpfs that is mounted with `options`. The tmpfs is gone
+    /// when the file is closed.
     ///
     /// # Errors
-    /// If it cannot be mounted so.
+    /// If it cannot be mounted.
     pub fn file(&self, options: &str, length: u64) -> Result<File, Error> {
         let folder = tempfile::tempdir().map_err(Error::io("make a folder"))?;
         let mut command = Command::new("unshare");
@@ -87,14 +88,14 @@ impl Tmpfs {
             .spawn()
             .map_err(Error::io("run unshare"))?;
         let opened = file_on_mount(&mut child, folder.path(), options, length);
-        // Whatever came of it.
+        // End the child whether the file was made or not.
         drop(child.stdin.take());
         child.wait().map_err(Error::io("end unshare"))?;
         opened
     }
 }
 
-/// Makes a file where `child` has mounted its tmpfs.
+/// Creates a file on the tmpfs that `child` mounted.
 fn file_on_mount(
     child: &mut Child, folder: &Path, options: &str, length: u64,
 ) -> Result<File, Error> {
@@ -112,11 +113,10 @@ fn file_on_mount(
         .map_err(Error::io("make a file on the tmpfs"))
 }
 
-/// Sees to it that a small write into this empty file allocates more than it writes, and empties it
-/// again.
+/// Checks that a small write to this empty file allocates a huge page, and empties it again.
 ///
 /// # Errors
-/// If it does not, even after the kernel was asked to make free memory contiguous.
+/// If it does not, even after the kernel was asked to compact free memory.
 pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
     let mut allocated = 0;
     for _ in 0..10 {
@@ -129,7 +129,7 @@ pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
         if allocated > PAGE_SIZE {
             return Ok(());
         }
-        // Only root may. Whoever may not waits for the kernel to do it by itself.
+        // Only root may ask for it. Another user waits until the kernel compacts memory by itself.
         let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
         std::thread::sleep(Duration::from_millis(200));
     }
@@ -139,10 +139,10 @@ pub fn hands_out_huge_pages(file: &File) -> Result<(), Error> {
 }
 
 impl View {
-    /// The folder `folder` as the process `id` sees it.
+    /// Opens the folder `folder` as the process `id` sees it.
     ///
     /// # Errors
-    /// If it is not to be looked at.
+    /// If it cannot be opened.
     pub fn of(id: u32, folder: &Path) -> Result<Self, Error> {
         let path = format!("/proc/{id}/root{}", folder.display());
         Ok(Self { folder: File::open(&path).map_err(Error::io(format!("look at {path}")))? })

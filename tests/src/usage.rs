@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Which pages may be written right now, and what was written into them.
+//! Which pages may be written now, and what was written to them.
 //!
-//! A guest does not write into memory that it gave to the balloon, and a device does not either. So
-//! everything that writes passes through [`Writer::touch`], which holds the fence for reading,
-//! while the balloon gives pages up under the fence for writing: when it tells the agent of the
-//! discard, no writer is on its way into those pages any more.
+//! Neither the guest nor a device writes to memory that the guest gave to the balloon. So every
+//! write goes through [`Writer::touch`], which holds the fence for reading. The balloon takes pages
+//! while it holds the fence for writing. When it then tells the agent of the discard, no writer can
+//! still write to those pages.
 //!
 //! Every writer has a [`Ledger`]: a word of its own in every page, and the value that this word
-//! must have. A page that is given up is forgotten by all ledgers, since its content is stale then.
+//! must have. When a page is given up, all ledgers forget it, because its content is stale.
 
 use crate::Error;
 use crate::memory::TestMemory;
@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use vm_memory::{Bytes, GuestAddress};
 
-/// Writers a page has room for: one word each.
+/// Number of writers for which a page has room. Each has one word.
 pub const SLOTS: u64 = PAGE_SIZE / 8;
 
 /// The pages in use, and the ledgers of all writers.
@@ -29,17 +29,17 @@ pub struct Usage {
     memory: Arc<TestMemory>,
     /// By block id: the pages that may be written.
     usable: BTreeMap<u32, MappedBitmap>,
-    /// Held for reading while a page is looked up and written, for writing while pages are given
-    /// up.
+    /// A writer holds it for reading while it looks up a page and writes it. The balloon holds it
+    /// for writing while it takes pages.
     fence: RwLock<()>,
     ledgers: Mutex<Vec<Arc<Ledger>>>,
-    /// Whether the VMM is paused, and its state, of which the pages in use are a part, may be on
-    /// its way.
+    /// Whether the VMM is paused. Then its state, which contains the pages in use, may already be
+    /// saved.
     frozen: Mutex<bool>,
 }
 
-/// What one writer wrote: how often it wrote into each page, which is also the value of its word
-/// there.
+/// What one writer wrote: how often it wrote to each page. That count is also the value of its word
+/// in the page.
 #[derive(Debug)]
 pub struct Ledger {
     name: String,
@@ -48,7 +48,7 @@ pub struct Ledger {
     counts: BTreeMap<u32, Counts>,
 }
 
-/// The counts of one block. Both cost memory only where something was written.
+/// The counts of one block. Both fields take memory only for pages that were written.
 #[derive(Debug)]
 struct Counts {
     /// The pages whose word is known.
@@ -65,7 +65,7 @@ impl Counts {
         Ok(Self { known, words })
     }
 
-    /// The count of a page, 0 if it is not known; `None` if there is no such page.
+    /// The count of a page, or 0 if it is not known. `None` if there is no such page.
     fn get(&self, page: u64) -> Option<u64> {
         let word = self.words.get(usize::try_from(page).ok()?)?;
         Some(if self.known.contains(page) { word.load(Ordering::Relaxed) } else { 0 })
@@ -82,14 +82,15 @@ impl Counts {
     }
 }
 
-/// How a writer reaches memory, and who learns of it.
+/// How a writer reaches memory, and what reports its writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
-    /// Stores through the mapping, as a vCPU's: a tracker has to find them.
+    /// Stores through the mapping, like a vCPU. A tracker must find these writes.
     Mapping,
-    /// The same, and the writer marks the dirty log itself, as it has to without another tracker.
+    /// Stores through the mapping, and marks the dirty log itself, because there is no other
+    /// tracker.
     MappingAndLog,
-    /// Writes through vm-memory, as an emulated device: its bitmap marks the dirty log.
+    /// Writes through vm-memory, like an emulated device. Its bitmap marks the dirty log.
     VmMemory,
 }
 
@@ -102,7 +103,7 @@ pub struct Writer {
 }
 
 impl Usage {
-    /// All pages of `memory` may be written, but those of blocks that start as discarded.
+    /// All pages of `memory` may be written, except those of blocks that start discarded.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
@@ -142,8 +143,8 @@ impl Usage {
         self.usable.get(&block).ok_or(Error::NoBlock(block))
     }
 
-    /// A writer with a word of its own in every page. `name` tells its ledger from the others in
-    /// the VMM's state.
+    /// A writer with its own word in every page. `name` is the name of its ledger in the VMM's
+    /// state.
     ///
     /// # Errors
     /// If the pages have no room for more writers.
@@ -162,8 +163,8 @@ impl Usage {
         Ok(Writer { usage: self.clone(), ledger, path })
     }
 
-    /// Changes which pages are in use, unless the VMM is paused: a balloon does not inflate then,
-    /// and `None` is returned. The pause waits for what has begun.
+    /// Changes which pages are in use. Returns `None` if the VMM is paused, because a balloon does
+    /// not inflate then. A pause waits for a change that has begun.
     ///
     /// # Errors
     /// Those of `change`.
@@ -179,7 +180,7 @@ impl Usage {
         *self.frozen.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
     }
 
-    /// Nobody writes into `pages` any more when this returns. To be followed by the discard.
+    /// When this returns, no writer writes to `pages` any more. The caller then discards them.
     ///
     /// # Errors
     /// If there is no such block.
@@ -193,7 +194,7 @@ impl Usage {
         Ok(())
     }
 
-    /// `pages` may be written again. To be called after the populate was acknowledged.
+    /// `pages` may be written again. Call this after the populate was acknowledged.
     ///
     /// # Errors
     /// If there is no such block.
@@ -202,7 +203,7 @@ impl Usage {
         Ok(())
     }
 
-    /// The pages in use and all ledgers, as state that travels with the VMM. Nobody may write
+    /// The pages in use and all ledgers, as pieces of the VMM's state. No writer may write
     /// meanwhile.
     pub fn save(&self) -> Vec<StatePiece> {
         let unusable = self.usable.iter().flat_map(|(block, bitmap)| {
@@ -214,14 +215,15 @@ impl Usage {
         pieces
     }
 
-    /// Takes what [`Usage::save`] gave; pieces of other names are left alone.
+    /// Loads the pieces of [`Usage::save`], and ignores pieces with other names.
     ///
     /// # Errors
     /// If a piece is malformed, or names a block that is not here.
     pub fn load(&self, state: &[StatePiece]) -> Result<(), Error> {
         for piece in state {
             if piece.name == "pages not in use" {
-                // Most are in use on both sides: a huge bitmap that is right already is only read.
+                // Most pages are in use on both sides. A large bitmap that is right already is only
+                // read.
                 for bitmap in self.usable.values() {
                     for run in clear_runs(bitmap) {
                         bitmap.set(run);
@@ -240,8 +242,8 @@ impl Usage {
         Ok(())
     }
 
-    /// Compares every ledger with memory; nobody may write meanwhile. Reads by `pread` only.
-    /// Returns the number of words that were compared.
+    /// Compares every ledger with memory, which it reads with `pread`. No writer may write
+    /// meanwhile. Returns the number of words that were compared.
     ///
     /// # Errors
     /// The first word that is wrong.
@@ -274,7 +276,7 @@ impl Ledger {
         })
     }
 
-    /// How many words are known, and how often they were written in total.
+    /// The number of words that are known, and of writes to them.
     pub fn totals(&self) -> (u64, u64) {
         self.known().fold((0, 0), |(words, writes), (_, _, count)| (words + 1, writes + count))
     }
@@ -314,8 +316,8 @@ impl Ledger {
 }
 
 impl Writer {
-    /// Counts the page up, if it may be written now. One thread only may write a page with the same
-    /// ledger.
+    /// Adds 1 to the writer's word of the page, if the page may be written now. With one ledger,
+    /// only one thread may write a given page.
     ///
     /// # Errors
     /// If the page does not exist.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What has to hold after a migration (`never-populate` and `same-memory`), checked on the files
+//! What must hold after a migration (`never-populate` and `same-memory`), checked in the files
 //! under the memory of both sides.
 
 use crate::Error;
@@ -28,11 +28,11 @@ impl std::ops::AddAssign for Compared {
     }
 }
 
-/// Compares all blocks while both guests are paused. What is discarded is taken from the source's
-/// client.
+/// Compares all blocks while both guests are paused. The source's client says which pages are
+/// discarded.
 ///
 /// # Errors
-/// The first page that is not as it has to be.
+/// The first page that is wrong.
 pub fn same_memory(
     source: &TestMemory, client: &Client, destination: &TestMemory,
 ) -> Result<Compared, Error> {
@@ -44,17 +44,17 @@ pub fn same_memory(
     Ok(compared)
 }
 
-/// Compares one block; the content of populated pages only where `stands_still` says so.
+/// Compares one block. Compares the content of a populated page only if `is_stable` holds for it.
 ///
 /// # Errors
-/// The first page that is not as it has to be.
+/// The first page that is wrong.
 pub fn same_block(
     source: &TestBlock, discarded: &MappedBitmap, destination: &TestBlock,
-    stands_still: impl Fn(u64) -> bool,
+    is_stable: impl Fn(u64) -> bool,
 ) -> Result<Compared, Error> {
     let id = source.id();
     let ours = source.extents()?;
-    // Where the file system does not tell holes, only content can be compared.
+    // If the file system does not report holes, only content can be compared.
     let theirs = if tells_holes(destination) { destination.extents()? } else { Vec::new() };
     for run in &theirs {
         if let Some(page) = discarded.next_set(*run) {
@@ -62,20 +62,20 @@ pub fn same_block(
                 "block {id}, page {page:#x}: discarded, but the destination has it"
             )));
         }
-        if let Some(page) = first_outside(*run, &ours).filter(|page| stands_still(*page)) {
+        if let Some(page) = first_outside(*run, &ours).filter(|page| is_stable(*page)) {
             return Err(Error::Mismatch(format!(
                 "block {id}, page {page:#x}: a hole at the source, but allocated at the destination"
             )));
         }
     }
     let mut equal = 0;
-    // Where the source has a hole, the destination has one, too, or was just refused: only the
+    // The destination has a hole wherever the source has one, as checked above. So only the
     // source's extents have content.
     for run in &ours {
         for first in (run.first..run.end()).step_by(STEP as usize) {
             let pages = PageRange::new(first, STEP.min(run.end() - first));
             equal += compare(source, destination, pages, |page| {
-                !discarded.contains(page) && stands_still(page)
+                !discarded.contains(page) && is_stable(page)
             })?;
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A mock VMM: memory, a guest, devices and a client, behind hooks that record what they are asked
-//! and fail on demand.
+//! A mock VMM: memory, a guest, devices and a client. Its hooks record their calls and fail on
+//! demand.
 
 use crate::Error;
 use crate::deadline::wait_for;
@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Longest time that a harness waits for something that takes milliseconds.
+/// Timeout for anything that normally takes milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The hooks of an agent, without their arguments.
@@ -40,20 +40,20 @@ pub enum HookName {
     LoadState,
 }
 
-/// What is wrong with a hook.
+/// A fault that a test injects into a hook.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
-    /// It fails with this sentence, and does nothing.
+    /// The hook fails with this sentence, and does nothing.
     Fail(String),
-    /// It panics with this message, and does nothing.
+    /// The hook panics with this message, and does nothing.
     Panic(String),
-    /// It does what it should, but only after this time.
+    /// The hook works, but only after this time.
     Slow(Duration),
-    /// It does not answer until the fault is taken away or the VMM is dropped, and then fails.
+    /// The hook does not answer until the fault is removed or the VMM is dropped, and then fails.
     Never,
 }
 
-/// A tracker that the VMM itself reads, by hooks: KVM's dirty log.
+/// A tracker that the VMM itself reads when the agent calls its hooks, such as KVM's dirty log.
 pub trait HookTracker: Send {
     /// Starts it.
     ///
@@ -67,7 +67,7 @@ pub trait HookTracker: Send {
     /// If it does not stop.
     fn stop(&mut self) -> Result<(), HookError>;
 
-    /// Marks in the log what it knows as dirty.
+    /// Marks its dirty pages in the log.
     ///
     /// # Errors
     /// If it cannot be read.
@@ -80,13 +80,13 @@ pub trait HookTracker: Send {
     fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError>;
 }
 
-/// Which tracker reports the guest's writes, beside the shared log.
+/// Which tracker reports the guest's writes, besides the shared log.
 #[derive(Default)]
 pub enum Tracker {
-    /// None: the guest marks the log itself.
+    /// No other tracker: the guest marks the log itself.
     #[default]
     Log,
-    /// One that the VMM reads.
+    /// A tracker that the VMM reads.
     Hooks(Box<dyn HookTracker>),
     /// The agent scans the VMM's mapping.
     WriteProtect,
@@ -102,7 +102,7 @@ impl std::fmt::Debug for Tracker {
     }
 }
 
-/// What is behind the hooks.
+/// What the hooks act on.
 struct Parts {
     usage: Arc<Usage>,
     guest: Mutex<Box<dyn Guest>>,
@@ -111,15 +111,15 @@ struct Parts {
     faults: Mutex<BTreeMap<HookName, Fault>>,
     fault_changed: Condvar,
     before_pause: Mutex<Option<BeforePause>>,
-    /// What its operator wants of the guest.
+    /// The run state that the operator wants.
     run_state: Mutex<RunState>,
     record: Mutex<Record>,
 }
 
-/// Something to do when the agent asks for the pause.
+/// An action that runs when the agent asks for the pause.
 type BeforePause = Box<dyn FnOnce() -> Result<(), Error> + Send>;
 
-/// What was asked of a VMM so far.
+/// The calls and events of a VMM so far.
 #[derive(Debug, Clone, Default)]
 pub struct Record {
     /// The hooks that were called, in order.
@@ -130,22 +130,22 @@ pub struct Record {
     pub throttle: u32,
     /// Whether the guest runs.
     pub runs: bool,
-    /// Bytes that were allocated when the state was loaded: at the destination, before its guest
+    /// Bytes allocated when the state was loaded. At the destination this is before its guest
     /// writes anything.
     pub allocated_at_load: Option<u64>,
     /// Words that were compared with the ledgers when the state was loaded.
     pub words_checked: u64,
     /// The hooks that panicked, and their messages.
     pub panics: Vec<(String, String)>,
-    /// Set when the agent was lost.
+    /// The ownership at the time when the agent was lost.
     pub agent_lost: Option<Ownership>,
-    /// An operator may have a guest restored.
+    /// An operator may restore a guest.
     pub takes_restores: bool,
     /// The guest may run before its memory is here.
     pub memory_pending: bool,
-    /// All memory is here, after it was not.
+    /// All memory is here, after some was missing.
     pub memory_complete: bool,
-    /// When the agent was lost before all memory was here.
+    /// When the agent was lost while memory was missing.
     pub memory_lost: Option<Instant>,
 }
 
@@ -192,7 +192,7 @@ impl Parts {
     }
 }
 
-/// What a defect of a VMM does: the client has to live with it.
+/// Panics like a VMM with a defect. The client must survive it.
 #[allow(clippy::panic, reason = "the fault that a test asked for")]
 fn panics(message: String) -> Result<(), HookError> {
     std::panic::panic_any(message)
@@ -272,8 +272,8 @@ impl Hooks for VmmHooks {
         Ok(state)
     }
 
-    /// Compares what the source says it wrote with the memory that came, before anything runs; in
-    /// postcopy it has not come yet.
+    /// Compares the memory with what the source's guest wrote, before anything runs. In postcopy
+    /// the memory is not here yet, so nothing is compared.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.0.called(HookName::LoadState)?;
         self.0.usage.load(&state)?;
@@ -361,13 +361,13 @@ impl MockVmm {
         Ok(vmm)
     }
 
-    /// The same, with the agent that listens at `socket`, or does within a few seconds: it may have
-    /// been started just now.
+    /// Like [`MockVmm::new`], with the agent at `socket`. Waits a few seconds for it to listen,
+    /// because it may have just been started.
     ///
     /// # Errors
     /// If there is none, or it refuses.
     pub fn connect(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
-        // Whether it listens in the end the client says best.
+        // If it still does not listen, the client's error is the best one.
         let _ = crate::deadline::wait_until("the agent's socket", Duration::from_secs(5), || {
             socket.exists()
         });
@@ -375,7 +375,7 @@ impl MockVmm {
         Self::new(client, channel, usage, tracker)
     }
 
-    /// Hands everything to another agent after the first was lost.
+    /// Hands everything to another agent after the agent was lost.
     ///
     /// # Errors
     /// If there is none at `socket`, or it refuses.
@@ -400,12 +400,12 @@ impl MockVmm {
         Ok(())
     }
 
-    /// Puts another guest in the place of the one that there is, which ends.
+    /// Replaces the guest. The old one ends.
     pub fn set_guest(&self, guest: impl Guest + 'static) {
         *lock(&self.parts.guest) = Box::new(guest);
     }
 
-    /// Adds an emulated device. It runs when the guest does.
+    /// Adds an emulated device. It runs while the guest runs.
     pub fn add_device(&self, device: Device) {
         lock(&self.parts.devices).push(device);
     }
@@ -426,7 +426,7 @@ impl MockVmm {
         self.parts.stop()
     }
 
-    /// Has the operator pause the guest: it is to stay so, whatever the agent does with it.
+    /// Pauses the guest for the operator. It stays paused, whatever the agent does with it.
     ///
     /// # Errors
     /// If it does not stop.
@@ -435,7 +435,7 @@ impl MockVmm {
         self.parts.stop()
     }
 
-    /// Has the operator let the guest run again.
+    /// Resumes the guest for the operator.
     ///
     /// # Errors
     /// If it cannot run.
@@ -444,7 +444,7 @@ impl MockVmm {
         self.parts.run()
     }
 
-    /// What the operator wants of the guest, as far as the VMM knows.
+    /// The run state that the operator wants, as the VMM knows it.
     pub fn run_state(&self) -> RunState {
         *lock(&self.parts.run_state)
     }
@@ -464,7 +464,7 @@ impl MockVmm {
         &self.parts.usage
     }
 
-    /// Makes a hook misbehave, or behave again.
+    /// Injects a fault into a hook, or removes it.
     pub fn inject(&self, hook: HookName, fault: Option<Fault>) {
         let mut faults = lock(&self.parts.faults);
         match fault {
@@ -475,29 +475,29 @@ impl MockVmm {
         self.parts.fault_changed.notify_all();
     }
 
-    /// Does this once, when the agent asks for the pause and the guest still runs: the last moment
-    /// of a migration's passes.
+    /// Runs this action once, when the agent asks for the pause and the guest still runs. That is
+    /// the last moment of a migration's passes.
     pub fn before_pause(&self, last_minute: impl FnOnce() -> Result<(), Error> + Send + 'static) {
         *lock(&self.parts.before_pause) = Some(Box::new(last_minute));
     }
 
-    /// From now on an operator may have a guest restored.
+    /// Allows an operator to restore a guest.
     pub fn take_restores(&self) {
         lock(&self.parts.record).takes_restores = true;
     }
 
-    /// What was asked so far.
+    /// The calls and events so far.
     pub fn record(&self) -> Record {
         lock(&self.parts.record).clone()
     }
 
-    /// Forgets what was asked so far.
+    /// Clears the record.
     pub fn clear_record(&self) {
         let mut record = lock(&self.parts.record);
         *record = Record { runs: record.runs, throttle: record.throttle, ..Record::default() };
     }
 
-    /// Starts an outgoing migration; returns the number of the job.
+    /// Starts an outgoing migration. Returns the number of the job.
     ///
     /// # Errors
     /// If the agent refuses.
@@ -505,7 +505,7 @@ impl MockVmm {
         Ok(self.client.start_outgoing(Target::Address(target.to_owned()), options)?.job)
     }
 
-    /// Starts an incoming migration; returns the number of the job and the address with the port
+    /// Starts an incoming migration. Returns the number of the job, and the address with the port
     /// that was chosen.
     ///
     /// # Errors
@@ -517,7 +517,7 @@ impl MockVmm {
         Ok((started.job, started.address))
     }
 
-    /// Starts a snapshot; returns the number of the job.
+    /// Starts a snapshot. Returns the number of the job.
     ///
     /// # Errors
     /// If the agent refuses.
@@ -525,7 +525,7 @@ impl MockVmm {
         Ok(self.client.start_snapshot(image, options)?.job)
     }
 
-    /// Starts a restore; returns the number of the job.
+    /// Starts a restore. Returns the number of the job.
     ///
     /// # Errors
     /// If the agent refuses.
@@ -533,7 +533,7 @@ impl MockVmm {
         Ok(self.client.start_restore(image, options)?.job)
     }
 
-    /// Waits until the job is in `phase` or one after it.
+    /// Waits until the job is in `phase` or a later one.
     ///
     /// # Errors
     /// If that takes longer than `timeout`, or the agent is lost.
@@ -547,7 +547,7 @@ impl MockVmm {
         .map_err(Error::from)
     }
 
-    /// Waits until the job ended, however it did.
+    /// Waits for the end of the job. Returns its final status.
     ///
     /// # Errors
     /// If it did not, or the agent is lost.
@@ -558,7 +558,7 @@ impl MockVmm {
 
 impl Drop for MockVmm {
     fn drop(&mut self) {
-        // A hook that waits for its fault to go away would keep its thread.
+        // A hook that waits until its fault is removed would keep its thread.
         lock(&self.parts.faults).clear();
         self.parts.fault_changed.notify_all();
         if let Err(error) = self.parts.stop() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agent or mock VMM as a process of its own, for the scenario tests: `agent ...` as in
-//! `pageferry agent ...`, `mock-vmm ...` as in the example `mock_vmm`.
+//! The program that tests start as an agent or as a mock VMM. `agent ...` is `pageferry agent ...`,
+//! and `mock-vmm ...` is the example `mock_vmm`.
 #![deny(unsafe_code)]
 
 use pageferry_tests::{agent, mock_vmm};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests: what a VMM pauses, resumes and moves.
+//! Guests, which a VMM pauses, resumes and moves.
 //!
-//! - [`Guest`]: what a mock VMM needs of one;
+//! - [`Guest`]: what a mock VMM needs of a guest;
 //! - [`kvm`]: a vCPU under KVM that increments a counter in every page, sweep after sweep;
 //! - [`threads`]: guests made of threads that write at a set rate and in a set pattern.
 
@@ -14,19 +14,19 @@ use pageferry_client::StatePiece;
 
 /// A guest. Its state does not include its memory.
 pub trait Guest: Send {
-    /// Starts to run, for the first time: from the beginning, or from the state that was loaded.
+    /// Starts for the first time: from the beginning, or from the state that was loaded.
     ///
     /// # Errors
     /// If it cannot run.
     fn start(&mut self) -> Result<(), Error>;
 
-    /// Stops it; when this returns it writes nothing any more.
+    /// Pauses it. When this returns it writes nothing any more.
     ///
     /// # Errors
     /// If it does not stop.
     fn pause(&mut self) -> Result<(), Error>;
 
-    /// Goes on, or starts if it never ran. Does nothing if it runs.
+    /// Resumes it, or starts it if it never ran. Does nothing if it runs.
     ///
     /// # Errors
     /// If it cannot run.
@@ -35,17 +35,17 @@ pub trait Guest: Send {
     /// Its state while it is paused.
     ///
     /// # Errors
-    /// If the state cannot be had.
+    /// If the state cannot be read.
     fn save_state(&mut self) -> Result<Vec<StatePiece>, Error>;
 
-    /// Takes the state of another guest of its kind, before it starts. Pieces that are not its own
-    /// are left alone.
+    /// Loads the state of another guest of its kind, before it starts. Ignores pieces that are not
+    /// its own.
     ///
     /// # Errors
     /// If a piece is missing or malformed.
     fn load_state(&mut self, state: &[StatePiece]) -> Result<(), Error>;
 
-    /// Holds it back for `percent` of its time.
+    /// Throttles it: it does not run for `percent` of the time.
     ///
     /// # Errors
     /// If it cannot.

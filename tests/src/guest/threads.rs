@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests made of threads, each a vCPU that counts up a word of the pages that it visits.
+//! Guests made of threads. Each thread is a vCPU that adds 1 to its word of each page that it
+//! visits.
 //!
-//! Pages are divided among the threads, so every page has one writer, and what a page must hold is
-//! known exactly once the guest is paused. The counts travel with the VMM's state
-//! ([`Usage::save`]), so the destination goes on counting where the source stopped.
+//! Each page belongs to one thread. So every page has one writer, and once the guest is paused it
+//! is known exactly what each page must hold. The counts are part of the VMM's state
+//! ([`Usage::save`]), so the destination continues to count where the source stopped.
 
 use super::Guest;
 use crate::Error;
@@ -20,26 +21,26 @@ use std::time::{Duration, Instant};
 
 /// Most pages written between two passes of the gate.
 const BATCH: u64 = 64;
-/// Longest time outside of the gate between two batches.
+/// Longest time outside the gate between two batches.
 const LONGEST_IDLE: Duration = Duration::from_millis(5);
 
-/// Which page comes next.
+/// How the next page is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pattern {
-    /// One after the other, and again from the first.
+    /// In order, and again from the first page.
     Sequential,
-    /// Any, each as likely as the other.
+    /// At random, each page with the same probability.
     Uniform,
     /// `writes_percent` of the writes go to the first `pages_percent` of the pages.
     Hot {
         /// Size of the hot set.
         pages_percent: u64,
-        /// How hot it is.
+        /// Percentage of the writes that go there.
         writes_percent: u64,
     },
 }
 
-/// Pages of several blocks, numbered through.
+/// Pages of several blocks, with consecutive numbers.
 #[derive(Debug, Clone, Default)]
 pub struct PageSet {
     /// Block, pages, and the number of the first of them.
@@ -64,7 +65,7 @@ impl PageSet {
         self.pages
     }
 
-    /// The page of this number: its block, and its index there.
+    /// The block of this page number, and the page's index there.
     pub fn page(&self, number: u64) -> Option<(u32, u64)> {
         let run = self.runs.partition_point(|(_, _, start)| *start <= number).checked_sub(1)?;
         let (block, pages, start) = self.runs.get(run)?;
@@ -77,15 +78,15 @@ impl PageSet {
 pub struct ThreadGuestOptions {
     /// Number of threads.
     pub threads: u64,
-    /// Writes per second of all threads together; `None` is as many as they can.
+    /// Writes per second of all threads together. `None` is no limit.
     pub rate: Option<u64>,
-    /// Which page comes next.
+    /// How the next page is chosen.
     pub pattern: Pattern,
-    /// Which pages there are for it; `None` is all memory.
+    /// The pages that it uses. `None` is all memory.
     pub pages: Option<PageSet>,
-    /// Where its chance comes from.
+    /// The seed of its random numbers.
     pub seed: u64,
-    /// How it writes: [`Path::Mapping`], or [`Path::MappingAndLog`] without another tracker.
+    /// How it writes: [`Path::Mapping`], or [`Path::MappingAndLog`] if there is no other tracker.
     pub path: Path,
 }
 
@@ -102,7 +103,7 @@ impl Default for ThreadGuestOptions {
     }
 }
 
-/// What all threads of a guest share.
+/// State that all threads of a guest share.
 #[derive(Debug)]
 struct Shared {
     options: ThreadGuestOptions,
@@ -129,7 +130,7 @@ impl ThreadGuest {
         Self::named(usage, "guest", options)
     }
 
-    /// The same under another name, for a second one in the same memory.
+    /// Like [`ThreadGuest::new`], with another name: for a second guest in the same memory.
     ///
     /// # Errors
     /// If there is no memory for its ledger.
@@ -153,7 +154,7 @@ impl ThreadGuest {
         self.shared.writes.load(Ordering::Relaxed)
     }
 
-    /// Counts [`ThreadGuest::writes`] for whoever watches while a VMM owns the guest.
+    /// Returns a function that gives [`ThreadGuest::writes`] also while a VMM owns the guest.
     pub fn watch_writes(&self) -> impl Fn() -> u64 + Send + Sync + use<> {
         let shared = self.shared.clone();
         move || shared.writes.load(Ordering::Relaxed)
@@ -205,7 +206,7 @@ impl Drop for ThreadGuest {
     fn drop(&mut self) {
         self.shared.gate.end();
         for thread in self.threads.drain(..) {
-            // A thread that panicked has said so.
+            // A thread that panicked has printed its message already.
             let _ = thread.join();
         }
     }
@@ -226,8 +227,8 @@ fn run(shared: &Shared, thread: u64) {
     }
 }
 
-/// One thread's way through its share of the pages: those whose number is `thread` modulo the
-/// number of threads.
+/// One thread and its share of the pages: those whose number is `thread` modulo the number of
+/// threads.
 struct Walk<'a> {
     shared: &'a Shared,
     thread: u64,
@@ -243,7 +244,7 @@ impl<'a> Walk<'a> {
         let options = &shared.options;
         let share =
             (shared.pages.pages() + options.threads - 1).saturating_sub(thread) / options.threads;
-        // At low rates a batch is what is due in the longest time outside, so that the writes are
+        // At a low rate, a batch has the writes of the longest time outside, so that writes are
         // spread evenly.
         let due = options
             .rate
@@ -280,8 +281,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// How long to stay outside after a batch that took `worked`, to keep the rate and to be held
-    /// back as told.
+    /// How long to stay outside after a batch that took `worked`, for the rate and the throttle.
     fn pause_after(&self, worked: Duration) -> Duration {
         let options = &self.shared.options;
         let held_back = f64::from(self.shared.throttle.load(Ordering::Relaxed)) / 100.0;

@@ -12,16 +12,15 @@ use crate::vmm::{MockVmm, Tracker};
 use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions, RunState};
 use pageferry_protocol::control::job::JobKind;
 
-/// Hands over the memory and waits for a guest, or restores one. What the source's guest wrote is
-/// compared with what came: before the commit, or in postcopy when all is here.
+/// Hands over the memory and waits for a guest, or restores one. Then compares the memory with what
+/// the source's guest wrote: before the commit, or in postcopy when all memory has arrived.
 ///
 /// # Errors
-/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a
-/// report.
+/// If no job starts, or the agent is lost. A job that fails is a report and not an error.
 pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let usage = Usage::new(memory)?;
-    // It takes over the ledger and writes nothing.
+    // This guest takes over the ledger and writes nothing.
     let guest = ThreadGuest::new(
         &usage,
         ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() },
@@ -32,7 +31,7 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     let status = watch(&vmm, job, !arguments.common.json, |_| Ok(()))?;
     let mut record = vmm.record();
     if status.phase == Phase::Completed && record.memory_complete {
-        // It ran before its memory was here, so what came could not be compared sooner.
+        // The guest ran before its memory was here, so the memory is compared only now.
         record.words_checked = vmm.usage().check()?;
         record.allocated_at_load = Some(vmm.memory().allocated()?);
     }
@@ -47,9 +46,9 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     Ok(Report { destination_allocated: record.allocated_at_load, ..Report::new(&status) })
 }
 
-/// Starts what is asked for, or waits until an operator does; returns the number of the job.
+/// Starts the job of the options, or waits until an operator starts one. Returns its number.
 fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
-    // On standard error: with --json, standard output has one object only.
+    // Printed on standard error, because with --json standard output has only one object.
     if let Some(listen) = &arguments.listen {
         let (job, address) = vmm.start_incoming(
             listen,
@@ -68,7 +67,7 @@ fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
         };
         return vmm.start_restore(image, &options);
     }
-    // What the agent did for a VMM before this one.
+    // Jobs that the agent did for an earlier VMM do not count.
     let before = vmm.client().status()?.job;
     vmm.take_restores();
     eprintln!("waiting for a restore");

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a
-//! restore, driven by hand.
+//! restore, driven from a shell.
 //!
 //! - [`cli`]: its options;
 //! - [`source`], [`destination`]: the two sides;
 //! - [`report`]: what they print at the end.
 //!
-//! The guest's memory is a sparse file that exists already, used as it is: never truncated, and
-//! where it has holes never read through the mapping. So anyone can prepare the content, and
-//! compare the two files and what is allocated in them afterwards.
+//! The guest's memory is an existing sparse file. It is never truncated, and its holes are never
+//! read through the mapping. So a user can prepare the content, and afterwards compare the two
+//! files and what is allocated in them.
 #![allow(clippy::print_stdout)]
 
 pub mod cli;
@@ -25,16 +25,15 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-/// Runs `mock_vmm` with these arguments, the program's name not among them. Success is a migration
-/// that was verified and committed, a snapshot whose image is complete, or a restore that was
-/// verified.
+/// Runs `mock_vmm` with these arguments, without the program's name. Succeeds if a migration was
+/// verified and committed, a snapshot's image is complete, or a restore was verified.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = match cli::Cli::try_parse_from(
         std::iter::once(OsString::from("mock_vmm")).chain(arguments),
     ) {
         Ok(cli) => cli,
         Err(error) => {
-            // Fails only if there is nowhere to print to.
+            // This fails only if standard output is closed.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }

@@ -20,12 +20,11 @@ use std::time::Instant;
 /// The id of the only block.
 const RAM: u32 = 0;
 
-/// Hands over the memory, discards, runs the guest, and migrates or saves it, or has an operator do
-/// so.
+/// Hands over the memory, discards, runs the guest, and migrates or saves it, or waits for an
+/// operator who does.
 ///
 /// # Errors
-/// If it does not get as far as a job, or the agent is lost. A job that fails is no error but a
-/// report.
+/// If no job starts, or the agent is lost. A job that fails is a report and not an error.
 pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let before = memory.allocated()?;
@@ -55,7 +54,8 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let pending = arguments.discard_during.clone();
     let during = Discards { client: vmm.client().clone(), usage, punch, pending };
     let during = Arc::new(Mutex::new(during));
-    // If the passes are over sooner than they are seen below, this is still during the migration.
+    // The passes may end before the loop below sees them. This discard is still during the
+    // migration.
     let last_chance = during.clone();
     vmm.before_pause(move || last_chance.lock().unwrap_or_else(PoisonError::into_inner).make());
 
@@ -77,7 +77,7 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     })
 }
 
-/// Starts what is asked for; `None` if that is up to an operator.
+/// Starts the job of the options. `None` if an operator is to start one.
 fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
     let outgoing: OutgoingOptions = arguments.outgoing.clone().into();
     if let Some(target) = &arguments.to {
@@ -96,10 +96,10 @@ fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
     vmm.start_snapshot(image, &options).map(Some)
 }
 
-/// Runs the guest for a while, or until an operator has migrated it away. Returns how the last job
-/// ended.
+/// Runs the guest for the given time, or until an operator has migrated it away. Returns the final
+/// status of the last job.
 fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
-    // What the agent did for a VMM before this one.
+    // Jobs that the agent did for an earlier VMM do not count.
     let before = vmm.client().status()?.job;
     eprintln!("the guest runs");
     let until = Instant::now() + arguments.run_for;
@@ -115,7 +115,8 @@ fn serve(vmm: &MockVmm, arguments: &SourceArgs) -> Result<JobStatus, Error> {
     }
 }
 
-/// A guest that writes only what is allocated already, so that no growth of the file is its doing.
+/// A guest that writes only to pages that are allocated already, so that it does not make the file
+/// grow.
 fn guest(usage: &Arc<Usage>, rate: u64, path: Path) -> Result<ThreadGuest, Error> {
     let pages: PageSet = extents(usage.memory())?.into_iter().map(|run| (RAM, run)).collect();
     if rate > 0 && pages.pages() == 0 {
@@ -131,7 +132,7 @@ fn extents(memory: &TestMemory) -> Result<Vec<PageRange>, Error> {
     memory.block(RAM)?.extents()
 }
 
-/// Ranges that are to be discarded.
+/// Ranges to discard.
 struct Discards {
     client: Client,
     usage: Arc<Usage>,
@@ -140,7 +141,7 @@ struct Discards {
 }
 
 impl Discards {
-    /// Discards them, once: the guest gives them up, then the agent is told.
+    /// Discards the ranges once: the guest gives them up, then the VMM tells the agent.
     fn make(&mut self) -> Result<(), Error> {
         let block = self.usage.memory().block(RAM)?;
         let (granularity, length) = (block.layout().granularity, block.layout().length);

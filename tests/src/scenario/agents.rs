@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents that listen at a socket: on a thread of the test, or as a process that can be killed.
+//! Agents that listen at a socket: a thread of the test, or a process that can be killed.
 
 use super::{RawClient, SOON};
 use crate::deadline::wait_for;
@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
-/// An agent on a thread of this process that listens, until it is dropped.
+/// An agent on a thread of this process. It listens until this is dropped.
 #[derive(Debug)]
 pub struct Listening {
     /// Where it listens.
@@ -33,7 +33,7 @@ impl Listening {
         Self { path, stop, thread: Some(thread), _folder: folder }
     }
 
-    /// A connection that is an operator's until it hands memory over.
+    /// A connection. It counts as an operator's until it hands memory over.
     pub fn connect(&self) -> RawClient {
         RawClient::connect(&self.path)
     }
@@ -48,7 +48,7 @@ impl Drop for Listening {
     }
 }
 
-/// An agent that ends in good order, or is killed.
+/// An agent that is shut down or killed.
 #[derive(Debug)]
 pub enum Agent {
     /// On a thread of this process.
@@ -80,12 +80,12 @@ impl Agent {
         }
     }
 
-    /// Its process id. An agent that is no process has none.
+    /// Its process id. Panics if the agent is a thread.
     pub fn id(&mut self) -> u32 {
         self.process().id()
     }
 
-    /// How its last job ended, as an operator sees it.
+    /// The final status of its last job, as an operator sees it.
     pub fn ended(&self) -> JobStatus {
         let mut operator = RawClient::connect(self.socket());
         wait_for("the job's end", SOON, || {
@@ -94,32 +94,32 @@ impl Agent {
         .unwrap()
     }
 
-    /// The process hangs from now on. An agent that is none cannot.
+    /// Makes the process hang. Panics if the agent is a thread.
     pub fn freeze(&mut self) {
         self.process().freeze().unwrap();
     }
 
-    /// The process goes on after [`Agent::freeze`].
+    /// Lets the process continue after [`Agent::freeze`].
     pub fn thaw(&mut self) {
         self.process().thaw().unwrap();
     }
 
-    /// Asks the process to end in good order.
+    /// Asks the process to shut down.
     pub fn terminate(&mut self) {
         self.process().terminate().unwrap();
     }
 
-    /// Waits until the process ended; true if it did so well.
+    /// Waits for the end of the process. True if it succeeded.
     pub fn ends_well(&mut self) -> bool {
         self.process().wait(SOON).unwrap().success()
     }
 
-    /// Kills the process. An agent that is none cannot be.
+    /// Kills the process. Panics if the agent is a thread.
     pub fn kill(&mut self) {
         self.process().kill().unwrap();
     }
 
-    /// Ends it as its kind does.
+    /// Ends the agent: kills the process, or waits for the thread.
     pub fn end(mut self) {
         if matches!(self, Self::Killed(..)) {
             self.kill();

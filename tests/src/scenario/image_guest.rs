@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A scripted VMM that saves its guest into images, or has it restored from them.
+//! A scripted VMM that saves its guest to images and restores it from them.
 
 use super::{Host, SOON, ScriptedHooks, ScriptedVmm, images, lock};
 use crate::deadline::{wait_for, wait_until};
@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pages of most guests: 8 MiB.
+/// Number of pages of most guests: 8 MiB.
 pub const PAGES: u64 = 2048;
 
 /// A VMM with its memory.
@@ -32,19 +32,19 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// One block, empty.
+    /// A guest with one empty block.
     pub fn new(host: &Host, pages: u64) -> Self {
         Self::of(host, vec![BlockLayout::ram(pages * PAGE_SIZE)], Config::default())
     }
 
-    /// One block, all of whose pages hold something.
+    /// A guest with one block, and content in all its pages.
     pub fn full(host: &Host, pages: u64) -> Self {
         let guest = Self::new(host, pages);
         guest.fill(0..pages, 1);
         guest
     }
 
-    /// The same, and it waits for its agent no longer than this.
+    /// A guest with one empty block, whose VMM waits no longer than this for its agent.
     pub fn hasty(host: &Host, pages: u64, request_timeout: Duration) -> Self {
         let config = Config { request_timeout, ..Config::default() };
         let guest = Self::of(host, vec![BlockLayout::ram(pages * PAGE_SIZE)], config);
@@ -52,7 +52,7 @@ impl Guest {
         guest
     }
 
-    /// Blocks of these layouts, empty.
+    /// A guest with empty blocks of these layouts.
     pub fn of(host: &Host, layouts: Vec<BlockLayout>, config: Config) -> Self {
         Self::with(host, Arc::new(TestMemory::new(layouts).unwrap()), config)
     }
@@ -66,7 +66,7 @@ impl Guest {
         Self { client, vmm, memory }
     }
 
-    /// Goes on with the agent that is there now.
+    /// Connects to the host's present agent.
     pub fn reattach(&self, host: &Host) {
         self.client
             .reattach(host.agent.socket())
@@ -80,21 +80,21 @@ impl Guest {
         &self.memory.blocks()[0]
     }
 
-    /// Fills pages with what `seed` gives, and marks them.
+    /// Fills pages with the content of `seed`, and marks them.
     pub fn fill(&self, pages: std::ops::Range<u64>, seed: u64) {
         let pages = PageRange::new(pages.start, pages.end - pages.start);
         self.block().fill(pages, seed).unwrap();
         self.block().mark(pages);
     }
 
-    /// Writes to a page as the guest does, and marks it.
+    /// Writes to a page like the guest, and marks it.
     pub fn write(&self, page: u64, value: u64) {
         self.block().store(page * PAGE_SIZE + 8, value).unwrap();
         self.block().mark(PageRange::new(page, 1));
     }
 
-    /// Every page can be written through the mapping, and nobody is asked about it. What it holds
-    /// stays.
+    /// Checks that every page can be written through the mapping without a fault that waits for an
+    /// agent. The content stays as it is.
     #[track_caller]
     pub fn assert_free(&self) {
         assert!(!self.vmm.is_paused(), "the guest is paused");
@@ -119,7 +119,7 @@ impl Guest {
         }
     }
 
-    /// Each page of the first block holds what [`Guest::fill`] wrote with this seed.
+    /// Checks that each page of the first block holds what [`Guest::fill`] wrote with this seed.
     #[track_caller]
     pub fn assert_holds(&self, seed: u64) {
         let block = self.block();
@@ -133,22 +133,22 @@ impl Guest {
         images::bytes_of(self.block())
     }
 
-    /// Starts a snapshot; returns the job.
+    /// Starts a snapshot. Returns the job.
     pub fn snapshot(&self, path: &Path, options: &SnapshotOptions) -> u64 {
         self.client.start_snapshot(path, options).unwrap().job
     }
 
-    /// Starts a restore; returns the job.
+    /// Starts a restore. Returns the job.
     pub fn restore(&self, path: &Path, options: &RestoreOptions) -> u64 {
         self.client.start_restore(path, options).unwrap().job
     }
 
-    /// Restores, however that ends.
+    /// Restores, and returns the final status.
     pub fn restored(&self, path: &Path, options: &RestoreOptions) -> JobStatus {
         self.wait(self.restore(path, options))
     }
 
-    /// Lifts the limit of a job, if that has not ended by itself.
+    /// Removes the bandwidth limit of a job, if it has not ended.
     pub fn hurry(&self) {
         match self.client.set_parameters(&Default::default()) {
             Ok(()) | Err(Error::Refused { .. }) => {}
@@ -161,7 +161,7 @@ impl Guest {
         self.client.wait(job, SOON).unwrap()
     }
 
-    /// Saves, and it comes to its end.
+    /// Saves the guest, and checks that the job completed.
     #[track_caller]
     pub fn saved(&self, host: &Host, name: &str, options: &SnapshotOptions) -> Chain {
         assert_completed(&self.wait(self.snapshot(&host.images.path(name), options)));
@@ -181,30 +181,30 @@ impl Guest {
         status
     }
 
-    /// The memory is what the image says, byte for byte.
+    /// Checks that the memory and the image are the same, byte for byte.
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
         images::assert_saved(&self.memory, &self.client, chain);
     }
 
-    /// True if nothing of its memory is allocated.
+    /// True if none of its memory is allocated.
     pub fn is_hole(&self) -> bool {
         self.memory.blocks().iter().all(|block| block.is_hole(block.all()).unwrap())
     }
 
-    /// How often its memory was lost.
+    /// How often the VMM was told that memory is lost.
     pub fn losses(&self) -> u64 {
         lock(&self.vmm.asked).lost
     }
 }
 
-/// The job came to its end.
+/// Checks that the job completed.
 #[track_caller]
 pub fn assert_completed(status: &JobStatus) {
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
 }
 
-/// The job failed, and its sentence holds these words.
+/// Checks that the job failed, and that its error contains these words.
 #[track_caller]
 pub fn assert_failed(status: &JobStatus, with: &[&str]) {
     assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -218,37 +218,39 @@ pub fn background() -> SnapshotOptions {
     SnapshotOptions::default()
 }
 
-/// The same, but it would take for ever, but for what does not wait for its turn.
+/// Such a snapshot at the lowest bandwidth. It does not end by itself, but pages that the guest
+/// writes are still saved before the write.
 pub fn endless(options: SnapshotOptions) -> SnapshotOptions {
     SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
-/// A restore that loads all of it before the guest runs.
+/// A restore that loads all memory before the guest runs.
 pub fn eager() -> RestoreOptions {
     RestoreOptions::default()
 }
 
-/// A restore that loads what the guest touches, and the rest meanwhile.
+/// A restore that loads the pages that the guest touches, and meanwhile the rest.
 pub fn lazy() -> RestoreOptions {
     RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() }
 }
 
-/// The same, but it would take for ever, but for what the guest touches.
+/// These options at the lowest bandwidth. The restore does not end by itself, but pages that the
+/// guest touches are still loaded.
 pub fn slow(options: RestoreOptions) -> RestoreOptions {
     RestoreOptions { bandwidth: MIN_BANDWIDTH, ..options }
 }
 
-/// The modes of a snapshot that this machine has.
+/// The modes of a snapshot that this machine supports.
 pub fn snapshot_modes() -> Vec<SnapshotOptions> {
     if require::uffd() { vec![background(), images::paused()] } else { vec![images::paused()] }
 }
 
-/// The modes of a restore that this machine has.
+/// The modes of a restore that this machine supports.
 pub fn restore_modes() -> Vec<RestoreOptions> {
     if require::uffd() { vec![eager(), lazy()] } else { vec![eager()] }
 }
 
-/// The byte of the image at which it cannot be written, as the error says.
+/// The offset in the image at which a write failed, according to the error.
 #[track_caller]
 pub fn byte_of(error: &str) -> u64 {
     let (_, rest) =

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! An agent that is a process, with a folder for images: ordinary, full soon, or of another user.
+//! An agent process with a folder for images: an ordinary folder, one that is soon full, or one of
+//! another user.
 
 use super::{RawClient, SOON};
 use crate::deadline::wait_for;
@@ -12,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// A folder for images, as the agent names it, and as it is found from here.
+/// A folder for images, with its path for the agent and its path for the test.
 #[derive(Debug)]
 pub struct Folder {
     agents: PathBuf,
@@ -25,12 +26,12 @@ impl Folder {
         self.agents.join(name)
     }
 
-    /// The same file from here.
+    /// The path of the same file for the test.
     pub fn seen(&self, name: &str) -> PathBuf {
         self.view.as_ref().map_or_else(|| self.agents.clone(), View::path).join(name)
     }
 
-    /// The names of all that is in it.
+    /// The names of all its files.
     pub fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.seen("")).unwrap();
         let mut names: Vec<String> =
@@ -39,7 +40,7 @@ impl Folder {
         names
     }
 
-    /// Names and bytes of all that is in it.
+    /// The names and bytes of all its files.
     pub fn bytes(&self) -> Vec<(String, Vec<u8>)> {
         self.files()
             .into_iter()
@@ -47,25 +48,25 @@ impl Folder {
             .collect()
     }
 
-    /// Bytes that are free in it.
+    /// Free bytes in its file system.
     pub fn free(&self) -> u64 {
         self.view.as_ref().unwrap().free().unwrap()
     }
 
-    /// Fills it until this many bytes are free.
+    /// Fills its file system until this many bytes are free.
     pub fn fill(&self, left: u64) {
         let ballast = self.free().checked_sub(left).unwrap();
         std::fs::write(self.seen("ballast"), vec![1; ballast as usize]).unwrap();
         assert_eq!(self.free(), left);
     }
 
-    /// Takes away what [`Folder::fill`] put there.
+    /// Removes what [`Folder::fill`] wrote.
     pub fn relieve(&self) {
         std::fs::remove_file(self.seen("ballast")).unwrap();
     }
 }
 
-/// An agent as a process, and a folder for images.
+/// An agent process and a folder for images.
 #[derive(Debug)]
 pub struct Host {
     /// The process.
@@ -83,8 +84,8 @@ impl Host {
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 
-    /// The agent may do no more than any user. `None` if this machine lacks the need `nobody`: the
-    /// user of that name cannot run it.
+    /// An agent without privileges, which runs as the user `nobody`. `None` if the machine does not
+    /// meet the need `nobody`, because that user cannot run the agent.
     pub fn unprivileged() -> Option<Self> {
         const NOBODY: u32 = 65534;
         if !rustix::process::geteuid().is_root() {
@@ -104,7 +105,7 @@ impl Host {
         Some(Self { agent, images: Folder { agents, view: None }, home })
     }
 
-    /// The folder has room for no more than this many bytes.
+    /// An agent whose folder has room for this many bytes.
     pub fn cramped(tmpfs: Tmpfs, bytes: u64) -> Self {
         let home = tempfile::tempdir().unwrap();
         let agents = folder_in(&home);
@@ -114,18 +115,18 @@ impl Host {
         Self { agent, images: Folder { agents, view: Some(view) }, home }
     }
 
-    /// Another agent in the place of the first, which was killed or is now.
+    /// Kills the agent if it still runs, and starts another one.
     pub fn replace_agent(&mut self) {
         self.agent.process().kill().unwrap();
         self.agent = AgentProcess::spawn(program(), self.home.path(), "agent").unwrap();
     }
 
-    /// How the last job stands, as an operator sees it.
+    /// The status of the last job, as an operator sees it.
     pub fn status(&self) -> JobStatus {
         RawClient::connect(self.agent.socket()).status()
     }
 
-    /// How the last job ended, as an operator sees it.
+    /// The final status of the last job, as an operator sees it.
     pub fn ended(&self) -> JobStatus {
         let mut operator = RawClient::connect(self.agent.socket());
         wait_for("the job's end", SOON, || {

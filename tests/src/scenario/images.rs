@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Images: how they are asked for, what must hold of them, and damage to them.
+//! Images: options of snapshots, checks of images, and damage to images.
 
 use crate::memory::{TestBlock, TestMemory};
 use pageferry_agent::image::Chain;
@@ -12,25 +12,25 @@ use std::io::IoSliceMut;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Byte of an image at which its pages begin.
+/// Offset in an image at which its pages begin.
 pub const FIRST: u64 = 2 << 20;
 
-/// A snapshot of a paused guest.
+/// Options of a snapshot of a paused guest.
 pub fn paused() -> SnapshotOptions {
     SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() }
 }
 
-/// Others can be built on it.
+/// These options for an image on which an increment can be built.
 pub fn tracked(options: SnapshotOptions) -> SnapshotOptions {
     SnapshotOptions { track: true, ..options }
 }
 
-/// An increment to the image at `base`.
+/// These options for an increment to the image at `base`.
 pub fn on(base: &Path, options: SnapshotOptions) -> SnapshotOptions {
     SnapshotOptions { base: base.to_str().unwrap().to_owned(), ..options }
 }
 
-/// The memory is what the image says, byte for byte.
+/// Checks that the memory and the image are the same, byte for byte.
 #[track_caller]
 pub fn assert_saved(memory: &TestMemory, client: &Client, chain: &Chain) {
     for (at, geometry) in chain.table().blocks().iter().enumerate() {
@@ -54,7 +54,7 @@ pub fn bytes_of(block: &TestBlock) -> Vec<u8> {
     bytes
 }
 
-/// Where something is in the block, it is what `right` has there.
+/// Checks that each page of the block that holds something is equal to that of `right`.
 #[track_caller]
 pub fn assert_right_or_missing(block: &TestBlock, right: &[u8], what: &str) {
     let here = bytes_of(block);
@@ -69,7 +69,8 @@ pub fn assert_right_or_missing(block: &TestBlock, right: &[u8], what: &str) {
     }
 }
 
-/// Whether the byte at `at` of the file is in the page cache, if the file system tells.
+/// Whether the byte at `at` of the file is in the page cache. `None` if the file system does not
+/// report that.
 pub fn is_cached(path: &Path, at: u64) -> Option<bool> {
     let (file, mut byte) = (File::open(path).unwrap(), [0]);
     match rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT)
@@ -79,7 +80,7 @@ pub fn is_cached(path: &Path, at: u64) -> Option<bool> {
     }
 }
 
-/// Turns the bits of a byte that are set in `bits`.
+/// Inverts the bits of a byte that are set in `bits`.
 pub fn flip(path: &Path, at: u64, bits: u8) {
     let file = File::options().read(true).write(true).open(path).unwrap();
     let mut byte = [0];

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Scenes that a test steps through: VMMs whose hooks follow a script, a wire that passes one
-//! record at a time, agents that are killed at a chosen moment.
+//! Scenes that a test steps through: VMMs whose hooks follow a script, a relay that passes one
+//! record at a time, and agents that are killed at a chosen moment.
 //!
-//! - [`agents`]: agents that listen, on a thread or as a process; [`raw_client`]: a connection to
-//!   one without the client library;
+//! - [`agents`]: agents that listen, as a thread or as a process; [`raw_client`]: a connection to
+//!   an agent without the client library;
 //! - [`ram`]: memory with a stamp in each page; [`scripted_vmm`]: a VMM whose hooks follow a
 //!   script; [`side`]: such a VMM with its agent; [`mock_side`]: a mock VMM with its agent;
-//! - [`relay`]: the wire between two agents;
-//! - [`images`]: how images are asked for, what must hold of them, and damage to them;
-//!   [`image_host`]: an agent with a folder for images; [`image_guest`]: a VMM that uses them;
-//! - [`moments`]: guests that never stop writing, and moments at which a process is killed;
+//! - [`relay`]: the relay between two agents;
+//! - [`images`]: snapshot options, checks of images, and damage to images; [`image_host`]: an agent
+//!   with a folder for images; [`image_guest`]: a VMM that uses them;
+//! - [`moments`]: guests that write all the time, and random moments at which a process is killed;
 //!   [`vmm_process`]: a VMM that can be killed;
-//! - [`timing`]: how long a test waits.
+//! - [`timing`]: timeouts of tests.
 //!
-//! What does not work here panics: it is the test that failed.
+//! Functions here panic on an error, and so fail the test.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

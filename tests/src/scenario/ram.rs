@@ -16,29 +16,29 @@ use std::thread::JoinHandle;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 
-/// A block of guest memory; pages hold a stamp in their first bytes.
+/// A block of guest memory. Each page holds a stamp in its first bytes.
 #[derive(Debug)]
 pub struct Ram {
     /// Its id.
     pub id: u32,
     /// Its guest physical address.
     pub gpa: u64,
-    /// How many pages it has.
+    /// Its number of pages.
     pub pages: u64,
-    /// Where it begins in its file.
+    /// Its offset in its file.
     pub fd_offset: u64,
     /// Its file.
     pub fd: OwnedFd,
-    /// Where a guest would touch it; most tests have no need for one.
+    /// The mapping through which a guest would touch it. Most tests need none.
     mapping: Option<Arc<MmapRegion>>,
 }
 
-/// A touch of a page on a thread of its own.
+/// A read of a page on its own thread, which may wait for a fault.
 #[derive(Debug)]
 pub struct Touch(JoinHandle<std::io::Result<u64>>);
 
 impl Touch {
-    /// Of a page of this mapping, as the kernel does it for a device.
+    /// Reads a page of this mapping through the kernel, as a device does.
     pub fn of<B: Bitmap + Send + Sync + 'static>(mapping: Arc<MmapRegion<B>>, page: u64) -> Self {
         Self(std::thread::spawn(move || {
             let (mut from, to) = std::io::pipe()?;
@@ -51,7 +51,7 @@ impl Touch {
         }))
     }
 
-    /// True as long as nothing answers it.
+    /// True while the read waits.
     pub fn waits(&self) -> bool {
         !self.0.is_finished()
     }
@@ -59,7 +59,7 @@ impl Touch {
     /// The stamp that was found.
     ///
     /// # Errors
-    /// EFAULT where a guest would get SIGBUS.
+    /// EFAULT if a guest would get SIGBUS.
     pub fn found(self) -> std::io::Result<u64> {
         wait_until("the touch to be answered", SOON, || self.0.is_finished()).unwrap();
         self.0.join().unwrap()
@@ -67,7 +67,7 @@ impl Touch {
 }
 
 impl Ram {
-    /// A memfd that cannot shrink, all of it a hole.
+    /// A memfd that cannot shrink. All of it is a hole.
     pub fn new(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let ram = Self::without_seal(id, gpa, pages, fd_offset);
         files::seal(&ram.fd).unwrap();
@@ -88,37 +88,37 @@ impl Ram {
         self
     }
 
-    /// Where it is mapped; 0 if nowhere.
+    /// The address of its mapping, or 0.
     pub fn address(&self) -> u64 {
         self.mapping.as_ref().map_or(0, |mapping| mapping.as_ptr() as u64)
     }
 
-    /// Touches a page as the kernel does for a device: it waits as a guest would, and a lost page
-    /// is an error and no signal.
+    /// Reads a page through the kernel, as a device does. It waits like a guest, but a lost page is
+    /// an error instead of a signal.
     pub fn touch(&self, page: u64) -> Touch {
         Touch::of(self.mapping.clone().unwrap(), page)
     }
 
-    /// Where [`Ram::odd`] lies in the guest.
+    /// The guest physical address of [`Ram::odd`].
     pub const ODD_GPA: u64 = 0x7000;
 
-    /// A block at an odd place.
+    /// A block whose address and file offset fit no word of a bitmap.
     pub fn odd(pages: u64) -> Self {
         Self::new(3, Self::ODD_GPA, pages, 0x5000)
     }
 
-    /// The same memory, whose page `n` holds the stamp `1000 + n`.
+    /// Such a block, whose page `n` holds the stamp `1000 + n`.
     pub fn stamped(self) -> Self {
         (0..self.pages).for_each(|page| self.write(page, 1000 + page));
         self
     }
 
-    /// The same, but its file can shrink.
+    /// Like [`Ram::new`], with a file that can shrink.
     pub fn unsealed(pages: u64) -> Self {
         Self::without_seal(3, Self::ODD_GPA, pages, 0x5000)
     }
 
-    /// Hands it over to the agent.
+    /// Adds it to the agent.
     pub fn add_to(&self, client: &Client) {
         let name = format!("block{}", self.id);
         let block = files::block(self.id, &name, self.fd.as_fd(), self.pages * PAGE_SIZE);
@@ -138,7 +138,7 @@ impl Ram {
             .unwrap();
     }
 
-    /// Writes a stamp as a guest's device does: the mark comes after the write.
+    /// Writes a stamp like a device: the mark comes after the write.
     pub fn write_and_mark(&self, client: &Client, page: u64, stamp: u64) {
         self.write(page, stamp);
         client.log().mark(PageRange::new(self.gpa / PAGE_SIZE + page, 1));
@@ -159,7 +159,7 @@ impl Ram {
         files::is_hole(&self.fd, self.fd_offset + page * PAGE_SIZE).unwrap()
     }
 
-    /// Frees pages, and tells nobody.
+    /// Punches a hole without a message to the agent.
     pub fn punch(&self, first: u64, count: u64) {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(
@@ -171,13 +171,14 @@ impl Ram {
         .unwrap();
     }
 
-    /// Pages as a discard or a populate names them.
+    /// The byte range of pages, for a discard or a populate.
     pub fn range(&self, first: u64, count: u64) -> BlockRange {
         BlockRange { block: self.id, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }
     }
 }
 
-/// All pages hold the same, and nothing is allocated at the destination that is not at the source.
+/// Checks that all pages are the same, and that only pages that are allocated at the source are
+/// allocated at the destination.
 pub fn assert_same(source: &Ram, destination: &Ram) {
     for page in 0..source.pages {
         assert_eq!(destination.stamp(page), source.stamp(page), "page {page}");

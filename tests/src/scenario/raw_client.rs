@@ -13,11 +13,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Instant;
 
-/// A connection to an agent on which a test sends what it likes. The agent takes it for an
-/// operator's until it hands memory over.
+/// A connection to an agent on which a test sends arbitrary bytes. To the agent it is an operator's
+/// connection until it hands memory over.
 #[derive(Debug)]
 pub struct RawClient {
-    /// The socket, for bytes that are no frame.
+    /// The socket, for bytes that are not a frame.
     pub raw: UnixStream,
     /// The same socket, for frames.
     pub socket: FrameSocket,
@@ -34,7 +34,7 @@ impl RawClient {
     /// The next frame of the agent.
     ///
     /// # Errors
-    /// If it is none, or the connection ended.
+    /// If it is not a frame, or the connection ended.
     pub fn reply(&mut self) -> Result<Frame, SocketError> {
         self.socket.recv(Instant::now() + SOON)
     }
@@ -54,7 +54,7 @@ impl RawClient {
         self.ask_raw(request.code(), request.encode(), fds)
     }
 
-    /// How the last job stands.
+    /// The status of the last job.
     pub fn status(&mut self) -> JobStatus {
         let body = self.ask(&Request::QueryStatus, Vec::new()).unwrap();
         JobStatus::decode(&mut Decoder::new(&body)).unwrap()

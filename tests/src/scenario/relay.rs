@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A wire between two agents that passes one record at a time, on the test's own thread: the test
+//! A relay between two agents. It passes one record at a time on the test's own thread, so the test
 //! decides what happens between any two records.
 
 use super::SOON;
@@ -19,10 +19,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the relay waits for a record before it lets its caller look around.
+/// How long the relay waits for a record before it returns to its caller.
 const MOMENT: Duration = Duration::from_millis(2);
 
-/// What the records go over.
+/// The kind of connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wire {
     /// A UNIX socket.
@@ -31,16 +31,16 @@ pub enum Wire {
     Tcp,
 }
 
-/// Both of them.
+/// Both kinds.
 pub const WIRES: [Wire; 2] = [Wire::Unix, Wire::Tcp];
 
-/// A record on its way.
+/// A record that was read and not passed on yet.
 #[derive(Debug)]
 pub struct Passing {
     link: usize,
-    /// The number of the stream that it came on, by its hello.
+    /// The number of its stream, from the stream's hello.
     pub stream: u16,
-    /// Which way it goes.
+    /// True if it goes to the destination.
     pub to_destination: bool,
     /// Its kind.
     pub kind: Kind,
@@ -51,25 +51,25 @@ pub struct Passing {
 }
 
 impl Passing {
-    /// True if it is of this kind and has this number.
+    /// True if it has this kind and this number.
     pub fn is(&self, kind: Kind, number: u64) -> bool {
         self.kind == kind && self.header.number() == number
     }
 
-    /// True if it carries content or zeroes of this page.
+    /// True if it carries this page, as content or as zero.
     pub fn carries(&self, page: u64) -> bool {
         let range = self.header.range();
         matches!(self.kind, Kind::Data | Kind::Zero) && range.first <= page && page < range.end()
     }
 
-    /// As it is on the wire.
+    /// Its bytes on the wire.
     pub fn bytes(&self) -> Vec<u8> {
         [self.header.to_wire().as_slice(), &self.payload].concat()
     }
 }
 
-/// A connection of the source, and the one to the destination that goes with it. Sockets of either
-/// family: they are read and written alike.
+/// A connection of the source, and the matching connection to the destination. Their sockets can be
+/// of either family, because both are read and written in the same way.
 #[derive(Debug)]
 struct Link {
     source: File,
@@ -84,7 +84,7 @@ impl Link {
 
     fn close(&self) {
         for end in [&self.source, &self.destination] {
-            // Either may be closed already.
+            // Either side may be closed already.
             let _ = rustix::net::shutdown(end, rustix::net::Shutdown::Both);
         }
     }
@@ -124,7 +124,7 @@ fn without_delay(stream: TcpStream) -> OwnedFd {
     stream.into()
 }
 
-/// `None` if nobody listens there.
+/// Connects to an address. `None` if no process listens there.
 fn connect(address: &str) -> Option<OwnedFd> {
     match (address.strip_prefix("unix:"), address.strip_prefix("tcp:")) {
         (Some(path), _) => UnixStream::connect(path).ok().map(OwnedFd::from),
@@ -136,20 +136,21 @@ fn connect(address: &str) -> Option<OwnedFd> {
 /// Passes records between the agents, one at a time.
 #[derive(Debug)]
 pub struct Relay {
-    /// Where its sockets are.
+    /// The folder of its sockets.
     pub folder: tempfile::TempDir,
     wire: Wire,
     listener: Listener,
-    /// Where the destination listens.
+    /// The address at which the destination listens.
     destination: String,
     links: Vec<Link>,
-    /// All that was passed on.
+    /// All records that were passed on.
     pub seen: Vec<Passing>,
-    /// Keeps a guest busy that would be stopped before the passes that the test wants.
+    /// Keeps the guest's memory dirty, so that the source makes as many passes as the test wants.
     busy: Option<Busy>,
 }
 
-/// The guest's log, and how many passes find a page in it. It is the first of [`super::Ram::odd`].
+/// The guest's log, and how many passes find a dirty page in it: the first page of
+/// [`super::Ram::odd`].
 #[derive(Debug)]
 struct Busy {
     log: Arc<DirtyLog>,
@@ -167,12 +168,12 @@ impl Busy {
 }
 
 impl Relay {
-    /// Over UNIX sockets.
+    /// A relay over UNIX sockets.
     pub fn unix() -> Self {
         Self::over(Wire::Unix)
     }
 
-    /// Over sockets of this kind.
+    /// A relay over this kind of connection.
     pub fn over(wire: Wire) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = Listener::new(wire, &folder.path().join("relay"));
@@ -187,7 +188,7 @@ impl Relay {
         }
     }
 
-    /// Where the source goes.
+    /// The address for the source.
     pub fn address(&self) -> String {
         match &self.listener {
             Listener::Unix(_) => format!("unix:{}", self.folder.path().join("relay").display()),
@@ -195,7 +196,7 @@ impl Relay {
         }
     }
 
-    /// Where the destination is to listen.
+    /// The address for the destination to listen at.
     pub fn place(&self) -> String {
         match self.wire {
             Wire::Unix => format!("unix:{}", self.folder.path().join("destination").display()),
@@ -203,20 +204,21 @@ impl Relay {
         }
     }
 
-    /// The destination listens here.
+    /// Sets the address at which the destination listens.
     pub fn leads_to(&mut self, address: &str) {
         address.clone_into(&mut self.destination);
     }
 
-    /// Has the destination wait for a guest; returns its job.
+    /// Starts the incoming job of the destination. Returns the job.
     pub fn listen(&mut self, destination: &Client, options: &IncomingOptions) -> u64 {
         let started = destination.start_incoming(Target::Address(self.place()), options).unwrap();
         self.leads_to(&started.address);
         started.job
     }
 
-    /// Has the source send its guest; returns its job. Options of [`super::passes`] get the passes
-    /// that they name: the guest has a dirty page before each of them.
+    /// Starts the outgoing job of the source. Returns the job. With options of [`super::passes`]
+    /// the source makes that number of passes, because the guest has a dirty page before each of
+    /// them.
     pub fn send(&mut self, source: &Client, options: &OutgoingOptions) -> u64 {
         let wants_passes =
             options.downtime_limit.is_zero() && options.policy == NonConvergence::StopAnyway;
@@ -227,7 +229,8 @@ impl Relay {
 
     fn accept(&mut self) {
         let source = self.listener.accept();
-        // The source is closed then, as it would be by a host that listens no more.
+        // Without a destination the source's connection is closed, like that of a host without a
+        // listener.
         let Some(destination) = connect(&self.destination) else { return };
         for end in [&source, &destination] {
             for timeout in [Timeout::Recv, Timeout::Send] {
@@ -237,8 +240,8 @@ impl Relay {
         self.links.push(Link { source: source.into(), destination: destination.into(), stream: 0 });
     }
 
-    /// Waits for a moment; returns whether the listener is ready, and the first end that is: its
-    /// link, and true for the source's.
+    /// Waits for at most [`MOMENT`]. Returns whether the listener is ready, and the first end that
+    /// is ready: its link, and true if it is the source's end.
     fn wait(&self) -> (bool, Option<(usize, bool)>) {
         let mut polled = vec![PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN)];
         for link in &self.links {
@@ -247,15 +250,15 @@ impl Relay {
             );
         }
         let moment = Timespec::try_from(MOMENT).unwrap();
-        // An interrupted wait is a short one.
+        // An interrupted wait is only shorter.
         let _ = poll(&mut polled, Some(&moment));
         let mut ready = polled.iter().map(|fd| !fd.revents().is_empty());
         let listener = ready.next().unwrap();
         (listener, ready.position(|ready| ready).map(|at| (at / 2, at % 2 == 0)))
     }
 
-    /// The next record of either side, not passed on yet; `None` if nothing comes for a moment. A
-    /// link whose end closed is closed.
+    /// Reads the next record of either side, without passing it on. `None` if none comes within
+    /// [`MOMENT`]. If one end of a link is closed, closes the link.
     fn next(&mut self) -> Option<Passing> {
         let (connection, ready) = self.wait();
         if connection {
@@ -283,7 +286,7 @@ impl Relay {
             busy.write(&record);
         }
         let mut to = self.links[record.link].end(record.to_destination);
-        // Whoever closed gets no more.
+        // The receiver may have closed the link.
         let _ = to.write_all(&record.bytes());
         self.seen.push(record);
     }
@@ -293,7 +296,7 @@ impl Relay {
         to.write_all(&record.bytes()[..bytes]).unwrap();
     }
 
-    /// Passes a record on byte by byte, one every `interval`, until something comes about.
+    /// Passes a record on byte by byte, one in each `interval`, until `until` returns true.
     pub fn trickle(&self, record: &Passing, interval: Duration, mut until: impl FnMut() -> bool) {
         let mut to = self.links[record.link].end(record.to_destination);
         for byte in record.bytes() {
@@ -316,7 +319,7 @@ impl Relay {
         self.links.remove(record.link).close();
     }
 
-    /// Passes everything on until a record comes that is wanted, which is held back.
+    /// Passes records on until one is `wanted`. Returns that one without passing it on.
     pub fn until(&mut self, mut wanted: impl FnMut(&Passing) -> bool) -> Passing {
         let deadline = Instant::now() + SOON;
         loop {
@@ -330,8 +333,8 @@ impl Relay {
         }
     }
 
-    /// The same; `None` if `over` says that the jobs ended before, since a timeout of theirs was
-    /// too short for this machine.
+    /// Like [`Relay::until`]. `None` if `over` says that the jobs ended before, because one of
+    /// their timeouts was too short for this machine.
     pub fn until_unless(
         &mut self, mut over: impl FnMut() -> bool, mut wanted: impl FnMut(&Passing) -> bool,
     ) -> Option<Passing> {
@@ -340,14 +343,14 @@ impl Relay {
             match self.next() {
                 Some(record) if wanted(&record) => return Some(record),
                 Some(record) => self.pass(record),
-                // Nothing is on its way any more.
+                // No record is left.
                 None if over() => return None,
                 None => assert!(Instant::now() < deadline, "the record did not come"),
             }
         }
     }
 
-    /// Passes everything on until something comes about.
+    /// Passes all records on until `until` returns true. `what` names the condition.
     pub fn pump(&mut self, what: &str, mut until: impl FnMut() -> bool) {
         let deadline = Instant::now() + SOON;
         while !until() {
@@ -358,7 +361,7 @@ impl Relay {
         }
     }
 
-    /// Passes everything on until the job ended.
+    /// Passes all records on until the job ends.
     pub fn finish(&mut self, side: &Client, job: u64) -> JobStatus {
         let deadline = Instant::now() + SOON;
         loop {
@@ -368,7 +371,7 @@ impl Relay {
             let status = side.status().unwrap();
             assert_eq!(status.job, job);
             if status.phase.is_final() {
-                // What was said last.
+                // The last records.
                 while let Some(record) = self.next() {
                     self.pass(record);
                 }
@@ -383,7 +386,7 @@ impl Relay {
         self.links.drain(..).for_each(|link| link.close());
     }
 
-    /// Resets all links, as a host that has started anew does. Only TCP has that: others are
+    /// Resets all links, like a host that has rebooted. UNIX sockets, which cannot be reset, are
     /// closed.
     pub fn reset(&mut self) {
         if self.wire == Wire::Tcp {
@@ -397,7 +400,7 @@ impl Relay {
     }
 }
 
-/// Reads a record from a blocking socket; `None` at the end.
+/// Reads a record from a blocking socket. `None` at its end.
 pub fn read_record(mut from: impl Read) -> Option<(Kind, RecordHeader, Vec<u8>)> {
     let mut bytes = [0; RECORD_SIZE];
     from.read_exact(&mut bytes).ok()?;

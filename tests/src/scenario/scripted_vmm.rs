@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-/// Where a script may step in.
+/// The hooks and events that can have a script.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 #[expect(missing_docs, reason = "named as in the client's trait")]
 pub enum At {
@@ -27,7 +27,7 @@ pub enum At {
     MemoryPending,
     MemoryComplete,
     MemoryLost,
-    /// Refused, unless a script says otherwise.
+    /// Refused, unless there is a script.
     PrepareRestore,
     Event(u32),
 }
@@ -39,7 +39,7 @@ impl At {
     }
 }
 
-/// What was asked of a VMM.
+/// A record of the calls of a VMM's hooks.
 #[derive(Debug, Default)]
 pub struct Asked {
     /// How often it was paused.
@@ -56,37 +56,37 @@ pub struct Asked {
     pub throttle: u32,
     /// The state that was loaded.
     pub state: Vec<StatePiece>,
-    /// How often memory was announced as missing.
+    /// How often the VMM was told that memory is missing.
     pub pending: u64,
-    /// How often all memory was announced as here.
+    /// How often the VMM was told that all memory is here.
     pub complete: u64,
-    /// How often memory was announced as lost.
+    /// How often the VMM was told that memory is lost.
     pub lost: u64,
     /// What was lost, in order.
     pub losses: Vec<&'static str>,
 }
 
 type Script = Box<dyn FnMut() -> Result<(), HookError> + Send>;
-/// Runs in place of the clear hook of [`KvmLog`].
+/// Runs instead of the clear hook of [`KvmLog`].
 type OnClear = Box<dyn FnMut(&mut KvmLog, &BTreeSet<u64>) + Send>;
 
-/// A model of KVM's dirty log with manual protect: reading it clears nothing, and a clear clears
-/// exactly what it is given.
+/// A model of KVM's dirty log with manual protect: a read clears nothing, and a clear clears
+/// exactly the given pages.
 #[derive(Debug, Default)]
 pub struct KvmLog {
     /// Guest page numbers.
     pub dirty: BTreeSet<u64>,
 }
 
-/// A VMM whose hooks do what a test says.
+/// A VMM whose hooks follow the scripts of a test.
 #[derive(Default)]
 pub struct ScriptedVmm {
-    /// What was asked of it.
+    /// The calls of its hooks.
     pub asked: Mutex<Asked>,
     scripts: Mutex<BTreeMap<At, Script>>,
-    /// What its sync and clear hooks read and clear.
+    /// The log that its sync and clear hooks read and clear.
     pub kvm: Mutex<KvmLog>,
-    /// Runs in place of the clear hook, which clears what it is given.
+    /// Runs instead of the clear hook, which clears the given pages.
     pub on_clear: Mutex<Option<OnClear>>,
 }
 
@@ -97,7 +97,7 @@ impl std::fmt::Debug for ScriptedVmm {
 }
 
 impl ScriptedVmm {
-    /// One without scripts: every hook succeeds.
+    /// A VMM without scripts: every hook succeeds.
     pub fn new() -> Arc<Self> {
         Arc::default()
     }
@@ -107,24 +107,24 @@ impl ScriptedVmm {
         lock(&self.scripts).insert(at, Box::new(script));
     }
 
-    /// Takes the script away.
+    /// Removes the script.
     pub fn off(&self, at: At) {
         lock(&self.scripts).remove(&at);
     }
 
-    /// A hook that is not answered until what is returned is dropped.
+    /// Makes a hook wait until the returned sender is dropped.
     #[must_use]
     pub fn block(&self, at: At) -> std::sync::mpsc::Sender<()> {
         self.block_after(at, 0)
     }
 
-    /// The same, but it is answered so many times before.
+    /// The same, after the hook has been answered `answered` times.
     #[must_use]
     pub fn block_after(&self, at: At, mut answered: u32) -> std::sync::mpsc::Sender<()> {
         let (release, released) = std::sync::mpsc::channel::<()>();
         self.on(at, move || {
             if answered == 0 {
-                // Only the end of the sender ends it.
+                // Nothing is sent: this returns when the sender is dropped.
                 let _ = released.recv();
             }
             answered = answered.saturating_sub(1);
@@ -243,7 +243,7 @@ impl Hooks for ScriptedHooks {
     }
 
     fn memory_complete(&mut self) {
-        // Nor can these.
+        // This hook cannot fail.
         let _ = self.0.run(At::MemoryComplete);
         lock(&self.0.asked).complete += 1;
     }
@@ -259,7 +259,7 @@ impl Hooks for ScriptedHooks {
     }
 
     fn event(&mut self, status: &JobStatus) {
-        // An event cannot fail.
+        // The handling of an event cannot fail.
         let _ = self.0.run(At::phase(status.phase));
     }
 }

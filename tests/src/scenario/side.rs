@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A VMM on an agent that somebody else keeps.
+/// A VMM on an agent that the caller owns.
 #[derive(Debug)]
 pub struct Attached {
     /// Its connection.
@@ -31,7 +31,7 @@ impl Attached {
         Self::over(client, channel, ram)
     }
 
-    /// A VMM on a connection that is there.
+    /// A VMM on an existing connection.
     pub fn over(client: Client, channel: HookChannel, ram: Ram) -> Self {
         let vmm = ScriptedVmm::new();
         channel.spawn(ScriptedHooks(vmm.clone())).unwrap();
@@ -40,18 +40,18 @@ impl Attached {
         Self { client, vmm, ram: Arc::new(ram) }
     }
 
-    /// Goes on with another agent.
+    /// Connects to another agent.
     pub fn reattach(&self, socket: &Path) {
         self.client.reattach(socket).unwrap().spawn(ScriptedHooks(self.vmm.clone())).unwrap();
     }
 
-    /// Waits for a guest at `path`; returns the job.
+    /// Starts to wait for a guest at `path`. Returns the job.
     pub fn listen(&self, path: &Path, options: &IncomingOptions) -> u64 {
         let listen = Target::Address(format!("unix:{}", path.display()));
         self.client.start_incoming(listen, options).unwrap().job
     }
 
-    /// Sends the guest to `path`; returns the job.
+    /// Starts to send the guest to `path`. Returns the job.
     pub fn send(&self, path: &Path, options: &OutgoingOptions) -> u64 {
         let target = Target::Address(format!("unix:{}", path.display()));
         self.client.start_outgoing(target, options).unwrap().job
@@ -62,14 +62,14 @@ impl Attached {
         self.client.wait(job, SOON).unwrap()
     }
 
-    /// Writes a stamp as the guest does.
+    /// Writes a stamp like the guest.
     pub fn write(&self, page: u64, stamp: u64) {
         self.ram.write_and_mark(&self.client, page, stamp);
     }
 }
 
-/// A VMM with an agent of its own; fields drop in order, so the connection closes before the agent
-/// is waited for.
+/// A VMM with its own agent. Fields drop in order, so the connection is closed before the drop
+/// waits for the agent.
 #[derive(Debug)]
 pub struct Side {
     /// The VMM.
@@ -95,16 +95,16 @@ impl Deref for Side {
     }
 }
 
-/// A log for the little memory that the tests have.
+/// A configuration with a log that is large enough for the small memory of the tests.
 pub fn config() -> Config {
     Config { log_covers: 1 << 30, ..Config::default() }
 }
 
-/// Runs `running` passes over the running guest, and one over the stopped one; fewer if nothing is
-/// dirty before.
+/// Options for `running` passes while the guest runs, and one while it is paused. There are fewer
+/// if no page is dirty before.
 pub fn passes(running: u32) -> OutgoingOptions {
     OutgoingOptions {
-        // Never met, so that as many passes run as the test wants.
+        // This limit is never met, so the job makes as many passes as the test wants.
         downtime_limit: Duration::ZERO,
         max_passes: running,
         policy: NonConvergence::StopAnyway,
@@ -121,7 +121,7 @@ pub fn moves_to(source: &Attached, destination: &Attached) {
     arrives_at(source, &path, destination, incoming);
 }
 
-/// The same, to a destination whose job waits at `path` already.
+/// The same, to a destination that already waits at `path`.
 pub fn arrives_at(source: &Attached, path: &Path, destination: &Attached, incoming: u64) {
     let outgoing = source.send(path, &passes(1));
     let status = source.wait(outgoing);

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How long a test waits, and what it does on a machine that is too busy for a timeout.
+//! Timeouts of tests, and repetition with longer ones on a busy machine.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Longest time for anything that takes milliseconds, on a machine with other things to do; longer
-/// than any timeout of [`with_more_time`] is waited for.
+/// Timeout for anything that normally takes milliseconds, on a busy machine. It is longer than any
+/// timeout of [`with_more_time`].
 pub const SOON: Duration = Duration::from_secs(60);
 
-/// The scene did not get to what it is about before a timeout was over, or another one was over
-/// first. So it proves nothing.
+/// A timeout ended before the scene reached its point, or another timeout ended first. So the scene
+/// proves nothing.
 #[derive(Debug)]
 pub struct TooEarly(pub String);
 
-/// Plays a scene in which a timeout is waited for: with a short one, and with longer ones if this
-/// machine is too busy for that.
+/// Plays a scene that waits for a timeout: first with a short timeout, then with longer ones if the
+/// machine is too busy.
 #[track_caller]
 pub fn with_more_time(scene: impl Fn(Duration) -> Result<(), TooEarly>) {
     let mut last = None;
@@ -31,7 +31,7 @@ pub fn with_more_time(scene: impl Fn(Duration) -> Result<(), TooEarly>) {
     panic!("the scene never got to what it is about: {last:?}");
 }
 
-/// The error is the one that the scene is about.
+/// Checks that the error is the expected one.
 ///
 /// # Errors
 /// [`TooEarly`] if it has none of these words.
@@ -45,7 +45,7 @@ pub fn says(error: &str, words: &[&str]) -> Result<(), TooEarly> {
 
 /// Runs `test` for several cases at once: for tests that spend their time waiting for a deadline.
 pub fn at_once<T: Sync>(cases: &[T], test: impl Fn(&T) + Sync) {
-    /// Few enough that even a slow machine serves all of them within any deadline.
+    /// Small enough that even a slow machine serves all cases within every deadline.
     const TOGETHER: usize = 12;
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {

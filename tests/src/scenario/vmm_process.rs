@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A mock VMM that is a process, so that it can be killed while it is saved or restored.
+//! A mock VMM process, which can be killed while its guest is saved or restored.
 
 use super::Host;
 use super::moments::{Moment, PAGES};
@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 /// Bytes of its memory.
 pub const SIZE: u64 = PAGES * PAGE_SIZE;
 
-/// A VMM that is a process, on a memory that is a file.
+/// A VMM process whose memory is a file.
 #[derive(Debug)]
 pub struct VmmProcess<'a> {
     host: &'a Host,
@@ -28,7 +28,7 @@ pub struct VmmProcess<'a> {
 }
 
 impl<'a> VmmProcess<'a> {
-    /// A VMM on the agent of `host`; its memory is empty.
+    /// A VMM on the agent of `host`, with empty memory.
     pub fn new(host: &'a Host) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let memory = folder.path().join("memory");
@@ -36,7 +36,7 @@ impl<'a> VmmProcess<'a> {
         Self { host, memory, _folder: folder }
     }
 
-    /// Fills three quarters of its memory with what `seed` gives.
+    /// Fills three quarters of its memory with the content of `seed`.
     pub fn fill(&self, seed: u64) {
         let mut bytes = vec![0; SIZE as usize / 4 * 3];
         Random::new(seed).fill(&mut bytes);
@@ -49,7 +49,7 @@ impl<'a> VmmProcess<'a> {
         Process::spawn(side, command.args(more)).unwrap()
     }
 
-    /// Runs it to its end, which is a good one.
+    /// Runs it to its end, and checks that it succeeded.
     #[track_caller]
     pub fn completes(&self, side: &str, more: &[&str]) {
         let mut process = self.start(side, more);
@@ -57,13 +57,14 @@ impl<'a> VmmProcess<'a> {
         assert!(status.success(), "{:?}", process.lines());
     }
 
-    /// Starts it, has it save its guest, and waits for its end.
+    /// Runs it to save its guest, and checks that it succeeded.
     pub fn saves_to(&self, image: &str) {
         let more = ["--replace", "--snapshot-to", image, "--paused"];
         self.completes("source", if require::uffd() { &more[..3] } else { &more });
     }
 
-    /// Kills it at this moment of the job that comes after `last`, which then ends.
+    /// Kills it at this moment of the job that follows `last`. Returns the phase in which that job
+    /// ended.
     pub fn kill(&self, mut process: Process, moment: &Moment, last: u64) -> Phase {
         wait_until("the job to start", PATIENCE, || {
             self.host.status().job > last || process.has_ended()
@@ -86,7 +87,7 @@ impl<'a> VmmProcess<'a> {
         status.phase
     }
 
-    /// The image has what is in the memory.
+    /// Checks that the image and the memory are the same.
     pub fn is_saved_in(&self, image: &Path) {
         let (memory, chain) = (std::fs::read(&self.memory).unwrap(), Chain::open(image).unwrap());
         let mut saved = vec![0; SIZE as usize];

@@ -36,7 +36,7 @@ pub enum GuestError {
         /// Its length in bytes.
         length: usize,
     },
-    /// The vCPU runs, and what was asked for needs it to stand.
+    /// The vCPU runs, but must be paused for this request.
     #[error("the vCPU is running")]
     Running,
     /// The vCPU left the loop that it never leaves.
@@ -45,7 +45,7 @@ pub enum GuestError {
     /// The thread or its signal could not be set up.
     #[error("vCPU thread: {0}")]
     Thread(String),
-    /// The guest did not get as far as it should in time.
+    /// The guest did not make enough sweeps in time.
     #[error("the guest made {made} sweeps in {within:?}, {wanted} were expected")]
     Slow {
         /// Sweeps that were made.
@@ -55,7 +55,7 @@ pub enum GuestError {
         /// How long.
         within: Duration,
     },
-    /// The counters are not those of one sweep.
+    /// The counters do not belong to one moment.
     #[error(
         "page {page} of the sweep has counter {counter}, after {before}: only {before} or, once in a sweep, one less can follow"
     )]

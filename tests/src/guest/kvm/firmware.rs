@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the guest is made of: the first [`FIRMWARE_PAGES`] pages of its first region hold the code,
-//! the table of the ranges to sweep, and the page tables. The guest reads them and never writes
-//! there, so they migrate like any other page.
+//! The guest's firmware: the first [`FIRMWARE_PAGES`] pages of its first region hold the code, the
+//! table of the ranges to sweep, and the page tables. The guest only reads them, and they migrate
+//! like any other page.
 
 use super::error::GuestError;
 use super::sweep::{FIRMWARE_PAGES, Sweep};
@@ -10,8 +10,8 @@ use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::collections::BTreeMap;
 
-/// Where the table of ranges is within the firmware: half a page, 16 bytes a range, the last of
-/// them empty.
+/// Offset of the table of ranges in the firmware. The table has half a page, with 16 bytes for each
+/// range. The last range is empty.
 pub(super) const TABLE_OFFSET: u64 = 0x800;
 
 /// `r8` = spins for each page, `r9` = address of the table.
@@ -39,7 +39,7 @@ const CODE: [u8; 45] = [
     0xeb, 0xd6,                               // 43: jmp next
 ];
 
-/// The pieces of the firmware at `base`, each with its guest physical address, for a guest with
+/// The parts of the firmware at `base`, each with its guest physical address, for a guest with
 /// memory at `ranges` (GPA, length in bytes).
 pub(super) fn pieces(
     base: u64, sweep: &Sweep, ranges: impl Iterator<Item = (u64, u64)>,
@@ -76,8 +76,8 @@ pub(super) fn enter(base: u64, sweep: &Sweep, sregs: &mut kvm_sregs) -> kvm_regs
 const TABLE: u64 = 0x27;
 const LARGE_PAGE: u64 = 0xe7;
 
-/// Page tables from `root` that map every 2 MiB that `ranges` touch to themselves: the guest
-/// physical address of each table with its entries.
+/// Page tables from `root` with an identity map of every 2 MiB that `ranges` touch. Returns each
+/// table's guest physical address and entries.
 fn identity_map(
     root: u64, ranges: impl Iterator<Item = (u64, u64)>,
 ) -> Result<BTreeMap<u64, [u64; 512]>, GuestError> {
@@ -115,9 +115,9 @@ fn identity_map(
     Ok(tables)
 }
 
-/// 64-bit mode at privilege level 3 with the page tables at `root`. No descriptor table is ever
-/// read, since no segment is ever loaded: there are no interrupts, and nothing faults. (Intel SDM
-/// volume 3, 3.4.5 and 2.5.)
+/// 64-bit mode at privilege level 3 with the page tables at `root`. The CPU never reads a
+/// descriptor table, because no segment is ever loaded: there are no interrupts or faults. (Intel
+/// SDM volume 3, 3.4.5 and 2.5.)
 fn enter_user_mode(sregs: &mut kvm_sregs, root: u64) {
     let flat =
         kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };

@@ -18,7 +18,7 @@ impl From<GuestError> for Error {
     }
 }
 
-/// It is started by [`KvmGuest::boot`] at the source, and by loading its state at the destination.
+/// The source starts it with [`KvmGuest::boot`], and the destination by loading its state.
 impl Guest for KvmGuest {
     fn start(&mut self) -> Result<(), Error> {
         Ok(Self::resume(self)?)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The vCPU's state as bytes. There is nothing but its registers: the guest uses no FPU, no MSR, no
+//! The vCPU's state as bytes. It has only registers, because the guest uses no FPU, no MSR and no
 //! interrupt.
 #![allow(unsafe_code)]
 
@@ -11,14 +11,14 @@ use kvm_ioctls::VcpuFd;
 /// Bytes of a saved state.
 pub(super) const SAVED_LENGTH: usize = size_of::<kvm_regs>() + size_of::<kvm_sregs>();
 
-/// The registers of a vCPU that stands.
+/// The registers of a paused vCPU.
 pub(super) fn save(fd: &VcpuFd) -> Result<Vec<u8>, GuestError> {
     let regs = fd.get_regs().map_err(kvm_error("read registers"))?;
     let sregs = fd.get_sregs().map_err(kvm_error("read control registers"))?;
     Ok([bytes_of(&regs), bytes_of(&sregs)].concat())
 }
 
-/// Puts the registers of another vCPU into one that stands.
+/// Sets the registers of a paused vCPU to those of another one.
 pub(super) fn load(fd: &VcpuFd, saved: &[u8]) -> Result<(), GuestError> {
     if saved.len() != SAVED_LENGTH {
         return Err(GuestError::State { length: saved.len() });
@@ -28,8 +28,7 @@ pub(super) fn load(fd: &VcpuFd, saved: &[u8]) -> Result<(), GuestError> {
     fd.set_regs(&from_bytes(regs)).map_err(kvm_error("set registers"))
 }
 
-/// The structs of `linux/kvm.h` that are bytes through and through: any content is valid, and no
-/// byte is padding.
+/// Structs of `linux/kvm.h` for which any bytes are a valid value, and which have no padding.
 ///
 /// # Safety
 /// The type is such a struct.

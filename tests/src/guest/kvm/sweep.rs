@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the guest sweeps, and whether the counters that it leaves are those of one moment.
+//! The pages that the guest sweeps, and the check that their counters belong to one moment.
 
 use super::error::GuestError;
 use pageferry_protocol::memory::{PAGE_SIZE, pages_in};
@@ -11,21 +11,21 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 /// Pages at the start of the first region that the guest runs from and does not sweep.
 pub const FIRMWARE_PAGES: u64 = 16;
 
-/// Most ranges that a [`Sweep`] can have: what the table in the firmware has room for.
+/// Largest number of ranges in a [`Sweep`]: the table in the firmware has no room for more.
 pub const MAX_RANGES: usize = ((PAGE_SIZE - super::firmware::TABLE_OFFSET) / 16 - 1) as usize;
 
-/// What the guest sweeps, and how fast.
+/// The pages that the guest sweeps, and how fast.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sweep {
     /// Guest physical address and number of pages of each range, in the order in which they are
     /// swept.
     pub ranges: Vec<(u64, u64)>,
-    /// How often the guest turns in a loop after each page: zero is as fast as it goes.
+    /// Number of turns in an empty loop after each page. Zero is the fastest.
     pub spins: u32,
 }
 
 impl Sweep {
-    /// All of `memory` beyond the firmware, as fast as it goes.
+    /// All of `memory` beyond the firmware, as fast as possible.
     pub fn all<B: Bitmap>(memory: &GuestMemoryMmap<B>) -> Self {
         let mut skip = FIRMWARE_PAGES;
         let range = |region: &vm_memory::GuestRegionMmap<B>| {
@@ -88,8 +88,8 @@ impl Sweep {
     }
 }
 
-/// The counters of the pages of `sweep`, in its order, read from the files under `memory`: so that
-/// looking at memory that was never written does not make it exist.
+/// The counters of the pages of `sweep`, in its order. They are read from the files under `memory`,
+/// so that the read does not allocate pages that were never written.
 ///
 /// # Errors
 /// If a page is not in `memory`, or a region has no file.
@@ -110,17 +110,17 @@ pub fn counters<B: Bitmap>(
     sweep.addresses().map(read).collect()
 }
 
-/// How far a guest has come, by its counters.
+/// The progress of a guest, according to its counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Counter of the first page: sweeps begun; wraps around.
+    /// Counter of the first page, which is the number of sweeps that have begun. It wraps around.
     pub sweeps: u32,
-    /// Pages that have been written in the last of them.
+    /// Pages that were written in the last sweep.
     pub pages: usize,
 }
 
-/// Checks that counters, in the order of the sweep, are those of one moment: all equal, but for at
-/// most one step down by one.
+/// Checks that counters, in the order of the sweep, belong to one moment: all are equal, except for
+/// at most one step down by one.
 ///
 /// # Errors
 /// The first page that does not fit.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A vCPU on a thread of its own, and how it is made to leave the guest.
+//! A vCPU on its own thread, and the request that it leaves the guest.
 #![allow(unsafe_code)]
 
 use super::error::{GuestError, kvm_error};
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
-/// The vCPU and the byte by which KVM is told to leave it. They are mapped together, and go
+/// The vCPU, and the byte that tells KVM to leave it. Both are in one mapping and are dropped
 /// together.
 pub(super) struct Vcpu {
     fd: Mutex<VcpuFd>,
@@ -30,12 +30,12 @@ impl Vcpu {
         Ok(Self { fd: Mutex::new(fd), immediate_exit })
     }
 
-    /// The vCPU, for its registers; waits until it stands.
+    /// The vCPU, for access to its registers. Waits until it is paused.
     pub(super) fn registers(&self) -> MutexGuard<'_, VcpuFd> {
         self.fd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets it run.
+    /// Runs it.
     pub(super) fn start(
         this: &Arc<Self>,
     ) -> Result<JoinHandle<Result<(), GuestError>>, GuestError> {
@@ -44,12 +44,12 @@ impl Vcpu {
         thread.map_err(|error| GuestError::Thread(error.to_string()))
     }
 
-    /// Makes it leave the guest, and tells how that ended.
+    /// Makes it leave the guest, and returns the result.
     pub(super) fn stop(
         &self, thread: JoinHandle<Result<(), GuestError>>,
     ) -> Result<(), GuestError> {
-        // The byte catches a vCPU that is not in the kernel yet, the signal one that is: with both
-        // no moment is left over.
+        // The byte stops a vCPU that has not entered the kernel yet, and the signal one that has.
+        // With both there is no gap.
         self.immediate_exit().store(1, Ordering::SeqCst);
         if let Err(error) = thread.kill(SIGRTMIN()) {
             log::debug!("the vCPU thread has ended already ({error})");
@@ -65,7 +65,7 @@ impl Vcpu {
         unsafe { AtomicU8::from_ptr(self.immediate_exit) }
     }
 
-    /// Runs until it is asked to leave.
+    /// Runs until the request to leave.
     fn run(&self) -> Result<(), GuestError> {
         let mut fd = self.registers();
         loop {
@@ -77,7 +77,7 @@ impl Vcpu {
                     {
                         return Ok(());
                     }
-                    // A signal of somebody else's.
+                    // A signal that was not meant for the vCPU.
                     std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock => {}
                     _ => return Err(kvm_error("run the vCPU")(error)),
                 },
@@ -86,8 +86,8 @@ impl Vcpu {
     }
 }
 
-/// Has the kick arrive as an interrupted system call instead of ending the process. Once for the
-/// process.
+/// Installs a handler, so that the signal interrupts a system call instead of ending the process.
+/// Once for each process.
 fn register_kick() -> Result<(), GuestError> {
     extern "C" fn nothing<T, U>(_: i32, _: *mut T, _: *mut U) {}
     static REGISTERED: OnceLock<Result<(), i32>> = OnceLock::new();

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-/// A virtual machine of one vCPU. It stands when it is made, and is paused when it is dropped.
+/// A virtual machine with one vCPU. It is created paused, and paused again when it is dropped.
 pub struct KvmGuest {
     thread: Option<JoinHandle<Result<(), GuestError>>>,
     vcpu: Arc<Vcpu>,
@@ -29,7 +29,7 @@ pub struct KvmGuest {
     memory: Box<dyn Mapped>,
 }
 
-/// Guest memory of any bitmap.
+/// Guest memory with any bitmap.
 trait Mapped: Any + Send + Sync {
     fn write(&self, bytes: &[u8], gpa: u64) -> Result<(), GuestError>;
     fn counter(&self, gpa: u64) -> Result<u32, GuestError>;
@@ -48,9 +48,8 @@ impl<B: Bitmap + Send + Sync + 'static> Mapped for GuestMemoryMmap<B> {
 }
 
 impl KvmGuest {
-    /// Makes a VM whose memory is `memory`, by the mappings that it has: one slot for each region,
-    /// numbered from zero. Call [`Self::boot`] or [`Self::load`] next. Writes nothing to the
-    /// memory.
+    /// Creates a VM over the mappings of `memory`, with one slot for each region, numbered from
+    /// zero. Call [`Self::boot`] or [`Self::load`] next. Writes nothing to the memory.
     ///
     /// # Errors
     /// If KVM refuses, or `sweep` is not within the memory.
@@ -69,7 +68,7 @@ impl KvmGuest {
                 memory_size: slot.length,
                 userspace_addr: slot.userspace_addr,
             };
-            // SAFETY: the mapping is that of `memory`, which the guest keeps; nobody else makes
+            // SAFETY: the mapping is that of `memory`, which the guest keeps. No other code makes
             // slots of this VM.
             unsafe { vm.set_user_memory_region(region) }
                 .map_err(kvm_error("give the VM its memory"))?;
@@ -83,7 +82,7 @@ impl KvmGuest {
         Ok(Self { thread: None, vcpu, vm: Arc::new(vm), slots, sweep, memory: Box::new(memory) })
     }
 
-    /// Writes the firmware into the guest's memory and puts the vCPU at its start.
+    /// Writes the firmware to the guest's memory and sets the vCPU to its start.
     ///
     /// # Errors
     /// If it runs, KVM refuses, or the page tables need more room than the firmware has.
@@ -103,7 +102,7 @@ impl KvmGuest {
         pieces.iter().try_for_each(|(gpa, bytes)| self.memory.write(bytes, *gpa))
     }
 
-    /// The vCPU's state. There is nothing but its registers: the guest uses no FPU, no MSR, no
+    /// The vCPU's state. It has only registers, because the guest uses no FPU, no MSR and no
     /// interrupt.
     ///
     /// # Errors
@@ -112,7 +111,8 @@ impl KvmGuest {
         state::save(&*self.standing()?)
     }
 
-    /// Puts the vCPU where another one was saved; the memory is to be the other one's, too.
+    /// Sets the vCPU to the saved state of another one. The memory must be that of the other one,
+    /// too.
     ///
     /// # Errors
     /// If it runs, `saved` is not what [`Self::save`] gives, or KVM refuses it.
@@ -130,10 +130,10 @@ impl KvmGuest {
         fd.set_regs(&kvm_regs { r8: spins.into(), ..regs }).map_err(kvm_error("set registers"))
     }
 
-    /// Starts the vCPU, or lets it go on. It runs on a thread of its own until it is paused.
+    /// Starts or resumes the vCPU. It runs on its own thread until it is paused.
     ///
     /// # Errors
-    /// If it has come to an unexpected end before, or there can be no thread.
+    /// If it ended unexpectedly before, or no thread can be started.
     pub fn resume(&mut self) -> Result<(), GuestError> {
         if self.is_running() {
             return Ok(());
@@ -143,22 +143,22 @@ impl KvmGuest {
         Ok(())
     }
 
-    /// Stops the vCPU: when this returns it stands, and has written for the last time.
+    /// Pauses the vCPU. When this returns it writes nothing any more.
     ///
     /// # Errors
-    /// If the vCPU has come to an unexpected end before. It stands then as well.
+    /// If the vCPU ended unexpectedly before. It is paused in this case, too.
     pub fn pause(&mut self) -> Result<(), GuestError> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         self.vcpu.stop(thread)
     }
 
-    /// True while the vCPU runs; false when it is paused or has come to an unexpected end, which
-    /// [`Self::pause`] tells.
+    /// True while the vCPU runs. False when it is paused, or when it ended unexpectedly, which
+    /// [`Self::pause`] reports.
     pub fn is_running(&self) -> bool {
         self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
-    /// Number of sweeps that have reached the last page; wraps around.
+    /// Number of sweeps that have reached the last page. It wraps around.
     ///
     /// # Errors
     /// If the memory cannot be read.
@@ -188,7 +188,7 @@ impl KvmGuest {
         }
     }
 
-    /// Lets the guest make so many sweeps, and pauses it.
+    /// Resumes the guest for this many sweeps, and pauses it.
     ///
     /// # Errors
     /// As [`Self::resume`], [`Self::wait_for_sweeps`] and [`Self::pause`].
@@ -218,7 +218,7 @@ impl KvmGuest {
     /// # Errors
     /// If KVM lacks manual protection.
     pub fn dirty_log(&self) -> Result<KvmDirtyLog, KvmLogError> {
-        // SAFETY: these are the slots that `new` made, and nobody changes them. The log holds the
+        // SAFETY: these are the slots that `new` made, and no code changes them. The log holds the
         // VM but not the memory: with the guest gone no vCPU is left to write to it.
         unsafe { KvmDirtyLog::new(&*self.vm, self.slots.clone()) }
     }
