@@ -25,7 +25,7 @@ fn identity(fd: &OwnedFd) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
 
-/// Answers the hello with `answer`, and returns what the client makes of it.
+/// Answers the hello with `answer`, and returns the client's error.
 fn hello_answered_by(answer: impl FnOnce(u32) -> Frame + Send + 'static) -> Error {
     let (ours, agents) = UnixStream::pair().unwrap();
     let agent = std::thread::spawn(move || {
@@ -66,7 +66,7 @@ fn malformed_or_nonsensical_hello_is_the_end_of_the_agent() {
 }
 
 #[test]
-fn nobody_at_the_path_is_an_error_that_names_it() {
+fn path_without_an_agent_is_an_error_that_names_it() {
     let error = Client::connect("/nonexistent/agent.sock".as_ref(), Config::default()).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/agent.sock"), "{error}");
 }
@@ -175,7 +175,7 @@ fn events_between_request_and_answer_are_skipped() {
 }
 
 #[test]
-fn wait_ends_with_the_job_and_refuses_another_and_gives_up_in_time() {
+fn wait_ends_with_its_job_or_at_the_deadline() {
     let (client, _hooks, agent) = client(|mut agent| {
         let phases = [Phase::Passes, Phase::Passes, Phase::Failed, Phase::Failed, Phase::Passes];
         for phase in phases {
@@ -254,7 +254,7 @@ fn new_agent_is_handed_the_same_log_blocks_bitmaps_and_trackers() {
     client.add_block(pageferry_client::BlockSpec { discarded: true, ..spec(2, 0, &low) }).unwrap();
     client.add_block(spec(1, 0x10000, &high)).unwrap();
     client.set_trackers(Trackers::HOOKS).unwrap();
-    // The first agent is gone; what happens now is in memory that it does not own.
+    // The first agent is gone. The following changes are made without it.
     let (log, mut requests, mut files, trackers) = first.join().unwrap();
     client.populate(&[range(2, 0, 1)]).unwrap();
     client.discard(&[range(1, 1, 1)], Default::default()).unwrap();
@@ -265,7 +265,8 @@ fn new_agent_is_handed_the_same_log_blocks_bitmaps_and_trackers() {
     let new_hooks = client.reattach_socket(ours.into()).unwrap();
     let again = second.join().unwrap();
 
-    // Blocks come in the order of their ids now, and none of them starts over as discarded.
+    // The client adds the blocks again in the order of their ids, and without the flag that a block
+    // starts discarded.
     requests.reverse();
     files.reverse();
     match &mut requests[1] {
@@ -311,9 +312,9 @@ fn last_clone_of_the_client_ends_the_connection() {
 }
 
 #[test]
-fn spawned_program_that_ends_at_once_is_noticed_by_its_end() {
-    // Were its end of the socket still open here, there would be nothing to notice until the time
-    // of a request is over.
+fn spawned_program_that_ends_at_once_is_noticed() {
+    // If this process still had the agent's end of the socket open, the client would notice only at
+    // the request timeout.
     let error = Client::spawn(&mut Command::new("true"), Config::default()).unwrap_err();
     assert!(error.to_string().contains("the other side closed the connection"), "{error}");
 }
@@ -332,7 +333,7 @@ fn range(block: u32, first: u64, count: u64) -> pageferry_client::BlockRange {
 }
 
 #[test]
-fn what_is_said_without_an_agent_is_handed_to_the_next() {
+fn settings_made_without_an_agent_reach_the_next() {
     let (client, _hooks, agent) = client(drop);
     agent.join().unwrap();
     assert_lost(client.status());
@@ -379,7 +380,7 @@ fn what_is_said_without_an_agent_is_handed_to_the_next() {
 }
 
 #[test]
-fn removal_cancels_what_is_in_its_way_and_waits_for_its_end() {
+fn removal_cancels_the_job_and_waits_for_its_end() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
         for cancelled in [
@@ -408,7 +409,7 @@ fn removal_cancels_what_is_in_its_way_and_waits_for_its_end() {
 }
 
 #[test]
-fn idle_agent_that_hangs_is_noticed_though_nobody_asks_it_anything() {
+fn idle_agent_that_hangs_is_found_without_a_request() {
     let config = Config { heartbeat: Duration::from_millis(50), ..impatient() };
     let (client, channel, agent) = client_with(config, MAX_RANGES, |mut agent| {
         for _ in 0..2 {
@@ -419,7 +420,7 @@ fn idle_agent_that_hangs_is_noticed_though_nobody_asks_it_anything() {
         agent
     });
     let hooks = channel.spawn(Vmm::default()).unwrap();
-    // It holds its sockets.
+    // The agent keeps its sockets open.
     let _agent = agent.join().unwrap();
     assert_eq!(hooks.join().calls(), ["lost Ours"]);
     assert_lost(client.status());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Discard and populate: with an agent, without one, and when it goes away in the middle.
+//! Discard, free and populate: with an agent, without one, and with one that dies in between.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -21,7 +21,7 @@ fn range(block: u32, first: u64, count: u64) -> BlockRange {
 }
 
 #[test]
-fn living_agent_does_it_all() {
+fn living_agent_discards_and_populates() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
         for (flags, answer) in [(DISCARD_PUNCH, 3), (0, 0)] {
@@ -42,7 +42,8 @@ fn living_agent_does_it_all() {
     assert_eq!(client.discard(&ranges, Punch::Yes).unwrap(), 3);
     assert_eq!(client.discard(&ranges, Punch::No).unwrap(), 0);
     assert_eq!(client.populate(&[range(1, 0, 1)]).unwrap(), 1);
-    // This agent only said so. That the client kept its hands off is the point.
+    // This agent only claims that it discarded. The test shows that the client itself frees
+    // nothing.
     assert_eq!(discarded(&client, 1), [0u64; 0]);
     assert_eq!(allocated_pages(&memory), 8);
     agent.join().unwrap();
@@ -52,7 +53,7 @@ fn living_agent_does_it_all() {
 fn wrong_ranges_are_refused_before_anything_happens() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
-        assert!(agent.request().is_none(), "nothing was asked");
+        assert!(agent.request().is_none(), "the agent gets no request");
     });
     let memory = written(4);
     client.add_block(spec(1, 0, &memory)).unwrap();
@@ -86,7 +87,7 @@ fn silent_agent_does_not_keep_a_discard_from_happening() {
     });
     let memory = written(8);
     client.add_block(spec(1, 0, &memory)).unwrap();
-    // Rounds inward: half a page at either end stays.
+    // A discard rounds inward: half a page at either end stays.
     let ragged = BlockRange { block: 1, offset: PAGE / 2, length: 3 * PAGE };
     assert_eq!(client.discard(&[ragged, range(1, 6, 2)], Punch::Yes).unwrap(), 4);
     assert_eq!(discarded(&client, 1), [1, 2, 6, 7]);
@@ -95,13 +96,13 @@ fn silent_agent_does_not_keep_a_discard_from_happening() {
 
     assert_lost(client.status());
     assert_eq!(client.discard(&[range(1, 0, 2)], Punch::No).unwrap(), 1);
-    assert_eq!(allocated_pages(&memory), 4, "the VMM frees it");
+    assert_eq!(allocated_pages(&memory), 4, "the client frees the pages");
     assert_eq!(discarded(&client, 1), [0, 1, 2, 6, 7]);
     assert_eq!(logged(&client), [0u64; 0], "a discard marks nothing as dirty");
 }
 
 #[test]
-fn agent_that_closes_in_the_middle_leaves_the_rest_to_the_client() {
+fn client_discards_the_rest_when_the_agent_closes() {
     let (client, _hooks, agent) = client_with(quiet(), 2, |mut agent| {
         agent.accept_block();
         let (request, _) = agent.request().unwrap();
@@ -143,7 +144,7 @@ fn offset_in_the_file_and_granularity_count() {
         .add_block(BlockSpec { fd_offset, length, granularity, ..spec(1, 0x100000, &memory) })
         .unwrap();
     agent.join().unwrap();
-    // Pages 4 to 7 are a whole unit, and so is what is left at the end.
+    // Pages 4 to 7 are a whole unit, and so is the rest at the end.
     assert_eq!(client.discard(&[range(1, 3, 7)], Punch::Yes).unwrap(), 6);
     assert_eq!(discarded(&client, 1), [4, 5, 6, 7, 8, 9]);
     let mut content = vec![0; 16 * PAGE as usize];
@@ -151,11 +152,11 @@ fn offset_in_the_file_and_granularity_count() {
     let holes: Vec<usize> = (0..16).filter(|page| content[page * PAGE as usize] == 0).collect();
     assert_eq!(holes, [8, 9, 10, 11, 12, 13]);
 
-    // Rounds outward, and the next agent hears of it by the log.
+    // A populate rounds outward. The marks in the log tell the next agent of it.
     assert_eq!(client.populate(&[range(1, 5, 1)]).unwrap(), 4);
     assert_eq!(discarded(&client, 1), [8, 9]);
     assert_eq!(logged(&client), [0x104, 0x105, 0x106, 0x107]);
-    assert_eq!(client.populate(&[range(1, 5, 1)]).unwrap(), 0, "a redundant one is fine");
+    assert_eq!(client.populate(&[range(1, 5, 1)]).unwrap(), 0, "a second populate does no harm");
 }
 
 #[test]
@@ -178,7 +179,7 @@ fn busy_populate_surfaces_and_changes_nothing() {
     let (client, _hooks, agent) = client_with(quiet(), 2, |mut agent| {
         let (_, fds) = agent.accept_block();
         let bitmap = MappedBitmap::shared(fds[1].as_fd(), 8).unwrap();
-        // The first batch populates, the second is refused, and what the first did is taken back.
+        // The first batch populates, the second is refused, and the first one is undone.
         let (first, _) = agent.request().unwrap();
         bitmap.clear(PageRange::new(0, 2));
         agent.changed(&first, 2);
@@ -203,18 +204,18 @@ fn busy_populate_surfaces_and_changes_nothing() {
     agent.join().unwrap();
 }
 
-/// What one request discards at most.
+/// Largest number of bytes that one request discards.
 const MOST: u64 = 32 << 20;
 
-/// A memfd of so many times that, all holes.
+/// A memfd of this many times [`MOST`] bytes. All of it is a hole.
 fn sparse(times: u64) -> OwnedFd {
     let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&fd, times * MOST).unwrap();
     fd
 }
 
-/// What an agent that counts pages as it should is asked to discard, until it is dropped after so
-/// many requests.
+/// Plays an agent that answers discards with the right number of pages, and is dropped after `most`
+/// requests. Returns the ranges of each request.
 fn requests_until(agent: &mut FakeAgent, unit: u64, most: usize) -> Vec<Vec<(u64, u64)>> {
     let mut asked = Vec::new();
     while asked.len() < most
@@ -259,7 +260,7 @@ fn no_request_discards_more_than_can_be_saved_in_time() {
         (2 * MOST, MOST / 2 + 6),
         (3 * MOST + 2 * UNIT, UNIT),
         (3 * MOST + 3 * UNIT, UNIT),
-        // Not larger than what one request may cover, so it is left whole.
+        // Not larger than one request, so it is not split.
         (2 * MOST + MOST / 4, MOST),
     ];
     assert_eq!(flat, pieces);
@@ -267,7 +268,7 @@ fn no_request_discards_more_than_can_be_saved_in_time() {
 }
 
 #[test]
-fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
+fn large_discard_is_complete_also_when_the_agent_dies() {
     for answers in [0, 1, 2] {
         let (client, _hooks, agent) = client(move |mut agent| {
             agent.accept_block();
@@ -278,7 +279,7 @@ fn large_discard_is_the_same_without_an_agent_and_when_it_dies_in_the_middle() {
         let ragged = BlockRange { block: 1, offset: MOST / 2 + 1, length: 3 * MOST };
         assert_eq!(client.discard(&[ragged], Punch::Yes).unwrap(), 3 * MOST / PAGE - 1);
         let bitmap = client.discarded(1).unwrap();
-        // This agent only said so.
+        // This agent only claims that it discarded, and does not set the marks.
         let first = [MOST / 2 / PAGE + 1, MOST / PAGE, 2 * MOST / PAGE][answers];
         let end = (3 * MOST + MOST / 2) / PAGE;
         assert_eq!(
@@ -308,8 +309,7 @@ fn unit_larger_than_a_request_is_not_cut() {
 }
 
 #[test]
-fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_another_is_left_alone()
-{
+fn large_discard_lets_other_requests_and_new_blocks_pass() {
     let (started, starts) = std::sync::mpsc::channel();
     let (client, _hooks, agent) = client_with(quiet(), 1, move |mut agent| {
         agent.accept_block();
@@ -357,14 +357,14 @@ fn nobody_waits_for_the_whole_of_a_large_discard_and_a_block_in_the_place_of_ano
         code::ADD_BLOCK,
         code::CANCEL,
     ];
-    // The one in the middle may be missing: both others waited already.
+    // The second discard may be missing, if both the query and the removal already waited.
     let without_it =
         [code::DISCARD, code::QUERY_STATUS, code::REMOVE_BLOCK, code::ADD_BLOCK, code::CANCEL];
     assert!(seen == expected || seen == without_it, "{seen:x?}");
 }
 
 #[test]
-fn requests_are_the_smaller_the_less_time_the_agent_has() {
+fn requests_shrink_with_the_request_timeout() {
     let hasty = Config { request_timeout: Duration::from_secs(1), ..quiet() };
     let (client, _hooks, agent) = client_with(hasty, MAX_RANGES, |mut agent| {
         agent.accept_block();
@@ -382,7 +382,7 @@ fn requests_are_the_smaller_the_less_time_the_agent_has() {
 }
 
 #[test]
-fn living_agent_frees_and_the_client_keeps_its_hands_off() {
+fn living_agent_frees_and_the_client_does_not() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
         let (request, _) = agent.request().unwrap();
@@ -398,10 +398,10 @@ fn living_agent_frees_and_the_client_keeps_its_hands_off() {
 }
 
 #[test]
-fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
+fn free_without_an_agent_punches_and_marks_the_log() {
     let (client, _hooks, agent) = client_with(impatient(), MAX_RANGES, |mut agent| {
         agent.accept_block();
-        // It does not answer this one.
+        // The agent does not answer this request.
         agent.request().unwrap();
         assert!(agent.request().is_none());
     });
@@ -415,7 +415,7 @@ fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
     assert_eq!(client.free(&[range(1, 0, 2)]).unwrap(), 2);
     agent.join().unwrap();
     assert_eq!(client.discard(&[range(1, 6, 2)], Punch::No).unwrap(), 2);
-    // Half a page at either end stays, and what is discarded stays discarded.
+    // Half a page at either end stays, and discarded pages stay discarded.
     let ragged = BlockRange { block: 1, offset: 4 * PAGE + PAGE / 2, length: 5 * PAGE };
     assert_eq!(client.free(&[ragged]).unwrap(), 2);
     assert_eq!(discarded(&client, 1), [6, 7]);
@@ -424,7 +424,7 @@ fn without_an_agent_a_free_punches_and_the_next_agent_hears_of_it_by_the_log() {
 }
 
 #[test]
-fn populate_of_a_guest_that_left_says_so_and_busy_is_for_what_passes() {
+fn populate_is_refused_as_gone_or_busy() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
         let mut refuse = |code| {
@@ -450,7 +450,7 @@ fn populate_of_a_guest_that_left_says_so_and_busy_is_for_what_passes() {
 }
 
 #[test]
-fn populate_of_a_guest_that_was_given_up_is_refused_without_an_agent_and_with_another() {
+fn populate_of_a_relinquished_guest_is_always_refused() {
     let mut attached = Attached::new(Vmm::default());
     attached.add_block(0, 4);
     for hook in [Hook::Pause, Hook::Relinquish { session: [7; 16], release: false }] {
@@ -472,11 +472,11 @@ fn populate_of_a_guest_that_was_given_up_is_refused_without_an_agent_and_with_an
     let mut agent = second.join().unwrap();
     refused();
     let idle = std::thread::spawn(move || {
-        let (request, _) = agent.request().expect("a question for its job");
+        let (request, _) = agent.request().expect("a query of the job's status");
         agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
     });
     client.take_by_force().unwrap();
     idle.join().unwrap();
-    // That agent has ended by now.
+    // That agent has ended now.
     client.populate(&[range(2, 0, 1)]).unwrap();
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! An agent that was given up is out of the way before anybody takes its place, or the guest.
+//! Fencing: an agent that was given up can do no harm before another agent, or an operator, takes
+//! over the guest.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -17,7 +18,7 @@ use std::process::{Child, Command};
 use std::time::Duration;
 use support::*;
 
-/// A process that a lying agent names as its own.
+/// A process that a lying agent claims to be.
 struct Victim(Child);
 
 impl Victim {
@@ -41,7 +42,7 @@ impl Drop for Victim {
     }
 }
 
-/// A client whose agent says that the process is the victim's.
+/// A client whose agent claims to be the victim's process.
 fn lied_to(victim: &Victim, config: Config) -> (Client, pageferry_client::HookChannel, FakeAgent) {
     let (ours, agents) = UnixStream::pair().unwrap();
     let process = victim.pidfd();
@@ -52,16 +53,16 @@ fn lied_to(victim: &Victim, config: Config) -> (Client, pageferry_client::HookCh
 }
 
 #[test]
-fn an_agent_is_current_until_it_is_given_up_and_the_next_only_once_it_is_handed_the_memory() {
+fn only_the_agent_that_has_the_memory_is_current() {
     let (client, _channel, first) = client(|agent| agent);
     let first = first.join().unwrap();
     first.fence.check().unwrap();
     let (ours, agents) = UnixStream::pair().unwrap();
     let second = std::thread::spawn(move || {
         let (control, fence) = FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
-        // The word is withdrawn before anybody can see the connection end.
+        // The fence word changes before the old agent can see the end of its connection.
         let replaced = first.fence.check().unwrap_err();
-        // The next one is admitted at any moment from here on.
+        // The next agent may become current at any moment from here on.
         assert!([0, replaced.number + 1].contains(&replaced.current), "{replaced:?}");
         (first, FakeAgent::take_over(control, fence))
     });
@@ -74,7 +75,7 @@ fn an_agent_is_current_until_it_is_given_up_and_the_next_only_once_it_is_handed_
 }
 
 #[test]
-fn an_agent_that_hangs_or_is_cut_off_by_its_hooks_is_not_current_any_more() {
+fn given_up_agent_is_not_current() {
     let (hangs, _channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
     let agent = agent.join().unwrap();
     assert_lost(hangs.status());
@@ -87,7 +88,7 @@ fn an_agent_that_hangs_or_is_cut_off_by_its_hooks_is_not_current_any_more() {
 }
 
 #[test]
-fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
+fn no_agent_is_attached_before_the_last_process_has_ended() {
     let mut victim = Victim::new();
     let (client, _channel, mut first) = lied_to(&victim, impatient());
     for _ in 0..2 {
@@ -95,7 +96,7 @@ fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
         let next = std::thread::spawn(move || {
             let (mut control, fence) =
                 FakeAgent::say_hello(agents.into(), MAX_RANGES, own_process());
-            // It gets nothing, and is no agent of this VMM.
+            // The new agent gets no memory and never becomes current.
             assert!(matches!(control.recv(soon()), Err(SocketError::Closed)));
             assert_eq!(fence.check().unwrap_err().current, 0);
         });
@@ -105,7 +106,8 @@ fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
         next.join().unwrap();
         assert_lost(client.status());
     }
-    // The kernel says that it is not the one that answered: it is not the client's to kill.
+    // The kernel reports that another process answered the hello. So the client may not kill this
+    // process.
     assert!(victim.lives());
     assert!(first.request().is_none());
     drop(victim);
@@ -116,7 +118,7 @@ fn no_agent_is_attached_while_the_process_of_the_one_before_lives() {
 }
 
 #[test]
-fn a_guest_is_not_taken_by_force_from_an_agent_that_may_still_send_the_commit() {
+fn guest_is_not_taken_by_force_while_a_commit_may_leave() {
     let mut victim = Victim::new();
     let (client, channel, mut agent) = lied_to(&victim, impatient());
     let hooks = channel.spawn(Vmm::default()).unwrap();
@@ -134,7 +136,7 @@ fn a_guest_is_not_taken_by_force_from_an_agent_that_may_still_send_the_commit() 
     assert_eq!(client.ownership(), Ownership::Relinquished);
     client.take_by_force().unwrap();
     assert_eq!(client.ownership(), Ownership::Ours);
-    // Nobody but the one who took it resumes it.
+    // Only the operator that took the guest resumes it.
     assert!(!hooks.join().calls().contains(&"resume".to_owned()));
 }
 
@@ -163,12 +165,11 @@ fn an_agent_without_a_fence_or_a_process_is_refused_by_name() {
     assert!(two.contains("2 file descriptors"), "{two}");
 }
 
-/// What is done without an agent waits for the end of the one that was lost. A discard cannot fail,
-/// so it goes on in the end. What would let the guest use memory that a late discard of that agent
-/// destroys fails by name, until its process has ended.
+/// A memory change without an agent waits for the end of the lost agent's process. A discard cannot
+/// fail, so it is done after a timeout. Other changes fail until the process has ended: otherwise
+/// the guest could use memory that a late discard of that agent destroys.
 #[test]
-fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_populated_or_removed()
-{
+fn lost_agents_process_blocks_all_memory_changes_but_discards() {
     let victim = Victim::new();
     let (client, _channel, mut agent) = lied_to(&victim, impatient());
     let accepts = std::thread::spawn(move || {
@@ -191,16 +192,17 @@ fn while_the_process_of_a_lost_agent_lives_memory_is_discarded_and_not_freed_pop
         client.discarded(1).unwrap().count(pageferry_protocol::memory::PageRange::new(0, 4)),
         2
     );
-    assert_eq!(allocated_pages(&memory), 2, "what was to be freed is there");
+    assert_eq!(allocated_pages(&memory), 2, "the refused free kept the pages");
     drop(victim);
     assert_eq!(client.populate(&[range]).unwrap(), 2);
     assert_eq!(client.free(&[last]).unwrap(), 1);
     client.remove_block(1).unwrap();
 }
 
-/// A new agent that refuses the connection changes nothing about the old one: it may still read.
+/// A new agent that refuses the connection does not change that the old agent may still read
+/// memory.
 #[test]
-fn an_agent_that_was_given_up_for_another_that_refuses_is_still_waited_for() {
+fn refused_reattach_still_waits_for_the_old_agent() {
     let victim = Victim::new();
     let (client, _channel, mut agent) = lied_to(&victim, impatient());
     let accepts = std::thread::spawn(move || {
@@ -219,10 +221,10 @@ fn an_agent_that_was_given_up_for_another_that_refuses_is_still_waited_for() {
     client.remove_block(1).unwrap();
 }
 
-/// A guest that was given up may run elsewhere and get its memory from an agent that is lost to its
-/// VMM: that agent is not killed, and still reads the memory here.
+/// A relinquished guest may run elsewhere, and get its memory from an agent whose VMM has lost it.
+/// That agent is not killed, and still reads the memory here.
 #[test]
-fn memory_of_a_guest_that_may_run_elsewhere_is_not_removed_while_its_lost_agent_lives() {
+fn relinquished_memory_is_not_removed_while_its_agent_lives() {
     let victim = Victim::new();
     let (client, channel, mut agent) = lied_to(&victim, impatient());
     let hooks = channel.spawn(Vmm::default()).unwrap();
@@ -247,10 +249,10 @@ fn memory_of_a_guest_that_may_run_elsewhere_is_not_removed_while_its_lost_agent_
 }
 
 #[test]
-fn an_agent_that_says_everything_but_its_answer_is_lost_in_time() {
+fn agent_that_sends_all_but_the_reply_is_lost_in_time() {
     let (client, _channel, agent) = client_with(impatient(), MAX_RANGES, |mut agent| {
         agent.request().expect("status");
-        // Until nobody listens any more.
+        // The agent sends events until the client closes the connection.
         let event = Frame::request(pageferry_protocol::control::request::code::EVENT, Vec::new());
         while agent.control.send(&event, soon()).is_ok() {}
     });
@@ -259,7 +261,7 @@ fn an_agent_that_says_everything_but_its_answer_is_lost_in_time() {
 }
 
 #[test]
-fn a_process_whose_descriptor_is_no_pidfd_is_no_agent() {
+fn descriptor_that_is_not_a_pidfd_is_refused() {
     let (ours, agents) = UnixStream::pair().unwrap();
     let agent = std::thread::spawn(move || {
         FakeAgent::say_hello(
@@ -274,9 +276,9 @@ fn a_process_whose_descriptor_is_no_pidfd_is_no_agent() {
 }
 
 #[test]
-fn the_vmm_hears_that_its_agent_is_lost_before_the_process_of_that_one_has_ended() {
+fn vmm_learns_of_a_lost_agent_before_its_process_ends() {
     let victim = Victim::new();
-    // Whoever waited for the end of the process would wait for an hour.
+    // A client that waited for the end of the process would wait for an hour.
     let patient = Config { request_timeout: Duration::from_secs(3600), ..quiet() };
     let (client, channel, agent) = lied_to(&victim, patient);
     let mut attached = Attached::over(client, channel, agent, Vmm::default());

@@ -19,7 +19,7 @@ use vm_memory::{
 const LOW: u64 = 0x10_0000;
 const HIGH: u64 = 0x40_0000;
 
-/// Two regions in one file, neither of them at its beginning nor at guest address zero.
+/// Two regions in one file. Neither is at its start or at guest address zero.
 fn memory<B: NewBitmap>(file: &OwnedFd) -> GuestMemoryMmap<B> {
     let at = |offset| Some(FileOffset::new(file.try_clone().unwrap().into(), offset));
     let pages = |count: usize| count * 4096;
@@ -30,7 +30,7 @@ fn memory<B: NewBitmap>(file: &OwnedFd) -> GuestMemoryMmap<B> {
     GuestMemoryMmap::from_ranges_with_files(sorted(ranges)).unwrap()
 }
 
-/// The crate wants its regions in order.
+/// vm-memory requires its regions in order.
 fn sorted(
     mut ranges: [(GuestAddress, usize, Option<FileOffset>); 2],
 ) -> [(GuestAddress, usize, Option<FileOffset>); 2] {
@@ -47,7 +47,7 @@ fn added() -> (Client, HookChannel, GuestMemoryMmap<LogBitmap>) {
     let memory = memory::<LogBitmap>(&written(100));
     memory.write_obj(1u64, GuestAddress(LOW)).unwrap();
     assert_eq!(client.add_guest_memory(&memory).unwrap(), [0, 1]);
-    assert_eq!(logged(&client), [0u64; 0], "what was written before is in pass 0");
+    assert_eq!(logged(&client), [0u64; 0], "earlier writes are in pass 0 and not in the log");
     agent.join().unwrap();
     (client, hooks, memory)
 }
@@ -85,7 +85,7 @@ fn write_marks_the_pages_it_touches_and_no_other() {
     check(&[0x103]);
     memory.write_slice(&[1; 4097], GuestAddress(HIGH + 2 * PAGE - 1)).unwrap();
     check(&[0x401, 0x402]);
-    // 66 pages, over two words of the log.
+    // 66 pages, in two words of the log.
     memory.write_slice(&vec![1; 66 * 4096], GuestAddress(LOW + 4 * PAGE)).unwrap();
     check(&(0x104..0x146).collect::<Vec<_>>());
     memory.store(7u32, GuestAddress(HIGH + 4 * PAGE + 8), Ordering::Relaxed).unwrap();
@@ -131,7 +131,7 @@ fn region_belongs_to_one_log() {
 }
 
 #[test]
-fn anonymous_memory_is_refused_and_what_was_added_before_is_removed() {
+fn anonymous_memory_is_refused_and_earlier_blocks_removed() {
     let (client, _hooks, agent) = client(|mut agent| {
         agent.accept_block();
         let (request, _) = agent.request().unwrap();

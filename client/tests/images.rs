@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots and restores: who may start them, and the paths that the agent is told.
+//! Snapshots and restores: when they may start, and the paths that the agent gets.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -26,7 +26,7 @@ fn on(base: &str) -> SnapshotOptions {
     SnapshotOptions { base: base.into(), ..SnapshotOptions::default() }
 }
 
-/// As the agent, which has another current directory, is to hear of it.
+/// The path for the agent, which has another current directory.
 fn here(path: &str) -> String {
     std::env::current_dir().unwrap().join(path).to_str().unwrap().to_owned()
 }
@@ -59,7 +59,7 @@ fn agent_is_told_paths_from_the_root() {
 #[test]
 fn path_that_cannot_be_told_is_refused_before_anything_happens() {
     let (client, _hooks, agent) =
-        client(|mut agent| assert!(agent.request().is_none(), "nothing was asked"));
+        client(|mut agent| assert!(agent.request().is_none(), "the agent gets no request"));
     let long = format!("/{}", "x".repeat(5000));
     let no_text = PathBuf::from(OsStr::from_bytes(b"/images/\xff"));
     let plain = Path::new("/images/one");
@@ -114,7 +114,7 @@ fn restore_makes_the_guest_not_ours_unless_it_is_refused() {
         agent.refuse(&request, ErrorCode::NotFound, "/images/one: no such file");
         let (request, _) = agent.request().unwrap();
         agent.started(&request);
-        assert!(agent.request().is_none(), "a snapshot was asked for");
+        assert!(agent.request().is_none(), "the agent gets no request for a snapshot");
     });
     let image = Path::new("/images/one");
     let refused = client.start_restore(image, &RestoreOptions::default()).unwrap_err();

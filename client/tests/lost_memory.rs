@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that was lost with its agent, and the next guest in the same place.
+//! Memory that was lost with its agent, and the next guest in the same memory.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -28,7 +28,7 @@ use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
 const PAGES: u64 = 8;
 const RESUME: Hook = Hook::Resume { force: false, paused: false };
 
-/// Guest memory that is mapped, all holes.
+/// Mapped guest memory. All of it is a hole.
 #[derive(Clone)]
 struct Ram {
     memory: Arc<OwnedFd>,
@@ -59,7 +59,8 @@ impl Ram {
         self.mapping.as_ptr() as u64
     }
 
-    /// Touches a page as the kernel does for a device: a lost page is an error and no signal.
+    /// Reads a page through the kernel, as a device does: a lost page is an error instead of a
+    /// signal.
     fn touch(&self, page: u64) -> Touch {
         let mapping = Arc::clone(&self.mapping);
         let (says, outcome) = channel();
@@ -77,14 +78,14 @@ impl Ram {
         Touch { page, outcome }
     }
 
-    /// What somebody finds there; `None` if it is lost.
+    /// The first word of a page. `None` if the page is lost.
     #[track_caller]
     fn found(&self, page: u64) -> Option<u64> {
         self.touch(page).found()
     }
 }
 
-/// Somebody who may have to wait for a page.
+/// A read on its own thread, which may wait for a page.
 struct Touch {
     page: u64,
     outcome: Receiver<Option<u64>>,
@@ -94,9 +95,7 @@ impl Touch {
     #[track_caller]
     fn found(self) -> Option<u64> {
         let found = self.outcome.recv_timeout(LONG);
-        found.unwrap_or_else(|error| {
-            panic!("whoever touches page {} waits for ever: {error}", self.page)
-        })
+        found.unwrap_or_else(|error| panic!("the read of page {} does not end: {error}", self.page))
     }
 }
 
@@ -125,8 +124,8 @@ fn add_block(client: &Client, agent: &mut FakeAgent, ram: &Ram) {
     added.join().unwrap();
 }
 
-/// A guest whose agent died before its memory was here, and the next agent. `None` where there is
-/// no userfaultfd.
+/// A guest whose agent died before all memory was here, and the next agent. `None` if there is no
+/// userfaultfd.
 fn lost() -> Option<(Attached, Ram)> {
     uffd()?;
     let mut attached = Attached::new(Vmm::default());
@@ -150,10 +149,9 @@ fn lost() -> Option<(Attached, Ram)> {
     Some((Attached::over(client, channel, second.join().unwrap(), vmm), ram))
 }
 
-/// The memory is whole, for as long as nobody says otherwise, and can be registered for another
-/// guest.
+/// Checks that no page is lost any more, and that the memory can be registered for another guest.
 fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
-    // 5 was never touched.
+    // Page 5 was never touched.
     assert_eq!([3, 5, 7].map(|page| ram.found(page)), [Some(0); 3]);
     ram.empty();
     let uffd = register(&mut attached.agent);
@@ -163,7 +161,7 @@ fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
 }
 
 #[test]
-fn an_awaited_guest_finds_no_page_of_the_one_before_lost() {
+fn awaited_guest_finds_no_lost_page_of_the_one_before() {
     let Some((mut attached, ram)) = lost() else { return };
     ram.empty();
     assert_eq!(ram.found(3), None, "a hole in the file alone changes nothing");
@@ -173,15 +171,14 @@ fn an_awaited_guest_finds_no_page_of_the_one_before_lost() {
 }
 
 #[test]
-fn a_guest_that_an_operator_restores_finds_no_page_of_the_one_before_lost() {
+fn restored_guest_finds_no_lost_page_of_the_one_before() {
     let Some((mut attached, ram)) = lost() else { return };
     assert_eq!(attached.hook(&Hook::PrepareRestore { path: "/images/golden".into() }), Ok(()));
     assert_forgotten(&mut attached, &ram);
     attached.lose_agent();
 }
 
-/// What a client that asks for a guest is told by its agent, which does `meanwhile` before it
-/// answers.
+/// Starts an incoming migration. The agent does `meanwhile`, and then accepts or refuses it.
 fn asked(
     attached: &mut Attached, accepted: bool, meanwhile: impl FnOnce(&mut FakeAgent),
 ) -> Result<(), Error> {
@@ -202,7 +199,7 @@ fn asked(
 }
 
 #[test]
-fn what_is_lost_stays_so_when_no_other_guest_comes() {
+fn lost_memory_stays_lost_when_no_other_guest_comes() {
     let Some((mut attached, ram)) = lost() else { return };
     assert!(matches!(asked(&mut attached, false, |_| {}), Err(Error::Refused { .. })));
     assert_eq!([3, 5].map(|page| ram.found(page)), [None; 2]);
@@ -210,7 +207,7 @@ fn what_is_lost_stays_so_when_no_other_guest_comes() {
 }
 
 #[test]
-fn a_guest_that_comes_sooner_than_the_answer_is_registered_and_stays_so() {
+fn guest_that_arrives_before_the_reply_stays_registered() {
     let Some((mut attached, ram)) = lost() else { return };
     let mut new = None;
     asked(&mut attached, true, |agent| new = Some(register(agent))).unwrap();
@@ -224,7 +221,7 @@ const MISSING: &str = "memory of this guest is missing, since its agent was lost
                        restore it again";
 
 #[test]
-fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
+fn guest_with_lost_memory_is_neither_sent_nor_saved() {
     let Some((mut attached, ram)) = lost() else { return };
     let client = attached.client.clone();
     let snapshot = |mode| {
@@ -234,7 +231,7 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     let send = || {
         client.start_outgoing(Target::Address("tcp:[::1]:1".into()), &OutgoingOptions::default())
     };
-    // The agent is asked nothing: its next request is another.
+    // The agent gets no request for these: its next request is another one.
     for error in [
         snapshot(SnapshotMode::Background).unwrap_err(),
         snapshot(SnapshotMode::Paused).unwrap_err(),
@@ -244,7 +241,7 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
         assert!(matches!(error, Error::MemoryLost), "{error:?}");
         assert_eq!(error.to_string(), MISSING);
     }
-    // An operator asks the agent, which asks for these.
+    // For an operator's job the agent calls these hooks.
     let refused = RemoteError::new(ErrorCode::State, MISSING);
     for hook in [Hook::Pause, Hook::WatchWrites] {
         assert_eq!(attached.hook(&hook), Err(refused.clone()), "{}", hook.name());
@@ -252,9 +249,9 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     let saved = attached.agent.hook_frame(&Hook::SaveState, Vec::new());
     assert_eq!(decode_state_reply(&saved.body).unwrap(), Err(refused));
     assert!(saved.fds.is_empty());
-    assert_eq!(attached.calls(), [""; 0], "the VMM is asked for nothing");
+    assert_eq!(attached.calls(), [""; 0], "the VMM's hooks are not called");
 
-    // Another guest in its place can.
+    // Another guest in the same memory can be sent and saved.
     attached.start_incoming();
     assert_forgotten(&mut attached, &ram);
     assert_eq!(attached.hook(&Hook::UnregisterFaults { complete: true }), Ok(()));
@@ -273,7 +270,7 @@ fn a_guest_whose_memory_is_lost_is_neither_sent_nor_saved() {
     attached.lose_agent();
 }
 
-/// A VMM that touches page 3 when it resumes its guest, and says what it found and when its memory
+/// A VMM that reads page 3 when it resumes its guest. It reports what it found, and when its memory
 /// is lost.
 struct Touches(Ram, std::sync::mpsc::Sender<Heard>);
 
@@ -291,7 +288,7 @@ impl Hooks for Touches {
         Ok(())
     }
     fn resume(&mut self) -> Result<(), HookError> {
-        // However long that takes.
+        // Waits as long as it takes.
         self.1.send(Heard::Found(self.0.touch(3).outcome.recv()?))?;
         Ok(())
     }
@@ -306,8 +303,8 @@ impl Hooks for Touches {
     }
 }
 
-/// Has the thread of the hook channel wait for a page of a restore that ends so, with an agent that
-/// lives on; returns what the VMM heard.
+/// Makes the thread of the hook channel wait for a page of a restore. The job ends with `phase`,
+/// and the agent lives on. Returns what the VMM was told.
 fn hook_that_waits(
     phase: Phase, remaining_pages: u64, end: impl FnOnce(&mut FakeAgent, Userfaultfd, &Ram),
 ) -> Vec<Heard> {
@@ -325,16 +322,17 @@ fn hook_that_waits(
     started.join().unwrap();
     let uffd = register(&mut agent);
     agent.send_hook(&RESUME, Vec::new());
-    // It is not waited for, since its only thread waits itself.
+    // The client must not wait for a hook here, because the only hook thread waits itself.
     let status = JobStatus { job: 1, kind: JobKind::Restore, phase, ..JobStatus::default() };
     let counters = Counters { remaining_pages, ..status.counters };
     let status = JobStatus { counters, ..status };
-    let (request, _) = agent.request().expect("a look at how the job stands");
+    let (request, _) = agent.request().expect("a query of the job's status");
     assert_eq!(request, Request::QueryStatus);
     agent.reply(&request, &Ok(status), JobStatus::encode);
     end(&mut agent, uffd, &ram);
-    let first = heard.recv_timeout(LONG).expect("the hook waits for ever");
-    // Both hooks are answered before the agent goes, or its end could come before the second one.
+    let first = heard.recv_timeout(LONG).expect("the hook does not end");
+    // Both hooks are answered before the agent is dropped. Otherwise its end could come before the
+    // second hook.
     for hook in [RESUME, Hook::UnregisterFaults { complete: true }] {
         assert_eq!(agent.hooks.recv(soon()).unwrap().request, hook.code());
     }
@@ -344,7 +342,7 @@ fn hook_that_waits(
 }
 
 #[test]
-fn a_hook_that_waits_for_what_a_living_agent_will_not_bring_gets_an_error() {
+fn hook_that_waits_in_a_failed_job_gets_an_error() {
     if uffd().is_none() {
         return;
     }
@@ -356,14 +354,14 @@ fn a_hook_that_waits_for_what_a_living_agent_will_not_bring_gets_an_error() {
 }
 
 #[test]
-fn a_hook_that_is_late_in_a_job_that_failed_with_all_memory_here_loses_nothing() {
+fn late_hook_of_a_failed_job_with_all_memory_loses_nothing() {
     if uffd().is_none() {
         return;
     }
     let heard = hook_that_waits(Phase::Failed, 0, |agent, uffd, ram| {
         agent.send_hook(&Hook::UnregisterFaults { complete: true }, Vec::new());
-        // Asked again: so the answer before changed nothing.
-        let (request, _) = agent.request().expect("the next sign of life");
+        // The client queries again, so the earlier reply changed nothing.
+        let (request, _) = agent.request().expect("the next heartbeat");
         assert_eq!(request, Request::QueryStatus);
         agent.reply(&request, &Ok(JobStatus::default()), JobStatus::encode);
         uffd.copy(ram.address() + 3 * PAGE, &[1; PAGE as usize]).unwrap();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Two agents at once: what the old hook channel may still do when the next agent is attached, or
-//! when its agent is dead.
+//! Two hook channels at once: what the old channel may still do when its agent is dead or the next
+//! agent is attached.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -21,7 +21,7 @@ const START: Hook = Hook::StartTracking { sources: Trackers::HOOKS };
 const RELINQUISH: Hook = Hook::Relinquish { session: [0; 16], release: false };
 
 #[test]
-fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
+fn the_end_of_an_agent_keeps_the_tracking_of_the_next_one() {
     let (client, mut old, mut first) = connected();
     let mut vmm = Vmm::default();
     first.send_hook(&START, Vec::new());
@@ -29,7 +29,7 @@ fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
     let (mut new, mut second) = attach_next(&client);
     second.send_hook(&START, Vec::new());
     assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    // It comes late.
+    // The old channel notices late that it was replaced.
     assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
     assert_eq!(vmm.calls(), ["start", "start", "lost Ours"]);
     drop(second);
@@ -37,7 +37,8 @@ fn the_end_of_an_agent_does_not_stop_what_the_next_one_has_started() {
     assert_eq!(vmm.calls(), ["stop", "lost Ours"]);
 }
 
-/// Resumes slowly: it looks for a while whether somebody pauses the guest meanwhile.
+/// A VMM with a slow resume, which checks for a while whether another hook pauses the guest
+/// meanwhile.
 struct SlowToResume(Vmm);
 
 impl Hooks for SlowToResume {
@@ -71,7 +72,7 @@ impl Hooks for SlowToResume {
 }
 
 #[test]
-fn the_next_agent_does_not_pause_the_guest_while_it_is_resumed_for_the_one_before() {
+fn the_next_agent_does_not_pause_in_the_resume_of_the_last() {
     let (client, channel, mut first) = connected();
     let vmm = Vmm::default();
     let old = channel.spawn(SlowToResume(vmm.clone())).unwrap();
@@ -80,7 +81,7 @@ fn the_next_agent_does_not_pause_the_guest_while_it_is_resumed_for_the_one_befor
     let resumes = || vmm.calls.lock().unwrap().iter().any(|call| call == "resume");
     let until = soon();
     while !resumes() {
-        assert!(Instant::now() < until, "the end of the agent does not resume the guest");
+        assert!(Instant::now() < until, "the end of the agent did not resume the guest");
         std::thread::sleep(Duration::from_millis(1));
     }
     let (channel, mut second) = attach_next(&client);
@@ -88,7 +89,7 @@ fn the_next_agent_does_not_pause_the_guest_while_it_is_resumed_for_the_one_befor
     assert_eq!(second.hook(&Hook::Pause), Ok(()));
     assert_eq!(second.hook(&RELINQUISH), Ok(()));
     old.join();
-    // The guest is paused for the commit that may leave now.
+    // The guest is now paused for a commit that may be sent.
     let calls = vmm.calls();
     assert_eq!(calls[..4], ["pause", "resume", "resumed", "pause"], "{calls:?}");
     assert!(!calls[4..].contains(&"resume".into()), "{calls:?}");
@@ -98,7 +99,7 @@ fn the_next_agent_does_not_pause_the_guest_while_it_is_resumed_for_the_one_befor
 }
 
 #[test]
-fn a_late_resume_does_not_run_a_guest_that_the_next_agent_has_paused() {
+fn a_late_resume_does_not_undo_the_next_agents_pause() {
     for force in [false, true] {
         let (client, mut old, mut first) = connected();
         let mut vmm = Vmm::default();
@@ -109,14 +110,14 @@ fn a_late_resume_does_not_run_a_guest_that_the_next_agent_has_paused() {
         queue(&mut second, &[Hook::Pause, RELINQUISH]);
         assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
         assert_eq!(client.ownership(), Ownership::Relinquished);
-        // It comes late.
+        // The old channel notices late that it was replaced.
         old.dispatch(&mut vmm).unwrap();
         assert_eq!(vmm.calls(), ["pause", "pause", "lost Relinquished"]);
         assert_eq!(client.ownership(), Ownership::Relinquished);
     }
 }
 
-/// What begins something. None may, for an agent that is gone.
+/// Hooks that start something. None of them may run for an agent that is gone.
 fn beginnings() -> [Hook; 12] {
     [
         Hook::Pause,
@@ -135,7 +136,7 @@ fn beginnings() -> [Hook; 12] {
 }
 
 #[test]
-fn nothing_begins_for_an_agent_that_died_or_was_replaced_before_it_was_heard() {
+fn no_hook_starts_anything_for_a_dead_or_replaced_agent() {
     for replaced in [false, true] {
         for hook in beginnings() {
             let (client, mut old, mut first) = connected();
@@ -151,7 +152,7 @@ fn nothing_begins_for_an_agent_that_died_or_was_replaced_before_it_was_heard() {
 }
 
 #[test]
-fn the_last_word_of_an_agent_does_not_complete_the_memory_that_the_next_one_brings() {
+fn a_late_unregister_keeps_the_memory_of_the_next_agent() {
     if uffd().is_none() {
         return;
     }
@@ -171,7 +172,7 @@ fn the_last_word_of_an_agent_does_not_complete_the_memory_that_the_next_one_brin
     queue(&mut second, &[Hook::RegisterFaults]);
     assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
     assert_eq!(decode_hook_reply(&second.hooks.recv(soon()).unwrap().body), Ok(Ok(())));
-    // It comes late.
+    // The old channel notices late that it was replaced.
     assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
     queue(&mut second, &[Hook::RegisterFaults]);
     assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
@@ -179,9 +180,10 @@ fn the_last_word_of_an_agent_does_not_complete_the_memory_that_the_next_one_brin
     assert!(error.sentence.contains("registered already"), "{error}");
 }
 
-/// It says that no commit left. Nobody else knows: without that word only force would help.
+/// The event says that no commit was sent. No other process knows that, so without the event only
+/// an operator's force would help.
 #[test]
-fn the_last_word_of_an_agent_that_died_or_was_replaced_is_heard() {
+fn failure_event_of_a_dead_or_replaced_agent_counts() {
     for replaced in [false, true] {
         let (client, mut old, mut first) = connected();
         let mut vmm = Vmm::default();

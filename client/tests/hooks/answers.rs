@@ -43,7 +43,7 @@ fn every_hook_reaches_the_vmm_and_is_answered() {
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.calls(), [""; 0], "it runs");
     let (_client, vmm) = attached.lose_agent();
-    assert_eq!(vmm.calls(), ["throttle 0", "lost Ours"], "nobody else would let it go");
+    assert_eq!(vmm.calls(), ["throttle 0", "lost Ours"], "without an agent the throttle is off");
 }
 
 #[test]
@@ -65,7 +65,7 @@ fn failing_hook_is_answered_with_its_sentence() {
 }
 
 #[test]
-fn unknown_and_malformed_hooks_get_an_error_and_the_channel_lives() {
+fn unknown_and_malformed_hooks_are_refused_on_a_live_channel() {
     let mut attached = Attached::new(Vmm::default());
     let agent = &mut attached.agent;
     let mut ask = |frame: Frame| {
@@ -85,7 +85,7 @@ fn unknown_and_malformed_hooks_get_an_error_and_the_channel_lives() {
     assert_eq!(short, ErrorCode::Invalid);
     let clear = |block, first, words| Hook::ClearTracker { block, first, bitmap: vec![1; words] };
     assert_eq!(attached.refused(&clear(1, 0, 1)), ErrorCode::NotFound);
-    // Neither of these is answered.
+    // These two get no reply.
     attached.agent.hooks.send(&Frame::request(code::EVENT, vec![1, 2, 3]), soon()).unwrap();
     attached.agent.hooks.send(&Frame::reply(code::PAUSE, vec![1, 2, 3]), soon()).unwrap();
     assert_eq!(attached.hook(&START), Ok(()));
@@ -114,8 +114,8 @@ fn hooks_sent_at_once_are_answered_in_order_by_one_dispatch() {
         (hook.code(), sequence)
     });
     assert_eq!(channel.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    // The agent waited too long for the first; it can tell its answer from the others by the
-    // number.
+    // The agent waited too long for the first hook. The sequence number tells it which reply
+    // belongs to which hook.
     for (request, sequence) in sequences {
         let answer = agent.hooks.recv(soon()).unwrap();
         assert_eq!((answer.request, reply_sequence(&answer.body)), (request, Ok(sequence)));
@@ -172,7 +172,7 @@ fn state_over_a_limit_is_an_error_reply() {
 }
 
 #[test]
-fn a_vmm_that_declares_a_tracker_and_has_none_fails_before_a_write_is_lost() {
+fn declared_tracker_without_hooks_fails_before_a_lost_write() {
     let (_client, mut channel, mut agent) = connected();
     for (hook, name) in [(START, "start_tracking"), (Hook::SyncTracker, "sync_tracker")] {
         queue(&mut agent, std::slice::from_ref(&hook));
@@ -184,7 +184,7 @@ fn a_vmm_that_declares_a_tracker_and_has_none_fails_before_a_write_is_lost() {
             "{error}"
         );
     }
-    // To stop what never was is fine, as is the tracker that needs no hook.
+    // A stop without a start succeeds, and so does a tracker that needs no hook.
     queue(&mut agent, &[STOP]);
     channel.dispatch(&mut Least).unwrap();
     assert_eq!(decode_hook_reply(&agent.hooks.recv(soon()).unwrap().body), Ok(Ok(())));

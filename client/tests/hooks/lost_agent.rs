@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! An agent that dies or hangs does not keep the guest paused.
+//! Agents that die or hang while the guest is paused: the client resumes it.
 
 use crate::support::*;
 use crate::*;
@@ -11,7 +11,7 @@ use pageferry_protocol::control::request::MAX_RANGES;
 use std::sync::mpsc::channel;
 
 #[test]
-fn frame_that_cannot_be_followed_ends_the_agent_and_resumes_the_guest() {
+fn malformed_frame_ends_the_agent_and_resumes_the_guest() {
     let (client, mut channel, mut agent) = connected();
     let mut vmm = Vmm::default();
     agent.send_hook(&Hook::Pause, Vec::new());
@@ -23,7 +23,7 @@ fn frame_that_cannot_be_followed_ends_the_agent_and_resumes_the_guest() {
 }
 
 #[test]
-fn agent_that_dies_while_the_guest_is_paused_leaves_it_running() {
+fn dead_agent_does_not_keep_the_guest_paused() {
     let mut attached = Attached::new(Vmm::default());
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     let (client, vmm) = attached.lose_agent();
@@ -32,7 +32,7 @@ fn agent_that_dies_while_the_guest_is_paused_leaves_it_running() {
 }
 
 #[test]
-fn hanging_agent_that_is_given_up_does_not_keep_the_guest_paused() {
+fn given_up_agent_does_not_keep_the_guest_paused() {
     let (client, channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
     let mut attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
@@ -43,7 +43,7 @@ fn hanging_agent_that_is_given_up_does_not_keep_the_guest_paused() {
     drop(attached.agent);
 }
 
-/// A VMM with an agent that is silent from now on, after these hooks; both sockets stay open.
+/// A VMM with an agent that sends these hooks and is then silent. Both sockets stay open.
 fn silent_after(hooks: &[Hook]) -> Attached {
     let (client, channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
     let mut attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
@@ -53,36 +53,37 @@ fn silent_after(hooks: &[Hook]) -> Attached {
     attached
 }
 
-/// Returns what was called when a silent agent has been given up, though nobody asks it anything.
+/// Waits until a silent agent is given up, without any request. Returns the hooks that were called.
 #[track_caller]
 fn given_up(silent: Attached) -> Vec<String> {
     let Attached { client, thread, agent, .. } = silent;
     let (says, calls) = channel();
     std::thread::spawn(move || says.send(thread.join().calls()).unwrap());
-    let calls = calls.recv_timeout(LONG).expect("the guest is paused for ever");
+    let calls = calls.recv_timeout(LONG).expect("the guest stays paused");
     assert_eq!(client.ownership(), Ownership::Ours);
     drop(agent);
     calls
 }
 
 #[test]
-fn hanging_agent_does_not_keep_the_guest_paused_though_nobody_asks_it_anything() {
+fn hanging_agent_is_found_without_a_request_while_paused() {
     assert_eq!(given_up(silent_after(&[Hook::Pause])), ["pause", "resume", "lost Ours"]);
 }
 
 #[test]
-fn silent_agent_is_not_given_up_where_the_guest_runs_or_may_run_elsewhere() {
+fn silent_agent_is_kept_unless_the_guest_waits_for_it() {
     let relinquish = Hook::Relinquish { session: [0; 16], release: false };
     let silent = [vec![Hook::Pause, RESUME], vec![Hook::Pause, relinquish.clone()]]
         .map(|hooks| silent_after(&hooks));
-    // These two were silent before the first one that hangs, and the second hangs only when the
-    // first was found: that is how long it takes, and as long again.
+    // The two agents above are silent from the start. Meanwhile two hanging agents are found, one
+    // after the other. So the silent ones have had twice the time after which a hanging agent is
+    // given up.
     for _ in 0..2 {
         given_up(silent_after(&[Hook::Pause]));
     }
     for mut attached in silent {
         assert!(!attached.thread.is_finished());
-        assert_eq!(attached.hook(&RESUME), Ok(()), "it has its say");
+        assert_eq!(attached.hook(&RESUME), Ok(()), "the silent agent is still heard");
         assert_eq!(attached.calls(), ["pause", "resume"]);
         attached.lose_agent();
     }
@@ -106,7 +107,7 @@ fn client_dropped_while_the_guest_is_paused_resumes_it() {
 }
 
 #[test]
-fn an_agent_that_dies_while_it_tracks_and_throttles_leaves_neither_on() {
+fn dead_agent_leaves_no_tracking_and_no_throttle() {
     let mut attached = Attached::new(Vmm::default());
     for hook in [START, Hook::Throttle { percent: 30 }] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
@@ -116,7 +117,7 @@ fn an_agent_that_dies_while_it_tracks_and_throttles_leaves_neither_on() {
 }
 
 #[test]
-fn a_pause_that_failed_or_panicked_is_undone_when_the_agent_dies() {
+fn failed_pause_is_undone_when_the_agent_dies() {
     let vmms =
         [Vmm { fails: "pause", ..Vmm::default() }, Vmm { panics: "pause", ..Vmm::default() }];
     for vmm in vmms {
@@ -133,7 +134,7 @@ fn a_pause_that_failed_or_panicked_is_undone_when_the_agent_dies() {
 }
 
 #[test]
-fn an_agent_that_hangs_after_a_pause_that_failed_is_found_as_after_one_that_did_not() {
+fn hanging_agent_is_found_also_after_a_failed_pause() {
     let (client, channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
     let vmm = Vmm { fails: "pause", ..Vmm::default() };
     let mut attached = Attached::over(client, channel, agent.join().unwrap(), vmm);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hooks: dispatched, answered, and survived.
+//! The hook channel: hooks are dispatched and answered, also if the agent or the VMM fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "../support/mod.rs"]
@@ -24,7 +24,7 @@ pub(crate) fn event(kind: JobKind, phase: Phase) -> Hook {
     Hook::Event { status: Box::new(JobStatus { job: 1, kind, phase, ..JobStatus::default() }) }
 }
 
-/// A VMM that implements only what it must.
+/// A VMM that implements only the required hooks.
 pub(crate) struct Least;
 
 impl Hooks for Least {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest is given up and comes back.
+//! Ownership: the guest is given up and comes back.
 
 use crate::support::*;
 use crate::*;
@@ -11,7 +11,7 @@ use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::Request;
 
 #[test]
-fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
+fn agent_lost_after_relinquish_leaves_the_guest_paused() {
     let mut attached = Attached::new(Vmm::default());
     assert_eq!(
         attached.refused(&Hook::Relinquish { session: [0; 16], release: false }),
@@ -24,7 +24,8 @@ fn agent_that_dies_after_the_line_leaves_the_guest_standing_still() {
     let (client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), ["pause", "lost Relinquished"]);
 
-    // A new agent may watch it stand still, but not resume it, unless an operator says so.
+    // A new agent may connect while the guest is paused. It may resume the guest only by an
+    // operator's force.
     let (channel, second) = attach_next(&client);
     let mut attached = Attached::over(client, channel, second, vmm);
     assert_eq!(attached.refused(&Hook::Pause), ErrorCode::State);
@@ -98,7 +99,7 @@ fn refused_guest_is_not_in_the_way_of_the_snapshot_that_runs() {
 }
 
 #[test]
-fn a_relinquish_that_is_refused_does_not_change_the_migration_that_can_be_recovered() {
+fn refused_relinquish_keeps_the_recoverable_migration() {
     let mut attached = Attached::new(Vmm::default());
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     assert_eq!(attached.hook(&Hook::Relinquish { session: [1; 16], release: true }), Ok(()));

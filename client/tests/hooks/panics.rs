@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A hook that panics.
+//! Hooks that panic.
 
 use crate::support::*;
 use crate::*;
@@ -10,7 +10,7 @@ use pageferry_protocol::control::hook_reply::decode_state_reply;
 use pageferry_protocol::control::job::{JobKind, RunState};
 use pageferry_protocol::control::reply::ErrorCode;
 
-/// A pause that comes after it shows that the channel lives.
+/// The pause that follows shows that the channel still works.
 #[test]
 fn a_hook_that_panics_fails_by_name_and_the_channel_lives() {
     let panics = "save,start,watched,event,unwatched,throttle,panicked: event";
@@ -23,7 +23,7 @@ fn a_hook_that_panics_fails_by_name_and_the_channel_lives() {
     for hook in [START, Hook::WatchWrites, Hook::Throttle { percent: 30 }] {
         assert_eq!(attached.refused(&hook), ErrorCode::Panicked, "{}", hook.name());
     }
-    // One that is not answered; the VMM panics once more as it is told.
+    // An event gets no reply. The VMM panics once more when it is told of the panic.
     attached.agent.send_hook(&event(JobKind::Outgoing, Phase::Failed), Vec::new());
     assert_eq!(attached.hook(&RESUME), Ok(()));
     let told = "panicked: save state: vCPU 3 is gone";
@@ -44,7 +44,7 @@ fn a_hook_that_panics_fails_by_name_and_the_channel_lives() {
 }
 
 #[test]
-fn a_hook_that_panics_at_the_end_of_the_agent_keeps_nothing_else_from_happening() {
+fn a_panic_at_the_agents_end_does_not_skip_other_hooks() {
     let mut attached = Attached::new(Vmm { panics: "resume,stop,lost", ..Vmm::default() });
     assert_eq!(attached.hook(&START), Ok(()));
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
@@ -63,7 +63,7 @@ fn a_hook_that_panics_at_the_end_of_the_agent_keeps_nothing_else_from_happening(
 }
 
 #[test]
-fn a_vmm_that_panics_when_it_is_asked_for_the_run_state_is_not_paused_and_not_saved() {
+fn a_panic_in_run_state_prevents_pause_and_save() {
     let mut attached =
         Attached::new(Vmm { panics: "run state", run_state: RunState::Paused, ..Vmm::default() });
     let error = attached.hook(&Hook::Pause).unwrap_err();
@@ -79,5 +79,5 @@ fn a_vmm_that_panics_when_it_is_asked_for_the_run_state_is_not_paused_and_not_sa
     );
     let told = "panicked: run state: vCPU 3 is gone";
     let (_client, vmm) = attached.lose_agent();
-    assert_eq!(vmm.calls(), [told, told, "lost Ours"], "the operator's pause stands");
+    assert_eq!(vmm.calls(), [told, told, "lost Ours"], "the operator's pause stays");
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A restore that an operator asks for.
+//! Restores that an operator starts.
 
 use crate::support::*;
 use crate::*;
@@ -10,13 +10,13 @@ use pageferry_protocol::control::hook_reply::decode_hook_reply;
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::reply::ErrorCode;
 
-/// An operator's wish for a restore.
+/// The hook for an operator's restore.
 fn prepare_restore() -> Hook {
     Hook::PrepareRestore { path: "/images/golden".into() }
 }
 
 #[test]
-fn restore_that_the_vmm_allows_makes_it_await_a_guest_of_that_agent() {
+fn allowed_restore_makes_the_guest_awaited() {
     let mut attached = Attached::new(Vmm::default());
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     assert_eq!(attached.hook(&prepare_restore()), Ok(()));
@@ -41,7 +41,7 @@ fn restore_that_the_vmm_allows_makes_it_await_a_guest_of_that_agent() {
     assert_eq!(
         vmm.calls(),
         ["prepare restore /images/golden", "lost Awaiting"],
-        "nobody runs what is half restored"
+        "no half-restored guest runs"
     );
 }
 
@@ -57,7 +57,7 @@ fn restore_that_the_vmm_refuses_changes_nothing() {
 }
 
 #[test]
-fn restore_over_a_guest_that_may_return_is_refused_before_the_vmm_is_asked() {
+fn restore_over_a_relinquished_guest_is_refused_without_a_hook() {
     let mut attached = Attached::new(Vmm::default());
     for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16], release: false }] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
@@ -67,12 +67,12 @@ fn restore_over_a_guest_that_may_return_is_refused_before_the_vmm_is_asked() {
         (attached.calls(), attached.client.ownership()),
         (vec!["pause".to_owned()], Ownership::Relinquished)
     );
-    assert_eq!(attached.hook(&RESUME), Ok(()), "and the agent that asked for the line has its say");
+    assert_eq!(attached.hook(&RESUME), Ok(()), "the agent that asked to relinquish is still heard");
     attached.lose_agent();
 }
 
 #[test]
-fn vmm_that_says_nothing_about_restores_takes_none_from_an_operator() {
+fn vmm_without_a_restore_hook_refuses_operators() {
     let (client, mut channel, mut agent) = connected();
     agent.send_hook(&prepare_restore(), Vec::new());
     channel.dispatch(&mut Least).unwrap();

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) const PAGE: u64 = 4096;
 
-/// How long is waited for what has to come.
+/// Timeout for anything that must happen.
 pub(crate) const LONG: Duration = Duration::from_secs(10);
 
 pub(crate) fn soon() -> Instant {
@@ -54,7 +54,7 @@ pub(crate) fn hello_reply(max_ranges: usize) -> Vec<u8> {
     encode_reply(&Ok(reply), HelloReply::encode)
 }
 
-/// A pidfd of this process, which is the fake agent's, too.
+/// A pidfd of this process, which is also the fake agent's process.
 pub(crate) fn own_process() -> OwnedFd {
     pidfd_open(getpid(), PidfdFlags::empty()).unwrap()
 }
@@ -65,7 +65,7 @@ impl FakeAgent {
         Self::shake_hands_as(socket, max_ranges, own_process())
     }
 
-    /// Plays the handshake, and says that `process` is the agent's.
+    /// Plays the handshake, with `process` as the agent's pidfd.
     pub(crate) fn shake_hands_as(socket: OwnedFd, max_ranges: usize, process: OwnedFd) -> Self {
         let (control, fence) = Self::say_hello(socket, max_ranges, process);
         Self::take_over(control, fence)
@@ -87,14 +87,14 @@ impl FakeAgent {
             other => panic!("{other:?}"),
         };
         let fence = FenceView::map(hello.fds[0].as_fd(), agent).unwrap();
-        assert!(fence.check().is_err(), "it has nothing yet");
+        assert!(fence.check().is_err(), "the agent is not current yet");
         let reply =
             Frame { fds: vec![process], ..Frame::reply(hello.request, hello_reply(max_ranges)) };
         control.send(&reply, soon()).unwrap();
         (control, fence)
     }
 
-    /// Plays the rest of it.
+    /// Plays the rest of the handshake.
     pub(crate) fn take_over(mut control: FrameSocket, fence: FenceView) -> Self {
         let mut log = control.recv(soon()).unwrap();
         assert_eq!((log.request, log.body.len(), log.fds.len()), (6, 16, 1));
@@ -108,14 +108,15 @@ impl FakeAgent {
         Self { control, hooks: hooks.fds.remove(0).into(), log: log.fds.remove(0), fence, next: 0 }
     }
 
-    /// The next request and its descriptors; `None` when the client ended the connection.
+    /// The next request and its descriptors. `None` when the client has closed the connection.
     pub(crate) fn request(&mut self) -> Option<(Request, Vec<OwnedFd>)> {
         let frame = match self.control.recv(soon()) {
             Err(SocketError::Closed) => return None,
             received => received.unwrap(),
         };
-        let request =
-            Request::decode(frame.request, &frame.body).expect("one of ours").expect("well-formed");
+        let request = Request::decode(frame.request, &frame.body)
+            .expect("a known request")
+            .expect("well-formed");
         Some((request, frame.fds))
     }
 
@@ -142,7 +143,7 @@ impl FakeAgent {
         self.reply(request, &Err::<(), _>(RemoteError::new(code, sentence)), |(), encoder| encoder);
     }
 
-    /// Accepts the block that comes next; returns the request and its descriptors.
+    /// Accepts the next block. Returns the request and its descriptors.
     pub(crate) fn accept_block(&mut self) -> (Request, Vec<OwnedFd>) {
         let (request, fds) = self.request().expect("add block");
         assert!(matches!(request, Request::AddBlock { .. }), "{request:?}");
@@ -155,7 +156,7 @@ impl FakeAgent {
         (request, fds)
     }
 
-    /// Sends a hook; returns its sequence number.
+    /// Sends a hook. Returns its sequence number.
     pub(crate) fn send_hook(&mut self, hook: &Hook, fds: Vec<OwnedFd>) -> u64 {
         self.next += 1;
         let frame = Frame { fds, ..Frame::request(hook.code(), hook.encode(self.next)) };
@@ -163,7 +164,7 @@ impl FakeAgent {
         self.next
     }
 
-    /// Sends a hook and waits for its answer.
+    /// Sends a hook and waits for its reply.
     pub(crate) fn hook_frame(&mut self, hook: &Hook, fds: Vec<OwnedFd>) -> Frame {
         let sequence = self.send_hook(hook, fds);
         let answer = self.hooks.recv(soon()).unwrap();
@@ -172,13 +173,13 @@ impl FakeAgent {
         answer
     }
 
-    /// Sends a hook and waits for what became of it.
+    /// Sends a hook and waits for its result.
     pub(crate) fn hook(&mut self, hook: &Hook) -> Reply<()> {
         decode_hook_reply(&self.hook_frame(hook, Vec::new()).body).unwrap()
     }
 }
 
-/// A client with a fake agent: handshake done, then `script` on a thread of its own.
+/// A client with a fake agent. After the handshake the agent runs `script` on its own thread.
 pub(crate) fn client_with<T: Send + 'static>(
     config: Config, max_ranges: usize, script: impl FnOnce(FakeAgent) -> T + Send + 'static,
 ) -> (Client, HookChannel, JoinHandle<T>) {
@@ -195,17 +196,18 @@ pub(crate) fn client<T: Send + 'static>(
     client_with(quiet(), MAX_RANGES, script)
 }
 
-/// An idle agent is asked nothing: the next request is the test's.
+/// A configuration without heartbeats, so that all requests come from the test.
 pub(crate) fn quiet() -> Config {
     Config { heartbeat: Duration::from_secs(3600), ..Config::default() }
 }
 
-/// For agents that are to be too slow. Long enough for a handshake on a busy machine.
+/// A configuration for agents that are too slow. The timeout is long enough for a handshake on a
+/// busy machine.
 pub(crate) fn impatient() -> Config {
     Config { request_timeout: Duration::from_millis(500), ..quiet() }
 }
 
-/// A memfd of so many pages, all written.
+/// A memfd of this many pages. All of them are written.
 pub(crate) fn written(pages: u64) -> OwnedFd {
     let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
     ftruncate(&fd, pages * PAGE).unwrap();
@@ -237,7 +239,7 @@ pub(crate) fn spec(id: u32, gpa: u64, memory: &OwnedFd) -> BlockSpec<'_> {
     }
 }
 
-/// A userfaultfd for write protection; `None`, and why, where there is none.
+/// A userfaultfd for write protection. If there is none, prints the reason and returns `None`.
 pub(crate) fn uffd() -> Option<Userfaultfd> {
     match Userfaultfd::open(feature::WP_HUGETLBFS_SHMEM) {
         Ok(uffd) => Some(uffd),

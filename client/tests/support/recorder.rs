@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VMM that writes down which hooks are called, on a fake agent.
+//! A VMM that records its hook calls, on a fake agent.
 
 use super::*;
 use pageferry_client::{
@@ -10,12 +10,12 @@ use pageferry_client::{Ownership, RunState, StatePiece, Target};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-/// Writes down what is called, and fails when told to.
+/// A VMM that records the calls of its hooks. They fail or panic if the test asks for it.
 #[derive(Default, Clone)]
 pub(crate) struct Vmm {
     pub(crate) calls: Arc<Mutex<Vec<String>>>,
     pub(crate) fails: &'static str,
-    /// Starts of those that panic, by commas.
+    /// The prefixes of calls that panic, separated by commas.
     pub(crate) panics: &'static str,
     pub(crate) state: Vec<StatePiece>,
     pub(crate) run_state: RunState,
@@ -39,7 +39,7 @@ impl Vmm {
 
 impl Hooks for Vmm {
     fn run_state(&mut self) -> Result<RunState, HookError> {
-        // Not written down: it changes nothing.
+        // This call is not recorded, because it changes nothing.
         assert!(!self.panics.split(',').any(|start| start == "run state"), "vCPU 3 is gone");
         Ok(self.run_state)
     }
@@ -96,13 +96,13 @@ impl Hooks for Vmm {
     }
 }
 
-/// A client and its hook channel, with the agent's side in the test's own hands.
+/// A client and its hook channel. The test plays the agent.
 pub(crate) fn connected() -> (Client, HookChannel, FakeAgent) {
     let (client, channel, agent) = client(|agent| agent);
     (client, channel, agent.join().unwrap())
 }
 
-/// A VMM that answers hooks on a thread, with the agent's side in the test's own hands.
+/// A VMM that answers hooks on a thread. The test plays the agent.
 pub(crate) struct Attached {
     pub(crate) client: Client,
     pub(crate) vmm: Vmm,
@@ -121,7 +121,7 @@ impl Attached {
         Self { client, vmm, thread, agent }
     }
 
-    /// Hands over a block of so many pages, with the id 2.
+    /// Adds a block of this many pages, with the id 2.
     pub(crate) fn add_block(&mut self, gpa: u64, pages: u64) {
         let adding = self.client.clone();
         let added =
@@ -130,7 +130,7 @@ impl Attached {
         added.join().unwrap();
     }
 
-    /// Waits for a guest from now on.
+    /// Starts an incoming migration.
     pub(crate) fn start_incoming(&mut self) {
         let starting = self.client.clone();
         let started = std::thread::spawn(move || {
@@ -156,14 +156,14 @@ impl Attached {
         self.vmm.calls()
     }
 
-    /// The agent is gone; returns the client and the VMM when it has noticed.
+    /// Drops the agent. Returns the client and the VMM when the hook thread has ended.
     pub(crate) fn lose_agent(self) -> (Client, Vmm) {
         drop(self.agent);
         (self.client, self.thread.join())
     }
 }
 
-/// Attaches another agent in place of the one before.
+/// Attaches another agent.
 pub(crate) fn attach_next(client: &Client) -> (HookChannel, FakeAgent) {
     let (ours, agents) = UnixStream::pair().unwrap();
     let next = std::thread::spawn(move || FakeAgent::shake_hands(agents.into(), MAX_RANGES));
@@ -171,7 +171,8 @@ pub(crate) fn attach_next(client: &Client) -> (HookChannel, FakeAgent) {
     (channel, next.join().unwrap())
 }
 
-/// Has the agent send these and wait for nothing: nobody may have read them by its end.
+/// Sends these hooks without waiting for replies. The VMM may not have read them when the agent
+/// ends.
 pub(crate) fn queue(agent: &mut FakeAgent, hooks: &[Hook]) {
     for hook in hooks {
         agent.send_hook(hook, Vec::new());

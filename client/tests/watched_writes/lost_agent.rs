@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A write goes on if the agent that watches it dies or hangs.
+//! Agents that die or hang while writes wait: the writes continue.
 
 use crate::support::*;
 use crate::*;
@@ -13,7 +13,7 @@ use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
 
 #[test]
-fn dead_agent_lets_go_who_waits_to_write() {
+fn dead_agent_releases_waiting_writers() {
     let Some(watched) = Watched::new() else { return };
     let done = [watched.writer(1), watched.writer(6)];
     let Watched { attached, ram, uffd } = watched;
@@ -29,7 +29,7 @@ fn dead_agent_lets_go_who_waits_to_write() {
             Ownership::Ours,
             vec!["watched".to_owned(), "unwatched".to_owned(), "lost Ours".to_owned()]
         ),
-        "it runs on"
+        "the guest keeps running"
     );
 }
 
@@ -55,7 +55,8 @@ impl Hooks for Writes {
     }
 }
 
-/// Has the hook channel's own thread wait for a page, on an agent that is `lost` then.
+/// Makes the hook channel's own thread wait to write a page. Then `lose` makes the agent die or
+/// hang.
 fn hook_that_waits(impatience: Config, lose: impl FnOnce(FakeAgent) -> Option<FakeAgent>) {
     if uffd().is_none() {
         return;
@@ -91,7 +92,7 @@ fn channel_of_end<H: Send + 'static>(
 }
 
 #[test]
-fn hook_that_waits_to_write_is_let_go_when_the_agent_dies() {
+fn waiting_hook_is_released_when_the_agent_dies() {
     hook_that_waits(quiet(), |agent| {
         drop(agent);
         None
@@ -99,13 +100,13 @@ fn hook_that_waits_to_write_is_let_go_when_the_agent_dies() {
 }
 
 #[test]
-fn hook_that_waits_to_write_is_let_go_when_the_agent_hangs() {
-    // It holds its sockets, and answers no sign of life.
+fn waiting_hook_is_released_when_the_agent_hangs() {
+    // The agent keeps its sockets open, and answers no heartbeat.
     hook_that_waits(impatient(), Some);
 }
 
 #[test]
-fn hook_that_waits_to_write_is_let_go_when_the_agent_gives_up_its_hooks() {
+fn waiting_hook_is_released_when_the_hook_socket_closes() {
     hook_that_waits(quiet(), |agent| {
         agent.hooks.shutdown();
         Some(agent)
@@ -117,7 +118,7 @@ fn request_that_hangs_does_not_hide_the_death_of_the_agent() {
     let Some(watched) = Watched::new() else { return };
     let done = watched.writer(1);
     let Watched { attached, .. } = watched;
-    // Holds the session's lock, and waits for an answer that does not come.
+    // This request holds the session's lock and waits for a reply that does not come.
     let asking = attached.client.clone();
     let asked = spawn(move || asking.status());
     let mut agent = attached.agent;
@@ -129,7 +130,7 @@ fn request_that_hangs_does_not_hide_the_death_of_the_agent() {
 }
 
 #[test]
-fn new_agent_watches_what_the_last_one_did() {
+fn next_agent_watches_the_same_memory() {
     let Some(watched) = Watched::new() else { return };
     let done = watched.writer(1);
     let Watched { attached, ram, uffd: old } = watched;
@@ -154,7 +155,7 @@ fn new_agent_watches_what_the_last_one_did() {
 }
 
 #[test]
-fn the_end_of_an_agent_lets_nothing_go_that_stands_still_for_the_next_one() {
+fn the_end_of_an_agent_keeps_the_watch_of_the_next_one() {
     if uffd().is_none() {
         return;
     }
@@ -174,7 +175,7 @@ fn the_end_of_an_agent_lets_nothing_go_that_stands_still_for_the_next_one() {
     let mut second = second.join().unwrap();
     second.send_hook(&Hook::WatchWrites, Vec::new());
     assert_eq!(new.dispatch(&mut vmm).unwrap(), Dispatch::Open);
-    // It comes late.
+    // The old channel notices late that it was replaced.
     assert_eq!(old.dispatch(&mut vmm).unwrap(), Dispatch::Closed);
     assert_eq!(vmm.calls(), ["watched", "watched", "lost Ours"]);
     drop(second);
@@ -183,8 +184,8 @@ fn the_end_of_an_agent_lets_nothing_go_that_stands_still_for_the_next_one() {
 }
 
 #[test]
-fn agent_that_hangs_while_writes_wait_is_given_far_less_time_than_any_other() {
-    // A writer would wait for two minutes.
+fn agent_that_hangs_while_writes_wait_gets_only_stall_timeout() {
+    // With the request timeout alone, a writer would wait for two minutes.
     let config = Config {
         request_timeout: Duration::from_secs(120),
         stall_timeout: Duration::from_millis(500),
@@ -194,7 +195,7 @@ fn agent_that_hangs_while_writes_wait_is_given_far_less_time_than_any_other() {
     let attached = Attached::over(client, channel, agent.join().unwrap(), Vmm::default());
     let Some(watched) = Watched::over(attached) else { return };
     let done = watched.writer(1);
-    done.recv_timeout(SOON).expect("the writer to go on");
+    done.recv_timeout(SOON).expect("the writer to continue");
     watched.assert_unwatched();
     let Watched { attached, .. } = watched;
     let Attached { client, agent, thread, .. } = attached;

@@ -29,7 +29,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(20);
 #[derive(Clone)]
 pub(crate) struct Ram {
     pub(crate) memory: Arc<OwnedFd>,
-    /// The mapping, whatever its bits stand for.
+    /// The mapping, with any bitmap.
     pub(crate) words: Arc<MappedBitmap>,
 }
 
@@ -62,7 +62,7 @@ impl Ram {
         self.words.word(page * PAGE / 8)
     }
 
-    /// Writes on a thread of its own, and says so when it is done.
+    /// Writes a page on its own thread. The receiver gets a message when the write is done.
     pub(crate) fn writer(&self, page: u64) -> Receiver<()> {
         let (ram, (say, done)) = (self.clone(), channel());
         spawn(move || {
@@ -73,7 +73,7 @@ impl Ram {
     }
 }
 
-/// Hands a block over while the test is the agent.
+/// Adds a block while the test plays the agent.
 pub(crate) fn add_block(client: &Client, agent: &mut FakeAgent, ram: &Ram, id: u32) {
     let (client, ram) = (client.clone(), ram.clone());
     let added = spawn(move || client.add_block(ram.spec(id)).unwrap());
@@ -88,7 +88,7 @@ pub(crate) fn watch(agent: &mut FakeAgent) -> Userfaultfd {
     answer.fds.remove(0).into()
 }
 
-/// Waits until somebody waits at this page, and nowhere else.
+/// Waits for a fault, and checks that it is at this page.
 pub(crate) fn assert_waits_at(uffd: &Userfaultfd, page: AddressRange) {
     assert_eq!(
         pageferry_protocol::control::socket::wait(uffd.as_fd(), PollFlags::IN, soon()),
@@ -100,7 +100,7 @@ pub(crate) fn assert_waits_at(uffd: &Userfaultfd, page: AddressRange) {
     assert_eq!(faults[0] / PAGE * PAGE, page.start);
 }
 
-/// One block, watched and all of it protected.
+/// A VMM with one block whose writes are watched. All of it is protected.
 pub(crate) struct Watched {
     pub(crate) attached: Attached,
     pub(crate) ram: Ram,
@@ -108,7 +108,7 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// `None` where there is no userfaultfd.
+    /// `None` if there is no userfaultfd.
     pub(crate) fn new() -> Option<Self> {
         Self::over(Attached::new(Vmm::default()))
     }
@@ -122,7 +122,7 @@ impl Watched {
         Some(Self { attached, ram, uffd })
     }
 
-    /// Somebody who waits to write the page.
+    /// A writer that waits for the page.
     pub(crate) fn writer(&self, page: u64) -> Receiver<()> {
         let done = self.ram.writer(page);
         assert_waits_at(&self.uffd, self.ram.page(page));

@@ -12,7 +12,7 @@ use std::thread::spawn;
 const SCAN: Hook = Hook::StartTracking { sources: Trackers::WRITE_PROTECT };
 const NO_SCAN: Hook = Hook::StopTracking { sources: Trackers::WRITE_PROTECT };
 
-/// True if nobody has the mapping, which stays so.
+/// True if no userfaultfd has the mapping registered. Leaves it unregistered.
 fn is_free(ram: &Ram) -> bool {
     let other = uffd().unwrap();
     match other.register(ram.all(), RegisterMode::WriteProtect) {
@@ -22,7 +22,7 @@ fn is_free(ram: &Ram) -> bool {
     }
 }
 
-/// A VMM with a mapped block; `None` where there is no userfaultfd.
+/// A VMM with a mapped block. `None` if there is no userfaultfd.
 fn tracked() -> Option<(Attached, Ram)> {
     uffd()?;
     let mut attached = Attached::new(Vmm::default());
@@ -32,7 +32,7 @@ fn tracked() -> Option<(Attached, Ram)> {
 }
 
 #[test]
-fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back() {
+fn watching_borrows_the_mappings_of_write_protect_tracking() {
     let Some((mut attached, ram)) = tracked() else { return };
     assert!(is_free(&ram), "nothing is registered before the agent tracks");
     assert_eq!(attached.hook(&SCAN), Ok(()));
@@ -43,8 +43,8 @@ fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back()
     assert_waits_at(&watched, ram.page(3));
     assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
     done.recv_timeout(SOON).unwrap();
-    assert!(!is_free(&ram), "it is tracked again");
-    // And once more, as it is stopped meanwhile.
+    assert!(!is_free(&ram), "write-protect tracking is on again");
+    // Once more. This time tracking is stopped while writes are watched.
     drop(watch(&mut attached.agent));
     assert_eq!(attached.hook(&NO_SCAN), Ok(()));
     assert_eq!(attached.hook(&Hook::UnwatchWrites), Ok(()));
@@ -58,7 +58,7 @@ fn watching_takes_the_mappings_from_write_protect_tracking_and_gives_them_back()
 }
 
 #[test]
-fn agent_that_dies_while_it_scans_leaves_nothing_registered() {
+fn agent_that_dies_in_a_scan_leaves_nothing_registered() {
     for watches in [false, true] {
         let Some((mut attached, ram)) = tracked() else { return };
         assert_eq!(attached.hook(&SCAN), Ok(()));
@@ -83,10 +83,10 @@ fn refused_watch_leaves_write_protect_tracking_as_it_was() {
         ErrorCode::System,
         "block 3 is mapped nowhere"
     );
-    // Nor can it be tracked any more, and that is for the agent to find out.
+    // Tracking cannot start again either. The agent learns that from the error of its next hook.
     assert_eq!(attached.hook(&NO_SCAN), Ok(()));
     assert!(is_free(&ram));
     assert!(attached.hook(&SCAN).unwrap_err().sentence.contains("block 3 has no vmm_address"));
-    assert!(is_free(&ram), "all or none");
+    assert!(is_free(&ram), "either all blocks are registered or none");
     attached.lose_agent();
 }

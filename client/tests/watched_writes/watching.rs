@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Writes are watched, and the VMM hears of it.
+//! Watching writes, and what the VMM learns of it.
 
 use crate::support::*;
 use crate::*;
@@ -15,7 +15,7 @@ fn write_waits_until_the_agent_lifts_the_protection() {
     let Some(mut watched) = Watched::new() else { return };
     let before = watched.ram.read(3);
     let done = watched.writer(3);
-    assert_eq!(watched.ram.read(3), before, "who only reads does not wait");
+    assert_eq!(watched.ram.read(3), before, "a read does not wait");
     watched.uffd.unprotect(watched.ram.page(3)).unwrap();
     done.recv_timeout(SOON).unwrap();
     assert_eq!(watched.ram.read(3), u64::MAX);
@@ -24,8 +24,12 @@ fn write_waits_until_the_agent_lifts_the_protection() {
     assert_eq!(watched.attached.hook(&Hook::UnwatchWrites), Ok(()));
     other.recv_timeout(SOON).unwrap();
     watched.assert_unwatched();
-    assert_eq!(watched.attached.hook(&Hook::UnwatchWrites), Ok(()), "a redundant one is fine");
-    // And once more from the start.
+    assert_eq!(
+        watched.attached.hook(&Hook::UnwatchWrites),
+        Ok(()),
+        "a second unwatch does no harm"
+    );
+    // Once more from the start.
     let uffd = watch(&mut watched.attached.agent);
     uffd.protect(watched.ram.all()).unwrap();
     let done = watched.ram.writer(3);
@@ -56,7 +60,7 @@ fn hole_is_protected_too() {
 }
 
 #[test]
-fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
+fn mapping_of_another_userfaultfd_is_refused_with_advice() {
     let Some(other) = uffd() else { return };
     let mut attached = Attached::new(Vmm::default());
     let (first, second) = (Ram::new(), Ram::new());
@@ -68,9 +72,7 @@ fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
                     snapshots, write-protect tracking, postcopy and lazy restore need it (a snapshot of mode paused \
                     does not)";
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::System, expected));
-    other
-        .register(first.all(), RegisterMode::WriteProtect)
-        .expect("that nothing is left registered");
+    other.register(first.all(), RegisterMode::WriteProtect).expect("nothing is left registered");
 
     for ram in [&first, &second] {
         other.unregister(ram.all()).unwrap();
@@ -80,7 +82,7 @@ fn mapping_that_another_userfaultfd_has_is_refused_with_what_to_do() {
 }
 
 #[test]
-fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
+fn watching_needs_mappings_and_an_unwatched_guest_of_ours() {
     let Some(mut watched) = Watched::new() else { return };
     assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State, "watched already");
     let done = watched.writer(1);
@@ -91,7 +93,7 @@ fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
     let error = watched.attached.hook(&Hook::WatchWrites).unwrap_err();
     assert_eq!(error.code, ErrorCode::State);
     assert!(error.sentence.contains("Awaiting"), "{error}");
-    // The agent says that its job is over, so it stays.
+    // The agent replies that no job runs, so the client does not give it up.
     let taking = watched.attached.client.clone();
     let taken = spawn(move || taking.take_by_force());
     let (request, _) = watched.attached.agent.request().unwrap();
@@ -110,11 +112,11 @@ fn watching_needs_mappings_and_a_guest_that_is_ours_and_is_not_watched() {
 }
 
 #[test]
-fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
+fn vmm_learns_of_the_start_and_the_end_of_a_watch() {
     let Some(mut watched) = Watched::new() else { return };
     assert_eq!(watched.attached.calls(), ["watched"]);
     assert_eq!(watched.attached.refused(&Hook::WatchWrites), ErrorCode::State);
-    assert_eq!(watched.attached.calls(), [""; 0], "of the one that is refused it hears nothing");
+    assert_eq!(watched.attached.calls(), [""; 0], "a refused watch calls no hook");
     for hook in [
         Hook::Pause,
         Hook::Resume { force: false, paused: false },
@@ -124,7 +126,8 @@ fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
         assert_eq!(watched.attached.hook(&hook), Ok(()), "{}", hook.name());
     }
     assert_eq!(watched.attached.calls(), ["pause", "resume", "unwatched"]);
-    // The agent is lost while the guest is paused: the VMM may resume all of it.
+    // The agent is lost while the guest is paused. Writes must not wait any more when the VMM
+    // resumes it.
     drop(watch(&mut watched.attached.agent));
     assert_eq!(watched.attached.hook(&Hook::Pause), Ok(()));
     let (_client, vmm) = watched.attached.lose_agent();
@@ -132,20 +135,20 @@ fn vmm_is_asked_before_writes_are_watched_and_told_when_they_are_not() {
 }
 
 #[test]
-fn vmm_that_refuses_has_no_write_watched() {
+fn vmm_that_refuses_a_watch_stays_unwatched() {
     let Some(other) = uffd() else { return };
     let mut attached = Attached::new(Vmm { fails: "watched", ..Vmm::default() });
     let ram = Ram::new();
     add_block(&attached.client, &mut attached.agent, &ram, 2);
     let error = attached.hook(&Hook::WatchWrites).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
-    other.register(ram.all(), RegisterMode::WriteProtect).expect("that nothing is registered");
+    other.register(ram.all(), RegisterMode::WriteProtect).expect("nothing is registered");
     let (_client, vmm) = attached.lose_agent();
     assert_eq!(vmm.calls(), ["watched", "lost Ours"], "nothing was watched");
 }
 
 #[test]
-fn vmm_hears_that_writes_are_not_watched_after_all() {
+fn vmm_learns_that_a_watch_failed_after_all() {
     let Some(other) = uffd() else { return };
     let mut attached = Attached::new(Vmm::default());
     let ram = Ram::new();
