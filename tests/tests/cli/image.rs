@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an operator does with images on the command line: look, check, merge, draw.
+//! The command `pageferry image`: info, verify, merge and map.
 
 use pageferry_agent::image::writer::{Base, ImageMetadata};
 use pageferry_agent::image::{Chain, Image, ImageWriter};
@@ -18,8 +18,8 @@ use std::process::{Command, Output};
 
 const PAGES: u64 = 1024;
 
-/// An image of one block with these pages as content and the last 24 discarded; an increment if
-/// there is a base.
+/// An image of one block. These pages have content, and the last 24 are discarded. With a base it
+/// is an increment.
 fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId {
     let mut table = BlockTable::new();
     let (length, granularity) = (PAGES * PAGE_SIZE, PAGE_SIZE);
@@ -46,7 +46,7 @@ fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId 
     id
 }
 
-/// An increment of 8 pages on a full image of 16 others.
+/// An increment of 8 pages, on a full image with 16 other pages.
 fn chain(folder: &Path) -> [ImageId; 2] {
     let base = write(folder, "monday.img", PageRange::new(100, 16), &Base::default());
     [
@@ -79,7 +79,7 @@ fn object(folder: &Path, arguments: &[&str]) -> Value {
     serde_json::from_str(&good(folder, arguments)).unwrap()
 }
 
-/// The sentence with which it was refused.
+/// The error of a command that fails.
 fn refused(folder: &Path, arguments: &[&str]) -> String {
     let output = run(folder, arguments);
     assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
@@ -117,7 +117,7 @@ fn an_image_is_shown_with_all_that_it_builds_on() {
         "block 3            ram, gpa 0x40000000 + 0x400000 (4.0 MiB), discards of 4.0 KiB".into(),
         "  changed          8 pages (32.0 KiB)".into(),
         "state of the VMM   5 B, 1 piece".into(),
-        // What is in a file is not for the terminal to obey.
+        // Text from a file must not control the terminal.
         "                   vcpu\\u{1b}[31m (5 B)".into(),
         format!(
             "builds on          {}, id {}",
@@ -189,7 +189,7 @@ fn what_cannot_be_read_is_not_called_damaged() {
         assert_eq!(output.status.code(), Some(1));
         serde_json::from_slice::<Value>(&output.stdout).unwrap()["status"].clone()
     };
-    // Mistyped, a folder, and one whose base is gone.
+    // A wrong name, a folder, and an image whose base is gone.
     for image in ["mist.img", ".", "tuesday.img"] {
         assert_eq!(status(image), json!("unreadable"), "{image}");
     }
@@ -279,7 +279,7 @@ fn files_of_another_kind_are_never_replaced() {
     }
     assert_eq!(std::fs::read(folder.join("monday.img")).unwrap(), image);
     assert_eq!(std::fs::read(folder.join("letter")).unwrap(), b"precious");
-    // A picture takes the place of a picture.
+    // A picture may be replaced by a picture.
     assert!(run(folder, &["map", "monday.img", "--png", "picture"]).status.success());
     assert!(run(folder, &["map", "monday.img", "--png", "picture", "--replace"]).status.success());
     std::fs::write(folder.join("empty"), "").unwrap();

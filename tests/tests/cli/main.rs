@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an operator does on the command line.
+//! The command line for operators.
 //!
-//! - [`operator`]: migrations, and what goes wrong with them;
-//! - [`image`]: looking at images, checking them and merging them.
+//! - [`operator`]: migrations, and their errors;
+//! - [`image`]: images: info, verify, merge and map.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod image;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an operator does from a command line beside the VMM: look, migrate, cancel, and read what
-//! went wrong.
+//! Commands of an operator beside the VMM: status, watch, migrate, cancel, and their errors.
 
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Target};
 use pageferry_tests::deadline::wait_until;
@@ -14,7 +13,7 @@ use std::process::{Command, Output, Stdio};
 
 const PAGES: u64 = 4096;
 
-/// An agent as a process, and its VMM in this one.
+/// An agent process, and its VMM in this process.
 struct Side {
     vmm: Attached,
     agent: AgentProcess,
@@ -36,7 +35,7 @@ impl Side {
         self.command(what, more).output().unwrap()
     }
 
-    /// The object that the command prints last.
+    /// The last object that the command prints.
     fn json(&self, what: &str) -> Value {
         last_object(&self.run(what, &["--json"]))
     }
@@ -83,20 +82,20 @@ fn an_operator_migrates_a_guest_and_reads_how_it_ended() {
         (&"completed".into(), &1.into(), &1.into())
     );
     let wire_bytes = seen["wire_bytes"].as_u64().unwrap();
-    // The state of the VMM alone is 3000.
+    // The state of the VMM alone has 3000 bytes.
     assert!(
         wire_bytes < 4096 + 3000,
         "the page was not compressed: {wire_bytes} bytes on the wire"
     );
-    assert!(source.run("watch", &[]).status.success(), "the job that ended is shown");
+    assert!(source.run("watch", &[]).status.success(), "the last job is shown");
     let table = text(&source.run("status", &[]).stdout);
     assert!(
         table.contains("1 outgoing") && table.contains("pages sent         1 (4.0 KiB)"),
         "{table}"
     );
 
-    // The VMM leaves; who looks later still finds what became of the job, until the next VMM has
-    // one.
+    // The VMM leaves. An operator still finds the final status of its job, until the next VMM has a
+    // job.
     let Side { vmm, agent } = source;
     drop(vmm);
     let source = Side { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent };
@@ -108,7 +107,7 @@ fn an_operator_migrates_a_guest_and_reads_how_it_ended() {
         .start_outgoing(Target::Address("unix:/nonexistent/stream".into()), &options)
         .unwrap()
         .job;
-    assert_eq!(job, 2, "jobs are counted on");
+    assert_eq!(job, 2, "job numbers continue");
     assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
     assert_eq!(source.json("status")["status"], "failed");
 }
@@ -125,7 +124,7 @@ fn an_operator_cancels_and_whoever_watches_sees_it_end() {
         .client
         .start_incoming(Target::Address(address.clone()), &IncomingOptions::default())
         .unwrap();
-    // 16 MiB at 64 KiB a second: it does not end by itself.
+    // 16 MiB at 64 KiB per second: the job does not end by itself.
     let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K", "--json"]);
     let migrate = { migrate }.stdout(Stdio::piped()).spawn().unwrap();
     wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes)
@@ -135,7 +134,7 @@ fn an_operator_cancels_and_whoever_watches_sees_it_end() {
     assert!(cancelled.status.success(), "{cancelled:?}");
     for watching in [migrate, watch] {
         let output = watching.wait_with_output().unwrap();
-        assert!(!output.status.success(), "what was asked for did not happen");
+        assert!(!output.status.success(), "the migration did not happen");
         assert_eq!(last_object(&output)["status"], "cancelled");
     }
     assert!(!source.vmm.vmm.is_paused());

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents that are killed, or hang and wake up, at any moment of any job, with a model beside:
-//! guests whose every write is in a ledger, which travels with the guest's state.
+//! Agents that are killed, or hang and wake up, at any moment of any job. Every write of the guests
+//! is in a ledger, which is part of the VMM's state.
 //!
 //! After each round exactly one VMM may run the guest, its memory is what the ledger says
-//! (`same-memory`), and nobody but that one ran it (`one-owner`); there is a whole image or none;
-//! and the next agent moves, saves or restores the guest at once, while the one before may wake up.
+//! (`same-memory`), and no other VMM ran it (`one-owner`). There is a complete image or none. The
+//! next agent can migrate, save or restore the guest at once, while the old one may wake up.
 //!
-//! `PAGEFERRY_KILL_ROUNDS` says how many rounds; without it there is one of each job.
-//! `PAGEFERRY_KILL_KIND`, such as `Source(Postcopy)`, leaves out all jobs but those whose names
-//! hold it. `PAGEFERRY_SEED` repeats a run. A soak:
+//! `PAGEFERRY_KILL_ROUNDS` is the number of rounds. Without it there is one round of each job.
+//! `PAGEFERRY_KILL_KIND`, such as `Source(Postcopy)`, runs only jobs whose names contain it.
+//! `PAGEFERRY_SEED` repeats a run. A soak:
 //!
 //! ```text
 //! PAGEFERRY_KILL_ROUNDS=5000 cargo test -p pageferry-tests --test fencing matrix -- --nocapture
@@ -33,7 +33,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// A job, and the agent of it that is hit.
+/// A job, and which of its agents is hit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     Source(Mode),
@@ -42,20 +42,20 @@ enum Kind {
     Restore,
 }
 
-/// What happens to the agent.
+/// How the agent is hit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hit {
     /// SIGKILL.
     Killed,
-    /// SIGSTOP; its VMM attaches another at once.
+    /// SIGSTOP. Its VMM attaches another agent at once.
     Replaced,
-    /// SIGSTOP; its VMM finds out by asking it, and then attaches another.
+    /// SIGSTOP. Its VMM notices that in a request, and then attaches another agent.
     GivenUp,
-    /// SIGSTOP, and SIGCONT before anybody has lost patience: nothing is lost.
+    /// SIGSTOP, and SIGCONT before any timeout: nothing is lost.
     Woken,
 }
 
-/// The agents of one round, by what they are for.
+/// The agents of one round, by their names.
 struct Agents {
     hit: Host,
     other: Host,
@@ -69,7 +69,7 @@ impl Agents {
 }
 
 impl Drop for Agents {
-    /// A round that fails says what its agents said.
+    /// If a round fails, prints the output of its agents.
     fn drop(&mut self) {
         if std::thread::panicking() {
             let hosts =
@@ -81,10 +81,10 @@ impl Drop for Agents {
     }
 }
 
-/// Nobody waits longer for an agent that hangs: long enough for one that is only slow, since a
-/// round in which it is woken has to complete.
+/// All timeouts for an agent that hangs. They are long enough for a slow agent, because a round in
+/// which the agent is woken must complete.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest time until a job has noticed that its peer hangs: its stop may take `peer_timeout` and
+/// Longest time until a job notices that its peer hangs: its hand-over may take `peer_timeout` and
 /// two `hook_timeout`.
 const SETTLED: Duration = Duration::from_secs(90);
 
@@ -112,7 +112,7 @@ fn address(folder: &Path, name: &str) -> String {
     format!("unix:{}", folder.join(name).display())
 }
 
-/// Hits the agent of `vmm`, which goes on with `next`; true if it is hit for good.
+/// Hits the agent of `vmm`, which continues with `next`. True unless the agent is only woken.
 fn hit(how: Hit, vmm: &mut MockVmm, agents: &mut Agents, random: &mut Random) -> bool {
     let victim = agents.hit.agent.process();
     match how {
@@ -129,14 +129,15 @@ fn hit(how: Hit, vmm: &mut MockVmm, agents: &mut Agents, random: &mut Random) ->
         vmm.client().status().unwrap_err();
     }
     vmm.reattach(agents.next.agent.socket()).unwrap();
-    // Whatever it was about to do: it is dead before the next has anything.
+    // The old agent is dead before the next one gets anything.
     assert!(is_dead(agents.hit.agent.process().id()));
-    // As an operator would who does not know.
+    // Like an operator who does not know better.
     let _ = agents.hit.agent.process().thaw();
     true
 }
 
-/// The guest runs here alone, and a migration with the next agent brings all of it to another host.
+/// Checks that the guest runs only here, and that a migration with the next agent moves all of it
+/// to another host.
 fn owner_moves_on(owner: &MockVmm, folder: &Path) {
     wait_until("the guest to run", PATIENCE, || owner.record().runs).unwrap();
     let host = Host::start();
@@ -150,7 +151,7 @@ fn owner_moves_on(owner: &MockVmm, folder: &Path) {
     assert_moved(owner, &destination);
 }
 
-/// The guest is at the destination, all of it, and nowhere else.
+/// Checks that the guest is complete at the destination, and runs nowhere else.
 fn assert_moved(source: &MockVmm, destination: &MockVmm) {
     assert!(destination.record().runs && !source.record().runs);
     assert_ne!(source.client().ownership(), Ownership::Ours);
@@ -160,11 +161,12 @@ fn assert_moved(source: &MockVmm, destination: &MockVmm) {
     check_content(destination.usage());
 }
 
-/// The operator looked at both sides, and the guest does not run at the destination.
+/// Resumes the guest by force: the operator looked at both sides, and it does not run at the
+/// destination.
 fn force(source: &mut MockVmm, agent: &Path) {
     source.client().take_by_force().unwrap();
     assert_eq!(source.client().ownership(), Ownership::Ours);
-    // Its job is over, and another agent knows nothing of it.
+    // The job has ended, and another agent does not know of it.
     source.reattach(agent).unwrap();
     source.start().unwrap();
 }
@@ -189,10 +191,12 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
         return seen;
     }
     if source.client().ownership() == Ownership::Ours {
-        // It may wait for a source that never came. If it is over already, that is fine, too.
+        // The destination may wait for a source that never came. Its job may also have ended
+        // already.
         let _ = destination.client().cancel();
     }
-    // The agent is dead, so nothing new comes from here: now the operator looks at the destination.
+    // The agent is dead, so the source sends nothing more. Now the operator looks at the
+    // destination.
     let settled = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
     let look =
         || Some(destination.client().status().unwrap()).filter(|status| settled(status.phase));
@@ -262,7 +266,7 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
             drop(destination);
             owner_moves_on(&source, folder.path());
         }
-        // It ran there, and all of it is there, or the operator has it run here again, as it was.
+        // Either the guest ran there and is complete there, or the operator resumes it here.
         (Ownership::Gone | Ownership::Relinquished, Ownership::Ours)
             if !is_lost(&destination, lost) =>
         {
@@ -283,7 +287,7 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     seen
 }
 
-/// True if the guest lost memory, once that is known.
+/// Waits until it is known whether the guest lost memory. True if it did.
 fn is_lost(vmm: &MockVmm, lost: impl Fn() -> bool) -> bool {
     wait_until("the VMM to hear of its agent's end", PATIENCE, || {
         vmm.record().agent_lost.is_some()
@@ -315,7 +319,7 @@ fn hit_snapshot(mode: SnapshotMode, how: Hit, random: &mut Random) -> Phase {
         check_image(&image);
     }
     if mode == SnapshotMode::Stopped {
-        // The VMM has its guest run on, whatever became of the image.
+        // The VMM keeps its guest running, with or without the image.
         running.vmm.start().unwrap();
     }
     running.assert_runs();
@@ -326,7 +330,7 @@ fn hit_snapshot(mode: SnapshotMode, how: Hit, random: &mut Random) -> Phase {
     match files.as_slice() {
         [] => {}
         [name] if name == "image" => check_image(&image),
-        // Nobody takes a temporary name away who was killed between two names.
+        // An agent that was killed between two names cannot remove the temporary name.
         names => assert!(
             names.iter().all(|name| name == "image" || name.ends_with(".part")),
             "{names:?}"
@@ -408,7 +412,7 @@ fn kinds() -> Vec<Kind> {
     kinds
 }
 
-/// Those that are asked for.
+/// The jobs that the environment selects.
 fn wanted() -> Vec<Kind> {
     let only = std::env::var("PAGEFERRY_KILL_KIND").unwrap_or_default();
     kinds().into_iter().filter(|kind| format!("{kind:?}").contains(&only)).collect()
@@ -434,7 +438,7 @@ fn an_agent_killed_at_any_moment_leaves_one_whole_guest() {
             7 => Hit::GivenUp,
             _ => Hit::Woken,
         };
-        // Of its own, so that one round can be repeated alone.
+        // Each round has its own seed, so that it can be repeated alone.
         let own = random.next();
         eprintln!("{index}: {kind:?}, {how:?}, seed {own}");
         let seen = round(kind, how, &mut Random::new(own));
@@ -446,7 +450,7 @@ fn an_agent_killed_at_any_moment_leaves_one_whole_guest() {
         eprintln!("{what}: {rounds} rounds, {under_way} of them while the job ran");
     }
     let under_way: u64 = done.values().map(|[_, under_way]| under_way).sum();
-    // Of a few rounds, all may have come too late.
+    // In few rounds, all hits may come too late.
     assert!(
         rounds < 50 || under_way * 3 >= rounds,
         "nearly all came too late: {under_way} of {rounds}"

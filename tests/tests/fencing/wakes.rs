@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents that hang where it matters most, and wake up again.
+//! Agents that hang at the critical moments, and wake up again.
 
 use crate::is_dead;
 use pageferry_client::{
@@ -17,8 +17,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 const PAGES: u64 = 200;
-/// A VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs, since
-/// a handshake has no more.
+/// Request timeout of a VMM. It also limits a handshake, so it is long enough for a busy machine on
+/// which nothing hangs.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 fn stamped() -> Ram {
@@ -39,9 +39,9 @@ fn is_logged(source: &Attached, page: u64) -> bool {
     source.client.log().bits().contains(source.ram.gpa / PAGE_SIZE + page)
 }
 
-/// Waits until the thread of the agent's job has asked its VMM, and polls for the answer. Between
-/// its event and that it polls for nothing else; for a lock or a log it would wait elsewhere in the
-/// kernel.
+/// Waits until the thread of the agent's job has called the hook and polls for the reply. Between
+/// the event and that moment it polls for nothing else. For a lock or a log message it would wait
+/// at another place in the kernel.
 fn wait_for_the_question(pid: u32) {
     let tasks = || {
         std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten().map(|task| task.path())
@@ -55,11 +55,11 @@ fn wait_for_the_question(pid: u32) {
     wait_until("the job to ask", SOON, || tasks().filter(is_job).any(polls)).unwrap();
 }
 
-/// The agent waits for its peer, hangs, and is replaced. Then it wakes up, and its peer answers,
+/// The agent waits for its peer, hangs and is replaced. Then it wakes up, and its peer answers,
 /// while the next agent sends the guest.
 #[test]
 fn a_late_agent_takes_no_dirty_page_from_the_next() {
-    // What is looked for is a race: it came out in half of the rounds.
+    // This test looks for a race, which showed in half of the rounds.
     for round in 0..8 {
         let mut first = Agent::spawn();
         let source = Attached::new(first.socket(), stamped());
@@ -92,7 +92,7 @@ fn a_late_agent_takes_no_dirty_page_from_the_next() {
         (10..20).for_each(|page| {
             assert_eq!(destination.ram.stamp(page), 5000 + page, "round {round}, page {page}")
         });
-        // It is gone since before the second was handed anything.
+        // The first agent was dead before the second one got anything.
         assert!(is_dead(first.id()), "round {round}");
         first_relay.cut();
         assert_eq!(elsewhere.wait(waits_in_vain).phase, Phase::Failed);
@@ -100,13 +100,13 @@ fn a_late_agent_takes_no_dirty_page_from_the_next() {
     }
 }
 
-/// The agent hangs after its VMM let it have the commit, and before it sends it.
+/// The agent hangs after its VMM allowed the commit, and before it sends it.
 fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     let mut agent = Agent::spawn();
     let pid = agent.id();
     let source = hasty(&agent, stamped());
-    // It asks for the line of `one-owner` right after this event, and waits for the answer. When
-    // that comes it is paused.
+    // Right after this event the agent calls the relinquish hook (`one-owner`) and waits for the
+    // reply. It is frozen when the reply comes.
     source.vmm.on(At::phase(Phase::Committing), move || {
         wait_for_the_question(pid);
         process::freeze(pid).unwrap();
@@ -117,7 +117,7 @@ fn hangs_before_the_commit(then: impl FnOnce(&Attached, &mut Agent)) {
     relay.send(&source.client, &passes(1));
     relay.pump("the line", || source.client.ownership() == Ownership::Relinquished);
     then(&source, &mut agent);
-    // Whatever it sent would come before the end of its connection.
+    // Anything that it sent would arrive before the end of its connection.
     let commit = |relay: &Relay| relay.seen.iter().any(|record| record.kind == Kind::Commit);
     let over = || destination.client.status().unwrap().phase.is_final();
     relay.pump("the destination's end", over);
@@ -132,17 +132,18 @@ fn a_late_agent_does_not_send_the_commit() {
     hangs_before_the_commit(|source, agent| {
         let lost = source.client.status().unwrap_err();
         assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
-        // Its VMM cannot know whether the commit was sent: it may be needed, and is not killed.
+        // The VMM cannot know whether the commit was sent. The destination may need this agent, so
+        // it is not killed.
         assert_eq!(source.client.ownership(), Ownership::Relinquished);
         agent.thaw();
         let status = agent.ended();
         assert_eq!(status.phase, Phase::Failed);
         assert!(status.error.contains("this agent was replaced"), "{}", status.error);
         assert!(source.vmm.is_paused());
-        // It has no job any more, and looking at it is what an operator does first.
+        // The agent has no job any more. An operator first looks at its status.
         source.client.take_by_force().unwrap();
         assert_eq!(source.client.ownership(), Ownership::Ours);
-        assert_eq!(source.vmm.resumes(), 0, "the VMM does that");
+        assert_eq!(source.vmm.resumes(), 0, "only the VMM resumes the guest");
     });
 }
 
@@ -169,7 +170,7 @@ fn a_new_agent_attaches_only_when_the_old_one_is_dead() {
         source.reattach(next.socket());
         assert!(is_dead(agent.id()));
         assert_eq!(source.client.ownership(), Ownership::Relinquished);
-        // It knows nothing of a commit, and has no say in it.
+        // The next agent knows nothing of a commit, and cannot decide.
         let nowhere = Target::Address("unix:/nowhere".into());
         assert!(matches!(
             source.client.start_outgoing(nowhere, &passes(1)),
@@ -179,8 +180,8 @@ fn a_new_agent_attaches_only_when_the_old_one_is_dead() {
     });
 }
 
-/// The VMM stopped its guest, and lets it run on when the agent is lost. Whatever the agent does
-/// then is not in an image.
+/// The VMM stopped its guest, and resumes it when the agent is lost. Writes after that must not get
+/// into an image.
 #[test]
 fn an_agent_that_was_given_up_gives_no_image_its_name() {
     for mode in [SnapshotMode::Stopped, SnapshotMode::Paused] {
@@ -188,7 +189,7 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         let image = folder.path().join("image");
         let mut agent = Agent::spawn();
         let guest = hasty(&agent, stamped());
-        // All of it takes a second: the agent hangs in the middle.
+        // The whole snapshot takes a second, so the agent hangs in the middle.
         let options =
             SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
         guest.client.start_snapshot(&image, &options).unwrap();
@@ -203,7 +204,7 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         assert!(!guest.vmm.is_paused());
         (0..PAGES).for_each(|page| guest.write(page, 7));
         agent.thaw();
-        assert!(!agent.ends_well(), "it was killed as soon as it was lost");
+        assert!(!agent.ends_well(), "the agent was killed when it was lost");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         let next = Agent::spawn();
         guest.reattach(next.socket());
@@ -217,8 +218,8 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
     }
 }
 
-/// The process that an agent was lost in takes a new connection of its VMM: it is not killed, and
-/// the job of the old connection has ended before one of the new begins.
+/// The process of a lost agent accepts a new connection of its VMM: it is not killed, and the job
+/// of the old connection ends before one of the new connection begins.
 #[test]
 fn a_vmm_may_come_back_to_the_process_of_its_agent() {
     let mut agent = Agent::spawn();
@@ -234,7 +235,7 @@ fn a_vmm_may_come_back_to_the_process_of_its_agent() {
     assert!(is_dead(agent.id()));
 }
 
-/// An agent that ends by itself is not killed on its way.
+/// An agent that shuts down by itself is not killed meanwhile.
 #[test]
 fn an_agent_ends_in_good_order_while_its_vmm_discards() {
     let mut agent = Agent::spawn();

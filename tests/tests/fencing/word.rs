@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The fence word alone. A VMM that the client library is not part of plays all of it, cuts nothing
-//! and kills nobody: what an agent does not do then it does not do since the word says so.
+//! The fence word alone. A VMM without the client library gives its agent up by the fence word, but
+//! cuts no connection and kills no process. So if the agent then does nothing more, the fence word
+//! is the only reason.
 
 use pageferry_client::{
     IncomingOptions, JobStatus, Phase, RunState, SnapshotMode, SnapshotOptions, Trackers,
@@ -29,7 +30,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 const PAGES: u64 = 200;
-/// Of this agent.
+/// The fence word for this agent.
 const NUMBER: u64 = 7;
 
 fn hello(agent: u64) -> Request {
@@ -42,29 +43,30 @@ fn a_hello_without_its_fence_does_not_take_the_memory() {
     let mut stranger = agent.connect();
     let error = stranger.ask(&hello(NUMBER), Vec::new()).unwrap_err();
     assert_eq!(error.code, ErrorCode::Invalid, "{error}");
-    // The stranger stays connected, and the VMM comes all the same.
+    // The stranger stays connected, and the VMM can still connect.
     RawVmm::new(&agent, None);
     stranger.status();
 }
 
-/// A VMM with one block, made of frames.
+/// A VMM with one block that sends and receives plain frames.
 struct RawVmm {
     control: RawClient,
     word: Arc<FenceWord>,
     log: OwnedFd,
     ram: Ram,
-    /// It has answered to a resume.
+    /// The VMM has answered a resume hook.
     resumed: Arc<AtomicBool>,
     hooks: Option<JoinHandle<()>>,
 }
 
 impl RawVmm {
-    /// Attached, with hooks that succeed. Before one of these is answered the agent is given up.
+    /// An attached VMM whose hooks succeed. Before it answers one of these hooks, it gives the
+    /// agent up.
     fn new(agent: &Listening, given_up_at: Option<u32>) -> Self {
         Self::with_state(agent, given_up_at, 0)
     }
 
-    /// The same, and its own state has so many bytes.
+    /// The same, with this many bytes of VMM state.
     fn with_state(agent: &Listening, given_up_at: Option<u32>, state: u64) -> Self {
         let fence = memfd(FENCE_BYTES).unwrap();
         let word = Arc::new(FenceWord::map(fence.as_fd()).unwrap());
@@ -101,7 +103,7 @@ impl RawVmm {
         Self { control, word, log, ram, resumed, hooks: Some(hooks) }
     }
 
-    /// How the job ended, as an operator of the agent sees it.
+    /// The final status of the job, as an operator of the agent sees it.
     fn ended(agent: &Listening) -> JobStatus {
         let mut operator = agent.connect();
         wait_for("the job's end", SOON, || {
@@ -167,7 +169,7 @@ fn assert_replaced(status: &JobStatus) {
     assert!(status.error.contains(&said), "{}", status.error);
 }
 
-/// Given up in the middle of a migration, whatever the agent does next fails, and no commit leaves.
+/// An agent that is given up during a migration: its next step fails, and it sends no commit.
 #[test]
 fn a_fenced_migration_fails_and_takes_no_mark_from_the_log() {
     use pageferry_protocol::control::hook::code;
@@ -178,7 +180,7 @@ fn a_fenced_migration_fails_and_takes_no_mark_from_the_log() {
         let incoming = relay.listen(&destination.client, &IncomingOptions::default());
         let start = Request::StartOutgoing { target: relay.address(), options: passes(1) };
         vmm.control.ask(&start, Vec::new()).unwrap();
-        // What is marked from here on is the next agent's.
+        // Marks from here on belong to the next agent.
         let bits = MappedBitmap::shared(vmm.log.as_fd(), 8 * PAGE_SIZE).unwrap();
         let mut marked = false;
         let over = || destination.client.status().unwrap().phase.is_final();
@@ -191,7 +193,7 @@ fn a_fenced_migration_fails_and_takes_no_mark_from_the_log() {
         });
         assert!(marked);
         assert_replaced(&RawVmm::ended(&agent));
-        assert_eq!(bits.count(bits.all()), bits.pages(), "marks were taken");
+        assert_eq!(bits.count(bits.all()), bits.pages(), "the old agent took marks");
         assert!(relay.seen.iter().all(|record| record.kind != Kind::Commit), "a commit was sent");
         assert_eq!(destination.wait(incoming).phase, Phase::Failed);
         assert_eq!(destination.vmm.resumes(), 0);
@@ -205,7 +207,7 @@ fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
     let cases = [
         (SnapshotMode::Stopped, code::SAVE_STATE),
         (SnapshotMode::Paused, code::SAVE_STATE),
-        // All memory was read by then.
+        // All memory is read by then.
         (SnapshotMode::Paused, code::RESUME),
     ];
     for (mode, given_up_at) in cases {
@@ -220,19 +222,19 @@ fn a_snapshot_of_an_agent_that_was_given_up_leaves_no_image() {
     }
 }
 
-/// Bytes of the image that the agent, which is in this process, writes in this folder; `None` if it
-/// does not. It has no name yet.
+/// Bytes of the image that the agent in this process writes to this folder. `None` if it writes
+/// none. The image has no name yet.
 fn written_in(folder: &Path) -> Option<u64> {
     let descriptors =
         std::fs::read_dir("/proc/self/fd").unwrap().flatten().map(|entry| entry.path());
     let is_there = |fd: &PathBuf| {
         std::fs::read_link(fd).is_ok_and(|file| file.starts_with(folder) && file != folder)
     };
-    // It may be closed meanwhile.
+    // The file may be closed meanwhile.
     descriptors.filter(is_there).find_map(|fd| std::fs::metadata(fd).ok()).map(|file| file.len())
 }
 
-/// A snapshot that is under way in `folder`, of a VMM with so much state.
+/// A snapshot that is under way in `folder`, of a VMM with this much state.
 fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64) -> RawVmm {
     let mut vmm = RawVmm::with_state(agent, given_up_at, state);
     let path = folder.join("image").to_str().unwrap().to_owned();
@@ -241,13 +243,13 @@ fn saving(agent: &Listening, folder: &Path, given_up_at: Option<u32>, state: u64
     vmm
 }
 
-/// The agent looks when all memory was read. If it did not, it would go on with the image, and be
-/// the current agent again when it gives it its name.
+/// The agent checks the fence word when all memory is read. Without that check it would continue
+/// with the image, and would be the current agent again when it names the image.
 #[test]
 fn an_image_fenced_before_its_last_page_is_not_completed() {
     let agent = Listening::start();
     let folder = tempfile::tempdir().unwrap();
-    // The guest runs on from its resume.
+    // The guest keeps running after its resume.
     let resume = pageferry_protocol::control::hook::code::RESUME;
     let vmm = saving(&agent, folder.path(), Some(resume), 16 << 20);
     wait_until("the agent to be given up", SOON, || vmm.word.current() == 0).unwrap();
@@ -263,11 +265,11 @@ fn an_image_fenced_before_its_last_page_is_not_completed() {
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
-/// The agent looks once more right before the name: here it is given up while it writes what comes
-/// after the last page.
+/// The agent checks the fence word again right before it names the image. Here it is given up while
+/// it writes the part after the last page.
 #[test]
 fn an_image_fenced_after_its_last_page_gets_no_name() {
-    // The more state there is, the more time to give the agent up.
+    // More state gives more time to give the agent up.
     for state in [64 << 20, 256 << 20, 768 << 20] {
         let agent = Listening::start();
         let folder = tempfile::tempdir().unwrap();
@@ -289,7 +291,7 @@ fn an_image_fenced_after_its_last_page_gets_no_name() {
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
         return;
     }
-    panic!("it was given up too late with all sizes of state");
+    panic!("the agent was given up too late with every size of state");
 }
 
 #[test]
@@ -306,7 +308,7 @@ fn requests_from_before_the_fence_are_not_done_after() {
         assert_eq!(error.code, ErrorCode::State);
         assert!(error.sentence.contains("this agent was replaced"), "{error}");
     }
-    assert_eq!(vmm.ram.stamp(0), 1000, "it was freed");
+    assert_eq!(vmm.ram.stamp(0), 1000, "the old agent freed the page");
     vmm.word.admit(NUMBER);
     vmm.control.ask(&discard, Vec::new()).unwrap();
     assert!(vmm.ram.is_hole(0));
@@ -321,7 +323,7 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
         assert!(words.iter().all(|word| error.sentence.contains(word)), "{error}");
         error.code
     };
-    // Another's connection, and once more.
+    // The connection of another VMM, and a second time.
     let mut other = agent.connect();
     let code = refused(
         &mut other,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guests of threads with devices, a balloon and a plugged memory device migrate; hooks that
-//! misbehave do not cost the guest.
+//! Guests of threads migrate with devices, a balloon and a plugged memory device, and survive hooks
+//! that fail.
 
 use pageferry_client::{IncomingOptions, NonConvergence, OutgoingOptions, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 const UNIT: u64 = 2 << 20;
 const HOTPLUG: u32 = 5;
 
-/// Two blocks at odd places, and one that is plugged in units.
+/// Two blocks at odd places, and one whose memory is plugged in units.
 fn memory() -> Arc<TestMemory> {
     let ram = BlockLayout { fd_offset: 0x7000, ..BlockLayout::ram(8 << 20) };
     let high =
@@ -48,7 +48,7 @@ fn side(guest: ThreadGuestOptions, device_rate: u64, write_protect: bool) -> Moc
     mock
 }
 
-/// With a guest that takes over the counts but writes nothing, so that the two memories can be
+/// A VMM whose guest takes over the counts but writes nothing, so that both memories can be
 /// compared.
 fn destination() -> MockSide {
     side(ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() }, 0, false)
@@ -65,12 +65,12 @@ fn busy(path: Path) -> ThreadGuestOptions {
     }
 }
 
-/// For a hook that hangs: longer than a busy machine takes for one that does not.
+/// The timeout for a hook that hangs. It is longer than a busy machine needs for a good hook.
 fn hasty() -> OutgoingOptions {
     OutgoingOptions { hook_timeout: Duration::from_secs(5), ..OutgoingOptions::default() }
 }
 
-/// Migrates while `meanwhile` is called again and again; checks the result.
+/// Migrates while `meanwhile` is called repeatedly, and checks the result.
 fn migrate(source: &MockSide, options: &OutgoingOptions, mut meanwhile: impl FnMut()) {
     let destination = destination();
     let [job, _] = source.start_move(&destination, options);
@@ -111,7 +111,7 @@ fn with_balloon_and_plug(path: Path, write_protect: bool, punch: Punch, seed: u6
     assert!(balloon.inflate(20, 30).unwrap() > 0 && freeing.inflate(20, 30).unwrap() > 0);
 
     let mut step = 0;
-    // The balloon dirties more than fits through: stop after some passes.
+    // The balloon dirties more than the bandwidth allows, so stop after some passes.
     let (max_passes, policy) = (6, NonConvergence::StopAnyway);
     let options = OutgoingOptions {
         streams: 3,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The harness itself: what a test believes because of it has to be true.
+//! Tests of the harness, on which all other tests rely.
 //!
 //! - [`parts`]: memory, threads that write it, and their ledgers;
-//! - [`guests`]: guests with devices and balloons migrate; [`mock_vmm`]: so do those of processes.
+//! - [`guests`]: migrations of guests with devices and balloons; [`mock_vmm`]: migrations of mock
+//!   VMM processes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod guests;

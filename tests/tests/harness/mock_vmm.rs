@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line that people drive by hand: two agents, two mock VMMs, two files.
+//! The command line `mock_vmm` as a user runs it: two agents, two mock VMMs and two files.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
@@ -36,7 +36,7 @@ impl Bench {
         path
     }
 
-    /// Runs both sides; returns their exit status and what they printed.
+    /// Runs both sides. Returns their exit status and output.
     fn migrate(&self, source: &Path, destination: &Path, more: &[&str]) -> [(bool, Value); 2] {
         let address = format!("unix:{}", self.directory.path().join("stream").display());
         let mut receiver = self.vmm("destination", self.destination.socket(), destination);
@@ -77,7 +77,7 @@ fn assert_same(source: &TestBlock, destination: &TestBlock, pages: PageRange) {
     }
 }
 
-/// 8 MiB at 0 and 8 MiB at 32 MiB, and holes.
+/// 8 MiB at 0 and 8 MiB at 32 MiB. The rest is holes.
 fn prepare(path: &Path) -> TestMemory {
     let memory = open(path);
     let block = memory.block(0).unwrap();
@@ -124,7 +124,7 @@ fn discards_are_holes_at_the_destination() {
     assert_eq!(ours["source_allocated_after"], 16 << 20, "stale bytes stay");
     let destination = open(&there);
     let block = destination.block(0).unwrap();
-    // 2050 KiB end in the middle of a page, which still migrates.
+    // The discarded 2050 KiB end inside a page, which still migrates.
     let discarded =
         [PageRange::new(256, 256), PageRange::new(8448, 512), PageRange::new(1024, 256)];
     for pages in discarded {
@@ -194,16 +194,15 @@ fn postcopy_starts_at_once_or_after_passes() {
     if !require::uffd() {
         return;
     }
-    // Before a postcopy from the start the guest writes nothing: its pages are released at the
-    // source as they arrive, so what arrived can be compared only with what was there from the
-    // beginning.
+    // Before a postcopy from the start the guest writes nothing. The source releases its pages as
+    // they arrive, so they can be compared only with the content from the beginning.
     let postcopy = &["--mode", "postcopy", "--write-rate", "0"][..];
     let hybrid = &["--mode", "hybrid", "--switch-after", "2", "--write-rate", "1000000"][..];
     for (more, passes) in [(postcopy, 0), (hybrid, 2)] {
         let bench = Bench::new();
         let (from, to) = (bench.file("from"), bench.file("to"));
         let here = prepare(&from);
-        // Never met, so that it is the switch that ends the passes.
+        // This limit is never met, so that the switch ends the passes.
         let options =
             [more, &["--downtime-limit", "0ms", "--discard", "4M+2M", "--release"]].concat();
         let [(sent, source), (received, destination)] = bench.migrate(&from, &to, &options);
@@ -218,11 +217,13 @@ fn postcopy_starts_at_once_or_after_passes() {
         assert!(there.is_hole(PageRange::new(1024, 512)).unwrap());
         if passes == 0 {
             assert_eq!(pushed + requested, 14 << 8);
-            // Released once they were there: nothing is left to compare with.
+            // The source released the pages when they had arrived, so there is nothing to compare
+            // with.
             assert_eq!(source["source_allocated_after"], 0, "{source}");
             assert!(there.read_page(8200).unwrap() == page_content(2, 8200));
         } else {
-            // Two passes and no last one: what the guest wrote since, if anything, came after it.
+            // Two passes and no last one. Pages that the guest wrote since then came after the
+            // switch.
             assert_eq!(here.allocated().unwrap() + (requested + pushed) * PAGE_SIZE, 14 << 20);
         }
     }

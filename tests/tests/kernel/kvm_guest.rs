@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The KVM guest of the harness: it does what the scenario tests build on, and the trackers see all
-//! of it.
+//! The KVM guest of the harness: it works as the other tests expect, and the trackers see all its
+//! writes.
 
 use pageferry_agent::tracking::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
@@ -54,13 +54,13 @@ fn a_paused_guest_writes_no_more_and_is_consistent() {
     let mut guest = booted(&memory, sweep.clone());
     let mut before = 0;
     for _ in 0..50 {
-        // One more may be the rest of the sweep that it stood in.
+        // One more sweep may be the rest of the one in which it was paused.
         guest.run_for_sweeps(2, LONG).unwrap();
         let first = counters(&memory, &sweep).unwrap();
         let progress = check_consistent(first.iter().copied()).unwrap();
         assert!(progress.sweeps > before, "{progress:?} after {before}");
         before = progress.sweeps;
-        assert_eq!(counters(&memory, &sweep).unwrap(), first, "nothing moves while it stands");
+        assert_eq!(counters(&memory, &sweep).unwrap(), first, "nothing changes while it is paused");
     }
 }
 
@@ -133,7 +133,7 @@ fn a_guest_that_leaves_its_loop_is_an_error() {
     }
     let memory = memory(&[(0, 2 * MIB)]);
     let mut guest = booted(&memory, Sweep::all(&memory));
-    // `hlt` is a privileged instruction, and there is nobody to handle the fault.
+    // `hlt` is a privileged instruction, and nothing handles the fault.
     memory.write_slice(&[0xf4; 64], GuestAddress(0)).unwrap();
     guest.resume().unwrap();
     let error = guest.wait_for_sweeps(1, LONG).unwrap_err();
@@ -168,7 +168,7 @@ fn what_the_guest_cannot_do_is_refused() {
 }
 
 #[test]
-fn spins_slow_the_guest_down_and_can_be_changed_while_it_stands() {
+fn spins_slow_the_guest_down_and_can_be_changed_in_a_pause() {
     if !require::kvm() {
         return;
     }
@@ -191,7 +191,7 @@ fn wait_for_write(memory: &Memory, gpa: u64) {
     let counter = || memory.load::<u32>(GuestAddress(gpa), Ordering::SeqCst).unwrap();
     let (before, started) = (counter(), Instant::now());
     while counter() == before {
-        assert!(started.elapsed() < LONG, "the guest does not come to {gpa:#x}");
+        assert!(started.elapsed() < LONG, "the guest does not reach {gpa:#x}");
         std::thread::yield_now();
     }
 }
@@ -232,7 +232,7 @@ fn both_trackers_report_all_changed_pages_and_few_others() {
     let log_length = (80 * MIB / PAGE_SIZE / 8).next_multiple_of(PAGE_SIZE);
     let mut before = bytes(&memory);
     for turn in 0..6 {
-        // From wherever the guest stands to a page a quarter, or three, further on: part of the
+        // From the guest's present page to one a quarter, or three quarters, further: a part of the
         // memory, or nearly all.
         let stood = check_consistent(counters(&memory, guest.sweep()).unwrap()).unwrap().pages;
         let target = (stood + addresses.len() / 4 * (1 + turn % 3)) % addresses.len();

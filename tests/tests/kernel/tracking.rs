@@ -44,12 +44,12 @@ struct Tracked {
 }
 
 impl Tracked {
-    /// `None` where it cannot be tracked.
+    /// `None` if it cannot be tracked.
     fn new(pages: u64) -> Option<Self> {
         require::uffd().then(|| Self::over(memfd(pages * PAGE_SIZE).unwrap(), pages * PAGE_SIZE))
     }
 
-    /// All of it was written, and the scan knows.
+    /// A mapping of which all pages were written, as the scan reports.
     fn scanned(pages: u64) -> Option<Self> {
         let tracked = Self::new(pages)?;
         (0..pages).for_each(|page| tracked.write(page));
@@ -134,7 +134,7 @@ fn first_writes_to_holes_are_reported() {
     tracked.write(3);
     tracked.scan();
     assert_eq!(tracked.scan(), [0; 0]);
-    // Next to a page that exists, and megabytes away from any.
+    // Next to an existing page, and megabytes away from any.
     tracked.write(4);
     tracked.write(2000);
     let found = tracked.scan();
@@ -150,7 +150,7 @@ fn a_write_after_a_punch_of_a_protected_page_is_reported() {
     let blocks = tracked.blocks();
     let after_punch = tracked.scan();
     assert!(after_punch.iter().all(|page| (100..700).contains(page)), "{after_punch:?}");
-    assert_eq!(tracked.blocks(), blocks, "the scan brings nothing back");
+    assert_eq!(tracked.blocks(), blocks, "the scan allocates nothing");
     for page in [100, 300, 699] {
         tracked.write(page);
     }
@@ -170,7 +170,7 @@ fn a_scan_allocates_no_page() {
 
 #[test]
 fn more_runs_than_the_buffer_holds_are_all_reported() {
-    // Every second page: each is a run of its own, and there are several buffers full.
+    // Every second page is a run of its own. The runs fill several buffers.
     let Some(tracked) = Tracked::scanned(30_000) else { return };
     (0..30_000).step_by(2).for_each(|page| tracked.write(page));
     assert_eq!(tracked.scan(), Vec::from_iter((0..30_000).step_by(2)));
@@ -193,8 +193,8 @@ fn no_write_is_lost_while_scans_run() {
     };
     let stop = AtomicBool::new(false);
     let mut copy = vec![0; PAGES as usize];
-    // Scans that found something: so many that they met the writer everywhere, however the two take
-    // turns.
+    // Number of scans that found something. It is large enough that scans and writes meet
+    // everywhere, whatever the order.
     let mut found = 0u32;
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
@@ -217,7 +217,7 @@ fn no_write_is_lost_while_scans_run() {
     });
     tracked.scan().into_iter().for_each(|page| copy[page as usize] = counter(page));
     let actual: Vec<u32> = (0..PAGES).map(counter).collect();
-    assert_eq!(copy, actual, "what was copied after each report is what is there");
+    assert_eq!(copy, actual, "the copies after each report equal the memory");
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_scan_after_the_registration_is_dropped_is_an_error() {
     tracked.write_protect = None;
     let error = tracked.pagemap.scan(tracked.address, tracked.length, |_, _| ()).unwrap_err();
     assert!(matches!(error, PagemapError::NotRegistered { .. }), "{error}");
-    tracked.write(3); // no longer protected, and there is nobody to wait for
+    tracked.write(3); // no longer protected, so the write does not wait
 }
 
 #[test]
@@ -261,8 +261,8 @@ fn huge_pages_are_reported_whole_and_none_is_allocated() {
 const CHILD: &str = "PAGEFERRY_TEST_TRACKED_CHILD";
 const CHILD_PAGES: u64 = 300;
 
-/// Not a test of its own: the VMM of `a_scan_works_from_another_process`, told by its standard
-/// input which page to write.
+/// Not a test of its own, but the VMM of `a_scan_works_from_another_process`. Its standard input
+/// says which page to write.
 #[test]
 fn tracked_child() {
     if std::env::var_os(CHILD).is_none() {
@@ -333,8 +333,8 @@ fn shared_log(memory: &Memory) -> DirtyLog {
     DirtyLog::map(memfd(length).unwrap().as_fd(), 0, length).unwrap()
 }
 
-/// The pages that KVM holds as dirty, by a log that is empty before. The guest's code is left out:
-/// KVM may call a page dirty when it first maps it writable, though the guest only reads it.
+/// The dirty pages of KVM, in a log that was empty. The guest's code is left out: KVM may report a
+/// page as dirty when it first maps it writable, although the guest only reads it.
 fn synced(kvm: &KvmDirtyLog, memory: &Memory) -> BTreeSet<u64> {
     let log = shared_log(memory);
     kvm.sync(&log).unwrap();
@@ -359,7 +359,7 @@ fn guest(memory: &Memory, ranges: &[(u64, u64)]) -> (KvmGuest, BTreeSet<u64>) {
     (guest, swept)
 }
 
-/// Lets the guest write to all of its pages.
+/// Lets the guest write to all its pages.
 fn round(guest: &mut KvmGuest) {
     guest.run_for_sweeps(2, LONG).unwrap();
 }
@@ -387,7 +387,7 @@ fn kvm_sync_reports_guest_writes_and_clears_nothing() {
     kvm.stop().unwrap();
     assert!(kvm.sync(&shared_log(&memory)).is_err());
     kvm.start().unwrap();
-    assert_eq!(synced(&kvm, &memory), BTreeSet::new(), "the next start is a clean one");
+    assert_eq!(synced(&kvm, &memory), BTreeSet::new(), "after the next start the log is clean");
     round(&mut guest);
     assert_eq!(synced(&kvm, &memory), swept);
 }
@@ -403,8 +403,8 @@ fn a_clear_across_a_discarded_range_loses_no_write() {
     kvm.start().unwrap();
     round(&mut guest);
 
-    // Discarded are pages 70..130, which begin and end inside of a word. The chunk is all of it,
-    // and only they are asked for.
+    // Pages 70..130 are discarded. They begin and end inside a word. The chunk is the whole memory,
+    // and the clear names only these pages.
     let mut bitmap = [0u64; 4];
     (70..130).for_each(|page| bitmap[page / 64] |= 1 << (page % 64));
     kvm.clear(0, &bitmap).unwrap();
@@ -412,13 +412,13 @@ fn a_clear_across_a_discarded_range_loses_no_write() {
         swept.iter().copied().filter(|page| !(70..130).contains(page)).collect();
     assert_eq!(synced(&kvm, &memory), expected);
 
-    // And the other way around: all but the discarded ones.
+    // The other way around: all pages except the discarded ones.
     round(&mut guest);
     bitmap.iter_mut().for_each(|word| *word = !*word);
     kvm.clear(0, &bitmap).unwrap();
     assert_eq!(synced(&kvm, &memory), (70..130).collect());
 
-    // What was cleared is protected: the next write is seen.
+    // Cleared pages are protected, so KVM sees the next write.
     round(&mut guest);
     assert_eq!(synced(&kvm, &memory), swept);
 }
@@ -428,8 +428,8 @@ fn kvm_clears_exactly_what_it_is_asked_to() {
     if !require::kvm() {
         return;
     }
-    // Slots that begin and end at no multiple of 64 pages, next to each other and with a gap; the
-    // last one is small.
+    // Slots whose limits are not multiples of 64 pages, some adjacent and some with a gap. The last
+    // one is small.
     let slots = [(5, 137), (142, 70), (300, 200), (1000, 3)];
     let memory = memory(&slots.map(|(first, pages)| (first * PAGE_SIZE, pages * PAGE_SIZE)));
     let mut ranges = slots;

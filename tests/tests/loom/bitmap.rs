@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The lock-free parts of the bitmap under the model checker: every interleaving, and every value
-//! that the memory orders let a load see.
+//! Model check of the lock-free parts of the bitmap: every interleaving, and every value that the
+//! memory orders allow a load to see.
 //!
-//! `bitmap.rs` is compiled here a second time, with loom's atomics in the place of the standard
-//! ones. `never-read`, `never-populate` and `same-memory` rest on what is checked here: no bit is
-//! lost, none is handed out twice, and whoever takes a bit sees what was written before it was set.
+//! `bitmap.rs` is compiled here a second time, with loom's atomics instead of the standard ones.
+//! `never-read`, `never-populate` and `same-memory` depend on these checks: no bit is lost, none is
+//! taken twice, and the thread that takes a bit sees what was written before it was set.
 
 use crate::shm::bitmap::Bitmap;
 use loom::sync::Arc;
@@ -34,8 +34,8 @@ fn page(first: u64) -> PageRange {
     PageRange::new(first, 1)
 }
 
-/// The guest writes `value` into `memory`, which is `page`. As weak as a plain store: only the
-/// bitmap orders it.
+/// The guest writes `value` to `memory`, which is page `page`. The store is as weak as a plain one:
+/// only the bitmap orders it.
 fn write(
     dirty: &Shared, page: PageRange, memory: &Arc<AtomicU64>, value: u64,
 ) -> thread::JoinHandle<u64> {
@@ -52,7 +52,7 @@ fn a_bit_set_while_its_word_is_taken_is_taken_or_still_there() {
         let dirty = bitmap(64, 0b1);
         let setter = spawn(&dirty, |dirty| dirty.set(page(5)));
         let taken = dirty.take_word(0);
-        assert_eq!(setter.join().unwrap(), 1, "the bit was clear, whoever came first");
+        assert_eq!(setter.join().unwrap(), 1, "the bit was clear in either order");
         let left = dirty.word(0);
         assert_eq!(taken | left, 0b10_0001, "nothing is lost");
         assert_eq!(taken & left, 0, "nothing is there twice");
@@ -68,8 +68,8 @@ fn a_bit_set_again_while_it_is_taken_is_never_lost() {
         let taken = dirty.take_bits(0, 0b1);
         let newly = setter.join().unwrap();
         assert_eq!(taken, 1);
-        // Set before the taking, it was a repetition; after it, it is a new one that the next pass
-        // finds.
+        // If the mark came before the bit was taken, it was a repetition. If it came after, it is a
+        // new mark, which the next pass finds.
         assert_eq!(dirty.word(0), newly);
     });
 }
@@ -120,8 +120,8 @@ fn clearing_and_setting_at_once_agree_on_the_counts() {
         let set = discarded.set(PageRange::new(0, 3));
         let cleared = populate.join().unwrap();
         let left = discarded.count(discarded.all());
-        // A discard and a populate that race have no order, but what they report adds up to what is
-        // there.
+        // A discard and a populate that race have no order, but their results add up to the final
+        // state.
         assert_eq!(2 + set - cleared, left);
         assert!(discarded.contains(0), "only one of the two spoke of page 0");
         assert!(!discarded.contains(3), "only one of the two spoke of page 3");

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Model check of a background snapshot: workers, write faults, discards and the end of it act on a
-//! page at once, in every order. What runs here are the agent's own steps, over its own fence and
-//! bitmap, with loom's atomics in the place of the standard ones. The kernel's part is a word of
-//! protected pages, and a guest that writes in the very step that lifts the protection of its page:
-//! later it would know all the more of what was done before.
+//! Model check of a background snapshot: workers, write faults, discards and the end of the
+//! snapshot act on a page at once, in every order. It runs the agent's own steps, over its own
+//! fence and bitmap, with loom's atomics instead of the standard ones. The kernel is a word of
+//! protected pages. The guest writes in the same step that removes the protection of its page: a
+//! later write would see more of what was done before.
 //!
-//! The model fails if a page is read while it changes or after it did, if it is captured twice or
-//! not at all, and if the guest waits for ever.
+//! The model fails if a page is read while or after it changes, if it is captured twice or not at
+//! all, or if the guest waits forever.
 
 use crate::memory::capture_ordering::{before_punch, before_unregister, before_write, capture};
 use crate::memory::fence::{FAULTS, Readers, SESSION};
@@ -18,17 +18,17 @@ use loom::sync::{Arc, Mutex};
 use loom::thread::{self, JoinHandle};
 use std::sync::atomic::{AtomicU64 as Plain, Ordering::Relaxed};
 
-/// What a page holds.
+/// The content of a page.
 const AT_THE_INSTANT: u64 = 1;
 const WRITTEN: u64 = 2;
 const PUNCHED: u64 = 3;
 
-/// Two pages of one word, and one of another.
+/// Two pages of one word of the bitmap, and one of another.
 const PAGE: u64 = 5;
 const NEIGHBOUR: u64 = 6;
 const ELSEWHERE: u64 = WORD_BITS + 7;
 
-/// The only worker; the other two have the slots behind it.
+/// The slot of the only worker. The other two threads have the next slots.
 const WORKER: usize = 0;
 const SLOTS: usize = 3;
 
@@ -36,8 +36,8 @@ const SLOTS: usize = 3;
 #[derive(Debug, PartialEq, Eq)]
 struct Unreadable;
 
-/// A page of the guest's. Its content is no atomic of the model: whether one touch of it comes
-/// after another is checked, and no value is seen but the last.
+/// A page of the guest. Its content is not a loom atomic: the model checks that accesses do not
+/// overlap, and a read sees only the last value.
 #[derive(Debug)]
 struct Content {
     touch: UnsafeCell<()>,
@@ -71,10 +71,10 @@ impl Content {
 struct Snapshot {
     readers: Readers,
     pending: Bitmap<Vec<AtomicU64>>,
-    /// What is protected of each word.
+    /// The protected pages of each word.
     protected: [AtomicU64; 2],
     over: AtomicBool,
-    /// Discards are to save what they discard.
+    /// True if discards must save pages before they punch.
     capturing: Mutex<bool>,
     contents: Vec<(u64, Content)>,
     /// The page that the guest waits to write to.
@@ -116,7 +116,7 @@ impl Snapshot {
         }
     }
 
-    /// The kernel's part.
+    /// The part of the kernel.
     fn lift(&self, word: u64, bits: u64) {
         let lifted = self.protected[word as usize].fetch_and(!bits, Ordering::AcqRel) & bits;
         if let Some(page) = self.writes {
@@ -127,7 +127,7 @@ impl Snapshot {
         }
     }
 
-    /// Returns what is to be lifted.
+    /// Returns the pages whose protection must be removed.
     fn capture(&self, reader: usize, word: u64, mask: u64) -> u64 {
         let take = || self.pending.take_bits(word, mask);
         let read = |taken| {
@@ -142,7 +142,7 @@ impl Snapshot {
         self.lift(word, self.capture(WORKER, word, u64::MAX));
     }
 
-    /// A worker cannot read what it takes of a word.
+    /// A worker cannot read the pages that it takes of a word.
     fn work_fails(&self, word: u64) {
         let take = || self.pending.take_bits(word, u64::MAX);
         let captured = capture(&self.readers, (WORKER, 0, word), take, |_| Err(Unreadable));
@@ -179,7 +179,7 @@ impl Snapshot {
         self.content(page).change(PUNCHED);
     }
 
-    /// A worker found nothing pending: the registration is taken back.
+    /// A worker found nothing pending, so the registration is removed.
     fn end(&self) {
         before_unregister(&self.readers);
         self.over.store(true, Ordering::Release);
@@ -204,7 +204,7 @@ impl Snapshot {
     fn check_written(&self) {
         let written =
             self.writes.is_none_or(|page| self.content(page).holds.load(Relaxed) == WRITTEN);
-        assert!(written, "the guest waits for ever");
+        assert!(written, "the guest waits forever");
     }
 }
 
@@ -217,11 +217,11 @@ fn join<const N: usize>(threads: [JoinHandle<()>; N]) {
     threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
-/// With a bound on how often a thread is interrupted, where all orders would take too long.
+/// Limits the number of preemptions, because all orders would take too long.
 fn model(preemptions: impl Into<Option<usize>>, check: impl Fn() + Sync + Send + 'static) {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = preemptions.into();
-    // To wait for a reader is a spin, each turn of which counts.
+    // A wait for a reader spins, and each turn counts.
     model.max_branches = 20_000;
     model.check(check);
 }
@@ -243,7 +243,7 @@ fn a_worker_has_read_what_a_fault_lets_be_written() {
         let snapshot = Snapshot::of(&[PAGE, ELSEWHERE], Some(PAGE));
         let worker = spawn(&snapshot, |snapshot| {
             let taken = [0, 1].map(|word| snapshot.capture(WORKER, word, u64::MAX));
-            // It fills its batch first.
+            // The worker fills its batch first.
             (0..).zip(taken).for_each(|(word, taken)| snapshot.lift(word, taken));
         });
         snapshot.fault(PAGE);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Model check of a host page in postcopy: a fault, an arrival and a discard act on it at once, in
-//! every order. What runs here is the agent's own code of the two steps by which they agree, over
-//! its own fence and bitmap, with loom's atomics in the place of the standard ones; the kernel's
-//! part is a word that says what the page holds.
+//! every order. It runs the agent's own code of the two steps by which they agree, over its own
+//! fence and bitmap, with loom's atomics instead of the standard ones. The kernel is a word that
+//! says what the page holds.
 
 use crate::memory::fault_ordering::{request, requested_of};
 use crate::memory::fence::Readers;
@@ -12,7 +12,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 
-/// What the kernel has for the page.
+/// The state of the page in the kernel.
 const MISSING: u64 = 0;
 const ZERO: u64 = 1;
 const CONTENT: u64 = 2;
@@ -20,13 +20,13 @@ const CONTENT: u64 = 2;
 const PAGE: u64 = 5;
 const BIT: u64 = 1 << PAGE;
 
-/// A page that is missing, and who acts on it.
+/// A missing page, and the threads that act on it.
 struct Page {
     readers: Readers,
     missing: Bitmap<Vec<AtomicU64>>,
     requested: Bitmap<Vec<AtomicU64>>,
     held: AtomicU64,
-    /// How often whoever waits was told to look again.
+    /// How often a waiting thread was woken.
     answers: AtomicU64,
 }
 
@@ -38,13 +38,14 @@ impl Page {
         Arc::new(Self { readers: Readers::new(2), missing, requested, held, answers })
     }
 
-    /// The kernel's part: fills what is missing, refuses what is there, and wakes in either case.
+    /// The part of the kernel: fills a missing page, refuses a present one, and wakes waiters in
+    /// both cases.
     fn place(&self, what: u64) {
         let _ = self.held.compare_exchange(MISSING, what, Ordering::AcqRel, Ordering::Relaxed);
         self.answers.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// The fault's thread. True if the source is to be asked.
+    /// The fault thread. True if the page must be requested from the source.
     fn fault(&self) -> bool {
         let found = request(
             &self.requested,
@@ -60,7 +61,7 @@ impl Page {
         found.is_missing && found.is_first
     }
 
-    /// Content came on the stream of `worker`.
+    /// Content arrived on the stream of `worker`.
     fn content_arrives(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
         if self.missing.take_bits(0, BIT) != 0 {
@@ -69,7 +70,7 @@ impl Page {
         }
     }
 
-    /// The page is zero, says the source.
+    /// The source reports that the page is zero.
     fn zero_arrives(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
         let taken = self.missing.take_bits(0, BIT);
@@ -78,7 +79,7 @@ impl Page {
         }
     }
 
-    /// Content came and could not be placed.
+    /// Content arrived and could not be placed.
     fn placing_fails(&self, worker: usize) {
         let _reading = self.readers.reading(worker, 0, 0);
         let taken = self.missing.take_bits(0, BIT);
@@ -116,7 +117,7 @@ fn a_fault_never_places_zero_over_content() {
         page.fault();
         arrival.join().unwrap();
         assert_eq!(page.held(), CONTENT);
-        assert_ne!(page.answers.load(Ordering::Acquire), 0, "whoever waits was woken");
+        assert_ne!(page.answers.load(Ordering::Acquire), 0, "the waiting thread was woken");
     });
 }
 
@@ -127,7 +128,7 @@ fn of_a_fault_and_a_page_that_turns_out_to_be_zero_one_answers() {
         let arrival = spawn(&page, |page| page.zero_arrives(0));
         page.fault();
         arrival.join().unwrap();
-        assert_eq!(page.held(), ZERO, "nobody waits for ever");
+        assert_eq!(page.held(), ZERO, "no thread waits forever");
     });
 }
 
@@ -191,7 +192,7 @@ fn a_fault_beside_a_failed_placing_asks_the_source() {
 fn fault_arrival_and_discard_leave_nobody_waiting() {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(2);
-    // Waiting for a worker is a spin, each turn of which counts.
+    // A wait for a worker spins, and each turn counts.
     model.max_branches = 20_000;
     model.check(|| {
         let page = Page::missing();

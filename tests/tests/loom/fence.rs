@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Model check of the fence between workers that read and discards that punch (`never-read` and
-//! `clear-then-read`): every interleaving of both. A page that is freed has no mark that a worker
-//! could see before the punch; there the fence comes after it, see `agent/src/memory/freed.rs`.
+//! `clear-then-read`): every interleaving of both. A freed page has no mark that a worker could see
+//! before the punch. For a free the fence comes after the punch, see `agent/src/memory/freed.rs`.
 
 use crate::memory::capture_ordering::{after_punch, before_punch};
 use crate::memory::fence::Readers;
@@ -11,7 +11,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 
-/// What a discard and a worker share: the mark, and whether the page is gone.
+/// The state that a discard and a worker share: the mark, and whether the page is punched.
 struct Page {
     readers: Readers,
     discarded: AtomicU64,
@@ -27,7 +27,7 @@ impl Page {
         })
     }
 
-    /// What a worker does with word 5 of block 2. True if it read.
+    /// A worker's step on word 5 of block 2. True if it read.
     fn work(&self, worker: usize) -> bool {
         let _reading = self.readers.reading(worker, 2, 5);
         if self.discarded.load(Ordering::Relaxed) != 0 {
@@ -58,7 +58,7 @@ fn a_page_is_never_read_after_its_discard_was_acknowledged() {
         };
         page.discard();
         worker.join().unwrap();
-        // Acknowledged: who comes from here on does not read.
+        // Acknowledged: a worker that comes later does not read.
         assert!(!page.work(0));
     });
 }
@@ -87,7 +87,7 @@ fn a_worker_elsewhere_is_not_waited_for() {
     loom::model(|| {
         let readers = Arc::new(Readers::new(1));
         let _elsewhere = readers.reading(0, 2, 6);
-        // Would never return if it waited.
+        // This would never return if it waited.
         readers.wait(|block, word| block == 2 && word == 5);
     });
 }
@@ -96,8 +96,7 @@ fn a_worker_elsewhere_is_not_waited_for() {
 fn a_worker_that_is_seen_elsewhere_has_read_what_it_was_at() {
     loom::model(|| {
         let page = Page::new(1);
-        // The model fails if one touch of it is not over before the other begins, whatever values
-        // are seen.
+        // The model fails if two accesses of the page overlap, whatever values they see.
         let content = Arc::new(UnsafeCell::new(()));
         let worker = {
             let (page, content) = (page.clone(), content.clone());
@@ -122,7 +121,8 @@ struct Freed {
     readers: Readers,
     hints: Bitmap<Vec<AtomicU64>>,
     hole: AtomicU64,
-    /// The model fails if it is read while the guest, which was told that the free is done, writes.
+    /// The model fails if the page is read while the guest, which knows that the free is done,
+    /// writes.
     content: UnsafeCell<()>,
 }
 
@@ -140,11 +140,11 @@ impl Freed {
         })
     }
 
-    /// What a worker does. True if it read.
+    /// A worker's step. True if it read.
     fn work(&self) -> bool {
         let _reading = self.readers.reading(0, 2, 5);
         let hint = self.hints.take_bits(5, BIT);
-        // The kernel's part is not split.
+        // The kernel does this in one step.
         if hint != 0 && self.hole.load(Ordering::Acquire) != 0 {
             self.hints.or_word(5, hint);
             return false;
@@ -176,12 +176,12 @@ fn a_freed_page_is_not_read_until_it_is_written() {
             })
         };
         page.free();
-        // Acknowledged: a page that is about to be written is in nobody's hands.
+        // Acknowledged: no worker is reading the page when the guest writes it.
         page.content.with_mut(|_| ());
         let (first, second) = worker.join().unwrap();
         assert!(first || !second, "once it was found to be a hole it stays one");
         assert!(!page.work());
-        // The guest writes: it is ordinary memory.
+        // The guest writes. The page is ordinary memory.
         page.hole.store(0, Ordering::Release);
         assert!(page.work() && page.hints.word(5) == 0);
     });

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The lock-free parts under the model checker: every interleaving, and every value that the memory
-//! orders let a load see. Files of the agent and the protocol are compiled here a second time, with
-//! loom's atomics, locks and threads in the place of the standard ones.
+//! Model checks of the lock-free parts: every interleaving, and every value that the memory orders
+//! allow a load to see. Files of the agent and the protocol are compiled here a second time, with
+//! loom's atomics, locks and threads instead of the standard ones.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod bitmap;

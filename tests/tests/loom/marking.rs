@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Model check of the instant of a snapshot beside discards and populates: every order in which
-//! they mark, look and read. What runs here are the agent's own lock of marks and its own steps of
-//! capturing, with loom's in the place of the standard atomics and locks.
+//! Model check of the instant of a snapshot during discards and populates: every order in which
+//! they mark, check and read. It runs the agent's own lock of the marks and its own steps of a
+//! capture, with loom's atomics and locks instead of the standard ones.
 
 use crate::memory::capture_ordering::{before_punch, capture};
 use crate::memory::fence::{Readers, SESSION};
@@ -28,19 +28,19 @@ struct Guest {
     readers: Readers,
     discarded: Bits,
     log: Bits,
-    /// The model fails if one touch of the page is not over before the next begins.
+    /// The model fails if two accesses of the page overlap.
     touch: UnsafeCell<()>,
-    /// Since the base. No atomics of the model: only the last value is seen.
+    /// Changes since the base. These are not loom atomics: only the last value is seen.
     punched: Plain,
     at_instant: Plain,
     captured: Plain,
 }
 
-/// What the image says of the page.
+/// The state of the page in the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Saved {
     Discarded,
-    /// Pending, as all that may have changed.
+    /// Pending, like every page that may have changed.
     Content,
     AsInTheBase,
 }
@@ -80,13 +80,14 @@ impl Guest {
         capture(&self.readers, (reader, 0, 0), || pending.take_bits(0, BIT), read).unwrap();
     }
 
-    /// The instant, and a worker after it. With `all` everything is saved, else what is in the log.
+    /// The instant, and then a worker. With `all` every page is saved, otherwise the pages in the
+    /// log.
     fn save(&self, all: bool) -> Saved {
         let (mut saved, mut pending) = (Saved::Discarded, None);
         let find = || {
             let changed = self.log.take_word(0) & BIT != 0 || all;
             if self.discarded.word(0) & BIT == 0 {
-                // It is populated, so nobody punches it now.
+                // The page is populated, so no discard punches it now.
                 self.at_instant.store(self.read(), Relaxed);
                 saved = if changed { Saved::Content } else { Saved::AsInTheBase };
             }
@@ -138,9 +139,9 @@ fn a_discard_at_the_instant_is_saved_so_or_captured_first() {
         let saved = guest.save(true);
         discard.join().unwrap();
         match saved {
-            Saved::Discarded => assert_eq!(guest.captured(), 0, "nobody reads what was discarded"),
+            Saved::Discarded => assert_eq!(guest.captured(), 0, "no discarded page is read"),
             Saved::Content => assert_eq!(guest.captured(), 1),
-            Saved::AsInTheBase => panic!("all is saved"),
+            Saved::AsInTheBase => panic!("every page is saved"),
         }
     });
 }
@@ -164,7 +165,7 @@ fn a_page_is_as_in_the_base_only_before_discard_and_populate() {
             guest.discard();
             guest.populate();
         });
-        // Checks what it takes for unchanged.
+        // Checks a page that it takes for unchanged.
         guest.save(false);
         both.join().unwrap();
     });

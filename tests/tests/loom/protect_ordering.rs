@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Model check of protecting ahead of a snapshot's instant, while the guest writes: walks that
-//! protect, faults that let a write through, and the instant, which believes what is noted. What
-//! runs here is the agent's own order of noting and protecting, over its own bitmap, with loom's
-//! atomics in the place of the standard ones; the kernel's part is a word of protected pages.
+//! Model check of the protection ahead of a snapshot's instant, while the guest writes: walks that
+//! protect, faults that let a write through, and the instant, which trusts the notes. It runs the
+//! agent's own order of notes and protection, over its own bitmap, with loom's atomics instead of
+//! the standard ones. The kernel is a word of protected pages.
 
 use crate::shm::bitmap::{Bitmap, runs_of_word};
 use crate::snapshot::protect_ordering;
@@ -21,8 +21,8 @@ const BOTH: u64 = 1 << PAGE | 1 << NEIGHBOUR;
 struct Watch {
     noted: Bitmap<Vec<AtomicU64>>,
     protected: AtomicU64,
-    /// Held while a fault is answered. True after the instant, when faults lift and take no note
-    /// away.
+    /// Held while a fault is answered. True after the instant: from then on a fault removes the
+    /// protection but no note.
     mode: Mutex<bool>,
 }
 
@@ -40,7 +40,7 @@ impl Watch {
         self.mode.lock().unwrap()
     }
 
-    /// Protects those of the pages `wanted` that are not noted.
+    /// Protects the pages of `wanted` that are not noted.
     fn walk(&self, wanted: u64) {
         for run in runs_of_word(0, protect_ordering::not_protected(&self.noted, 0, wanted)) {
             let protect = || {
@@ -51,7 +51,7 @@ impl Watch {
         }
     }
 
-    /// A write is let through, if it is before the instant.
+    /// Lets a write through, if it comes before the instant.
     fn fault(&self, page: u64) {
         let after = self.mode();
         if *after {
@@ -64,7 +64,7 @@ impl Watch {
         protect_ordering::unprotect(&self.noted, PageRange::new(page, 1), lift).unwrap();
     }
 
-    /// The VMM discards a page, frees it by itself, whereby the kernel drops its protection, and
+    /// The VMM discards a page, punches it itself, so that the kernel drops its protection, and
     /// populates it again.
     fn free_and_populate(&self, page: u64) {
         let page = PageRange::new(page, 1);
@@ -152,7 +152,7 @@ fn a_page_freed_meanwhile_does_not_count_as_protected() {
         let watch = Watch::begin();
         watch.walk(1 << NEIGHBOUR);
         let vmm = spawn(&watch, |watch| watch.free_and_populate(PAGE));
-        // What it looks for was found before the discard.
+        // The walk looked at the page before the discard.
         watch.walk(BOTH);
         watch.walk(BOTH);
         vmm.join().unwrap();

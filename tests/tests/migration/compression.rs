@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Pages that travel compressed: smaller on the wire, the same at the destination, and refused by
-//! name where something is wrong with them.
+//! Compressed pages: they are smaller on the wire and the same at the destination. Malformed ones
+//! are refused with an error that names the block.
 
 use crate::scene::{PAGES, Scene, empty};
 use pageferry_agent::outgoing::compress::Compressor;
@@ -20,7 +20,7 @@ use std::io::Write;
 use std::os::unix::net::UnixListener;
 
 const BYTES: usize = PAGE_SIZE as usize;
-/// Both, and a level that is not the one without a level.
+/// Both methods, and zstd with a level that is not the default.
 const METHODS: [(Compression, u16); 3] = [
     (Compression::Lz4, FLAG_LZ4),
     (Compression::Zstd(1), FLAG_ZSTD),
@@ -51,11 +51,11 @@ fn start(source: Side, options: &OutgoingOptions) -> Scene {
     Scene::started_between(Wire::Unix, source, empty(), options)
 }
 
-/// The migration succeeds, and the pages are the same on both sides.
+/// Checks that the migration succeeds, and that the pages are the same on both sides.
 fn finish(scene: &mut Scene) -> JobStatus {
     let status = scene.finish();
     let there = scene.destination().client.status().unwrap();
-    // All but the commit, which the destination does not count.
+    // The destination counts all bytes except the commit.
     assert_eq!(there.counters.wire_bytes + RECORD_SIZE as u64, status.counters.wire_bytes);
     for page in 0..PAGES {
         assert!(read(&scene.source, page) == read(scene.destination(), page), "page {page}");
@@ -101,10 +101,10 @@ fn text_is_smaller_on_the_wire_and_arrives_the_same() {
 }
 
 #[test]
-fn what_does_not_shrink_travels_as_it_is_beside_what_does() {
+fn pages_that_do_not_shrink_are_sent_raw_beside_others() {
     for (compression, flag) in METHODS {
         let source = text();
-        // Some alone, and one whole word of them.
+        // Some single pages, and all pages of one word of the bitmap.
         let noisy = |page: u64| page % 10 == 3 || (64..128).contains(&page);
         for page in (0..PAGES).filter(|page| noisy(*page)) {
             write(&source, page, &page_content(7, page));
@@ -153,8 +153,8 @@ fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
     compressor.output().to_vec()
 }
 
-/// Replaces the first compressed record by what `tamper` makes of it: both jobs fail with all
-/// `words`, the guest runs on, and the next attempt succeeds.
+/// Replaces the first compressed record by the result of `tamper`. Checks that both jobs fail with
+/// all `words`, that the guest keeps running, and that the next attempt succeeds.
 #[track_caller]
 fn assert_refused(
     compression: Compression, words: &[&str], tamper: impl Fn(&Passing) -> (u16, Vec<u8>),
@@ -180,7 +180,7 @@ fn assert_refused(
             );
         }
     }
-    assert!(!scene.source.vmm.is_paused(), "the guest runs on");
+    assert!(!scene.source.vmm.is_paused(), "the guest keeps running");
     assert_eq!(scene.destination().vmm.resumes(), 0);
     migrates_next_time(&scene.source);
 }
@@ -196,7 +196,7 @@ fn a_payload_that_is_not_its_pages_fails_both_jobs_by_name() {
         assert_refused(compression, &["block 3", method, "cannot be decompressed to"], |record| {
             (flag, pack(compression, &vec![7; pages(record) * BYTES + 1]))
         });
-        // Hundreds of times as much as the pages have.
+        // Decompresses to hundreds of times the size of the pages.
         assert_refused(compression, &["block 3", method, "cannot be decompressed to"], |_| {
             (flag, pack(compression, &vec![0; 16 << 20]))
         });
@@ -273,7 +273,7 @@ fn random_pages_arrive_whatever_the_compression() {
     {
         let source = Side::new(Ram::odd(PAGES));
         for page in (0..PAGES).filter(|page| page % 3 != 1) {
-            // Noise up to somewhere, and zeroes behind it.
+            // Noise up to a random offset, and zeroes after it.
             let mut content = page_content(3, page);
             content[random.below(PAGE_SIZE) as usize..].fill(0);
             write(&source, page, &content);

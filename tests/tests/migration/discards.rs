@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What discards do at every moment of a migration, and what dirty bits older than a discard do not
-//! do.
+//! Discards at every moment of a migration.
 
 use super::scene::{PAGES, Scene, discard, populate};
 use pageferry_client::{BlockRange, Punch};
@@ -17,7 +16,7 @@ fn a_discard_of_a_page_that_was_sent_leaves_a_hole() {
         scene.start(&passes(2));
         scene.after_pass(pass, |source| discard(source, 30, 70, punch));
         let status = scene.finish();
-        assert_eq!(scene.carried(30).len(), 1, "sent in pass 0");
+        assert_eq!(scene.carried(30).len(), 1, "the page was sent in pass 0");
         scene.assert_discarded(30..100);
         scene.assert_untouched((0..30).chain(100..PAGES));
         assert_eq!(status.counters.discarded_pages, 70);
@@ -46,7 +45,7 @@ fn a_page_discarded_and_written_again_has_the_last_write() {
     let there = &scene.destination().ram;
     assert_same(&scene.source.ram, there);
     assert_eq!((there.stamp(11), there.stamp(21), there.stamp(41)), (1, 2, 3));
-    assert_eq!((there.stamp(10), there.stamp(20)), (0, 0), "what was punched reads as zero");
+    assert_eq!((there.stamp(10), there.stamp(20)), (0, 0), "punched pages read as zero");
     scene.assert_untouched((0..10).chain(50..PAGES));
     let bitmap = scene.destination().client.discarded(there.id).unwrap();
     assert_eq!(bitmap.count(bitmap.all()), 0);
@@ -97,7 +96,7 @@ fn a_stray_write_is_sent_and_its_page_stays_discarded() {
 
 #[test]
 fn a_stray_page_punched_by_the_vmm_is_a_hole_there() {
-    // Behind so many zero pages the source asks for the next data instead of reading on.
+    // After so many zero pages the source seeks the next data instead of reading further.
     const STRAY: u64 = 64 * 9 + 17;
     for zeros_before in [0, 64 * 8] {
         let mut scene = Scene::empty(64 * 10);

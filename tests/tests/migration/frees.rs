@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Memory that the guest frees, and may write into again at any time.
+//! Memory that the guest frees, and may write to again at any time.
 
 use super::scene::{PAGES, Scene, assert_freed, discard, free, has_stamp};
 use pageferry_client::Punch;
@@ -11,7 +11,7 @@ use pageferry_tests::scenario::{assert_same, passes};
 fn memory_freed_before_the_start_is_never_sent() {
     let mut scene = Scene::new();
     free(&scene.source, 30, 70);
-    // Without a populate, and without a mark: it was before the start.
+    // Without a populate, and without a mark, because tracking has not started.
     scene.source.ram.write(50, 4711);
     scene.start(&passes(2));
     scene.after_pass(0, |_| {});
@@ -32,11 +32,11 @@ fn memory_freed_before_the_start_is_never_sent() {
 fn a_free_makes_a_hole_and_later_writes_arrive() {
     let mut scene = Scene::new();
     scene.start(&passes(4));
-    // Dirty before it is freed, and not.
+    // Pages that are dirty before the free, and pages that are not.
     scene.after_pass(0, |source| {
         (30..60).for_each(|page| source.write(page, 1));
         free(source, 30, 70);
-        // In the same pass, and again.
+        // The guest writes in the same pass, and frees again.
         source.write(90, 2);
         free(source, 90, 1);
         source.write(91, 3);
@@ -63,9 +63,9 @@ fn a_free_makes_a_hole_and_later_writes_arrive() {
             .any(|record| [1, 2, 5].iter().any(|stale| has_stamp(record, *stale))),
         "stale"
     );
-    // 69 after pass 0; 40 once more.
+    // 69 pages after pass 0, and page 40 once more.
     assert_eq!((status.counters.freed_pages, status.counters.discarded_pages), (69 + 1, 0));
-    // Told once each: of the word that 40 is in only that page.
+    // Each freed page is sent once as zero. For page 40 the others of its word are not sent again.
     assert_eq!(
         scene.carried(35).iter().map(|record| record.kind).collect::<Vec<_>>(),
         [Kind::Data, Kind::Zero]
@@ -96,7 +96,7 @@ fn a_free_of_discarded_memory_leaves_it_discarded() {
 fn a_free_after_the_last_pass_is_a_hole_there_too() {
     let mut scene = Scene::new();
     scene.start(&passes(1));
-    // The guest is paused by then.
+    // The guest is already paused.
     scene.after_pass(1, |source| free(source, 30, 70));
     let status = scene.finish();
     assert_freed(&scene, 30..100);

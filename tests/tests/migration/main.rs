@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Precopy: what arrives, what is sent for it, and who owns the guest when something fails.
+//! Precopy: what arrives, what is sent, and which side owns the guest after a failure.
 //!
 //! - [`discards`], [`frees`]: memory that the guest gives back at any moment; [`stale_bits`]: dirty
-//!   bits from before that;
-//! - [`passes`]: how many there are; [`compression`]: pages that travel compressed;
+//!   bits that are older than that;
+//! - [`passes`]: the number of passes; [`compression`]: compressed pages;
 //! - [`kvm`]: a real guest, with either tracker;
-//! - [`failures`]: every moment at which either side can fail;
+//! - [`failures`]: failures of either side at every moment;
 //! - [`scene`]: two VMMs, and a relay between their agents.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 

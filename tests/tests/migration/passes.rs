@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How many passes there are under a downtime limit of zero.
+//! The number of passes under a downtime limit of zero.
 
 use super::scene::Scene;
 use super::stale_bits::write_under_kvm;
@@ -10,7 +10,7 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::scenario::{SOON, assert_same, lock};
 use std::time::Duration;
 
-/// Moves a guest under a downtime limit of zero, with the default policy, and without a relay.
+/// Migrates a guest with a downtime limit of zero, the default policy, and no relay.
 fn start_without_downtime(scene: &Scene) -> (OutgoingOptions, u64, u64) {
     let path = scene.relay.folder.path().join("direct");
     let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..OutgoingOptions::default() };
@@ -25,7 +25,7 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
     let (_, outgoing, incoming) = start_without_downtime(&scene);
     let status = scene.source.wait(outgoing);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
-    assert_eq!(status.counters.passes, 2, "one while it ran, one while it was paused");
+    assert_eq!(status.counters.passes, 2, "one while the guest ran, one while it was paused");
     assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
     assert_same(&scene.source.ram, &scene.destination().ram);
 }

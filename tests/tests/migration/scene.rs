@@ -19,7 +19,7 @@ pub fn filled() -> Side {
     Side::new(stamped())
 }
 
-/// A VMM whose memory is all holes.
+/// A VMM whose memory is one hole.
 pub fn empty() -> Side {
     Side::new(Ram::odd(PAGES))
 }
@@ -29,13 +29,13 @@ pub struct Scene {
     pub relay: Relay,
     pub source: Side,
     pub(super) destination: Option<Side>,
-    /// The jobs, once they are started.
+    /// The jobs, after the start.
     pub outgoing: u64,
     pub incoming: u64,
 }
 
 impl Scene {
-    /// Not started yet.
+    /// A scene between these two, not started yet.
     pub fn between(wire: Wire, source: Side, destination: Side) -> Self {
         let (relay, destination) = (Relay::over(wire), Some(destination));
         Self { relay, source, destination, outgoing: 0, incoming: 0 }
@@ -46,18 +46,18 @@ impl Scene {
         Self::between(Wire::Unix, filled(), empty())
     }
 
-    /// Nothing is allocated on either side.
+    /// A scene in which nothing is allocated on either side.
     pub fn empty(pages: u64) -> Self {
         let [source, destination] = [(), ()].map(|()| Side::new(Ram::odd(pages)));
         Self::between(Wire::Unix, source, destination)
     }
 
-    /// The same as [`Scene::new`], and started.
+    /// Like [`Scene::new`], and starts the migration.
     pub fn started(wire: Wire, options: &OutgoingOptions) -> Self {
         Self::started_between(wire, filled(), empty(), options)
     }
 
-    /// The same between these two.
+    /// Like [`Scene::started`], between these two.
     pub fn started_between(
         wire: Wire, source: Side, destination: Side, options: &OutgoingOptions,
     ) -> Self {
@@ -66,7 +66,7 @@ impl Scene {
         scene
     }
 
-    /// Both sides have the timeouts of `options`.
+    /// Starts the migration. Both sides have the timeouts of `options`.
     pub fn start(&mut self, options: &OutgoingOptions) {
         let OutgoingOptions { peer_timeout, hook_timeout, .. } = *options;
         let incoming = IncomingOptions { peer_timeout, hook_timeout, ..IncomingOptions::default() };
@@ -78,20 +78,20 @@ impl Scene {
         self.destination.as_ref().unwrap()
     }
 
-    /// Passes everything on until the source's job ended.
+    /// Passes all records on until the source's job ends.
     pub fn end(&mut self) -> JobStatus {
         self.relay.finish(&self.source.client, self.outgoing)
     }
 
-    /// Runs until `pass` has arrived at the destination and the source does not know yet; then does
-    /// `what`.
+    /// Passes records on until `pass` has arrived at the destination and the source does not know
+    /// that yet. Then runs `what`.
     pub fn after_pass(&mut self, pass: u64, what: impl FnOnce(&Side)) {
         let record = self.relay.until(|record| record.is(Kind::PassDone, pass));
         what(&self.source);
         self.relay.pass(record);
     }
 
-    /// The migration succeeds; returns how the source's job ended.
+    /// Checks that the migration succeeds. Returns the final status of the source's job.
     pub fn finish(&mut self) -> JobStatus {
         let status = self.end();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error);
@@ -108,7 +108,7 @@ impl Scene {
         self.relay.seen.iter().filter(|record| record.carries(page)).collect()
     }
 
-    /// The page is a discarded hole at the destination.
+    /// Checks that the pages are discarded holes at the destination.
     #[track_caller]
     pub fn assert_discarded(&self, pages: std::ops::Range<u64>) {
         let bitmap = self.destination().client.discarded(self.destination().ram.id).unwrap();
@@ -121,7 +121,7 @@ impl Scene {
         }
     }
 
-    /// The pages hold what they held from the start, and are in use.
+    /// Checks that the pages hold their first content, and are not discarded.
     #[track_caller]
     pub fn assert_untouched(&self, pages: impl Iterator<Item = u64>) {
         let bitmap = self.destination().client.discarded(self.destination().ram.id).unwrap();
@@ -150,7 +150,8 @@ pub fn free(side: &Side, first: u64, count: u64) {
     assert_eq!(side.client.free(&[side.ram.range(first, count)]).unwrap(), count);
 }
 
-/// What was freed and not written since was never sent, and is a hole there, in use.
+/// Checks pages that were freed and not written since: they were never sent, and are holes at the
+/// destination, but not discarded.
 #[track_caller]
 pub fn assert_freed(scene: &Scene, pages: std::ops::Range<u64>) {
     let bitmap = scene.destination().client.discarded(scene.destination().ram.id).unwrap();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Dirty bits from before a discard or a free bring nothing back (`fix-up-after-sync`), and a clear
-//! beside discarded pages loses no write (`round-safely`).
+//! Dirty bits that are older than a discard or a free do not bring pages back
+//! (`fix-up-after-sync`), and a clear beside discarded pages loses no write (`round-safely`).
 
 use super::scene::{PAGES, Scene, assert_freed, discard, free, has_stamp, populate};
 use pageferry_client::{Punch, Trackers};
@@ -18,8 +18,7 @@ fn dirty_bits_from_before_the_start_bring_nothing_back() {
     }
     scene.discard(80, 20, Punch::No);
     scene.discard(100, 20, Punch::Yes);
-    // Written behind the tracker's back by nobody: the bits of the log are all older than the
-    // discards.
+    // Nothing is written after the discards, so all bits of the log are older than they are.
     scene.start(&passes(3));
     scene.after_pass(0, |_| {});
     scene.after_pass(1, |_| {});
@@ -60,7 +59,7 @@ fn dirty_bits_from_before_a_discard_bring_nothing_back() {
     assert_eq!(status.counters.stray_pages, 0);
 }
 
-/// The guest writes under KVM: the page is dirty in the VMM's tracker, and nowhere else.
+/// Writes like a guest under KVM: the page is dirty only in the VMM's tracker.
 pub fn write_under_kvm(side: &Side, page: u64, stamp: u64) {
     let mut kvm = lock(&side.vmm.kvm);
     side.ram.write(page, stamp);
@@ -83,7 +82,7 @@ fn stale_kvm_bits_bring_no_discarded_pages_back() {
     scene.discard(100, 30, Punch::Yes);
     scene.start(&passes(3));
     scene.after_pass(0, |source| {
-        // Into the words of the discarded range, on both sides of it.
+        // Pages beside the discarded range, in the same words of the bitmap.
         write_under_kvm(source, 69, 1069);
         write_under_kvm(source, 130, 1130);
     });
@@ -109,8 +108,8 @@ fn a_clear_across_a_discarded_range_loses_no_write() {
         let mut count = lock(&counted);
         *count += 1;
         let runs = vmm.upgrade().is_some_and(|vmm| !vmm.is_paused());
-        // Right before the clear takes hold, and right after, both neighbours of the discarded
-        // range are written, and more.
+        // The guest writes both neighbours of the discarded range, and another page, right before
+        // the clear takes effect and right after.
         let write = |page: u64, stamp: u64, kvm: &mut pageferry_tests::scenario::KvmLog| {
             ram.write(page, stamp);
             kvm.dirty.insert(first + page);
@@ -141,7 +140,7 @@ fn a_clear_across_a_discarded_range_loses_no_write() {
         });
     }
     scene.finish();
-    assert!(*lock(&clears) > 6, "chunks were cleared");
+    assert!(*lock(&clears) > 6, "the clear hook was called for several chunks");
     assert_same(&scene.source.ram, &scene.destination().ram);
     scene.assert_discarded(70..90);
     scene.assert_discarded(96..130);
@@ -157,7 +156,7 @@ fn stale_kvm_bits_bring_no_freed_pages_back() {
     scene.after_pass(0, |source| {
         (70..130).for_each(|page| write_under_kvm(source, page, STALE));
         free(source, 70, 60);
-        // KVM's bits are as they were, and say nothing of when.
+        // KVM's bits stay set, and do not tell which write is older than the free.
         write_under_kvm(source, 100, 4711);
     });
     scene.after_pass(1, |source| write_under_kvm(source, 101, 4712));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The bitmap against a model that a reader believes at a glance: a set of page numbers.
+//! The shared bitmap against an obvious model: a set of page numbers.
 
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{Bitmap, WORD_BITS, runs_of_word};
@@ -8,12 +8,12 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Most pages of a bitmap in these tests: a few words.
+/// Largest number of pages of a bitmap in these tests: a few words.
 const MOST_PAGES: u64 = 300;
 
 type Bits = Bitmap<Vec<AtomicU64>>;
 
-/// What is done to both; ranges reach past the end of the bitmap, as a lying peer's do.
+/// A step on both. Ranges may reach past the end of the bitmap, like those of a lying peer.
 #[derive(Debug, Clone)]
 enum Step {
     Set(PageRange),
@@ -65,7 +65,7 @@ fn word_of(model: &BTreeSet<u64>, index: u64) -> u64 {
     pages.fold(0, |bits, page| bits | 1 << (page % WORD_BITS))
 }
 
-/// Does `step` to the model; returns what the bitmap has to return for it, if it returns something.
+/// Does `step` on the model. Returns the expected result of the bitmap, if the step has one.
 fn apply_to_model(model: &mut BTreeSet<u64>, pages: u64, step: &Step) -> Option<u64> {
     match *step {
         Step::Set(range) => {
@@ -124,7 +124,7 @@ fn runs_in(set: impl Iterator<Item = u64>) -> Vec<PageRange> {
     runs
 }
 
-/// Every way to ask, over `range`.
+/// Compares every query over `range`.
 fn check_questions(
     bitmap: &Bits, model: &BTreeSet<u64>, range: PageRange,
 ) -> Result<(), TestCaseError> {
@@ -152,8 +152,8 @@ proptest! {
         steps in prop::collection::vec(any_step(), 0..30),
         ranges in prop::collection::vec(any_range(), 1..6),
     ) {
-        // The last word, and one more that the bitmap does not use, hold what someone else wrote
-        // past the end.
+        // The last word, and one more that the bitmap does not use, hold bits that another process
+        // wrote past the end.
         let used = pages.div_ceil(64);
         let past_the_end = if pages.is_multiple_of(64) { 0 } else { garbage << (pages % 64) };
         let word = |index| AtomicU64::new(if index == used { garbage } else if index + 1 == used { past_the_end } else { 0 });
@@ -176,7 +176,7 @@ proptest! {
         for range in ranges {
             check_questions(&bitmap, &model, range)?;
         }
-        // Nobody's bits past the end were touched.
+        // The bits past the end are unchanged.
         prop_assert_eq!(bitmap.storage().last().map(|word| word.load(Ordering::Relaxed)), Some(garbage));
         if used > 0 && pages % 64 != 0 {
             let last = bitmap.storage().get(used as usize - 1).map_or(0, |word| word.load(Ordering::Relaxed));

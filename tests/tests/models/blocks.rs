@@ -8,11 +8,11 @@ use pageferry_tests::memory::BlockLayout;
 /// The id of a block, and a page of it.
 pub type Page = (u32, u64);
 
-/// Bytes of guest address space that the log has to cover for them.
+/// Bytes of guest address space that the log must cover for these blocks.
 pub const LOG_COVERS: u64 = 1 << 30;
 
-/// Blocks at odd places, and not in the order of their place in the guest; the largest has
-/// `largest` pages, more than 512.
+/// Blocks at odd places, and not in the order of their addresses. The largest one has `largest`
+/// pages, which is more than 512.
 pub fn layouts(largest: u64) -> Vec<BlockLayout> {
     let block = |id: u32, gpa: u64, pages: u64, fd_offset: u64| BlockLayout {
         id,

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! pageferry against naive models, case after case from a seed: what a reader believes at a glance
-//! says what must hold, and the guest, the VMM and the wire do whatever the seed says.
+//! pageferry against naive models, with cases from a seed. A simple model says what must hold, and
+//! the seed decides what the guest, the VMM and the connections do.
 //!
 //! - [`bitmap`]: the shared bitmap against a set of page numbers;
 //! - [`migration`]: precopy while the guest writes, discards, frees and populates;
 //! - [`postcopy`]: the same, also at the destination, over connections that break;
-//! - [`snapshot`]: an image is one moment of its guest; [`restore`]: and comes back as it was;
-//! - [`soak`]: a hundred lost connections under a guest that never rests;
+//! - [`snapshot`]: an image is one moment of its guest; [`restore`]: a restored guest has the
+//!   memory of its image;
+//! - [`soak`]: a hundred lost connections under a guest that always writes;
 //! - [`source`]: the guest at the source of a migration; [`blocks`]: the blocks of the models of
-//!   images; [`seeds`]: how many cases run, and which.
+//!   images; [`seeds`]: the number of cases, and their seeds.
 //!
 //! A case that fails prints its seed: `PAGEFERRY_SEED=7 PAGEFERRY_CASES=1` repeats it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]

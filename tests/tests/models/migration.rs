@@ -2,10 +2,10 @@
 
 //! `never-read`, `never-populate`, `same-memory` and `discard-cannot-fail` under any interleaving:
 //! random writes, discards, populates and punches between the records of a migration over several
-//! streams, cancelled and tried again, against a model that is a few maps.
+//! streams, which is cancelled and tried again. The model is a few maps.
 //!
-//! A relay stands between the two agents and passes one record at a time; between two of them the
-//! guest does something. What it does follows from the seed that a failure prints.
+//! A relay between the two agents passes one record at a time. Between two records the guest does
+//! something, which the seed decides. A failure prints the seed.
 
 use crate::seeds;
 use crate::source::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
@@ -56,14 +56,14 @@ impl Hooks for Destination {
     }
 }
 
-/// One connection of the relay, one direction.
+/// One direction of one connection of the relay.
 struct Pipe {
     from: UnixStream,
     to: UnixStream,
 }
 
 impl Pipe {
-    /// Passes one record on if one is there, after `before`; false if the connection ended.
+    /// If there is a record, runs `before` and passes it on. False if the connection ended.
     fn pump(&mut self, before: impl FnOnce(Kind)) -> bool {
         let mut polled = [rustix::event::PollFd::new(&self.from, rustix::event::PollFlags::IN)];
         let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -91,7 +91,7 @@ impl Pipe {
     }
 }
 
-/// Stands between the agents.
+/// The relay between the agents.
 struct Relay {
     listener: UnixListener,
     pipes: Vec<Pipe>,
@@ -109,8 +109,8 @@ impl Relay {
     }
 }
 
-/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited
-/// for.
+/// A VMM with its agent. Fields drop in order, so the connection is closed before the drop waits
+/// for the agent.
 struct Side {
     client: Client,
     _agent: InProcessAgent,
@@ -126,7 +126,7 @@ fn side(hooks: impl Hooks + 'static, memory: &Memory) -> Side {
     Side { client, _agent: agent }
 }
 
-/// Migrates once, with the guest at work; returns how the source's job ended.
+/// Migrates once, while the guest works. Returns the final status of the source's job.
 fn attempt(
     chance: &mut Random, world: &World, source: &Client, destination: &Client,
     folder: &std::path::Path,
@@ -141,7 +141,8 @@ fn attempt(
     let incoming = destination.start_incoming(listen, &IncomingOptions::default()).unwrap();
     let options = OutgoingOptions {
         streams: 1 + chance.below(3) as u16,
-        // Met only when nothing is dirty, so that most cases get the passes that they want.
+        // This limit is met only when nothing is dirty, so that most cases make the passes that
+        // they want.
         downtime_limit: Duration::ZERO,
         max_passes: 1 + chance.below(4) as u32,
         policy: NonConvergence::StopAnyway,
@@ -161,7 +162,7 @@ fn attempt(
         if !relay.pipes.is_empty() {
             let at = chance.below(relay.pipes.len() as u64) as usize;
             let busy = |kind| {
-                // One in four may find nothing dirty, and stop the guest.
+                // One pass in four may find nothing dirty, and pause the guest.
                 if kind == Kind::PassDone && !chance.one_in(4) {
                     keep_busy(chance, world);
                 }
@@ -174,7 +175,7 @@ fn attempt(
             step(chance, world, source);
         }
         if round == cancel_at {
-            // It may be too late, which is for the source to say.
+            // It may be too late for a cancel. The source decides that.
             let _ = source.cancel();
         }
         if source.status().unwrap().phase.is_final() {
@@ -190,7 +191,7 @@ fn attempt(
     let status = source.wait(outgoing.job, SOON).unwrap();
     drop(relay);
     if status.phase != Phase::Completed {
-        // It has failed by itself unless the source never got as far as to connect.
+        // The destination's job has failed, unless the source never connected.
         let _ = destination.cancel();
     }
     destination.wait(incoming.job, SOON).unwrap();
@@ -206,7 +207,7 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
             "source's bitmap, page {page:?}"
         );
         if let Some(before) = model.late.get(&page) {
-            // What it held when it was given back came, or nothing.
+            // Either its content from before the discard arrived, or nothing.
             let stamp = to.stamp(page);
             assert!(
                 to.is_hole(page) || before.contains(&stamp),
@@ -251,7 +252,7 @@ fn run_case(seed: u64) {
     let there = Memory::new();
     let arrived = Arc::new(Mutex::new(Arrived::default()));
     let destination = side(Destination(arrived.clone()), &there);
-    // What an earlier attempt, or another guest, left there.
+    // Memory that an earlier attempt, or another guest, left.
     for page in all_pages().into_iter().filter(|_| chance.one_in(3)) {
         there.write(page, u64::MAX);
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A restored guest finds what was saved, eager or lazy, whatever it touches, writes, discards,
-//! frees and populates while its memory comes: against a model that is a map.
+//! A restored guest finds the memory that was saved, eager or lazy, whatever it touches, writes,
+//! discards, frees and populates while its memory is loaded. The model is a map.
 //!
-//! A guest with random memory is saved, once or as an increment. Then it is restored again and
-//! again, from one image, several at once, into VMMs whose guests do random things as soon as they
-//! run, and discard before that. Nothing is allocated that was not allocated when it was saved, or
-//! touched since (`never-populate`); what is discarded is a hole (`same-memory`).
+//! A guest with random memory is saved, once or as an increment. Then several VMMs at once restore
+//! it from the same image, repeatedly. They discard before their guests run, and the guests do
+//! random things as soon as they run. Only pages are allocated that were allocated in the saved
+//! guest or touched since (`never-populate`). Discarded pages are holes (`same-memory`).
 
 use crate::blocks::{self, LOG_COVERS, Page};
 use crate::seeds;
@@ -28,10 +28,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
-/// VMMs at once.
+/// Number of VMMs at once.
 const VMMS: u64 = 3;
 
-/// What a page is; a page that is not named holds zero.
+/// The state of a page. A page without one holds zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Is {
     Discarded,
@@ -98,8 +98,8 @@ impl Hooks for Vmm {
     }
 }
 
-/// A VMM with its agent; fields drop in order, so the connection closes before the agent is waited
-/// for.
+/// A VMM with its agent. Fields drop in order, so the connection is closed before the drop waits
+/// for the agent.
 struct Side {
     memory: TestMemory,
     client: Client,
@@ -130,7 +130,7 @@ impl Side {
         block.mark(PageRange::new(page, 1));
     }
 
-    /// Frees pages: what is discarded stays so, and all else is zero until it is written.
+    /// Frees pages. Discarded pages stay discarded, and the others are zero until they are written.
     fn free(&self, pages: (u32, PageRange), model: &mut Model) {
         let discarded = |page: &Page| model.get(page) == Some(&Is::Discarded);
         let freed: Vec<_> = pages_of(pages).filter(|page| !discarded(page)).collect();
@@ -180,7 +180,7 @@ fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
     }
 }
 
-/// Saves it, perhaps again and again. Returns the name of the last image.
+/// Saves the guest, perhaps several times. Returns the name of the last image.
 fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
     let mut options =
         SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
@@ -195,16 +195,16 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
     options.base
 }
 
-/// Restores into a VMM whose guest does things meanwhile.
+/// Restores into a VMM whose guest works meanwhile.
 fn restore(
     seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mode: RestoreMode,
     working_set: &str,
 ) {
     let (mut chance, side, mut model) = (Random::new(seed), Side::new(), saved.clone());
-    // What an earlier guest left there.
+    // Memory that an earlier guest left.
     (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
-    // What was discarded of that guest says nothing of the one that comes, unless it is discarded
-    // once more.
+    // Discards of that guest do not count for the new one, unless the pages are discarded once
+    // more.
     let before: Vec<_> = (0..chance.below(4)).map(|_| some_pages(&mut chance)).collect();
     for pages in &before {
         side.client.discard(&range_of(*pages), Punch::Yes).unwrap();
@@ -212,13 +212,13 @@ fn restore(
     let options = RestoreOptions {
         mode,
         workers: 1 + chance.below(3) as u16,
-        // So slow that the guest does something before it is all here.
+        // So slow that the guest works before all memory is here.
         bandwidth: if chance.one_in(2) { 0 } else { 4 << 20 },
         working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
         ..RestoreOptions::default()
     };
     if chance.one_in(2) {
-        // Reserved and never written: it looks like a hole, and is none.
+        // Allocated and never written: it reads like a hole but is not one.
         let reserve = rustix::fs::FallocateFlags::KEEP_SIZE;
         let block = side.memory.block(2).unwrap();
         rustix::fs::fallocate(
@@ -231,14 +231,15 @@ fn restore(
     }
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
     let mut touched = BTreeSet::new();
-    // Its own word, whatever the image says of them.
+    // Discards since the request count, whatever the image says of these pages.
     let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
     for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
         side.client.discard(&range_of(pages), Punch::Yes).unwrap();
         model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
     }
-    // What is freed meanwhile does not come. It is ordinary memory, also where the guest before had
-    // it discarded; unless the image says that it is discarded, or the VMM did meanwhile.
+    // Pages that are freed meanwhile are not loaded. They are ordinary memory, even if the earlier
+    // guest had discarded them, unless the image or a discard meanwhile says that they are
+    // discarded.
     for pages in (0..chance.below(6)).map(|_| some_pages(&mut chance)) {
         side.client.free(&range_of(pages)).unwrap();
         for page in pages_of(pages)
@@ -261,7 +262,10 @@ fn restore(
                 side.free(pages, &mut model);
                 for page in pages_of(pages) {
                     touched.remove(&page);
-                    assert!(side.is_hole(page), "acknowledged is freed: {page:?}");
+                    assert!(
+                        side.is_hole(page),
+                        "an acknowledged discard or free has freed {page:?}"
+                    );
                 }
             }
             0 => {
@@ -269,7 +273,10 @@ fn restore(
                 for page in pages_of(pages) {
                     model.insert(page, Is::Discarded);
                     touched.remove(&page);
-                    assert!(side.is_hole(page), "acknowledged is freed: {page:?}");
+                    assert!(
+                        side.is_hole(page),
+                        "an acknowledged discard or free has freed {page:?}"
+                    );
                 }
             }
             1 => {
@@ -300,7 +307,7 @@ fn restore(
                     let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
                         continue;
                     };
-                    assert_eq!(side.load(page), *expected, "page {page:?} as it is touched");
+                    assert_eq!(side.load(page), *expected, "page {page:?} when it is touched");
                     touched.insert(page);
                 }
             }
@@ -321,7 +328,9 @@ fn restore(
             let is = model.get(&page).copied().unwrap_or(Is::Holds(0));
             assert_eq!(discarded.contains(page.1), is == Is::Discarded, "page {page:?}: discarded");
             match is {
-                Is::Discarded => assert!(side.is_hole(page), "discarded page {page:?} is no hole"),
+                Is::Discarded => {
+                    assert!(side.is_hole(page), "discarded page {page:?} is not a hole")
+                }
                 Is::Holds(value) => {
                     assert_eq!(
                         block.read_word(page.1 * PAGE_SIZE + 16).unwrap(),
@@ -338,7 +347,7 @@ fn restore(
         .into_iter()
         .filter(|page| !allocated.contains(page) && !touched.contains(page))
         .collect();
-    assert!(more.is_empty(), "allocated, and were not: {more:?}");
+    assert!(more.is_empty(), "allocated pages that were not allocated before: {more:?}");
 }
 
 fn run_case(seed: u64, mode: RestoreMode) {
@@ -367,7 +376,7 @@ fn run_case(seed: u64, mode: RestoreMode) {
     assert!(images() == before, "an image is never written to");
 }
 
-/// Cases of each test, unless `PAGEFERRY_CASES` says otherwise.
+/// Number of cases of each test, unless `PAGEFERRY_CASES` sets it.
 const CASES: u32 = 12;
 
 proptest! {

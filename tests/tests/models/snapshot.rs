@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A background snapshot is a consistent cut: every page is as it was at the instant, none is
-//! later, whatever the guest writes, discards, frees and populates meanwhile; and so is each
-//! increment to it, also after attempts that were cancelled. Against a model that is a few maps.
+//! A background snapshot is a consistent cut: every page is as it was at the instant, and none is
+//! newer, whatever the guest writes, discards, frees and populates meanwhile. So is each increment
+//! to it, also after cancelled attempts. The model is a few maps.
 //!
-//! Threads write stamps, each into pages of its own, through the mapping that is protected, while
-//! another one discards, frees and populates. When the VMM is asked to pause, what every page holds
-//! is written down: that is what the image has to say. What discards, frees and populates are under
-//! way then may be in it or not.
+//! Several threads write stamps through the protected mapping, each to its own pages. Another
+//! thread discards, frees and populates. When the VMM is asked to pause, the model records what
+//! every page holds: the image must hold the same. Discards, frees and populates that are under way
+//! at that moment may be in the image or not.
 
 use crate::blocks::{self, LOG_COVERS, Page};
 use crate::seeds;
@@ -29,9 +29,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
-/// Threads that write.
+/// Number of threads that write.
 const WRITERS: u64 = 2;
-/// A limit in bytes per second, that has a snapshot take its time.
+/// A bandwidth limit in bytes per second that makes a snapshot slow.
 const SLOW: u64 = 64 << 20;
 
 fn layouts() -> Vec<BlockLayout> {
@@ -44,32 +44,32 @@ fn all_pages() -> impl Iterator<Item = Page> {
         .flat_map(|layout| (0..layout.length / PAGE_SIZE).map(move |page| (layout.id, page)))
 }
 
-/// Whose page it is.
+/// The writer of a page.
 fn writer_of((id, page): Page) -> u64 {
     (u64::from(id) + page / 3) % WRITERS
 }
 
-/// What a page may be in the image.
+/// A state that a page may have in the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Is {
     Discarded,
-    /// The stamp; 0 for a page of zeroes.
+    /// The stamp, or 0 for a zero page.
     Holds(u64),
 }
 
 /// The pages of one writer.
 #[derive(Debug, Default)]
 struct Part {
-    /// What is settled. A page that is not in it was never written.
+    /// Settled pages. A page that is not here was never written.
     pages: BTreeMap<Page, Is>,
-    /// Discards, frees and populates under way, or begun while the guest was paused: what else the
-    /// page may be.
+    /// Other states that a page may have because of discards, frees and populates that are under
+    /// way or began while the guest was paused.
     unsettled: BTreeMap<Page, BTreeSet<Is>>,
-    /// Pages that are being discarded, freed or populated: nobody writes there.
+    /// Pages that are being discarded, freed or populated. No thread writes to them.
     busy: BTreeSet<Page>,
 }
 
-/// What the image has to say: one of these for each page.
+/// The expected image: the allowed states of each page.
 type Cut = BTreeMap<Page, BTreeSet<Is>>;
 
 struct World {
@@ -93,7 +93,7 @@ impl World {
         self.memory.block(page.0).unwrap().is_hole(PageRange::new(page.1, 1)).unwrap()
     }
 
-    /// A thread writes to a page of its own, unless the guest is paused.
+    /// A thread writes to one of its pages, unless the guest is paused.
     fn write(&self, chance: &mut Random, page: Page) {
         let mut part = self.part(page);
         if self.paused.load(Ordering::SeqCst)
@@ -111,7 +111,7 @@ impl World {
         part.pages.insert(page, Is::Holds(stamp));
     }
 
-    /// Discards, frees or populates pages: until that is acknowledged they may be either.
+    /// Discards, frees or populates pages. Until the acknowledgement both states are allowed.
     fn change(&self, chance: &mut Random, client: &Client) {
         let layouts = layouts();
         let layout = &layouts[chance.below(layouts.len() as u64) as usize];
@@ -123,7 +123,7 @@ impl World {
         let way = chance.below(3);
         let after = |before: Is| match before {
             _ if way == 0 => Is::Discarded,
-            // What is discarded stays so.
+            // Discarded pages stay discarded.
             before if way == 1 => {
                 if before == Is::Discarded {
                     before
@@ -148,7 +148,7 @@ impl World {
             _ => client.populate(&given).unwrap(),
         };
         if way == 1 {
-            // Nobody writes there yet.
+            // No thread writes there yet.
             all().for_each(|page| assert!(self.is_hole(page), "page {page:?} was freed"));
         }
         for page in all() {
@@ -168,7 +168,8 @@ impl World {
         drop(parts);
     }
 
-    /// What was begun until now may be in the image or not; all else is as the model says.
+    /// Changes that are under way may be in the image or not. All other pages must be as in the
+    /// model.
     fn resume(&self) {
         let mut parts: Vec<_> = self.parts.iter().map(|part| part.lock().unwrap()).collect();
         let cut = all_pages().map(|page| {
@@ -178,7 +179,7 @@ impl World {
             (page, may)
         });
         *self.cut.lock().unwrap() = cut.collect();
-        // What is still under way is still unsettled; it is taken away when it is acknowledged.
+        // Changes that are still under way stay unsettled. Their acknowledgement removes them.
         for part in &mut parts {
             let Part { unsettled, busy, .. } = &mut **part;
             unsettled.retain(|page, _| busy.contains(page));
@@ -209,11 +210,11 @@ impl Hooks for Vmm {
     }
 
     fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Err(HookError::new("nobody restores here"))
+        Err(HookError::new("this model does not restore"))
     }
 }
 
-/// Every page of the image is one that it may be.
+/// Checks that every page of the image has one of its allowed states.
 fn check_cut(cut: &Cut, path: &Path) {
     let chain = Chain::open(path).unwrap();
     let mut bytes = vec![0; PAGE_SIZE as usize];
@@ -242,7 +243,7 @@ fn check_cut(cut: &Cut, path: &Path) {
     assert_eq!(state, vec![5; 3000]);
 }
 
-/// What is in memory is what was written, and nothing is protected any more.
+/// Checks that the memory holds what was written, and that nothing is protected any more.
 fn check_guest(world: &World) {
     for page in all_pages() {
         let part = world.part(page);
@@ -256,7 +257,7 @@ fn check_guest(world: &World) {
     }
 }
 
-/// Pages that were copied aside for a write, and for a discard, in all cases.
+/// Pages that were saved before a write and before a discard, in all cases.
 #[derive(Default)]
 struct Aside {
     captured: AtomicU64,
@@ -316,8 +317,8 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
                 base: base.clone(),
                 track: true,
                 cached: chance.one_in(2),
-                // Half of those that the guest runs beside last as long as it takes to write and
-                // discard into what is not saved yet: some 100 ms.
+                // Half of the background snapshots last about 100 ms, so that the guest writes and
+                // discards pages that are not saved yet.
                 bandwidth: if seed.is_multiple_of(2) && mode == SnapshotMode::Background {
                     SLOW
                 } else {
@@ -328,10 +329,10 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
             let started = client.start_snapshot(&path, &options).unwrap();
             if chance.one_in(3) {
                 std::thread::sleep(Duration::from_micros(chance.below(3000)));
-                // It may be too late, which is for the agent to say.
+                // It may be too late for a cancel. The agent decides that.
                 let _ = client.cancel();
             }
-            // An fsync waits for all that others have written to the same disk.
+            // An fsync waits for everything that other processes have written to the same disk.
             let status = client.wait(started.job, 4 * SOON).unwrap();
             aside.captured.fetch_add(status.counters.captured_pages, Ordering::Relaxed);
             aside.rescued.fetch_add(status.counters.rescued_pages, Ordering::Relaxed);
@@ -343,7 +344,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
                 Phase::Cancelled => assert!(!path.exists()),
                 phase => panic!("{phase:?}: {}", status.error),
             }
-            assert!(!world.paused.load(Ordering::SeqCst), "the guest runs on");
+            assert!(!world.paused.load(Ordering::SeqCst), "the guest keeps running");
         }
     });
     check_guest(&world);
@@ -352,7 +353,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
     drop(agent);
 }
 
-/// Cases of each test, unless `PAGEFERRY_CASES` says otherwise.
+/// Number of cases of each test, unless `PAGEFERRY_CASES` sets it.
 const CASES: u32 = 60;
 
 #[test]
@@ -363,7 +364,7 @@ fn a_background_snapshot_is_a_consistent_cut() {
     let aside = Aside::default();
     proptest!(seeds::cases(CASES), |(seed in any::<u64>())| run_case(seeds::repeated(seed), SnapshotMode::Background, &aside));
     let (captured, rescued) = (aside.captured.into_inner(), aside.rescued.into_inner());
-    // Of a few cases, or of one again and again, none may be slow.
+    // In a few cases, or in one repeated case, perhaps no snapshot is slow.
     let many = seeds::cases(CASES).cases >= 20 && seeds::given().is_none();
     let found = format!("{captured} pages for writes, {rescued} for discards");
     assert!(!many || (captured > 0 && rescued > 0), "nothing was tried: {found}");

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A hundred lost connections: guests and a balloon at work while the wire between the agents is
-//! cut again and again, at any moment, recovered each time.
+//! A hundred lost connections: guests and a balloon work while the connections between the agents
+//! are cut repeatedly, at any moment, and recovered each time.
 //!
-//! The seed is printed; `PAGEFERRY_SEED` sets it.
+//! The test prints its seed. `PAGEFERRY_SEED` sets it.
 
 use crate::seeds;
 use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase, Punch};
@@ -24,10 +24,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
-/// Where a page has a stamp that the guest leaves alone.
+/// Offset in a page of a stamp that the guest does not change.
 const STAMP: u64 = 2048;
 const CUTS: u64 = 100;
-/// Cuts of one migration; then the rest comes at once, and the guest goes on to the next host.
+/// Number of cuts in one migration. Then the rest is sent at full speed, and the guest migrates to
+/// the next host.
 const CUTS_EACH: u64 = 25;
 
 /// A VMM with a guest of threads and a device.
@@ -50,8 +51,8 @@ fn side(seed: u64) -> MockSide {
     mock
 }
 
-/// Gives pages away and takes them back, until it is told to stop; adds to `given` what it gave
-/// away.
+/// Discards pages and populates them again until `stop` is set. Adds the discarded pages to
+/// `given`.
 fn balloon(side: &MockSide, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(u32, u64)>) {
     let way = if seed.is_multiple_of(2) { Way::Free } else { Way::Discard(Punch::Yes) };
     let mut balloon = Balloon::new(side.vmm.client().clone(), side.vmm.usage().clone(), way, seed);
@@ -67,7 +68,7 @@ fn balloon(side: &MockSide, seed: u64, stop: &AtomicBool, given: &mut BTreeSet<(
     assert!(!balloon.held().is_empty());
 }
 
-/// Stops the balloon, however the test ends.
+/// Stops the balloon on drop, also if the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {
@@ -76,13 +77,14 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Cuts the wire, and has it recovered, so often, or until all is there; returns how often.
+/// Cuts the connections and recovers the migration this many times, or until all memory is there.
+/// Returns how often.
 fn cut_and_recover(
     source: &MockSide, proxy: &Proxy, options: &OutgoingOptions, random: &mut Random,
 ) -> u64 {
     let mut cuts = 0;
     while cuts < CUTS_EACH {
-        // At any moment: of the transfer, and of the recovery of the last cut.
+        // At any moment of the transfer, or of the recovery from the last cut.
         let longest = if random.one_in(3) { 2000 } else { 30_000 };
         std::thread::sleep(Duration::from_micros(random.below(longest)));
         if random.one_in(2) {
@@ -94,7 +96,7 @@ fn cut_and_recover(
         let status = wait_for("the pause", PATIENCE, || {
             looks += 1;
             if looks % 20 == 0 {
-                // The first hit nothing, since the connections were being made.
+                // The first cut may hit nothing, because the connections are just being made.
                 proxy.cut();
             }
             let status = source.status();
@@ -105,7 +107,7 @@ fn cut_and_recover(
         }
         match source.vmm.client().recover(None, options) {
             Ok(_) => cuts += 1,
-            // It has not begun yet with what it was asked last.
+            // The agent has not begun with the last request yet.
             Err(error) if is_busy(&error) => {}
             Err(error) => panic!("{error}"),
         }
@@ -151,8 +153,8 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
             scope.spawn(|| balloon(&destination, seed ^ cuts, &stop, &mut given));
             let _stop = Stop(&stop);
             let count = recover();
-            // The rest comes at once; refused if it is there by now, or while it is being
-            // recovered.
+            // Sends the rest at full speed. The agent refuses this if all memory is there already,
+            // or during a recovery.
             let _ = source
                 .vmm
                 .client()

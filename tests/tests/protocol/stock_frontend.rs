@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A stock vhost-user front-end hands its memory over: the agent speaks the standard part of the
-//! protocol as the vhost crate does.
+//! A stock vhost-user front-end, the vhost crate, hands its memory over to an agent with standard
+//! requests.
 
 use pageferry_protocol::control::codec::Decoder;
 use pageferry_protocol::control::job::JobStatus;
@@ -21,8 +21,8 @@ use vhost::{Error, VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionI
 
 const SOON: Duration = Duration::from_secs(10);
 
-/// A front-end with its agent; fields drop in order, so the connection closes before the agent is
-/// waited for.
+/// A front-end with its agent. Fields drop in order, so the connection is closed before the drop
+/// waits for the agent.
 struct Stock {
     frontend: Frontend,
     /// The same connection, for pageferry's own requests between the front-end's.
@@ -129,7 +129,7 @@ fn assert_refused<T: std::fmt::Debug>(outcome: Result<T, Error>) {
     }
 }
 
-/// Everything that a front-end does to hand its memory over, and what the agent does with it
+/// All requests with which a front-end hands its memory over, and the use of that memory
 /// afterwards.
 fn hand_over(need_reply: bool) {
     let mut stock = Stock::new(need_reply);
@@ -149,14 +149,14 @@ fn hand_over(need_reply: bool) {
     };
     stock.frontend.set_log_base(0, Some(log_at)).unwrap();
 
-    // By VHOST_F_LOG_ALL a front-end has its back-ends log. It says nothing of its vCPUs.
+    // With VHOST_F_LOG_ALL a front-end makes its back-ends log. It does not cover vCPUs.
     assert_eq!(stock.trackers(), Trackers::default());
     let declared = Request::SetTrackers { sources: Trackers::LOG_IS_COMPLETE };
     assert!(stock.answer(&declared).body.iter().all(|byte| *byte == 0), "success");
     assert_eq!(stock.trackers(), Trackers::LOG_IS_COMPLETE);
 
-    // The regions lie where they should: a discard frees the right pages of the right file, and no
-    // other.
+    // The regions are at the right places: a discard frees exactly the right pages of the right
+    // file.
     assert_eq!(stock.discard(0, 2, 3).unwrap(), 3);
     assert_eq!(stock.discard(2, 1, 1).unwrap(), 1);
     let holes =
@@ -164,7 +164,7 @@ fn hand_over(need_reply: bool) {
     assert_eq!(holes(&low), [3 + 2, 3 + 3, 3 + 4]);
     assert_eq!(holes(&high), [0x20 + 1]);
 
-    // And the log: what is populated counts as written, at its place in the guest.
+    // The log is at the right place, too: a populated page is marked at its guest address.
     assert_eq!(stock.populate(0, 2, 3).unwrap(), 3);
     let mut byte = [0];
     assert_eq!(rustix::io::pread(&log, &mut byte, 0x10_000 + (0x10 + 2) / 8).unwrap(), 1);
@@ -245,14 +245,13 @@ fn a_log_that_does_not_fit_is_refused_and_the_session_goes_on() {
             mmap_offset: 0,
             mmap_handle: log.as_raw_fd(),
         };
-        // The answer is a log of no size, which the front-end finds out by itself.
+        // The reply is a log of size zero, which the front-end detects.
         match stock.frontend.set_log_base(0, Some(log_of(0x2000))) {
             Err(Error::VhostUserProtocol(UserError::InvalidMessage)) => {}
             other => panic!("not refused by an answer: {other:?}"),
         }
-        // Without a file there is nothing to log into, and no answer that could be taken for
-        // another's. (With acknowledgements there is one, which this front-end forgets to wait
-        // for.)
+        // Without a file there is no log, and no reply that could be mistaken for another one.
+        // (With acknowledgements there is a reply, but this front-end does not wait for it.)
         if !need_reply {
             stock.frontend.set_log_base(0x1000, None).unwrap();
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Restores that are cancelled, or that a hook of the VMM fails.
+//! Restores that are cancelled, or that fail because of a hook.
 
 use super::scene::image;
 use pageferry_client::{HookError, MIN_BANDWIDTH, Ownership, Phase, RestoreMode, RestoreOptions};
@@ -16,7 +16,7 @@ fn a_cancelled_restore_leaves_nothing() {
     let host = Host::start();
     let path = image(&host);
     let guest = Guest::new(&host, PAGES);
-    // None of them ends by itself before the cancel, however slow the machine.
+    // None of these jobs ends by itself before the cancel, even on a slow machine.
     for bandwidth in [MIN_BANDWIDTH, 1 << 20] {
         let job = guest.restore(&path, &RestoreOptions { bandwidth, ..eager() });
         guest.reaches(Phase::Restoring);
@@ -31,7 +31,7 @@ fn a_cancelled_restore_leaves_nothing() {
     if !require::uffd() {
         return;
     }
-    // Past the line.
+    // After the commit point.
     let job = guest.restore(&path, &slow(lazy()));
     guest.reaches(Phase::Prefetching);
     let refused = guest.client.cancel().unwrap_err().to_string();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Increments whose base is another, or gone, and images of other guests: the VMM's memory is not
-//! touched, and the next restore is complete.
+//! Increments whose base was replaced or removed, and images of other guests: the VMM's memory is
+//! not touched, and the next restore completes.
 
 use pageferry_client::{Config, RestoreOptions, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -32,7 +32,7 @@ fn bytes(guest: &Guest) -> Vec<Vec<u8>> {
     guest.memory.blocks().iter().map(bytes_of).collect()
 }
 
-/// Refused, and nothing happened.
+/// Checks that the restore is refused and changes nothing.
 #[track_caller]
 fn assert_refused(
     guest: &Guest, images: &Folder, name: &str, options: &RestoreOptions, why: &[&str],
@@ -54,7 +54,7 @@ fn an_increment_on_another_base_is_refused_and_both_named() {
     source.fill(20..70, 3);
     source.saved(&host, "two", &on(&one, paused()));
     let right = bytes(&source);
-    // Others, of the same guest and of another.
+    // Other images of the same guest and of another one.
     source.saved(&host, "other", &paused());
     drop(source);
     let stranger = guest(&host, vec![low(), high()]);
@@ -85,7 +85,7 @@ fn an_increment_on_another_base_is_refused_and_both_named() {
         assert_refused(&here, &host.images, "two", &options, &[&one, &base]);
         std::fs::remove_dir(path("base")).unwrap();
         std::fs::rename(path("away"), path("base")).unwrap();
-        // In the middle.
+        // Removes the image in the middle of the chain.
         std::fs::rename(path("one"), path("away")).unwrap();
         assert_refused(&here, &host.images, "two", &options, &[&two, &one, "No such file"]);
         std::fs::copy(path("base"), path("one")).unwrap();
@@ -99,7 +99,7 @@ fn an_increment_on_another_base_is_refused_and_both_named() {
         std::fs::rename(path("away"), path("one")).unwrap();
         assert_completed(&here.restored(&path("two"), &options));
         assert!(bytes(&here) == right);
-        // The folder is moved as a whole.
+        // The whole folder is moved.
         let moved = host.images.seen("moved");
         std::fs::create_dir(&moved).unwrap();
         for name in ["base", "one", "two"] {
@@ -148,7 +148,7 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
         for (layouts, why) in &others {
             let other = guest(&host, layouts.clone());
             assert_refused(&other, &host.images, "image", &options, &[why]);
-            // Its own image is as good as ever.
+            // The guest's own image can still be restored.
             let own = host.images.path("own");
             let before = bytes(&other);
             other.client.take_by_force().unwrap();

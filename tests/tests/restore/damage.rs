@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Changed bytes in an image, and an image of another length. A restore fails with an error that
-//! names the place, or gives the right memory; it never gives wrong memory.
+//! Changed bytes in an image, and images of another length. A restore either fails with an error
+//! that names the place, or restores the right memory. It never restores wrong memory.
 
 use pageferry_agent::image::{Chain, Image};
 use pageferry_client::{Config, JobStatus, Phase, Punch, RestoreMode, RestoreOptions};
@@ -26,7 +26,7 @@ fn layouts() -> Vec<BlockLayout> {
         gpa: 1 << 30,
         ..BlockLayout::ram(MORE * PAGE_SIZE)
     };
-    // Added in another order than they have in the guest.
+    // The blocks are added in another order than that of their addresses.
     vec![high, BlockLayout::ram(PAGES * PAGE_SIZE)]
 }
 
@@ -45,7 +45,7 @@ fn content(guest: &Guest) -> Content {
     guest.memory.blocks().iter().map(of_block).collect()
 }
 
-/// Where something is here it is right.
+/// Checks that all content that is here is right.
 #[track_caller]
 fn assert_right_or_missing(guest: &Guest, right: &Content, what: &str) {
     for (block, (right, _)) in guest.memory.blocks().iter().zip(right) {
@@ -53,8 +53,8 @@ fn assert_right_or_missing(guest: &Guest, right: &Content, what: &str) {
     }
 }
 
-/// A guest of which every third page is zero, an extent was never used, and some pages are
-/// discarded; and an increment to it.
+/// A guest with zero in every third page, with an extent that was never used, and with some
+/// discarded pages, and an increment to its image.
 struct Images {
     host: Host,
     whole: PathBuf,
@@ -76,7 +76,7 @@ impl Images {
         guest.saved(&host, "whole", &tracked(paused()));
         let whole = host.images.path("whole");
         let before = content(&guest);
-        // None that is discarded.
+        // Only pages that are not discarded.
         for page in (0..MORE).step_by(7).filter(|page| !(100..150).contains(page)) {
             guest.fill(page..page + 1, 5);
         }
@@ -87,19 +87,19 @@ impl Images {
     }
 }
 
-/// What a changed byte does.
+/// The effect of a changed byte.
 #[derive(Debug, PartialEq, Eq)]
 enum Expected {
-    /// Nobody reads it.
+    /// The byte is not read.
     Nothing,
-    /// It is found before anything is touched.
+    /// The change is found before any memory is touched.
     Refused(String),
-    /// It is found when a page is to be placed.
+    /// The change is found when a page is placed.
     Found(String),
 }
 
-/// What a change of byte `at` of `image` does to who restores from `chain`, of which it is layer
-/// `layer`.
+/// The effect of a change of byte `at` of `image`, layer `layer` of `chain`, on a restore from
+/// `chain`.
 fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
     let layer = &chain.layers()[layer];
     let (image, layout) = (&layer.image, layer.image.layout());
@@ -110,7 +110,7 @@ fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
         let section = image.header().section(kind);
         let range = section.offset..section.offset + section.length;
         if kind != SectionKind::PageSums && range.contains(&at) {
-            // The state is the newest one's.
+            // Only the state of the newest image is read.
             if kind == SectionKind::VmmState && !std::ptr::eq(image, chain.newest()) {
                 return Expected::Nothing;
             }
@@ -146,7 +146,7 @@ fn expected(chain: &Chain, layer: usize, at: u64) -> Expected {
     Expected::Nothing
 }
 
-/// Places in each part of an image, and anywhere.
+/// Offsets in each part of an image, and random ones.
 fn places(image: &Image, random: &mut Random) -> Vec<u64> {
     let mut places = vec![0, 8, 24, 40, 64, 72, 4092, 4095];
     for kind in SectionKind::ALL {
@@ -154,7 +154,7 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
         if section.length > 0 {
             let middle = section.offset + random.below(section.length);
             places.extend([section.offset, middle, section.offset + section.length - 1]);
-            // After its end, if the file does not end there.
+            // After its end, if the file continues there.
             let after = section.offset + section.length;
             places.extend(
                 Some(after)
@@ -170,7 +170,7 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
                 layout.page_sum(index, run.first),
             ]);
         }
-        // Content, a hole, and what was never used.
+        // Content, a hole, and an extent that was never used.
         places.extend((0..4).map(|_| {
             layout.page(index, random.below(states.present.pages())) + random.below(PAGE_SIZE)
         }));
@@ -182,7 +182,7 @@ fn places(image: &Image, random: &mut Random) -> Vec<u64> {
 struct Restoring<'a> {
     host: &'a Host,
     options: RestoreOptions,
-    /// Used again as long as its memory is not lost.
+    /// A guest that is used again as long as its memory is not lost.
     guest: Option<Guest>,
 }
 
@@ -191,14 +191,14 @@ impl<'a> Restoring<'a> {
         Self { host, options, guest: None }
     }
 
-    /// Restores from the image at `path`, in which something was done to `damaged`.
+    /// Restores from the image at `path`, after the file `damaged` was changed.
     #[track_caller]
     fn check(
         &mut self, path: &Path, damaged: &Path, expected: &Expected, right: &Content, what: &str,
     ) {
         let lazy = self.options.mode == RestoreMode::Lazy;
         let guest = self.guest.take().unwrap_or_else(|| guest(self.host));
-        // What nobody may touch in vain.
+        // Memory that must stay as it is if the restore is refused.
         guest.fill(0..20, 77);
         let before = content(&guest);
         let resumes = guest.vmm.resumes();
@@ -214,7 +214,7 @@ impl<'a> Restoring<'a> {
         match expected {
             Expected::Nothing => {
                 assert_eq!((status.phase, &*status.error), (Phase::Completed, ""), "{what}");
-                assert!(content(&guest) == *right, "{what}: the memory is not what was saved");
+                assert!(content(&guest) == *right, "{what}: the memory differs from the image");
                 assert_eq!(resumed, 1);
             }
             Expected::Refused(place) => {
@@ -226,7 +226,7 @@ impl<'a> Restoring<'a> {
                 named(&status, place);
                 assert_eq!((resumed, guest.losses()), if lazy { (1, 1) } else { (0, 0) }, "{what}");
                 if lazy {
-                    // It is of no use any more.
+                    // This guest cannot be used any more.
                     return assert_right_or_missing(&guest, right, what);
                 }
                 assert!(guest.is_hole(), "{what}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Files that fail, shrink, or are no image, while a guest is restored from them.
+//! Restores from files that fail, shrink or are not an image.
 
 use super::scene::under_way;
 use pageferry_agent::image::Chain;
@@ -17,7 +17,7 @@ use rustix::fs::{CWD, FileType, Mode};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-/// An image of a guest whose pages are all full, and what is in them.
+/// An image of a guest with content in all its pages, and that content.
 fn image(host: &Host, seed: u64) -> (PathBuf, Vec<u8>) {
     let name = format!("image{seed}");
     let guest = Guest::new(host, PAGES);
@@ -33,13 +33,13 @@ fn copy(host: &Host, path: &Path) -> PathBuf {
     copy
 }
 
-/// A guest can still be restored from a good image, and is the right one.
+/// Checks that a good image can still be restored.
 #[track_caller]
 fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOptions) {
     let resumes = guest.vmm.resumes();
     assert_completed(&guest.restored(path, options));
     assert_eq!(guest.vmm.resumes(), resumes + 1);
-    assert!(guest.bytes() == bytes, "the memory is not what was saved");
+    assert!(guest.bytes() == bytes, "the memory differs from the image");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn an_image_truncated_before_the_guest_runs_leaves_none() {
             (File::options().write(true).open(&copy).unwrap(), guest.memory.clone());
         guest.vmm.on(At::LoadState, move || {
             file.set_len(length).unwrap();
-            // A device does, which goes on with what nobody will ever run on.
+            // A device touches memory. It continues with content on which no guest will ever run.
             memory.blocks()[0].load((PAGES - 1) * PAGE_SIZE).unwrap();
             Ok(())
         });
@@ -152,7 +152,7 @@ fn an_image_that_another_takes_the_place_of_is_read_to_its_end() {
         assert_completed(&guest.wait(job));
         assert!(guest.bytes() == bytes);
         assert_restores(&guest, &image, &second_bytes, &options);
-        // Nor does it have to have a name.
+        // The image needs no name either.
         let job = guest.restore(&image, &slow(options.clone()));
         guest.reaches(under_way(&options));
         std::fs::remove_file(&image).unwrap();
@@ -214,7 +214,7 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
     }
     rustix::fs::chmod(&path, Mode::RUSR).unwrap();
     assert_restores(&guest, &path, &bytes, &eager());
-    // Nor may it be written where it is not allowed to.
+    // The working set must not be written to a folder without permission either.
     rustix::fs::chmod(host.images.path(""), Mode::RUSR | Mode::XUSR).unwrap();
     let status = guest.wait(guest.snapshot(&host.images.path("next"), &paused()));
     assert_failed(&status, &["next: cannot create a file in its folder: Permission denied"]);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hooks of the VMM wait for memory that a damaged image does not give: they get an error, and the
-//! VMM is told.
+//! Hooks of the VMM that wait for memory of a damaged image: they get an error, and the VMM learns
+//! that memory is lost.
 
 use pageferry_client::{Error, Ownership, RestoreOptions};
 use pageferry_tests::deadline::wait_until;
@@ -13,7 +13,7 @@ use pageferry_tests::scenario::{At, Guest, Host, SOON, Touch, lock};
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-/// What the hook waits for.
+/// The page that the hook waits for.
 const WANTED: u64 = 700;
 
 #[test]
@@ -37,12 +37,12 @@ fn a_resume_waiting_for_a_damaged_page_gets_an_error() {
     let error = found.recv_timeout(SOON).unwrap().unwrap_err();
     assert!(error.to_string().contains("Bad address"), "{error}");
     wait_until("the VMM to be told", SOON, || guest.losses() == 1).unwrap();
-    assert_eq!(lock(&guest.vmm.asked).losses, ["memory"], "the agent lives");
+    assert_eq!(lock(&guest.vmm.asked).losses, ["memory"], "the agent still lives");
     assert_eq!(guest.client.ownership(), Ownership::Ours);
     let refused = guest.client.start_snapshot(&host.images.path("after"), &paused()).unwrap_err();
     assert!(matches!(refused, Error::MemoryLost), "{refused:?}");
 
-    // What helps is another image.
+    // A good image can be restored.
     flip(&path, at, 1 << 3);
     guest.vmm.off(At::Resume);
     assert_completed(&guest.restored(&host.images.path("image"), &lazy()));

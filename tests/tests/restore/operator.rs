@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Restores that an operator asks for, into a VMM that runs a guest already.
+//! Restores that an operator starts in a VMM that already runs a guest.
 
 use super::scene::image;
 use pageferry_client::{HookError, Ownership, Punch, RestoreMode};
@@ -28,8 +28,8 @@ fn operator(host: &Host, path: &Path, more: &[&str]) -> Output {
     command.output().unwrap()
 }
 
-/// The operator is told why, and the guest that was there runs on, and what is known of its changes
-/// is as it was.
+/// Checks that the operator gets the reason, that the old guest keeps running, and that its tracked
+/// changes are still known.
 #[track_caller]
 fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &str) {
     let (before, files) = (guest.bytes(), host.images.files());
@@ -51,7 +51,7 @@ fn assert_in_vain(host: &Host, guest: &Guest, path: &Path, more: &[&str], why: &
     let chain = guest.saved(host, "after", &on(&host.images.path("tracked"), tracked(paused())));
     guest.check(&chain);
     drop(chain);
-    // The next one is built on what this one was.
+    // The next increment is based on this image.
     std::fs::remove_file(host.images.path("after")).unwrap();
     std::fs::remove_file(host.images.path("tracked")).unwrap();
     guest.saved(host, "tracked", &tracked(paused()));
@@ -81,7 +81,7 @@ fn restoring_a_useless_image_costs_no_guest() {
     let guest = Guest::full(&host, PAGES);
     guest.fill(0..PAGES, 5);
     guest.saved(&host, "tracked", &tracked(paused()));
-    guest.vmm.on(At::PrepareRestore, || panic!("it would have given its guest up"));
+    guest.vmm.on(At::PrepareRestore, || panic!("the VMM would have given its guest up"));
     let length = std::fs::metadata(&path).unwrap().len();
     let copy = host.images.path("copy");
     let layout = pageferry_agent::image::Chain::open(&path).unwrap();
@@ -122,7 +122,7 @@ fn an_operator_restores_into_a_vmm_that_gives_its_guest_up() {
         assert_completed(&host.status());
         guest.assert_holds(1);
         guest.assert_free();
-        // Nobody knows what changed between the guest that was saved and this one.
+        // The changes between the saved guest and this one are not known.
         let increment = on(&host.images.path("tracked"), tracked(paused()));
         let status = guest.wait(guest.snapshot(&host.images.path("increment"), &increment));
         assert_failed(&status, &["a guest was restored"]);

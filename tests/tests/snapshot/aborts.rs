@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots that do not come to their end leave nothing behind: no file, no protection, a guest
-//! that runs.
+//! Snapshots that do not complete leave no file and no protection, and the guest runs.
 
 use super::scene::Scene;
 use pageferry_client::{BlockRange, JobStatus, MIN_BANDWIDTH, Phase, Punch, SnapshotOptions};
@@ -11,12 +10,12 @@ use pageferry_tests::vmm::{Fault, HookName, PATIENCE};
 
 const PAGES: u64 = 4096;
 
-/// A snapshot that would take for ever.
+/// A snapshot that does not end by itself.
 fn endless() -> SnapshotOptions {
     SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..SnapshotOptions::default() }
 }
 
-/// Every page can be written, and nobody asks anyone about it.
+/// Checks that the guest runs, and that every page can be written without a fault for the agent.
 #[track_caller]
 fn check_free(scene: &Scene) {
     assert!(scene.vmm.record().runs, "the guest runs");
@@ -97,7 +96,7 @@ fn what_is_discarded_while_it_is_saved_is_saved_first() {
         scene.block().is_hole(PageRange::new(PAGES / 2, PAGES / 2)).unwrap(),
         "acknowledged is freed"
     );
-    // What was discarded and is used again is new, and none of the image's.
+    // Pages that were discarded and populated again have new content, which is not in the image.
     let part = BlockRange { length: 10 * PAGE_SIZE, ..half };
     scene.client().populate(&[part]).unwrap();
     (0..10).for_each(|page| scene.write(PAGES / 2 + page, 5));

@@ -9,14 +9,15 @@ use pageferry_tests::require;
 use pageferry_tests::vmm::PATIENCE;
 use std::time::{Duration, Instant};
 
-/// So many that it is of no weight what one thread has under way.
+/// So many pages that those in progress on one thread do not matter.
 const PAGES: u64 = 8192;
-/// Bytes per second: half a second for all pages.
+/// Bytes per second. All pages take half a second.
 const RATE: u64 = PAGES * PAGE_SIZE * 2;
-/// What it takes at least, but for what may go at once and what is on its way at the end.
+/// The shortest time, without the pages that may go at once and those in progress at the end.
 const LEAST: Duration = Duration::from_millis(350);
 
-/// Runs the job, and it takes as long as the limit says. No machine is too slow for that.
+/// Runs the job, and checks that it takes as long as the limit requires. This holds on every slow
+/// machine.
 #[track_caller]
 fn takes_its_time(scene: &Scene, what: &str, start: impl FnOnce() -> u64) {
     let begun = Instant::now();

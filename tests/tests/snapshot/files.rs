@@ -15,8 +15,8 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-/// The agent may write again; the guest runs, free of protection, and the images are those of
-/// before.
+/// Allows the agent to write again. Checks that the guest runs without protection, and that the
+/// images are the same as before.
 #[track_caller]
 fn assert_nothing_happened(host: &mut Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
     host.agent.process().limit_files(None).unwrap();
@@ -30,13 +30,13 @@ fn a_file_that_may_not_grow_fails_the_snapshot() {
     let guest = Guest::new(&host, PAGES);
     guest.fill(0..1, 1);
     let base = host.images.path("base");
-    // Where the file ends while its pages are written.
+    // File size limits that are reached while pages are written.
     let end = guest.saved(&host, "base", &tracked(paused())).newest().layout().contents();
     guest.fill(0..PAGES, 2);
     let before = host.images.bytes();
     for options in snapshot_modes() {
-        // The pages, and not what comes after them; nor then the first of it, nor the state of the
-        // VMM.
+        // File size limits after the pages: before the rest of the image, inside its first part,
+        // and inside the state of the VMM.
         let (length, contents) = ("cannot set the length of the file", "cannot write at byte 0x");
         for (cached, limit, why) in [
             (false, 0, length),
@@ -79,13 +79,12 @@ fn a_file_that_refuses_writes_midway_fails_the_snapshot() {
             for options in [options.clone(), on(&base, tracked(options))] {
                 let job = guest.snapshot(&host.images.path("image"), &options);
                 guest.reaches(Phase::Saving);
-                // Its length is as it will be; what is written past the limit is refused all the
-                // same.
+                // The file has its final length already. A write beyond the limit is still refused.
                 host.agent.process().limit_files(Some(FIRST)).unwrap();
                 guest.hurry();
                 let status = guest.wait(job);
                 assert_failed(&status, &["image: cannot write", "File too large"]);
-                // What is written first, and not what comes after it and would be refused as well.
+                // The error is that of the first write. The later ones would be refused, too.
                 let byte = byte_of(&status.error);
                 assert!(
                     (FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte),

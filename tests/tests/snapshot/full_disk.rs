@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A file system that is full.
+//! Snapshots to a full file system.
 
 use pageferry_client::{Phase, Punch, SnapshotMode, SnapshotOptions, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -14,15 +14,16 @@ use pageferry_tests::scenario::{Guest, Host, SOON};
 use std::ops::Range;
 
 const MIB: u64 = 1 << 20;
-/// Room for all of the guest, and a little more.
+/// Room for the whole guest, and a little more.
 const ROOM: u64 = 12 * MIB;
 const FULL: &str = "No space left on device";
 
-/// Nothing came of it and nothing else was harmed. `before` are the files that there were.
+/// Checks that the failed snapshot left nothing behind and changed nothing. `before` are the
+/// earlier files.
 #[track_caller]
 fn assert_nothing_happened(host: &Host, guest: &Guest, before: &[(String, Vec<u8>)]) {
     guest.assert_free();
-    assert!(host.images.bytes() == before, "{:?} are not as they were", host.images.files());
+    assert!(host.images.bytes() == before, "{:?} have changed", host.images.files());
 }
 
 #[test]
@@ -34,7 +35,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             eprintln!("{options:?}");
             let host = Host::cramped(tmpfs, ROOM);
             let guest = Guest::new(&host, PAGES);
-            // A little image, that others build on.
+            // A small image, on which others build.
             guest.fill(0..100, 1);
             let base = host.images.path("base");
             guest.saved(&host, "base", &tracked(paused()));
@@ -42,8 +43,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             host.images.fill(5 * MIB);
             let before = host.images.bytes();
 
-            // Others could be built on this one if there was room for it; as there is none, they
-            // are on the one before.
+            // This image does not fit, so later increments build on the one before.
             let whole =
                 guest.wait(guest.snapshot(&host.images.path("whole"), &tracked(options.clone())));
             let named =
@@ -52,8 +52,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             assert!(byte_of(&whole.error) >= 2 * MIB, "{}", whole.error);
             assert_nothing_happened(&host, &guest, &before);
 
-            // What changed since the base is still known, though nothing is written to after it
-            // failed.
+            // The changes since the base are still known after the failure.
             for name in ["one", "two"] {
                 let status = guest.wait(
                     guest.snapshot(&host.images.path(name), &on(&base, tracked(options.clone()))),
@@ -66,7 +65,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             guest.check(&chain);
             drop(chain);
             assert_eq!(host.images.files(), ["base", "three"]);
-            // Nor did that one take it away.
+            // That snapshot did not remove it either.
             guest.write(7, 7);
             std::fs::remove_file(host.images.seen("three")).unwrap();
             let chain = guest.saved(&host, "four", &on(&base, options.clone()));
@@ -93,7 +92,7 @@ fn space_for_the_pages_only_leaves_no_file() {
             host.images.fill(needed - short * PAGE_SIZE);
             let status = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
             assert_failed(&status, &["image", FULL]);
-            assert_eq!(status.counters.pages_sent, PAGES, "all pages were written");
+            assert_eq!(status.counters.pages_sent, PAGES, "all pages were saved");
             let byte = byte_of(&status.error);
             assert!(byte == 0 || byte >= states, "{}", status.error);
             guest.assert_free();
@@ -107,8 +106,8 @@ fn space_for_the_pages_only_leaves_no_file() {
     }
 }
 
-/// A snapshot that takes for ever by itself, and for which there is not enough room; `act` has the
-/// rest of the pages saved.
+/// A snapshot that does not end by itself, and for which there is not enough room. `act` makes the
+/// agent save the rest of the pages.
 fn runs_full(act: impl Fn(&Host, &Guest)) {
     let Some(tmpfs) = require::tmpfs() else { return };
     let modes =
@@ -118,7 +117,7 @@ fn runs_full(act: impl Fn(&Host, &Guest)) {
         let guest = Guest::full(&host, PAGES);
         let base = host.images.path("base");
         guest.saved(&host, "base", &tracked(paused()));
-        // It takes most of the room.
+        // The ballast takes most of the room.
         let before = host.images.bytes();
         for options in [background(), on(&base, background())] {
             guest.client.populate(&[guest.range(0, PAGES)]).unwrap();
@@ -143,7 +142,7 @@ fn runs_full(act: impl Fn(&Host, &Guest)) {
 fn a_discard_that_cannot_be_saved_first_is_no_less_a_discard() {
     runs_full(|_, guest| {
         guest.client.discard(&[guest.range(0, PAGES)], Punch::Yes).unwrap();
-        assert!(guest.is_hole(), "acknowledged is freed");
+        assert!(guest.is_hole(), "an acknowledged discard has freed the memory");
     });
 }
 
@@ -151,7 +150,7 @@ fn a_discard_that_cannot_be_saved_first_is_no_less_a_discard() {
 fn a_write_that_cannot_be_saved_first_goes_on() {
     runs_full(|_, guest| {
         if guest.vmm.is_paused() {
-            // Nobody writes, and nothing is to be waited for: the limit is lifted.
+            // Without writes: only the bandwidth limit is removed.
             guest.hurry();
             return;
         }
@@ -193,7 +192,7 @@ fn write_protect_marks_survive_a_full_file_system() {
     guest.client.set_trackers(Trackers::WRITE_PROTECT).unwrap();
     let base = host.images.path("base");
     guest.saved(&host, "base", &tracked(paused()));
-    // Through the mapping, and not marked.
+    // Written through the mapping, and not marked.
     let write = |pages: Range<u64>| {
         pages.for_each(|page| guest.block().store(page * PAGE_SIZE, page + 1).unwrap())
     };

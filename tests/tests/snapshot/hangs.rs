@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Agents that hang in a snapshot, and are killed when they are given up.
+//! Agents that hang in a snapshot, and are killed when the client gives them up.
 
 use pageferry_client::{Phase, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -11,11 +11,11 @@ use pageferry_tests::scenario::images::{on, paused, tracked};
 use pageferry_tests::scenario::{Guest, Host, SOON, lock};
 use std::time::Duration;
 
-/// The VMM waits no longer for its agent: longer than a busy machine takes where nothing hangs,
-/// since a handshake has no more.
+/// Request timeout of the VMM. It also limits a handshake, so it is long enough for a busy machine
+/// on which nothing hangs.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The agent was killed, and nothing is left of its job. Another takes its place.
+/// Checks that the agent was killed and that nothing is left of its job. Then starts another one.
 fn replace(host: &mut Host, before: &[(String, Vec<u8>)]) {
     assert!(!host.agent.process().wait(SOON).unwrap().success());
     assert!(host.images.bytes() == before, "{:?}", host.images.files());
@@ -38,7 +38,7 @@ fn a_guest_writes_everywhere_after_its_agent_hangs() {
             guest.snapshot(&host.images.path("image"), &endless(options.clone()));
             guest.reaches(Phase::Saving);
             host.agent.process().freeze().unwrap();
-            // Nobody asks it anything: that it hangs is found all the same.
+            // The hang is found without a request.
             wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty())
                 .unwrap();
             assert_eq!(lock(&guest.vmm.asked).losses, ["agent"]);
@@ -63,7 +63,7 @@ fn threads_waiting_to_write_go_on_after_the_agent_hangs() {
     guest.snapshot(&host.images.path("image"), &endless(background()));
     guest.reaches(Phase::Saving);
     host.agent.process().freeze().unwrap();
-    // They wait for the agent until it is given up.
+    // These threads wait for the agent until it is given up.
     let memory = guest.memory.clone();
     let writing = std::thread::spawn(move || {
         let block = &memory.blocks()[0];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Increments: which image may be the base of which, and that no change is missing.
+//! Increments: which image can be the base of another one, and that no change is missing.
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
@@ -33,11 +33,11 @@ fn an_increment_holds_what_changed_and_no_more() {
         (counters.pages_sent, counters.discarded_pages, counters.unchanged_pages),
         (2, 90, 898)
     );
-    // Nothing at all happened since.
+    // Nothing happened since then.
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
     assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (0, 910));
-    // Read ahead by nobody: the base is as it was.
+    // The base is unchanged.
     scene.write(8, 80);
     let states = &one.newest().states()[0];
     assert_eq!(
@@ -70,7 +70,7 @@ fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
             && !states.present.contains(200)
             && states.present.contains(120)
     );
-    // Once only, and it is ordinary memory again.
+    // Only once. Then it is ordinary memory again.
     scene.write(101, 8);
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
@@ -89,7 +89,10 @@ fn an_untracked_snapshot_keeps_the_base_of_the_next() {
     scene.saved("aside", &paused());
     let (status, second) = scene.saved("second", &differential);
     scene.check(&second);
-    assert_eq!(status.counters.pages_sent, 2, "what the first had is in the second, too");
+    assert_eq!(
+        status.counters.pages_sent, 2,
+        "the second increment has the pages of the first, too"
+    );
 }
 
 #[test]
@@ -115,7 +118,7 @@ fn write_protection_tells_what_changed() {
     let scene = Scene::full(600);
     scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
     scene.saved("full", &tracked(paused()));
-    // Not marked: the kernel knows.
+    // Not marked, because the kernel tracks the write.
     [5, 99, 500].into_iter().for_each(|page| scene.block().store(page * PAGE_SIZE, page).unwrap());
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
@@ -130,7 +133,7 @@ fn an_increment_after_a_protected_snapshot_holds_every_write() {
     let background = SnapshotOptions::default();
     let scene = Scene::full(600);
     scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
-    // Not marked: the kernel knows, but while the snapshot has the mappings.
+    // Not marked. The kernel tracks writes, except while the snapshot has the mappings.
     let write = |page: u64, value: u64| scene.block().store(page * PAGE_SIZE, value).unwrap();
     scene.saved("full", &tracked(background.clone()));
     write(5, 50);
@@ -138,13 +141,13 @@ fn an_increment_after_a_protected_snapshot_holds_every_write() {
     write(99, 51);
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(background.clone())));
     scene.check(&one);
-    assert_eq!(status.counters.pages_sent, 600, "who wrote what is not known");
+    assert_eq!(status.counters.pages_sent, 600, "the writes meanwhile are not known");
     write(7, 52);
     scene.fail_to_resume(&on(&scene.path("one"), tracked(background)));
     write(8, 53);
     let (_, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
-    // From here on it is known again.
+    // From here on writes are known again.
     write(500, 54);
     let (status, three) = scene.saved("three", &on(&scene.path("two"), tracked(paused())));
     scene.check(&three);
@@ -185,7 +188,7 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     other.saved("other", &tracked(paused()));
     std::fs::copy(other.path("other"), scene.path("other")).unwrap();
     refused("other", "has other blocks");
-    // The chain is as good as before.
+    // The chain is still good.
     scene.write(3, 30);
     let (status, chain) = scene.saved("third", &on(&scene.path("second"), tracked(paused())));
     scene.check(&chain);
@@ -205,7 +208,7 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     };
     scene.saved("full", &tracked(paused()));
     scene.vmm.set_tracker(Tracker::Log).unwrap();
-    // One that fails meanwhile knows no more of it.
+    // A snapshot that fails meanwhile does not change that.
     scene.fail_to_resume(&tracked(paused()));
     ended("the trackers were changed");
     scene.saved("full", &tracked(paused()));
@@ -225,7 +228,7 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     ended("a migration asked the trackers");
 }
 
-/// A tracker of which nothing is needed but that it can fail.
+/// A tracker that only fails.
 struct Failing;
 
 impl HookTracker for Failing {
@@ -252,7 +255,7 @@ fn a_failed_tracker_ends_the_chain() {
         let scene = Scene::full(200);
         scene.vmm.set_tracker(Tracker::Hooks(Box::new(Failing))).unwrap();
         scene.saved("full", &tracked(paused()));
-        // It is asked to clear what it said, and only that.
+        // The agent clears exactly the pages that the tracker reported.
         scene.write(1, 10);
         scene.vmm.inject(hook, Some(Fault::Fail("it is raining".into())));
         scene.vmm.clear_record();
@@ -271,7 +274,7 @@ fn a_failed_tracker_ends_the_chain() {
             status.error
         );
         assert_eq!(scene.files(), ["full"]);
-        // One of all begins anew.
+        // A full image starts a new chain.
         scene.saved("whole", &tracked(paused()));
         scene.write(2, 20);
         let (status, chain) = scene.saved("two", &on(&scene.path("whole"), tracked(paused())));

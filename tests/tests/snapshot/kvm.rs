@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A real guest is saved while it runs on, again and again: each image is one moment of it, and it
-//! never stops counting.
+//! A real guest is saved repeatedly while it runs: each image shows one moment of it, and it never
+//! stops counting.
 
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
@@ -15,18 +15,18 @@ use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{PATIENCE, Tracker};
 
-/// Page tables of a guest with such blocks.
+/// Number of pages with the page tables of a guest with these blocks.
 const TABLES: u64 = 3;
 
 fn layouts() -> Vec<BlockLayout> {
     let low = BlockLayout { fd_offset: 0x3000, ..BlockLayout::ram(8 << 20) };
-    // Added before the first, and after it in the guest.
+    // Added before the first block, and after it in the guest.
     let high =
         BlockLayout { id: 1, name: "high".into(), gpa: 64 << 20, ..BlockLayout::ram(8 << 20) };
     vec![high, low]
 }
 
-/// How far the guest had come at the moment of the image.
+/// The progress of the guest at the moment of the image.
 fn progress(chain: &Chain, sweep: &Sweep) -> Progress {
     let memory = TestMemory::new(layouts()).unwrap();
     for (at, geometry) in chain.table().blocks().iter().enumerate() {
@@ -58,10 +58,10 @@ fn save_again_and_again(mode: SnapshotMode) {
         assert!(before.is_none_or(
             |before: Progress| (before.sweeps, before.pages) <= (now.sweeps, now.pages)
         ));
-        assert!(!chain.newest().state().unwrap().is_empty(), "the state of its vCPU");
+        assert!(!chain.newest().state().unwrap().is_empty(), "the image has the state of the vCPU");
         captured += status.counters.captured_pages;
-        // Its firmware is as in the base, but perhaps for the page tables, which its vCPU walks;
-        // what it swept meanwhile is not.
+        // The firmware is the same as in the base, except perhaps the page tables, which the vCPU
+        // walks. The pages that the guest swept meanwhile are not.
         let unchanged = status.counters.unchanged_pages;
         let expected = if number == 0 { 0..=0 } else { FIRMWARE_PAGES - TABLES..=sweep.pages() };
         assert!(
@@ -76,7 +76,7 @@ fn save_again_and_again(mode: SnapshotMode) {
     scene.vmm.stop().unwrap();
     check_consistent(counters(memory.guest(), &sweep).unwrap()).unwrap();
     if mode == SnapshotMode::Background {
-        assert!(captured > 0, "it wrote while it was saved");
+        assert!(captured > 0, "the guest wrote while it was saved");
     }
 }
 
@@ -88,7 +88,7 @@ fn a_guest_that_runs_on_is_saved_as_of_one_moment() {
 }
 
 #[test]
-fn a_guest_that_stands_still_meanwhile_counts_on_after() {
+fn a_guest_that_is_paused_for_its_snapshot_continues_after() {
     if require::kvm() {
         save_again_and_again(SnapshotMode::Paused);
     }

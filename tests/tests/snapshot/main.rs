@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots: what is in the image, and how the guest runs meanwhile.
+//! Snapshots: the content of images, and the guest meanwhile.
 //!
-//! - [`kvm`]: a real guest that runs on;
-//! - [`operator`]: what an operator saves and restores from a command line;
-//! - [`bandwidth`]: the limit;
+//! - [`kvm`]: a real guest that keeps running;
+//! - [`operator`]: snapshots and restores by an operator on the command line;
+//! - [`bandwidth`]: the bandwidth limit;
 //! - [`huge`]: guests on huge pages;
-//! - [`increments`]: what may be built on what;
-//! - [`aborts`]: snapshots that do not come to their end;
-//! - [`refusals`]: what is refused, and the words for it;
+//! - [`increments`]: images that can be the base of others;
+//! - [`aborts`]: snapshots that do not complete;
+//! - [`refusals`]: requests that are refused, and the errors;
 //! - [`full_disk`]: a file system that is full; [`files`]: files that fail;
-//! - [`kills`]: agents and VMMs that are killed at any moment; [`hangs`]: agents that hang, and are
+//! - [`kills`]: agents and VMMs that are killed at any moment; [`hangs`]: agents that hang and are
 //!   given up;
 //! - [`scene`]: a VMM, its agent, and a folder for images.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What an operator saves and restores from a command line, and what only the VMM may ask for.
+//! Snapshots and restores by an operator on the command line, and the requests that only the VMM
+//! may make.
 
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
@@ -24,15 +25,15 @@ use std::sync::Arc;
 
 const PAGES: u64 = 4096;
 
-/// Runs the command in the folder of images, so that the names are relative; the agent runs
-/// elsewhere.
+/// Runs the command in the folder of images, so that the names are relative. The agent runs in
+/// another folder.
 fn run(scene: &Scene, command: &str, more: &[&str]) -> Output {
     let mut program = Command::new(program());
     program.arg(command).arg("--socket").arg(scene.socket()).args(more).stdin(Stdio::null());
     program.current_dir(scene.folder.path()).output().unwrap()
 }
 
-/// What became of the job.
+/// The result of the job.
 #[track_caller]
 fn last_object(output: &Output) -> Value {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
@@ -58,7 +59,7 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     scene.vmm.start().unwrap();
     let full = completes(&scene, "snapshot", &["a", "--mode", "paused", "--track"]);
     assert_eq!((&full["pages_sent"], &full["unchanged_pages"]), (&PAGES.into(), &0.into()));
-    // Where the first page is; on tmpfs all of it is there.
+    // The offset of the first page. On tmpfs the whole file is in the page cache.
     let past_the_cache = images::is_cached(&scene.path("a"), 2 << 20) == Some(false);
     scene.write(7, 70);
     let one = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused"]);
@@ -67,13 +68,13 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     scene.check(&chain);
     assert_eq!(chain.newest().contents().base_name, "a");
 
-    // It is there, and what is changed is saved to no other name.
+    // The image exists already, and the changes are not saved under another name.
     scene.write(8, 80);
     let output = run(&scene, "snapshot", &["b", "--mode", "paused", "--json"]);
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let error = last_object(&output)["error"].as_str().unwrap().to_owned();
     assert!(error.contains("the file exists: choose another name"), "{error}");
-    // Without --track the base is still the first.
+    // Without --track the base is still the first image.
     let two = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused", "--replace"]);
     assert_eq!(two["pages_sent"], 2);
     scene.check(&Chain::open(&scene.path("b")).unwrap());
@@ -89,7 +90,7 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     }
 }
 
-/// Stays away from memory until it is to run, and then touches these pages first.
+/// A guest that does not touch memory until it runs, and then touches these pages first.
 struct Touching(Arc<TestMemory>);
 
 const TOUCHED: [u64; 3] = [700, 40, 3000];
@@ -125,7 +126,7 @@ fn an_operator_restores_and_records_the_working_set() {
     completes(&scene, "snapshot", &["image"]);
     let chain = Chain::open(&scene.path("image")).unwrap();
     scene.block().fill(PageRange::new(0, PAGES), 9).unwrap();
-    // The VMM does not want one yet.
+    // The VMM does not allow a restore yet.
     let output = run(&scene, "restore", &["image", "--json"]);
     assert_eq!(
         (output.status.code(), &last_object(&output)["status"]),
@@ -144,7 +145,7 @@ fn an_operator_restores_and_records_the_working_set() {
     scene.check(&chain);
     let set = WorkingSet::decode(&std::fs::read(scene.path("touched")).unwrap()).unwrap();
     assert_eq!(set.runs, TOUCHED.map(|page| (0, PageRange::new(page, 1))));
-    // The next time they come before the rest, whether it touches them or not.
+    // In the next restore these pages come before the rest, even if the guest does not touch them.
     scene.vmm.set_guest(IdleGuest);
     let more = ["image", "--lazy", "--working-set", "touched", "--workers", "1"];
     assert_eq!(completes(&scene, "restore", &more)["working_set_pages"], TOUCHED.len());
@@ -156,7 +157,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     if !require::uffd() {
         return;
     }
-    /// Of 64 MiB, one for each thread; with a page in each extent.
+    /// Blocks of 64 MiB, one for each thread, with one page in each extent.
     const PIECES: u64 = 9;
     const EXTENT: u64 = 512;
     let home = tempfile::tempdir().unwrap();
@@ -190,8 +191,8 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     ] {
         eprintln!("{line:?}");
         let last = vmm.client().status().unwrap().job;
-        // More than there are of all kinds if it has two, and no more than it has pieces to work
-        // on.
+        // With two workers the agent has more threads than all the others together. It has at most
+        // as many as there are pieces of work.
         let mut operator =
             command(&[&line[..], &["--workers", "9", "--bandwidth", "64K"]].concat());
         let here =
@@ -202,7 +203,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
         vmm.client().set_parameters(&OutgoingOptions::default()).unwrap();
         assert!(operator.wait(PATIENCE).unwrap().success(), "{:?}", operator.lines());
         wait_until("its threads to end", PATIENCE, || threads() == idle).unwrap();
-        // Of a restore there is none.
+        // A restore has none.
         let _ = std::fs::remove_file(home.path().join("other"));
     }
 }
@@ -246,5 +247,5 @@ fn a_stopped_guest_is_saved_for_its_vmm_only_and_stays_stopped() {
         "{:?}",
         record.calls
     );
-    assert!(!record.runs, "it is the VMM's to let it run");
+    assert!(!record.runs, "only the VMM may resume it");
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is refused, and the words for it.
+//! Requests that are refused beside a snapshot or a restore, and the errors.
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_client::{
@@ -21,12 +21,12 @@ use std::path::Path;
 use std::process::Command;
 
 const PAGES: u64 = 2048;
-/// What is given back while the job runs, and the part of it that is used again.
+/// Pages that are discarded while the job runs, and the part of them that is populated again.
 const GIVEN: BlockRange =
     BlockRange { block: 0, offset: (PAGES - 20) * PAGE_SIZE, length: 20 * PAGE_SIZE };
 const USED_AGAIN: BlockRange = BlockRange { length: 10 * PAGE_SIZE, ..GIVEN };
 
-/// A job that would take for ever.
+/// A job that does not end by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Slow {
     Snapshot,
@@ -71,7 +71,7 @@ impl Slow {
     }
 }
 
-/// The agent's code and sentence.
+/// The error code and the sentence of the agent.
 #[track_caller]
 fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (ErrorCode, String) {
     match outcome.unwrap_err() {
@@ -80,7 +80,7 @@ fn refused<T: std::fmt::Debug>(outcome: Result<T, Error>) -> (ErrorCode, String)
     }
 }
 
-/// What `docs/snapshots.md` says of what runs beside what.
+/// The table in `docs/snapshots.md` of requests that are possible during a job.
 #[track_caller]
 fn check_beside(slow: Slow) {
     eprintln!("{slow:?}");
@@ -93,7 +93,7 @@ fn check_beside(slow: Slow) {
     let job = slow.start(&scene, &there);
     let client = scene.client();
 
-    // Another job, whoever asks for it.
+    // Another job, from the VMM or from an operator.
     let busy = |what: &str| {
         let kind = slow.kind().name();
         (ErrorCode::Busy, format!("{what}: job {job} ({kind}) is running; wait or cancel it"))
@@ -118,7 +118,7 @@ fn check_beside(slow: Slow) {
         client.start_outgoing(target(), &OutgoingOptions::default()),
     ];
     for started in starts {
-        // The client knows by itself that there is no guest to save or to send.
+        // The client itself knows that there is no guest to save or to send.
         if slow == Slow::Eager {
             assert!(
                 matches!(started, Err(Error::NotOurs { ownership: Ownership::Awaiting })),
@@ -135,7 +135,7 @@ fn check_beside(slow: Slow) {
         refused(client.start_incoming(target(), &IncomingOptions::default())),
         busy("a job cannot be started")
     );
-    assert_eq!(client.ownership(), before, "what was refused changes nothing");
+    assert_eq!(client.ownership(), before, "a refused request changes nothing");
 
     // Memory and trackers.
     let more =
@@ -165,7 +165,7 @@ fn check_beside(slow: Slow) {
         assert_eq!(client.populate(&[USED_AGAIN]).unwrap(), 10);
     }
 
-    // Images, that which is read among them.
+    // Images, including the one that is being read.
     let tool = |arguments: &[&str]| {
         let output = Command::new(program())
             .arg("image")
@@ -206,7 +206,7 @@ fn check_beside(slow: Slow) {
             assert_eq!(client.wait(job, PATIENCE).unwrap().phase, Phase::Cancelled);
         }
     }
-    // The agent is free, and what was discarded is.
+    // The agent is free, and the discarded pages are discarded.
     let next = scene.vmm.start_restore(&scene.path("merged"), &RestoreOptions::default()).unwrap();
     assert_eq!(client.wait(next, PATIENCE).unwrap().phase, Phase::Completed);
     scene.saved("next", &paused());
@@ -272,7 +272,7 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
         (scene.files(), std::fs::read(scene.path("letter")).unwrap()),
         (vec!["letter".into()], b"precious".to_vec())
     );
-    // Even if the guest's memory begins as an image does.
+    // Also if the guest's memory begins like an image.
     scene.saved("image", &paused());
     let memory = format!("/proc/self/fd/{}", scene.block().file().as_raw_fd());
     let started = scene.client().start_snapshot(Path::new(&memory), &replace).unwrap();
@@ -291,7 +291,7 @@ fn a_write_protect_tracked_guest_runs_on_while_saved() {
     }
     let scene = Scene::full(100);
     scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
-    // The tracker is on for the second one, and the third takes the mappings from it.
+    // The tracker is on for the second one. The third one borrows the mappings from it.
     scene.saved("untracked", &SnapshotOptions::default());
     scene.saved("full", &tracked(paused()));
     let (_, chain) = scene.saved("image", &SnapshotOptions::default());

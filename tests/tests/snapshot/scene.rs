@@ -14,7 +14,7 @@ use pageferry_tests::vmm::{Fault, HookName, MockVmm, PATIENCE, Tracker};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// The VMM goes first.
+/// The VMM is dropped first.
 pub struct Scene {
     pub vmm: MockVmm,
     agent: Listening,
@@ -22,7 +22,7 @@ pub struct Scene {
 }
 
 impl Scene {
-    /// Blocks of these layouts, whose writes the guest marks itself.
+    /// A scene with blocks of these layouts. The guest marks its writes itself.
     pub fn new(layouts: Vec<BlockLayout>) -> Self {
         let usage = Usage::new(Arc::new(TestMemory::new(layouts).unwrap())).unwrap();
         let agent = Listening::start();
@@ -30,7 +30,7 @@ impl Scene {
         Self { vmm, agent, folder: tempfile::tempdir().unwrap() }
     }
 
-    /// One block of `pages` pages, all of which hold something.
+    /// A scene with one block of `pages` pages, all with content.
     pub fn full(pages: u64) -> Self {
         let scene = Self::new(vec![BlockLayout::ram(pages * PAGE_SIZE)]);
         scene.block().fill(PageRange::new(0, pages), 1).unwrap();
@@ -45,7 +45,7 @@ impl Scene {
         self.vmm.client()
     }
 
-    /// Where operators find the agent.
+    /// The socket of the agent, for operators.
     pub fn socket(&self) -> &Path {
         &self.agent.path
     }
@@ -54,7 +54,7 @@ impl Scene {
         self.folder.path().join(name)
     }
 
-    /// Names in the folder.
+    /// Names of the files in the folder.
     pub fn files(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.folder.path()).unwrap();
         let mut names: Vec<String> =
@@ -63,13 +63,13 @@ impl Scene {
         names
     }
 
-    /// Saves, however that ends.
+    /// Saves the guest, and returns the final status.
     pub fn save(&self, name: &str, options: &SnapshotOptions) -> JobStatus {
         let started = self.client().start_snapshot(&self.path(name), options).unwrap();
         self.client().wait(started.job, PATIENCE).unwrap()
     }
 
-    /// Saves, and it comes to its end.
+    /// Saves the guest, and checks that the job completed.
     #[track_caller]
     pub fn saved(&self, name: &str, options: &SnapshotOptions) -> (JobStatus, Chain) {
         let status = self.save(name, options);
@@ -77,7 +77,8 @@ impl Scene {
         (status, Chain::open(&self.path(name)).unwrap())
     }
 
-    /// Saves, which fails since the VMM cannot resume its guest; afterwards it runs.
+    /// Saves the guest while its resume fails, and checks that the job fails. Afterwards the guest
+    /// runs.
     #[track_caller]
     pub fn fail_to_resume(&self, options: &SnapshotOptions) {
         self.vmm.inject(HookName::Resume, Some(Fault::Fail("not now".into())));
@@ -88,14 +89,14 @@ impl Scene {
         self.vmm.start().unwrap();
     }
 
-    /// The memory is what the image says, byte for byte.
+    /// Checks that the memory and the image are the same, byte for byte.
     #[track_caller]
     pub fn check(&self, chain: &Chain) {
         images::assert_saved(self.vmm.memory(), self.client(), chain);
     }
 
-    /// Does to the first block what a vCPU does, on a thread of its own: if it waits in vain for
-    /// the agent, the test fails and does not hang.
+    /// Accesses the first block like a vCPU, on its own thread. If the access waits forever for the
+    /// agent, the test fails instead of hanging.
     #[track_caller]
     pub fn as_guest<T: Send + 'static>(
         &self, act: impl FnOnce(&TestBlock) -> T + Send + 'static,
@@ -106,7 +107,7 @@ impl Scene {
         acting.join().unwrap()
     }
 
-    /// Writes to a page as the guest does, and marks it.
+    /// Writes to a page like the guest, and marks it.
     pub fn write(&self, page: u64, value: u64) {
         self.block().store(page * PAGE_SIZE, value).unwrap();
         self.block().mark(PageRange::new(page, 1));

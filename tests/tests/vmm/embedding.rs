@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a VMM that embeds the client can rely on, whatever it does and whenever.
+//! Guarantees for a VMM that embeds the client, at every moment.
 
 use pageferry_client::{
     BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions,
@@ -24,7 +24,7 @@ fn empty() -> MockSide {
     MockSide::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)])
 }
 
-/// All of its memory holds something, and its guest runs.
+/// A VMM whose memory is full and whose guest runs.
 fn full() -> MockSide {
     let side = empty();
     side.block(0).fill(PageRange::new(0, PAGES), 1).unwrap();
@@ -32,7 +32,7 @@ fn full() -> MockSide {
     side
 }
 
-/// The agent's sentence.
+/// The error sentence of the agent.
 #[track_caller]
 fn refused<T: std::fmt::Debug>(code: ErrorCode, outcome: Result<T, Error>) -> String {
     match outcome.unwrap_err() {
@@ -73,11 +73,11 @@ fn jobs_on_dirty_pages_need_declared_trackers() {
     }
     assert_eq!(client.status().unwrap().trackers, Trackers::default());
 
-    // These two look at no dirty page.
+    // These two jobs read no dirty pages.
     let ends = |job: u64| client.wait(job, PATIENCE).unwrap().phase;
     assert_eq!(ends(client.start_snapshot(&image, &paused).unwrap().job), Phase::Completed);
     let postcopy = client.start_outgoing(nowhere(), &of(Mode::Postcopy)).unwrap();
-    assert_eq!(ends(postcopy.job), Phase::Failed, "there is nobody");
+    assert_eq!(ends(postcopy.job), Phase::Failed, "there is no peer");
 
     client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
     assert_eq!(client.status().unwrap().trackers, Trackers::LOG_IS_COMPLETE);
@@ -110,12 +110,12 @@ fn a_hook_that_panics_fails_the_job_by_name() {
         assert_eq!(
             record.panics,
             vec![(name.to_owned(), "vCPU 3 is gone".to_owned()); 2],
-            "the VMM is told"
+            "the VMM learns of it"
         );
         source.vmm.inject(hook, None);
         source.vmm.clear_record();
     }
-    // The channel, and the agent, are as good as before.
+    // The channel and the agent still work.
     let image = folder.path().join("image");
     let job = source.vmm.start_snapshot(&image, &SnapshotOptions::default()).unwrap();
     assert_eq!(source.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
@@ -126,7 +126,7 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
     let folder = tempfile::tempdir().unwrap();
     let source = full();
     let slow = 64 << 10;
-    // At this rate neither ends by itself.
+    // With this bandwidth neither ends by itself.
     let saved = || {
         let options = SnapshotOptions { bandwidth: slow, ..SnapshotOptions::default() };
         let job = source.vmm.start_snapshot(&folder.path().join("image"), &options).unwrap();
@@ -152,7 +152,7 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
     assert_eq!(source.client().ownership(), Ownership::Ours);
 }
 
-/// Bytes per second at which no job here ends by itself.
+/// A bandwidth at which no job here ends by itself.
 const SLOW: u64 = 64 << 10;
 
 #[test]
@@ -179,7 +179,7 @@ fn a_vmm_resets_while_it_waits_or_is_restored() {
         assert_eq!(side.client().ownership(), Ownership::Awaiting);
         side.vmm.memory().block(0).unwrap().add_to(side.client()).unwrap();
     }
-    // Nothing of it is in the way of the next guest.
+    // Nothing is left that would disturb the next guest.
     let job = side.vmm.start_restore(&image, &RestoreOptions::default()).unwrap();
     assert_eq!(side.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
 }
@@ -193,9 +193,9 @@ fn saved(folder: &Path) -> PathBuf {
     image
 }
 
-/// Has both remove their memory while a job of theirs is past its line, then `hurry`: the job is
-/// waited for.
-fn removes_when_the_job_is_done(sides: &[&MockSide], phase: Phase, hurry: impl FnOnce()) {
+/// Both sides remove their memory while their job is past its commit point. Then runs `hurry`, and
+/// checks that the removals waited for the job.
+fn removes_after_the_job(sides: &[&MockSide], phase: Phase, hurry: impl FnOnce()) {
     std::thread::scope(|scope| {
         for side in sides {
             side.vmm.wait_phase(phase, PATIENCE).unwrap();
@@ -203,7 +203,7 @@ fn removes_when_the_job_is_done(sides: &[&MockSide], phase: Phase, hurry: impl F
         let removals: Vec<_> =
             sides.iter().map(|side| scope.spawn(|| side.client().remove_block(0))).collect();
         for (side, removal) in sides.iter().zip(&removals) {
-            // It asked for a cancel, and was refused: the job goes on.
+            // The removal's cancel was refused, so the job continues.
             assert_eq!(side.client().status().unwrap().phase, phase);
             assert!(!removal.is_finished());
         }
@@ -228,7 +228,7 @@ fn memory_is_removed_after_a_job_that_cannot_be_cancelled() {
         RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
     lazy.vmm.start_restore(&image, &options).unwrap();
     let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
-    removes_when_the_job_is_done(&[&lazy], Phase::Prefetching, hurry);
+    removes_after_the_job(&[&lazy], Phase::Prefetching, hurry);
 
     let (source, destination) = (full(), empty());
     let (_, address) = destination.listen(&IncomingOptions::default());
@@ -241,7 +241,7 @@ fn memory_is_removed_after_a_job_that_cannot_be_cancelled() {
             .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() })
             .unwrap()
     };
-    removes_when_the_job_is_done(&[&source, &destination], Phase::Postcopy, hurry);
+    removes_after_the_job(&[&source, &destination], Phase::Postcopy, hurry);
 }
 
 #[test]
@@ -257,6 +257,6 @@ fn a_populate_after_the_guest_has_left_says_that_it_is_gone() {
         .unwrap();
     let gone = source.client().populate_within(&page, PATIENCE).unwrap_err();
     assert!(matches!(gone, Error::GuestGone { .. }), "{gone}");
-    // Here it is, and nothing is in the way for long.
+    // Now a cancel is possible, so the removal does not wait long.
     assert_eq!(destination.client().populate_within(&page, PATIENCE).unwrap(), 1);
 }

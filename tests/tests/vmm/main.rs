@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a VMM that links the client can rely on.
+//! Guarantees for a VMM that links the client.
 //!
-//! - [`embedding`]: hooks that panic, resets during a job, requests that come too early or too
+//! - [`embedding`]: hooks that panic, resets during a job, and requests that come too early or too
 //!   late;
 //! - [`run_state`]: a guest that its operator has paused stays paused, wherever it goes;
-//! - [`spawned_agent`]: an agent that the VMM starts by itself;
-//! - [`page_stream`]: a page stream that the VMMs carry over a transport of their own.
+//! - [`spawned_agent`]: an agent that the VMM starts;
+//! - [`page_stream`]: a page stream that the VMMs carry over their own transport.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod embedding;

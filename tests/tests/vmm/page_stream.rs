@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The page stream over a transport of the VMM's own: each VMM takes its agent's records and
-//! carries them over a pipe between them, as plain bytes in both directions; and an agent that is
-//! handed a connected socket.
+//! The page stream over the VMMs' own transport: each VMM reads its agent's bytes and carries them
+//! to the other VMM, in both directions. Also an agent that gets a connected socket.
 
 use pageferry_client::{
     BlockRange, IncomingOptions, JobStatus, OutgoingOptions, PageStream, Phase, Punch, Record,
@@ -29,14 +28,14 @@ fn sides() -> (Side, Side) {
     (source, Side::new(Ram::odd(PAGES)))
 }
 
-/// One VMM's part: from its agent to the wire, and from the wire to its agent. Returns the kinds
-/// that its agent sent.
+/// The part of one VMM: copies from its agent to the wire, and from the wire to its agent. Returns
+/// the kinds of records that its agent sent.
 fn carry(stream: PageStream, wire: UnixStream) -> [JoinHandle<Vec<Kind>>; 2] {
     let (mut from_agent, mut to_agent) = stream.split();
     let (mut wire_out, mut wire_in) = (wire.try_clone().unwrap(), wire);
     let out = std::thread::spawn(move || {
         let mut kinds = Vec::new();
-        // An agent that is done closes its end.
+        // An agent closes its end when the job is done.
         while let Ok(Some(record)) = from_agent.recv() {
             kinds.push(record.kind());
             wire_out.write_all(record.as_bytes()).unwrap();
@@ -55,8 +54,8 @@ fn carry(stream: PageStream, wire: UnixStream) -> [JoinHandle<Vec<Kind>>; 2] {
     [out, back]
 }
 
-/// Moves the guest between two agents that are handed these sockets; returns how the source's job
-/// ended.
+/// Migrates the guest between two agents that get these sockets. Returns the final status of the
+/// source's job.
 fn migrates(source: &Side, from: OwnedFd, destination: &Side, to: OwnedFd) -> JobStatus {
     let (incoming, outgoing) = (IncomingOptions::default(), OutgoingOptions::default());
     let incoming = destination.client.start_incoming(Target::Socket(to), &incoming).unwrap().job;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that its operator has paused stays paused: where it arrives, where it stays, and in its
-//! image. A guest that ran arrives paused if that is asked for.
+//! A guest that its operator has paused stays paused: at the destination, at the source, and in its
+//! image. A running guest arrives paused if the user asks for that.
 
 use pageferry_agent::image::{Chain, Image, merge};
 use pageferry_client::{
@@ -24,7 +24,7 @@ use std::sync::Arc;
 
 const PAGES: u64 = 2000;
 
-/// A VMM on an agent. The VMM goes first.
+/// A VMM and its agent. The VMM is dropped first.
 struct Side {
     vmm: MockVmm,
     agent: Agent,
@@ -44,7 +44,7 @@ impl Side {
         Self::on(Agent::Stopped(pageferry_tests::scenario::Listening::start()))
     }
 
-    /// All of its memory holds something; the guest runs, or its operator has paused it.
+    /// A VMM whose memory is full. Its guest runs, or its operator has paused it.
     fn full(run_state: RunState) -> Self {
         let side = Self::empty();
         side.fill(run_state);
@@ -67,7 +67,8 @@ impl Side {
         self.vmm.record().calls.iter().filter(|call| **call == hook).count()
     }
 
-    /// It is ours and paused, and the VMM was told so and never told to run it.
+    /// Checks that the guest is ours and paused, that the VMM was told so, and that it was never
+    /// told to run it.
     #[track_caller]
     fn assert_stays_paused(&self) {
         let calls = self.vmm.record().calls;
@@ -80,7 +81,7 @@ impl Side {
         assert_eq!(self.vmm.client().ownership(), Ownership::Ours);
     }
 
-    /// It is ours and runs, and the VMM was told so.
+    /// Checks that the guest is ours and runs, and that the VMM was told so.
     #[track_caller]
     fn assert_runs(&self) {
         let calls = self.vmm.record().calls;
@@ -125,7 +126,7 @@ fn completed(status: JobStatus) -> JobStatus {
     status
 }
 
-/// Moves the guest; returns how the jobs ended, that of the source first.
+/// Migrates the guest. Returns the final status of both jobs, the source's first.
 #[track_caller]
 fn moves(
     from: &Side, to: &Side, outgoing: &OutgoingOptions, resume: ResumePolicy,
@@ -141,7 +142,7 @@ fn moves(
     ended
 }
 
-/// Each way to move a guest that works here.
+/// Each migration mode that works on this machine.
 fn ways() -> Vec<OutgoingOptions> {
     let precopy = OutgoingOptions { streams: 2, ..passes(2) };
     let hybrid = OutgoingOptions { mode: Mode::Hybrid, switch_after: 1, ..precopy.clone() };
@@ -161,7 +162,7 @@ fn a_paused_guest_arrives_paused_until_resumed() {
                 "{:?}",
                 options.mode
             );
-            assert_eq!(status.counters.downtime_us, 0, "no job has cost it any time");
+            assert_eq!(status.counters.downtime_us, 0, "no job caused downtime");
         }
         to.assert_stays_paused();
         to.assert_holds_what(&from);
@@ -172,7 +173,7 @@ fn a_paused_guest_arrives_paused_until_resumed() {
             "it is not here"
         );
         to.vmm.operator_resumes().unwrap();
-        // And as one that runs it goes on.
+        // After its operator resumes it, it migrates as a running guest.
         let next = Side::empty();
         to.vmm.clear_record();
         let ended = moves(&to, &next, &options, ResumePolicy::Auto);
@@ -192,7 +193,7 @@ fn a_running_guest_arrives_paused_if_either_side_wants_it() {
             let (from, to) = (Side::full(RunState::Running), Side::empty());
             let options = OutgoingOptions { resume: at_source, ..options.clone() };
             let [outgoing, incoming] = moves(&from, &to, &options, there);
-            assert!(completed(outgoing).counters.downtime_us > 0, "it ran until then");
+            assert!(completed(outgoing).counters.downtime_us > 0, "the guest ran until the pause");
             assert_eq!(completed(incoming).guest, Some(RunState::Paused));
             to.assert_stays_paused();
             to.assert_holds_what(&from);
@@ -207,7 +208,7 @@ fn a_paused_guest_stays_paused_when_its_move_fails() {
         (HookName::Pause, fails()),
         (HookName::SaveState, fails()),
         (HookName::LoadState, fails()),
-        // Cancelled while its state is saved.
+        // Cancelled while the state is saved.
         (HookName::SaveState, Fault::Never),
     ];
     for options in ways() {
@@ -336,7 +337,7 @@ fn of_a_chain_the_newest_image_says_what_the_guest_was() {
     to.assert_stays_paused();
 }
 
-/// Runs a command that prints JSON, and succeeds; returns the last object.
+/// Runs a command that prints JSON, and checks that it succeeds. Returns the last object.
 #[track_caller]
 fn printed(arguments: &[&str]) -> Value {
     let output = Command::new(program()).args(arguments).arg("--json").output().unwrap();

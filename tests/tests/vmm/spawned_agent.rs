@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! An agent that the VMM starts by itself, as `pageferry agent --stdin`: it serves that VMM alone,
-//! and ends with it.
+//! An agent that the VMM starts as `pageferry agent --stdin`: it serves only that VMM, and ends
+//! with it.
 
 use pageferry_client::{Client, Error, IncomingOptions, Ownership, Phase, Target};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -13,7 +13,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 const PAGES: u64 = 100;
 
-/// A VMM with an agent of its own, which also listens at `socket`, if that is given.
+/// A VMM with its own agent, which also listens at `socket` if there is one.
 fn spawned(ram: Ram, socket: Option<&Path>) -> (Attached, Child) {
     let mut command = Command::new(program());
     command.args(["agent", "--stdin"]);
@@ -32,7 +32,7 @@ fn stamped() -> Ram {
     ram
 }
 
-/// How the agent ended; killed and waited for if it did not.
+/// The exit status of the agent. If it does not end, kills it.
 fn end(mut child: Child) -> ExitStatus {
     let ended = wait_for("the agent's end", SOON, || child.try_wait().unwrap());
     if ended.is_err() {
@@ -50,7 +50,7 @@ fn spawned_agents_migrate_the_guest_and_end_with_their_clients() {
     wait_until("the guest to be gone", SOON, || source.client.ownership() == Ownership::Gone)
         .unwrap();
     assert_eq!(destination.client.ownership(), Ownership::Ours);
-    // Each ends when the last clone of its client does.
+    // Each agent ends when the last clone of its client is dropped.
     let clone = source.client.clone();
     drop((source, destination));
     assert!(end(agent_there).success());
@@ -67,7 +67,7 @@ fn a_spawned_agent_takes_operators_and_ends_with_its_client() {
     assert_eq!(RawClient::connect(&socket).status().phase, Phase::Idle);
     drop(source);
     assert!(end(agent).success());
-    assert!(!socket.exists(), "its socket stays");
+    assert!(!socket.exists(), "the agent left its socket behind");
 }
 
 #[test]

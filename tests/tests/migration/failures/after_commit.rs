@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! After the commit: the source's guest is paused, whoever dies and whoever asks.
+//! After the commit the source's guest stays paused, whatever fails and whatever is requested.
 
 use super::scene::FarScene;
 use crate::scene::{Scene, empty, stamped};
@@ -12,8 +12,8 @@ use pageferry_tests::scenario::{
     Agent, Attached, Listening, Passing, Relay, SOON, Side, WIRES, Wire, moves_to, passes,
 };
 
-/// The source gave the guest up and was not confirmed: it is paused, and the VMM does not
-/// migrate it again.
+/// Checks a source that relinquished the guest without a confirmation: the guest is paused, and the
+/// VMM does not migrate it again.
 pub fn assert_stays_paused(source: &Attached) {
     assert_eq!(source.client.ownership(), Ownership::Relinquished);
     assert!(source.vmm.is_paused());
@@ -49,15 +49,15 @@ fn a_link_lost_after_the_commit_takes_force_to_resume() {
         let outgoing = relay.send(&source.client, &passes(1));
 
         let _resumed = relay.until(|record| record.kind == Kind::Resumed);
-        assert!(source.client.cancel().is_err(), "after the line it is too late to cancel");
+        assert!(source.client.cancel().is_err(), "after the commit point it is too late to cancel");
         relay.cut();
         let status = source.wait(outgoing);
         assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
         assert!(status.error.contains("did not confirm"), "{}", status.error);
         assert_eq!(destination.wait(incoming).phase, Phase::Completed);
-        assert_eq!(destination.vmm.resumes(), 1, "it runs there");
+        assert_eq!(destination.vmm.resumes(), 1, "the guest runs at the destination");
 
-        // Neither the VMM nor an operator gets it to run or to migrate here by mistake.
+        // Neither the VMM nor an operator can run or migrate the guest here by mistake.
         assert_stays_paused(&source);
         let ask = |request: &Request| agent.connect().ask(request, Vec::new());
         let start = Request::StartOutgoing { target: "unix:/nowhere".into(), options: passes(1) };
@@ -67,12 +67,12 @@ fn a_link_lost_after_the_commit_takes_force_to_resume() {
         assert!(refused.sentence.contains("force"), "{refused}");
         assert_stays_paused(&source);
 
-        // An operator who looked at both sides does.
+        // An operator who looked at both sides can run it by force.
         ask(&Request::Resume { force: true }).unwrap();
         assert_eq!(source.vmm.resumes(), 1);
         assert!(!source.vmm.is_paused());
         assert_eq!(source.client.ownership(), Ownership::Ours);
-        // The next operator reads that this was decided.
+        // The next operator reads that the guest was resumed by force.
         let status = source.client.status().unwrap();
         assert_eq!(status.phase, Phase::Failed);
         assert!(
@@ -126,8 +126,7 @@ fn a_killed_source_agent_leaves_the_guest_paused() {
         let _record = relay.until(|record| record.kind == held);
         agent.end();
         wait_until("the agent to be lost", SOON, || source.client.status().is_err()).unwrap();
-        // A new agent does not know of the commit, and gets the guest to run as little as the VMM
-        // does.
+        // A new agent does not know of the commit. Neither it nor the VMM can run the guest.
         let next = Agent::spawn();
         source.reattach(next.socket());
         assert_stays_paused(&source);

@@ -8,7 +8,8 @@ use pageferry_client::{IncomingOptions, Ownership, Phase, Punch};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::scenario::{Agent, Attached, Listening, Relay, SOON, Wire, moves_to, passes};
 
-/// The source's agent dies at this moment; the VMM goes on without it, and with the next one.
+/// The source's agent dies at this moment. The VMM continues without an agent, and then with the
+/// next one.
 fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): Moment) {
     let first = agent();
     let source = Attached::new(first.socket(), stamped());
@@ -32,7 +33,7 @@ fn lose_the_source_agent(agent: fn() -> Agent, wire: Wire, (moment, is_there): M
         assert_eq!(destination.wait(incoming).phase, Phase::Failed);
         assert_eq!(destination.vmm.resumes(), 0);
     }
-    // Discards go on without an agent.
+    // Discards work without an agent.
     assert_eq!(client.discard(&[ram.range(25, 10)], Punch::Yes).unwrap(), 5);
     assert!((20..35).all(|page| ram.is_hole(page)));
     source.write(5, 55);
@@ -71,7 +72,7 @@ fn a_killed_destination_agent_leaves_the_guest_at_the_source() {
         wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();
         assert_eq!(there.vmm.resumes(), 0);
         assert_eq!(there.client.ownership(), Ownership::Awaiting);
-        // The destination's VMM goes on with another agent, too.
+        // The destination's VMM continues with another agent, too.
         let next = Agent::spawn();
         there.reattach(next.socket());
         moves_to(source, there);

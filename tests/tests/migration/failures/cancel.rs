@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The user's own doing: a cancel at any moment before the line.
+//! A cancel by the user at any moment before the commit point.
 
 use super::scene::MOMENTS;
 use crate::scene::Scene;

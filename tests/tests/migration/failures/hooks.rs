@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VMM whose hook hangs or fails.
+//! VMMs with a hook that hangs or fails.
 
 use super::after_commit::assert_stays_paused;
 use crate::scene::{Scene, empty, filled};
@@ -14,7 +14,7 @@ use pageferry_tests::scenario::{
 };
 use std::time::Duration;
 
-/// A hook of the source that hangs: its name, where it is, and how often it is answered before.
+/// A hook of the source that hangs: its name, its place, and how often it answers before.
 type Hang = (&'static str, At, u32);
 
 const BEFORE_THE_PAUSE: [Hang; 6] = [
@@ -40,7 +40,7 @@ fn hasty(hook_timeout: Duration) -> OutgoingOptions {
     OutgoingOptions { hook_timeout, ..passes(1) }
 }
 
-/// A source with a tracker of its own, in which a page is dirty at every sync.
+/// A source with a hook tracker in which a page is dirty at every sync.
 fn tracked() -> Side {
     let source = filled();
     source.client.set_trackers(Trackers::HOOKS).unwrap();
@@ -53,8 +53,8 @@ fn tracked() -> Side {
     source
 }
 
-/// The VMM comes back to itself, answers what it was asked, too late, and is then as the migration
-/// found it.
+/// Waits until the VMM has answered its hooks, too late, and is then in the state from before the
+/// migration.
 fn wait_until_undone(vmm: &ScriptedVmm, pauses: bool) {
     wait_until("the VMM to be as before", SOON, || {
         let asked = lock(&vmm.asked);
@@ -112,7 +112,7 @@ fn a_silent_resume_here_fails_the_job_and_resumes_late() {
         scene.relay.cut();
         let status = scene.source.wait(scene.outgoing);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        // What failed first is told.
+        // The status has the first error.
         says(&status.error, &["closed"])?;
         assert_eq!(scene.source.client.ownership(), Ownership::Ours);
         scene.assert_destination_failed();
@@ -136,7 +136,7 @@ fn a_silent_resume_there_leaves_the_guest_to_the_destination() {
             assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
             let there = scene.destination().wait(scene.incoming);
             assert_eq!(there.phase, Phase::Failed);
-            // An operator who looks here must not take the guest for one that did not come.
+            // An operator must be able to see at the destination that the guest has arrived.
             assert!(there.arrived, "{there:?}");
             for words in ["the guest is here", "resuming it failed", "\"resume\""] {
                 assert!(there.error.contains(words), "{}", there.error);
@@ -204,12 +204,12 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     source.vmm.on(At::Throttle, || Err(HookError::new("no such thing")));
     let options = OutgoingOptions { policy: NonConvergence::Throttle, ..passes(1) };
     let mut scene = Scene::started_between(Wire::Unix, source, empty(), &options);
-    // It would have ended before.
+    // With a throttle that is an error, the job would have ended before.
     let record = scene.relay.until(|record| record.is(Kind::PassDone, 5));
     assert_eq!(
         scene.source.client.status().unwrap().counters.throttle_percent,
         0,
-        "it is not throttled"
+        "the guest is not throttled"
     );
     scene.relay.pass(record);
     let downtime_limit = Duration::from_secs(3600);
@@ -230,7 +230,7 @@ fn a_failed_load_fails_both_sides_and_the_guest_runs() {
             let mut scene =
                 Scene::started_between(Wire::Unix, filled(), destination, &hasty(timeout));
             let status = scene.end();
-            // The source says why, too.
+            // The source's error has the reason, too.
             says(&status.error, &[words])?;
             scene.assert_source_failed();
             let there = scene.assert_destination_failed();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! VMMs as processes, killed alone: their agents survive, end the job, let go of the memory and
-//! serve the next VMM.
+//! VMM processes that are killed: their agents survive, end the job, release the memory and serve
+//! the next VMM.
 
 use super::scene::{MOMENTS, Moment};
 use pageferry_client::{Error, IncomingOptions, JobStatus, OutgoingOptions, Phase};
@@ -23,7 +23,7 @@ use std::sync::Arc;
 const PAGES: u64 = 256;
 const SIZE: u64 = PAGES * PAGE_SIZE;
 
-/// Those of [`MOMENTS`] that come in a migration of two passes.
+/// The [`MOMENTS`] that occur in a migration with two passes.
 fn moments() -> [Moment; 8] {
     [0, 1, 2, 4, 5, 6, 8, 9].map(|at| MOMENTS[at])
 }
@@ -37,7 +37,7 @@ fn for_all(what: &str, test: impl Fn(Wire, Moment)) {
     }
 }
 
-/// A VMM as a process, its memory, and its agent, which is another.
+/// A VMM process, its memory, and its agent, which is another process.
 struct Killed {
     agent: AgentProcess,
     memory: PathBuf,
@@ -65,7 +65,7 @@ impl Killed {
         self.start("source", ["--to", to])
     }
 
-    /// A destination to which the relay leads.
+    /// A destination behind the relay.
     fn destination(&self, relay: &mut Relay) -> Process {
         let mut process = self.start("destination", ["--listen", &relay.place()]);
         let line = process.wait_for_line("listening at ", SOON).unwrap();
@@ -73,7 +73,7 @@ impl Killed {
         process
     }
 
-    /// How the job ended, as an operator sees it.
+    /// The final status of the job, as an operator sees it.
     fn job(&self) -> JobStatus {
         let mut operator = RawClient::connect(self.agent.socket());
         wait_for("the job's end", SOON, || {
@@ -82,12 +82,12 @@ impl Killed {
         .unwrap()
     }
 
-    /// The agent survived its VMM, ended the job, and let go of the memory.
+    /// Checks that the agent survived its VMM, ended the job, and released the memory.
     fn assert_agent_is_free(&mut self) {
         let job = self.job();
         assert_eq!(job.job, 1);
-        // Whichever comes first: the session sees its VMM gone and cancels, or a hook that the job
-        // waits for sees it and fails.
+        // Either the session sees first that its VMM is gone and cancels, or a hook that the job
+        // waits for fails first.
         let said = match job.phase {
             Phase::Cancelled => "the VMM is gone",
             Phase::Failed => "hook \"",
@@ -95,9 +95,9 @@ impl Killed {
         };
         assert!(job.error.contains(said), "{:?}: {}", job.phase, job.error);
         let descriptors = format!("/proc/{}/fd", self.agent.process().id());
-        wait_until("the agent to let go of the memory", SOON, || {
+        wait_until("the agent to release the memory", SOON, || {
             let mut links = std::fs::read_dir(&descriptors).unwrap().flatten();
-            // A descriptor that is closed meanwhile holds nothing.
+            // A descriptor that is closed meanwhile does not count.
             !links.any(|link| std::fs::read_link(link.path()).is_ok_and(|file| file == self.memory))
         })
         .unwrap();
@@ -115,7 +115,7 @@ fn vmm(agent: &Path, writes_per_second: u64) -> MockVmm {
     vmm
 }
 
-/// The same with a guest that runs.
+/// Such a VMM with a running guest.
 fn running(agent: &Path) -> MockVmm {
     let vmm = vmm(agent, 2000);
     vmm.memory().block(0).unwrap().fill(PageRange::new(0, PAGES / 2), 1).unwrap();

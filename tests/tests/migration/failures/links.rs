@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The other side dies, or the connection to it does.
+//! A peer that dies, and connections that break.
 
 use super::scene::{MOMENTS, at_every_moment};
 use crate::scene::Scene;
@@ -26,12 +26,13 @@ fn a_link_cut_within_a_record_fails_both_sides() {
     at_every_moment("cut", |wire, (moment, is_there)| {
         let mut scene = Scene::started(wire, &passes(2));
         let record = scene.relay.until(is_there);
-        // The middle of a record, where it has one.
+        // In the middle of the record.
         let part = record.bytes().len() / 2;
         scene.relay.cut_in(&record, part);
         scene.assert_source_failed();
         if moment == MOMENTS[0].0 {
-            // What never said hello is not the job's end: it waits for another.
+            // A connection without a hello does not end the job: the destination waits for another
+            // one.
             assert_eq!(scene.destination().client.status().unwrap().phase, Phase::Connecting);
             scene.destination().client.cancel().unwrap();
             assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Cancelled);
@@ -47,7 +48,7 @@ fn one_cut_stream_of_several_fails_both_sides() {
     for wire in WIRES {
         for (pass, part) in [(0, 0), (0, 16), (1, 0), (1, 16), (2, 0), (2, 16)] {
             let mut scene = Scene::started(wire, &OutgoingOptions { streams: 4, ..passes(2) });
-            // The second to end the pass, while others have ended it and others have not.
+            // The second stream to end the pass. One has ended it before, and the others have not.
             let mut ended = 0;
             let record = scene.relay.until(|record| {
                 ended += u32::from(record.is(Kind::PassEnd, pass));

@@ -17,19 +17,19 @@ pub fn stamp(ram: &Ram) {
 }
 
 impl Scene {
-    /// Passes everything on until a record comes that is wanted, which is held back.
+    /// Passes records on until one is wanted. Returns that one without passing it on.
     pub fn reach(&mut self, wanted: impl FnMut(&Passing) -> bool) -> Result<Passing, TooEarly> {
         let source = &self.source;
         reach(&mut self.relay, source, wanted)
     }
 
-    /// The destination's VMM and agent are gone.
+    /// Drops the destination's VMM and agent.
     pub fn kill_destination(&mut self) {
         self.relay.reset();
         drop(self.destination.take());
     }
 
-    /// The source's job failed, and its guest runs.
+    /// Checks that the source's job failed, and that its guest runs.
     pub fn assert_source_failed(&self) -> JobStatus {
         let status = self.source.wait(self.outgoing);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -39,7 +39,7 @@ impl Scene {
         status
     }
 
-    /// The destination's job failed, and nothing runs there.
+    /// Checks that the destination's job failed, and that nothing runs there.
     pub fn assert_destination_failed(&self) -> JobStatus {
         let status = self.destination().wait(self.incoming);
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -49,7 +49,7 @@ impl Scene {
         status
     }
 
-    /// The same two sides, without the relay.
+    /// Checks that these two sides can migrate without the relay.
     pub fn assert_both_migrate_next_time(&self) {
         moves_to(&self.source, self.destination());
     }
@@ -57,7 +57,7 @@ impl Scene {
 
 pub type Moment = (&'static str, fn(&Passing) -> bool);
 
-/// Records at which a migration is interrupted, one for each phase: what comes there is not
+/// Records at which a migration is interrupted, one for each phase. The record itself is not
 /// delivered.
 pub const MOMENTS: [Moment; 11] = [
     ("before the hello", |record| record.kind == Kind::Hello),
@@ -73,7 +73,7 @@ pub const MOMENTS: [Moment; 11] = [
     ("in the last pass", |record| record.is(Kind::PassEnd, 2)),
 ];
 
-/// A migration through a relay to an agent that is a process of its own.
+/// A migration through a relay to an agent process.
 pub struct FarScene {
     pub relay: Relay,
     pub source: Side,
@@ -92,7 +92,7 @@ impl FarScene {
         Self { relay, source, there, agent, outgoing }
     }
 
-    /// Passes everything on until the source's job ended.
+    /// Passes all records on until the source's job ends.
     pub fn end(&mut self) -> JobStatus {
         self.relay.finish(&self.source.client, self.outgoing)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The other side is there, and says nothing: the link swallows what it says, or it hangs.
+//! A peer that is connected and silent: the link loses its messages, or it hangs.
 
 use super::scene::{FarScene, MOMENTS, Moment};
 use crate::scene::{PAGES, Scene, empty, filled, stamped};
@@ -18,7 +18,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
-/// Within so long the peer answers, or it counts as silent.
+/// Options with which a peer that is silent for `timeout` is an error.
 fn patient_for(timeout: Duration, running: u32) -> OutgoingOptions {
     OutgoingOptions { peer_timeout: timeout, hook_timeout: timeout, ..passes(running) }
 }
@@ -30,11 +30,11 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
     at_once(&cases, |&(wire, (moment, is_there))| {
         with_more_time(|timeout| {
             let mut scene = Scene::started(wire, &patient_for(timeout, 2));
-            // From now on nothing is passed on, and nothing is closed.
+            // The relay passes nothing on from here, and closes nothing.
             let _record = scene.reach(is_there)?;
             let status = scene.assert_source_failed();
-            // Whichever the source was at: waiting for an answer, or for room to send.
-            // On a busy machine the time for the whole stop may be over first.
+            // The source waits either for an answer or for room to send. On a busy machine the time
+            // limit of the hand-over may end first.
             let words =
                 ["was silent for ", "did not take what was sent within", "hand-over was not done"];
             says(&status.error, &words)?;
@@ -52,7 +52,7 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
 fn a_peer_that_does_not_accept_is_an_error_in_time() {
     let source = filled();
     let folder = tempfile::tempdir().unwrap();
-    // Nobody ever answers, so this can be too short for nothing.
+    // No peer ever answers, so this timeout cannot be too short.
     let options = OutgoingOptions { peer_timeout: Duration::from_secs(1), ..passes(1) };
     let fails = |address: &str, words: &str| {
         let outgoing = source
@@ -67,12 +67,12 @@ fn a_peer_that_does_not_accept_is_an_error_in_time() {
     };
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let tcp_address = format!("tcp:{}", tcp.local_addr().unwrap());
-    // One that listens, and does nothing more.
+    // A socket that only listens.
     let path = folder.path().join("deaf");
     let _unix = UnixListener::bind(&path).unwrap();
     fails(&format!("unix:{}", path.display()), "silent");
     fails(&tcp_address, "silent");
-    // Nobody is there.
+    // No process listens.
     fails(&format!("unix:{}", folder.path().join("nobody").display()), "nobody");
     drop(tcp);
     fails(&tcp_address, &tcp_address);
@@ -99,7 +99,7 @@ fn a_hanging_destination_agent_is_an_error_within_the_timeout() {
             scene.relay.pass(record);
             let status = scene.end();
             assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-            // On a busy machine the time for the whole stop may be over first.
+            // On a busy machine the time limit of the hand-over may end first.
             says(&status.error, &["silent", "hand-over was not done"])?;
             assert!(!scene.source.vmm.is_paused());
             migrates_next_time(&scene.source);
@@ -127,7 +127,7 @@ fn a_hanging_source_agent_is_given_up_and_the_guest_runs() {
             let _record =
                 record.ok_or_else(|| TooEarly(destination.client.status().unwrap().error))?;
             agent.freeze();
-            // Whatever it asks of its agent next tells the VMM.
+            // The VMM notices with its next request to the agent.
             let lost = source.client.wait(outgoing, SOON).unwrap_err();
             assert!(matches!(lost, Error::AgentLost { .. }), "{lost}");
             wait_until("the guest to run", SOON, || !source.vmm.is_paused()).unwrap();
@@ -148,12 +148,12 @@ fn a_peer_answering_byte_by_byte_keeps_no_guest_paused() {
         with_more_time(|timeout| {
             let mut scene = Scene::started(wire, &patient_for(timeout, 1));
             let record = scene.reach(|record| record.kind == Kind::Loaded)?;
-            // Each byte comes long before the timeout, and all of them long after it.
+            // Each byte comes long before the timeout, and the last one long after it.
             scene.relay.trickle(&record, timeout / 8, || {
                 scene.source.client.status().unwrap().phase.is_final()
             });
             let status = scene.assert_source_failed();
-            // On a busy machine the time for the whole stop may be over first.
+            // On a busy machine the time limit of the hand-over may end first.
             says(
                 &status.error,
                 &["did not send a whole record within ", "hand-over was not done"],
@@ -178,7 +178,7 @@ fn a_destination_killed_under_a_low_bandwidth_is_noticed() {
     agent.kill();
     let status = source.wait(outgoing);
     assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-    assert!(status.counters.pages_sent < PAGES, "it went on: {:?}", status.counters);
+    assert!(status.counters.pages_sent < PAGES, "the job did not stop: {:?}", status.counters);
     migrates_next_time(&source);
 }
 

@@ -29,8 +29,12 @@ fn a_truncated_file_fails_the_job_and_not_the_session() {
         );
         scene.assert_source_failed();
         let there = scene.assert_destination_failed();
-        assert!(there.error.contains("truncated"), "the destination is told: {}", there.error);
-        // A discard of what is not there any more is no less a discard.
+        assert!(
+            there.error.contains("truncated"),
+            "the destination learns the reason: {}",
+            there.error
+        );
+        // A discard of pages that the file no longer has succeeds, too.
         assert_eq!(scene.source.client.discard(&[ram.range(PAGES - 5, 5)], Punch::Yes).unwrap(), 5);
         rustix::fs::ftruncate(&ram.fd, whole).unwrap();
         migrates_next_time(&scene.source);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A source VMM that goes while its agent stays: within this process. [`crate::killed_vmms`] has
-//! those that are killed.
+//! A source VMM in this process that disconnects while its agent stays. [`crate::killed_vmms`]
+//! kills VMMs.
 
 use super::scene::{MOMENTS, at_every_moment};
 use crate::scene::{empty, stamped};

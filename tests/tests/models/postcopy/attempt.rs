@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! One migration of the model, record for record: between two of them the guest acts, connections
+//! One migration of the model, record by record. Between two records the guest acts, connections
 //! are cut, and an operator cancels or recovers.
 
 use super::Plan;
@@ -21,28 +21,28 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Set in what a VMM writes into memory that its guest gave back.
+/// A bit in the stamps that a VMM writes to memory that its guest gave back.
 const OTHERS: u64 = 1 << 63;
 
-/// Longest time for an attempt in which something is sent all the time.
+/// Longest time for an attempt in which records are sent all the time.
 const LONGEST: Duration = Duration::from_secs(300);
 
 /// How an attempt ended.
 pub enum Outcome {
-    /// The guest is at the destination, all of it.
+    /// The guest is complete at the destination.
     Moved(Box<Moved>),
-    /// It runs on at the source.
+    /// The guest runs at the source.
     Stayed,
 }
 
 /// A guest that has moved.
 pub struct Moved {
     pub guest: Guest,
-    /// Pages that were to come when the guest moved, and that it did not discard.
+    /// Pages that were missing when the guest moved, and that it did not discard.
     pub placed: BTreeSet<Page>,
 }
 
-/// One migration, in the hands of the thread that passes the records.
+/// The state of one migration, which the thread that passes the records owns.
 struct Attempt<'a> {
     chance: &'a mut Random,
     plan: &'a Plan,
@@ -50,25 +50,26 @@ struct Attempt<'a> {
     destination: &'a Destination,
     relay: Relay,
     guest: Option<Guest>,
-    /// Pages that are to come, and that the guest did not discard.
+    /// Missing pages that the guest did not discard.
     missing: BTreeSet<Page>,
-    /// The source gave the guest up.
+    /// The source has sent the commit.
     committed: bool,
-    /// The destination said that all is there.
+    /// The destination has reported that all memory is there.
     complete: bool,
-    /// Connections that are still to be cut.
+    /// Number of cuts that are left.
     cuts: u64,
-    /// What it may end for before the commit.
+    /// Reasons for which the migration may end before the commit.
     cut: bool,
     cancelled: bool,
 }
 
 impl Attempt<'_> {
-    /// Passes a record on, or a part of it, or none; true if there was one.
+    /// Passes on a record or a part of it. False if there was none.
     fn pump(&mut self) -> bool {
         self.relay.accept();
         let Some(record) = self.relay.next(self.chance) else { return false };
-        // A destination that is done waits long for a source that does not answer.
+        // No cut after that: a destination that is complete waits long for a source that does not
+        // answer.
         if self.cuts > 0 && !self.complete && self.chance.one_in(40) {
             self.cuts -= 1;
             self.cut = true;
@@ -76,7 +77,8 @@ impl Attempt<'_> {
             let bytes = self.chance.below(length as u64) as usize;
             self.relay.cut(&record, bytes);
             match self.chance.below(3) {
-                // In the handshake either side waits long for a stream that it does not read yet.
+                // In the handshake either side waits long for a stream that it does not read yet,
+                // so all are cut.
                 _ if self.relay.shakes_hands() => self.relay.cut_all(),
                 0 => self.relay.cut_all(),
                 1 => self.relay.cut_any(self.chance),
@@ -85,7 +87,7 @@ impl Attempt<'_> {
             return true;
         }
         self.look(&record);
-        // One in four may find nothing dirty, and end as a precopy.
+        // One pass in four may find nothing dirty, and end as a precopy.
         if record.kind == Kind::PassDone && !self.committed && !self.chance.one_in(4) {
             keep_busy(self.chance, &self.source.world);
         }
@@ -105,8 +107,8 @@ impl Attempt<'_> {
         }
     }
 
-    /// `never-read`: what a VMM keeps in memory that its guest gave back is never read, unless the
-    /// guest was given it back.
+    /// `never-read`: memory that the guest gave back, and in which the VMM keeps something else, is
+    /// never read before the guest gets it back.
     fn look_at_data(&self, record: &Passing) {
         let model = self.source.world.model.lock().unwrap();
         for (page, bytes) in record.pages().zip(record.payload.chunks(PAGE_SIZE as usize)) {
@@ -130,7 +132,7 @@ impl Attempt<'_> {
         step(self.chance, &self.source.world, &self.source.client);
     }
 
-    /// The VMM puts something else into pages that its guest gave back.
+    /// The VMM writes something else to pages that its guest gave back.
     fn reuse(&mut self) {
         let (id, range) = some_pages(self.chance);
         let world = &self.source.world;
@@ -144,7 +146,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// What the guest and its VMM do at the destination.
+    /// A step of the guest and its VMM at the destination.
     fn at_destination(&mut self) {
         if self.guest.is_none() {
             if !self.destination.runs() {
@@ -186,7 +188,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// After the commit nothing cancels it.
+    /// Checks that no cancel is possible after the commit.
     fn check_cancel(&self) {
         for client in [&self.source.client, &self.destination.client] {
             let error = client.cancel().unwrap_err().to_string();
@@ -197,8 +199,8 @@ impl Attempt<'_> {
         }
     }
 
-    /// The commit never reached the destination, which will not run: the source stays paused until
-    /// its operator has looked at both.
+    /// The commit did not reach the destination, whose job has failed. The source stays paused
+    /// until its operator, who looked at both sides, resumes it by force.
     fn take_back(&mut self, incoming: u64) {
         let status = self.destination.client.wait(incoming, SOON).unwrap();
         assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -207,7 +209,7 @@ impl Attempt<'_> {
         let mut operator = RawClient::connect(&self.source.agent.path);
         let deadline = Instant::now() + SOON;
         while let Err(error) = operator.ask(&Request::Resume { force: true }, Vec::new()) {
-            // It may be trying to recover, since it was asked to before.
+            // The source may still be busy with an earlier recovery.
             assert!(error.code == ErrorCode::Busy && Instant::now() < deadline, "{error}");
             self.relay.accept();
             self.relay.cut_all();
@@ -220,7 +222,7 @@ impl Attempt<'_> {
         let started = Instant::now();
         let mut deadline = started + SOON;
         for round in 0.. {
-            // On a busy machine an attempt takes its time. Stuck is one in which nothing is sent.
+            // On a busy machine an attempt takes long. It is stuck only if no record is sent.
             if self.pump() {
                 deadline = started + LONGEST.min(started.elapsed() + SOON);
             }
@@ -229,14 +231,14 @@ impl Attempt<'_> {
             }
             self.at_destination();
             if round == cancel_at && !self.committed {
-                // It may be too late, which is for the source to say.
+                // It may be too late for a cancel. The source decides that.
                 self.cancelled = self.source.client.cancel().is_ok();
             }
             if self.guest.is_some() && self.chance.one_in(100) {
                 self.check_cancel();
             }
             if self.plan.asks && !self.committed && self.chance.one_in(20) {
-                // Before its passes, or after, there is nothing to switch.
+                // This fails before the passes and after them.
                 let _ = self.source.client.start_postcopy();
             }
             match self.source.phase() {
@@ -244,14 +246,15 @@ impl Attempt<'_> {
                 Phase::Completed => {}
                 Phase::PostcopyPaused => {
                     assert!(!self.source.runs());
-                    // Only what it says when nothing is on its way any more counts.
+                    // The commit may still have been on its way at an earlier check, so only the
+                    // final state of the destination counts.
                     if self.destination.phase().is_final() && !self.destination.runs() {
                         self.take_back(incoming);
                         return Outcome::Stayed;
                     }
                     if self.chance.one_in(4) {
                         match self.source.client.recover(None, &self.plan.options) {
-                            // It was asked before, and has not looked yet.
+                            // The source has not begun with an earlier recovery yet.
                             Ok(_) | Err(Error::Refused { code: ErrorCode::Busy, .. }) => {}
                             Err(error) => panic!("{error}"),
                         }
@@ -276,7 +279,7 @@ impl Attempt<'_> {
                 "nothing ended it: {status:?}, and the destination {there:?}"
             );
             assert_eq!(status.phase, expected, "{}, and the destination {there:?}", status.error);
-            // It has failed by itself unless the source never got as far as to connect.
+            // The destination's job has failed, unless the source never connected.
             let _ = self.destination.client.cancel();
             self.relay.cut_all();
             self.destination.client.wait(incoming, SOON).unwrap();
@@ -295,7 +298,7 @@ impl Attempt<'_> {
     }
 }
 
-/// Migrates once, with the guest at work on either side.
+/// Migrates once, while the guest works on either side.
 pub fn attempt(
     chance: &mut Random, plan: &Plan, source: &Source, destination: &Destination, folder: &Path,
 ) -> Outcome {
@@ -305,7 +308,7 @@ pub fn attempt(
         .map(|(id, range)| (id, range.first))
         .collect();
     *destination.arrived.lock().unwrap() = Arrived { devices, ..Arrived::default() };
-    // What the devices of the last attempt found.
+    // Clears the reads of the devices of the last attempt.
     destination.found.try_iter().for_each(drop);
     let connections = plan.options.connections().into();
     let relay = Relay::new(&relay_path, &path, connections);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The guest at the destination: threads that touch its memory, and what they may find there, kept
-//! naively.
+//! The guest at the destination: threads that touch its memory, and a naive record of the content
+//! that they may find.
 //!
-//! A touch begins when it is handed to a thread and ends when the thread's report is read, so what
-//! it found is checked against all that the page may have held in between.
+//! A touch begins when a thread gets it and ends when the thread's report is read. So the value
+//! that it found is checked against everything that the page may have held in between.
 
 use crate::source::{Memory, Model, Page, all_pages};
 use pageferry_client::{Client, Mode};
@@ -20,49 +20,50 @@ const THREADS: usize = 3;
 
 /// One page of the guest.
 struct Cell {
-    /// What a read may find now; several if it is not known in which order things happened.
+    /// The values that a read may find now. There are several if the order of events is not known.
     values: BTreeSet<u64>,
     discarded: bool,
     /// May be allocated.
     may_hold: bool,
-    /// Written after its discard at the source, so that content may still come, unless it is
-    /// discarded here, too.
+    /// Written after its discard at the source, so that content may still arrive, unless the page
+    /// is discarded here, too.
     stray: bool,
     /// Was touched at any time.
     touched: bool,
     /// Touches under way, by thread.
     flights: BTreeMap<usize, Flight>,
-    /// What happened to it, for who reads of a failure.
+    /// The events of the page, which a failure prints.
     story: Vec<Event>,
 }
 
 #[derive(Debug)]
-#[expect(dead_code, reason = "read by whoever reads of a failure")]
+#[expect(dead_code, reason = "printed by a failure")]
 enum Event {
-    /// Moved here, with what it may hold.
+    /// The guest moved here. The page may hold these values.
     Arrived(Vec<u64>),
     /// A device read this.
     Device(u64),
-    /// A thread begins to read, or to write this.
+    /// A thread begins to read, or to write this value.
     Begin(usize, Option<u64>),
-    /// A thread has read or written this.
+    /// A thread has read or written this value.
     End(usize, u64),
-    /// Discarded, and not freed if it holds something.
+    /// Discarded. If it holds a value, it was not punched.
     Discard(Option<u64>),
     Populate,
     /// Punched by the VMM.
     Punch,
-    /// Freed, and the guest may use it.
+    /// Freed. The guest may use it again.
     Free,
 }
 
 /// A touch under way.
 struct Flight {
-    /// What it writes, if it does.
+    /// The value that it writes, if it is a write.
     writes: Option<u64>,
-    /// A read: what the page may have held since it began. A write: what may have come after it.
+    /// For a read: the values that the page may have held since it began. For a write: the values
+    /// that may have followed it.
     meanwhile: BTreeSet<u64>,
-    /// Nothing changed the page meanwhile.
+    /// True if nothing changed the page meanwhile.
     alone: bool,
 }
 
@@ -125,12 +126,13 @@ impl Cell {
         self.may_hold = !self.flights.is_empty();
     }
 
-    /// The page was discarded and not freed; it holds `content` now, or is a hole.
+    /// The page was discarded and not punched. It holds `content` now, or is a hole.
     fn kept(&mut self, page: Page, content: Option<u64>) {
         match content {
             None => self.freed(),
             Some(content) => {
-                // What is still to come does not, and who waits for it finds zero.
+                // Content that is still missing does not arrive any more, and a thread that waits
+                // for it finds zero.
                 let waits = !self.flights.is_empty();
                 assert!(self.may_hold, "page {page:?} is allocated: {self}");
                 let possible = self.values.contains(&content) || waits && content == 0;
@@ -158,7 +160,7 @@ struct Touch {
     writes: Option<u64>,
 }
 
-/// A touch is done.
+/// The end of a touch.
 struct Report {
     thread: usize,
     found: u64,
@@ -188,7 +190,7 @@ impl Threads {
                         }
                         None => memory.block(id).load(page * PAGE_SIZE).unwrap(),
                     };
-                    // Nobody listens if the test has failed.
+                    // The receiver is gone if the test has failed.
                     let _ = report.send(Report { thread, found });
                 }
             }));
@@ -201,17 +203,17 @@ impl Threads {
 pub struct Guest {
     cells: BTreeMap<Page, Cell>,
     threads: Threads,
-    /// What each thread does.
+    /// The page that each thread touches.
     busy: BTreeMap<usize, Page>,
 }
 
 impl Guest {
-    /// The guest that `model` describes, whose source is paused, begins to run in `memory`.
+    /// The guest of `model`, whose source is paused, begins to run in `memory`.
     pub fn new(model: &Model, mode: Mode, memory: &Arc<Memory>, client: &Client) -> Self {
         let cell = |page: Page| {
             let discarded = client.discarded(page.0).unwrap().contains(page.1);
             let allocated = model.allocated.contains(&page);
-            // Without passes nothing is known of when a discarded page was written.
+            // Without passes it is not known when a discarded page was written.
             let stray = model.stray.get(&page).filter(|_| mode != Mode::Postcopy);
             let cell = match (model.late.get(&page), model.discarded.contains(&page)) {
                 (Some(before), _) => {
@@ -237,7 +239,7 @@ impl Guest {
         Self { cells, threads: Threads::start(memory), busy: BTreeMap::new() }
     }
 
-    /// A device found this while it loaded its state.
+    /// A device read this value while it loaded its state.
     pub fn device_read(&mut self, page: Page, found: u64) {
         let cell = self.cells.get_mut(&page).unwrap();
         assert!(cell.values.contains(&found), "page {page:?}: a device read {found}: {cell}");
@@ -246,7 +248,7 @@ impl Guest {
         (cell.touched, cell.may_hold) = (true, true);
     }
 
-    /// A thread that has nothing to do.
+    /// A thread that is idle.
     pub fn idle(&self) -> Option<usize> {
         (0..THREADS).find(|thread| !self.busy.contains_key(thread))
     }
@@ -268,18 +270,17 @@ impl Guest {
         page
     }
 
-    /// The next touch that is done, if one is: its page.
+    /// Takes the next report, if there is one. Returns its page.
     pub fn done(&mut self) -> Option<Page> {
         let report = self.threads.reports.try_recv().ok()?;
         Some(self.ended(report))
     }
 
-    /// Waits until nothing is touched any more.
+    /// Waits until no page is being touched.
     pub fn rest(&mut self) {
         while !self.busy.is_empty() {
             let report = self.threads.reports.recv_timeout(SOON);
-            let report =
-                report.unwrap_or_else(|_| panic!("touches wait for ever: {:?}", self.busy));
+            let report = report.unwrap_or_else(|_| panic!("touches do not end: {:?}", self.busy));
             self.ended(report);
         }
     }
@@ -292,7 +293,7 @@ impl Guest {
         self.cells[&page].discarded
     }
 
-    /// The page was discarded, and freed unless it holds `content`.
+    /// The page was discarded, and punched unless it holds `content`.
     pub fn discarded(&mut self, page: Page, content: Option<u64>) {
         let cell = self.cells.get_mut(&page).unwrap();
         (cell.discarded, cell.stray) = (true, false);
@@ -306,8 +307,8 @@ impl Guest {
         cell.discarded = false;
     }
 
-    /// The page was freed: it is a hole until it is touched. To free what is discarded is to
-    /// discard it once more.
+    /// The page was freed. It is a hole until it is touched. A free of a discarded page discards it
+    /// once more.
     pub fn frees(&mut self, page: Page) {
         let cell = self.cells.get_mut(&page).unwrap();
         cell.stray = false;
@@ -315,7 +316,7 @@ impl Guest {
         cell.freed();
     }
 
-    /// The VMM freed a discarded page by itself.
+    /// The VMM itself punched a discarded page.
     pub fn freed(&mut self, page: Page) {
         let cell = self.cells.get_mut(&page).unwrap();
         cell.story.push(Event::Punch);
@@ -325,7 +326,7 @@ impl Guest {
         cell.may_hold |= cell.stray;
     }
 
-    /// All memory is as it must be. Nothing is being touched.
+    /// Checks all memory. No page may be touched meanwhile.
     pub fn check(&self, memory: &Memory, client: &Client) {
         for (page, cell) in &self.cells {
             assert_eq!(

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Postcopy under any interleaving: a guest that writes, discards, frees and populates at the
-//! source until it is stopped, and reads, writes, discards, frees and populates at the destination
-//! before its memory is there, over connections that break at any moment and are made again,
-//! against a model that is a few maps.
+//! Postcopy under any interleaving. A guest writes, discards, frees and populates at the source
+//! until it is paused. Then it reads, writes, discards, frees and populates at the destination
+//! before its memory is there. Connections break at any moment and are made again. The model is a
+//! few maps.
 //!
-//! The memory of the destination is right page for page, nothing that is discarded is populated,
-//! nothing is requested twice, and the source never runs again after the commit. A relay stands
-//! between the two agents and passes one record at a time; between two of them something happens.
-//! What that is follows from the seed that a failure prints.
+//! Every page of the destination is right, no discarded page is populated, no page is requested
+//! twice, and the source never runs again after the commit. A relay between the two agents passes
+//! one record at a time. Between two records something happens, which the seed decides. A failure
+//! prints the seed.
 //!
-//! - [`guest`]: the guest at the destination, and what it may find;
-//! - [`wire`]: the relay, and who asks for what;
+//! - [`guest`]: the guest at the destination, and the content that it may find;
+//! - [`wire`]: the relay, and the requests of the destination;
 //! - [`crate::source`]: the guest at the source; [`sides`]: the two VMMs;
-//! - [`steps`]: what the guest and its VMM do at the destination;
-//! - [`attempt`]: one migration, record for record;
-//! - this file: a case, from its seed to the last look at both memories.
+//! - [`steps`]: steps of the guest and its VMM at the destination;
+//! - [`attempt`]: one migration, record by record;
+//! - this file: a case, from its seed to the final check of both memories.
 
 mod attempt;
 mod guest;
@@ -37,10 +37,10 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// What a case does alike in all its attempts.
+/// What is the same in all attempts of a case.
 struct Plan {
     options: OutgoingOptions,
-    /// Switches by a request.
+    /// The operator requests the switch.
     asks: bool,
 }
 
@@ -53,7 +53,8 @@ impl Plan {
             streams: 1 + chance.below(3) as u16,
             urgent_streams: 1 + chance.below(2) as u16,
             mode,
-            // Met only when nothing is dirty, so that most cases reach the postcopy that they want.
+            // This limit is met only when nothing is dirty, so that most cases reach their
+            // postcopy.
             downtime_limit: Duration::ZERO,
             switch_after: if way == 1 { passes } else { 0 },
             max_passes: if way == 2 { passes } else { 0 },
@@ -70,7 +71,7 @@ impl Plan {
     }
 }
 
-/// The source's memory is what it was when the guest moved, but for what is released.
+/// Checks that the source's memory is as it was when the guest moved, except for released pages.
 fn check_source(source: &Source, plan: &Plan, placed: &BTreeSet<Page>) {
     assert!(!source.runs(), "the source runs on after the commit");
     wait_until("the event that the guest is gone", SOON, || {
@@ -97,7 +98,7 @@ fn run_case(seed: u64) {
     let folder = tempfile::tempdir().unwrap();
     let plan = Plan::new(&mut chance);
     let (source, destination) = (Source::new(), Destination::new());
-    // What another guest left there.
+    // Memory that another guest left.
     for page in all_pages().into_iter().filter(|_| chance.one_in(3)) {
         destination.memory.write(page, u64::MAX);
     }
@@ -119,7 +120,7 @@ fn run_case(seed: u64) {
     assert_eq!(arrived().state, [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]);
     guest.check(&destination.memory, &destination.client);
     check_source(&source, &plan, &placed);
-    // Holes are plain holes now, for a guest that goes on as it did.
+    // Holes are ordinary holes now, and the guest continues as before.
     for _ in 0..20 {
         touch(&mut chance, &mut guest, &source.world);
         discard(&mut chance, &mut guest, &destination);
@@ -143,8 +144,7 @@ proptest! {
     }
 }
 
-/// Cases that failed once, each in some runs out of many: what the threads do differs from run to
-/// run.
+/// Cases that once failed in some of many runs, because the threads act differently in each run.
 #[test]
 fn cases_that_failed_once_hold() {
     const SEEDS: [u64; 2] = [3955635837542187184, 11313607426985825067];

@@ -10,14 +10,14 @@ use pageferry_tests::scenario::Listening;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
-/// What the destination's VMM was asked.
+/// A record of the hook calls of the destination's VMM.
 #[derive(Default)]
 pub struct Arrived {
     pub state: Vec<StatePiece>,
     pub pending: bool,
     pub runs: bool,
     pub lost: bool,
-    /// Pages that the devices look at while they load their state.
+    /// Pages that devices read while they load their state.
     pub devices: Vec<Page>,
 }
 
@@ -69,8 +69,8 @@ impl Hooks for DestinationHooks {
     }
 }
 
-/// The source's VMM, on an agent that its operator reaches. Fields drop in order, so the connection
-/// closes before the agent is waited for.
+/// The source's VMM, on an agent with a socket for its operator. Fields drop in order, so the
+/// connection is closed before the drop waits for the agent.
 pub struct Source {
     pub client: Client,
     pub world: Arc<World>,
@@ -101,7 +101,7 @@ pub struct Destination {
     pub client: Client,
     pub memory: Arc<Memory>,
     pub arrived: Arc<Mutex<Arrived>>,
-    /// What the devices found.
+    /// The content that the devices read.
     pub found: Receiver<(Page, u64)>,
     _agent: InProcessAgent,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the guest and its VMM do at the destination.
+//! Steps of the guest and its VMM at the destination.
 
 use super::guest::Guest;
 use super::sides::Destination;
@@ -8,7 +8,7 @@ use crate::source::{Page, World, pages_of, ragged, some_pages, whole};
 use pageferry_client::Punch;
 use pageferry_tests::random::Random;
 
-/// A thread of the guest touches a page, often one that another is just touching.
+/// A thread of the guest touches a page, often one that another thread is just touching.
 pub fn touch(chance: &mut Random, guest: &mut Guest, world: &World) {
     let Some(thread) = guest.idle() else { return };
     let touched: Vec<Page> = guest.touching().collect();
@@ -23,7 +23,7 @@ pub fn touch(chance: &mut Random, guest: &mut Guest, world: &World) {
     guest.touch(thread, page, writes);
 }
 
-/// The guest gives pages away; returns them.
+/// The guest discards pages. Returns them.
 pub fn discard(chance: &mut Random, guest: &mut Guest, destination: &Destination) -> Vec<Page> {
     let (id, range) = some_pages(chance);
     let given = ragged(chance, id, range);
@@ -38,7 +38,7 @@ pub fn discard(chance: &mut Random, guest: &mut Guest, destination: &Destination
     pages
 }
 
-/// The guest takes pages back.
+/// The guest populates pages.
 pub fn populate(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
     let (id, range) = some_pages(chance);
     let gained = pages_of(id, range).filter(|page| guest.is_discarded(*page)).count();
@@ -46,7 +46,7 @@ pub fn populate(chance: &mut Random, guest: &mut Guest, destination: &Destinatio
     pages_of(id, range).for_each(|page| guest.populated(page));
 }
 
-/// The guest gives pages back, and may use them again at once.
+/// The guest frees pages, and may use them again at once.
 pub fn free(chance: &mut Random, guest: &mut Guest, destination: &Destination) -> Vec<Page> {
     let (id, range) = some_pages(chance);
     let given = ragged(chance, id, range);
@@ -56,7 +56,7 @@ pub fn free(chance: &mut Random, guest: &mut Guest, destination: &Destination) -
     pages
 }
 
-/// What a VMM may do with memory that it gave back.
+/// A VMM may do this with memory that its guest gave back.
 pub fn punch(chance: &mut Random, guest: &mut Guest, destination: &Destination) {
     let (id, range) = some_pages(chance);
     for page in pages_of(id, range).filter(|page| guest.is_discarded(*page)).collect::<Vec<_>>() {

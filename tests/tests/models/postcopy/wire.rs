@@ -16,12 +16,12 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// One connection, one direction.
+/// One direction of one connection.
 struct Pipe {
     from: UnixStream,
     to: UnixStream,
     to_destination: bool,
-    /// Which set of connections it belongs to: counted up with each time that the source connects.
+    /// The number of its set of connections. Each time that the source connects begins a new set.
     set: u64,
 }
 
@@ -42,15 +42,15 @@ impl Pipe {
         Ok((kind, header, payload))
     }
 
-    /// Closes the connection. The pipe of its other direction finds that out.
+    /// Closes the connection. The pipe of the other direction notices that.
     fn close(&self) {
-        // Either end may be closed already.
+        // Either side may be closed already.
         let _ = self.from.shutdown(Shutdown::Both);
         let _ = self.to.shutdown(Shutdown::Both);
     }
 }
 
-/// A record on its way.
+/// A record that was read and not passed on yet.
 pub struct Passing {
     pipe: usize,
     pub to_destination: bool,
@@ -78,12 +78,13 @@ impl Passing {
     }
 }
 
-/// The pages that the source was asked for, and those that it must not be.
+/// The pages that were requested from the source, and the pages that must not be requested any
+/// more.
 #[derive(Default)]
 struct Asked {
-    /// By set of connections.
+    /// Requested pages, with the set of connections.
     asked: BTreeSet<(u64, Page)>,
-    /// From which set on a page must not be asked for any more.
+    /// For each settled page, the first set of connections on which it must not be requested.
     settled: BTreeMap<Page, u64>,
 }
 
@@ -91,18 +92,18 @@ pub struct Relay {
     listener: UnixListener,
     destination: PathBuf,
     pipes: Vec<Pipe>,
-    /// Connections of each set.
+    /// Number of connections in a set.
     connections: u64,
     accepted: u64,
-    /// Sets that the source knows to be accepted.
+    /// Number of sets that the source knows to be accepted.
     established: u64,
     asked: Asked,
 }
 
 impl Relay {
-    /// From `path` to `destination`, for a source that makes so many connections at once.
+    /// A relay from `path` to `destination`, for a source that makes this many connections at once.
     pub fn new(path: &Path, destination: &Path, connections: u64) -> Self {
-        // That of the attempt before.
+        // Removes the socket of the attempt before.
         let _ = std::fs::remove_file(path);
         let listener = UnixListener::bind(path).unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -121,7 +122,7 @@ impl Relay {
         while let Ok((from, _)) = self.listener.accept() {
             let set = self.accepted / self.connections;
             self.accepted += 1;
-            // A destination that has ended does not listen any more: the source finds its
+            // A destination whose job has ended does not listen any more. The source then finds its
             // connection closed.
             let Ok(to) = UnixStream::connect(&self.destination) else { continue };
             from.set_nonblocking(false).unwrap();
@@ -131,7 +132,7 @@ impl Relay {
         }
     }
 
-    /// Reads a record, if one is there where chance looks.
+    /// Reads a record from a random pipe, if there is one.
     pub fn next(&mut self, chance: &mut Random) -> Option<Passing> {
         let at = chance.below(self.pipes.len() as u64) as usize;
         let pipe = self.pipes.get_mut(at).filter(|pipe| pipe.is_ready())?;
@@ -152,22 +153,19 @@ impl Relay {
         for page in request.pages() {
             assert!(self.asked.asked.insert((set, page)), "page {page:?} is requested twice");
             let settled = self.asked.settled.get(&page).copied().unwrap_or(u64::MAX);
-            assert!(
-                set < settled,
-                "page {page:?} is requested though nothing of it is needed any more"
-            );
+            assert!(set < settled, "page {page:?} is requested although it is not needed any more");
         }
     }
 
-    /// The page is there, or discarded: it is not asked for on connections that are made after
-    /// this, nor on those that are there unless the guest touched it before.
+    /// The page has arrived or is discarded. It must not be requested on later connections. On
+    /// existing connections it may be requested only if the guest touched it before.
     pub fn settle(&mut self, page: Page, touched: bool) {
         let from = if touched { self.accepted.div_ceil(self.connections) } else { 0 };
         let settled = self.asked.settled.entry(page).or_insert(from);
         *settled = from.min(*settled);
     }
 
-    /// True while the connections that were made last are not accepted yet.
+    /// True while the newest connections are not accepted yet.
     pub fn shakes_hands(&self) -> bool {
         self.established < self.accepted.div_ceil(self.connections)
     }
@@ -181,10 +179,10 @@ impl Relay {
         }
     }
 
-    /// Passes a part of the record on, and closes its connection.
+    /// Passes on a part of the record, and closes its connection.
     pub fn cut(&mut self, record: &Passing, bytes: usize) {
         let bytes = &record.bytes()[..bytes];
-        // Whoever closed gets no more.
+        // The receiver may have closed the connection.
         let _ = self.pipes[record.pipe].to.write_all(bytes);
         self.close(record.pipe);
     }
@@ -193,7 +191,7 @@ impl Relay {
         self.pipes.swap_remove(at).close();
     }
 
-    /// Closes one connection that chance finds.
+    /// Closes a random connection.
     pub fn cut_any(&mut self, chance: &mut Random) {
         if !self.pipes.is_empty() {
             self.close(chance.below(self.pipes.len() as u64) as usize);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Failures before the commit, and with the commit on its way. The guest runs on at the source, the
-//! destination is as it was, and the next attempt completes.
+//! Failures before the commit, or while the commit is on its way. Before it the guest keeps running
+//! at the source, the destination is unchanged, and the next attempt completes.
 
 use super::scene::{
     PAGES, Scene, Side, TIMEOUT, WANTED, assert_arrived, assert_not_registered, empty, postcopy,
@@ -38,13 +38,13 @@ fn ended(side: &Side, phase: Phase) -> JobStatus {
     status
 }
 
-/// The guest runs on at the source.
+/// Checks that the guest keeps running at the source.
 fn assert_runs_here(source: &Attached) {
     wait_until("the guest to run", SOON, || !source.vmm.is_paused()).unwrap();
     assert_eq!(source.client.ownership(), Ownership::Ours);
 }
 
-/// Nothing ran at the destination, and nothing waits there.
+/// Checks that nothing ran at the destination, and that no access waits there.
 fn assert_nothing_there(destination: &Attached) {
     assert_eq!(destination.vmm.resumes(), 0);
     assert_eq!(destination.client.ownership(), Ownership::Awaiting);
@@ -56,7 +56,7 @@ fn assert_nothing_there(destination: &Attached) {
     assert_not_registered(destination);
 }
 
-/// The same two sides once more, without a relay.
+/// Checks that these two sides can migrate without a relay.
 fn assert_next_completes(source: &Side, destination: &Side) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("next");
@@ -83,13 +83,13 @@ fn a_link_cut_before_the_commit_leaves_both_sides_clean() {
             eprintln!("{wire:?}: cut {moment}");
             let mut scene = Scene::start(wire, &postcopy());
             let record = scene.relay.until(is_there);
-            // The destination's VMM may be loading, and touch memory for that.
+            // The destination's VMM may touch memory while it loads its state.
             let touch = (moment == "at loaded").then(|| scene.destination.ram.touch(WANTED));
             scene.relay.cut_in(&record, record.bytes().len() / 2);
             ended(&scene.source, Phase::Failed);
             assert_runs_here(&scene.source);
             if record.kind == Kind::Hello {
-                // It waits for another.
+                // The destination waits for another source.
                 assert_eq!(scene.destination.seen().phase, Phase::Connecting);
                 scene.destination.client.cancel().unwrap();
                 ended(&scene.destination, Phase::Cancelled);
@@ -127,7 +127,7 @@ fn a_cancel_before_the_commit_leaves_both_sides_clean() {
             }
             cancelled.unwrap();
             if too_late {
-                // The source has sent it, and cannot know.
+                // The source has sent the commit, and cannot know whether it arrived.
                 scene.destination.reaches(Phase::Cancelled);
                 let source = &scene.source;
                 scene.relay.pump("the pause", || source.seen().phase == Phase::PostcopyPaused);
@@ -136,7 +136,7 @@ fn a_cancel_before_the_commit_leaves_both_sides_clean() {
                 continue;
             }
             if moment == "at loaded" && !here {
-                // If it came through, the source would commit.
+                // If this record arrived, the source would commit.
                 scene.relay.cut();
             } else {
                 scene.relay.pass(record);
@@ -145,7 +145,7 @@ fn a_cancel_before_the_commit_leaves_both_sides_clean() {
             let over = |side: &Side| side.seen().phase.is_final();
             if here && moment.contains("hello") {
                 scene.relay.pump("the end", || over(source));
-                // It waits for another, unless all hellos had come.
+                // The destination waits for another source, unless all hellos had arrived.
                 let _ = destination.client.cancel();
             }
             scene.relay.pump("the end", || over(source) && over(destination));
@@ -162,13 +162,13 @@ fn a_bad_hook_before_the_commit_leaves_both_sides_clean() {
     if !require::uffd() {
         return;
     }
-    // At the source, and at the destination.
+    // Hooks of the source (true) and of the destination (false).
     let hooks = [
         ("pause", At::Pause, true),
         ("save state", At::SaveState, true),
         ("register faults", At::MemoryPending, false),
         ("load state", At::LoadState, false),
-        // The answer to this one is the library's: all that can happen to it is that it comes late.
+        // The client library itself answers this hook, so it can only be late.
         ("relinquish", At::phase(Phase::Committing), true),
     ];
     let cases: Vec<_> = hooks.iter().flat_map(|hook| [(*hook, false), (*hook, true)]).collect();
@@ -197,7 +197,7 @@ fn a_bad_hook_before_the_commit_leaves_both_sides_clean() {
         vmm.off(at);
         drop(hold);
         if never && at == At::MemoryPending {
-            // It comes to it, too late, and then to what undoes it.
+            // The VMM registers too late, and then undoes that.
             wait_until("the late registration", SOON, || lock(&vmm.asked).complete == 1).unwrap();
         }
         assert_runs_here(source);
@@ -225,7 +225,7 @@ fn a_mapping_of_another_userfaultfd_fails_by_its_address() {
             assert!(status.error.contains(words), "{words}: {}", status.error);
         }
     }
-    // Nothing moved, and the destination waits for another.
+    // Nothing was moved, and the destination waits for another source.
     assert!(
         scene.relay.seen.iter().all(|record| matches!(record.kind, Kind::Hello | Kind::Reject))
     );
@@ -279,7 +279,7 @@ fn after_a_lost_commit_only_force_resumes_the_guest() {
             .client
             .start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
         assert!(matches!(again, Err(Error::NotOurs { .. })));
-        // Nobody listens there any more.
+        // No process listens there any more.
         let nowhere = scene.relay.place();
         let nowhere = if wire == Wire::Unix { nowhere } else { "tcp:127.0.0.1:1".to_owned() };
         scene.source.client.recover(Some(&nowhere), &OutgoingOptions::default()).unwrap();

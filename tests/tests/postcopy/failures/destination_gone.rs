@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The destination's agent or its VMM is killed, or hangs, while the guest runs there and waits for
-//! its memory.
+//! The destination's agent or VMM is killed or hangs while the guest runs there and waits for its
+//! memory.
 
 use super::scene::{PAGES, Scene, Side, TIMEOUT, WANTED_TOO, empty, postcopy, stamped};
 use pageferry_client::{Mode, OutgoingOptions, Ownership, Phase};
@@ -10,7 +10,7 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::require;
 use pageferry_tests::scenario::{Agent, SOON, WIRES, Wire, lock, moves_to};
 
-/// EFAULT is what the kernel gets where a guest would get SIGBUS.
+/// The kernel gets EFAULT if a guest would get SIGBUS.
 fn assert_lost(found: std::io::Result<u64>) {
     let error = found.unwrap_err();
     assert!(error.to_string().contains("Bad address"), "{error}");
@@ -22,7 +22,11 @@ fn assert_memory_lost(scene: &Scene) {
         .unwrap();
     assert_eq!(lock(&vmm.asked).losses, ["memory", "agent"]);
     assert_eq!(lock(&vmm.asked).complete, 0);
-    assert_eq!(scene.destination.client.ownership(), Ownership::Ours, "it was resumed there");
+    assert_eq!(
+        scene.destination.client.ownership(),
+        Ownership::Ours,
+        "the guest was resumed there"
+    );
 }
 
 #[test]
@@ -34,7 +38,7 @@ fn a_killed_destination_agent_loses_the_memory_and_waiters_err() {
         let mut scene =
             Scene::between(wire, Side::near(stamped()), Side::far(empty()), &postcopy());
         let (_request, touch) = scene.until_runs();
-        // Until the VMM has stopped its guest nobody gets an error.
+        // No access fails before the VMM has stopped its guest.
         let hold = scene.destination.vmm.block(pageferry_tests::scenario::At::MemoryLost);
         scene.destination.agent.kill();
         let vmm = scene.destination.vmm.clone();
@@ -48,7 +52,8 @@ fn a_killed_destination_agent_loses_the_memory_and_waiters_err() {
         scene.relay.pump("the pause", || source.seen().phase == Phase::PostcopyPaused);
         assert!(scene.source.vmm.is_paused());
 
-        // Nothing was released: who looked at both sides has the guest run where it was.
+        // No page was released, so an operator who looked at both sides can resume the guest at the
+        // source.
         let unforced = scene.source.run("resume", &[]);
         assert_eq!(unforced.status.code(), Some(1));
         let resumed = scene.source.run("resume", &["--force"]);
@@ -68,7 +73,7 @@ fn a_hanging_destination_agent_loses_the_memory_in_time() {
     let mut scene = Scene::between(Wire::Unix, Side::near(stamped()), destination, &postcopy());
     let (_request, touch) = scene.until_runs();
     scene.destination.agent.freeze();
-    // Nobody asks it for anything: that it hangs is found by its silence.
+    // The hang is found without a request, by the agent's silence.
     assert_memory_lost(&scene);
     assert_lost(touch.found());
 }
@@ -92,7 +97,7 @@ fn after_a_dead_destination_vmm_force_takes_the_guest_back() {
         assert!(resumed.status.success(), "{resumed:?}");
         assert_eq!(source.vmm.resumes(), 1);
         assert_eq!(source.client.ownership(), Ownership::Ours);
-        // Its agent serves the next VMM.
+        // The agent serves the next VMM.
         let next = pageferry_tests::scenario::Attached::new(there.agent.socket(), empty());
         moves_to(source, &next);
     }
@@ -106,7 +111,7 @@ fn a_guest_with_released_pages_is_not_resumed_by_force() {
     let options = OutgoingOptions { release: true, mode: Mode::Postcopy, ..postcopy() };
     let mut scene = Scene::start(Wire::Unix, &options);
     let (_request, touch) = scene.until_runs();
-    // It does not end, and the source is told of the pages that have arrived.
+    // The job must not end, and the source learns which pages have arrived.
     let _end = scene.relay.until(|record| record.kind == Kind::End && record.stream == 0);
     let source = &scene.source;
     scene.relay.pump("the release", || source.seen().counters.released_pages > 0);
@@ -117,7 +122,7 @@ fn a_guest_with_released_pages_is_not_resumed_by_force() {
     let said = String::from_utf8(refused.stderr).unwrap();
     assert!(said.contains("were released here"), "{said}");
     assert_eq!(scene.source.vmm.resumes(), 0);
-    // It is paused still, and goes on.
+    // The source is still paused, and continues.
     assert_eq!(scene.source.seen().phase, Phase::PostcopyPaused);
     scene.recover();
     scene.assert_completes();

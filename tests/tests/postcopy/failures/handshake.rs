@@ -40,7 +40,7 @@ fn streams_of_a_recovery_that_broke_are_no_part_of_the_next() {
     for _ in 0..2 {
         reaches(&source, Phase::PostcopyPaused);
         reaches(&destination, Phase::PostcopyPaused);
-        // All streams but the primary say hello, and then the connections break.
+        // All streams except the primary send their hello, and then the connections break.
         source.client.recover(None, &options).unwrap();
         relay.until(|record| says_hello(record, 0));
         let last = relay.until(|record| says_hello(record, 2));

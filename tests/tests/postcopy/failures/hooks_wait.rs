@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hooks of the VMM wait for memory that is missing, while its agent or the connections are gone.
+//! Hooks of the VMM that wait for missing memory while the agent or the connections are gone.
 
 use super::scene::{PAGES, Scene, Side, TIMEOUT, WANTED, empty, postcopy, stamp_of, stamped};
 use pageferry_client::{HookError, IncomingOptions, OutgoingOptions, Ownership, Phase};
@@ -11,8 +11,8 @@ use pageferry_tests::scenario::{At, SOON, WIRES, Wire, at_once, lock};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-/// Has this hook of the destination touch [`WANTED`] before it returns; what it finds comes out of
-/// what is returned.
+/// Makes this hook of the destination read [`WANTED`] before it returns. The receiver gets what it
+/// finds.
 fn touches(scene: &Scene, at: At) -> Receiver<std::io::Result<u64>> {
     let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
     scene.destination.vmm.on(at, move || {
@@ -26,7 +26,8 @@ fn hasty() -> OutgoingOptions {
     OutgoingOptions { hook_timeout: TIMEOUT, ..postcopy() }
 }
 
-/// The guest runs at the destination, all of it is there, and nobody was told otherwise.
+/// Checks that the guest runs at the destination with all its memory, and that no loss was
+/// reported.
 fn assert_goes_on(scene: &mut Scene) {
     assert!(lock(&scene.destination.vmm.asked).losses.is_empty(), "the memory is not lost");
     scene.recover();
@@ -74,7 +75,11 @@ fn a_resume_that_is_late_or_fails_does_not_lose_the_memory() {
             destination.error
         );
         assert!(destination.arrived, "{destination:?}");
-        assert_eq!(scene.destination.client.ownership(), Ownership::Ours, "it is nowhere else");
+        assert_eq!(
+            scene.destination.client.ownership(),
+            Ownership::Ours,
+            "the guest is nowhere else"
+        );
         there.off(At::Resume);
         drop(hold);
         if fails {
@@ -95,7 +100,7 @@ fn a_load_that_waits_for_memory_of_a_silent_source_is_let_go() {
     let _request = scene.relay.until(|record| record.kind == Kind::Request);
     let status = scene.destination.reaches(Phase::Failed);
     assert!(status.error.contains("hook \"load state\""), "{}", status.error);
-    assert_eq!(found.recv_timeout(SOON).unwrap().unwrap(), 0, "of a guest that never runs here");
+    assert_eq!(found.recv_timeout(SOON).unwrap().unwrap(), 0, "the guest never runs here");
     let there = scene.destination.vmm.clone();
     wait_until("what was announced as missing to be taken back", SOON, || {
         let asked = lock(&there.asked);
@@ -140,7 +145,7 @@ fn a_vmm_that_waits_for_one_who_waits_is_not_waited_for() {
     let (_request, touch) = scene.until_runs();
     let hold = scene.destination.vmm.block(At::MemoryLost);
     scene.destination.agent.kill();
-    // The hook has not returned, and may be waiting for this one.
+    // The first hook has not returned, and may wait for this one.
     let error = touch.found().unwrap_err();
     assert!(error.to_string().contains("Bad address"), "{error}");
     drop(hold);
@@ -152,14 +157,14 @@ fn a_vmm_that_waits_for_one_who_waits_is_not_waited_for() {
     assert_eq!(lock(&there.asked).losses, ["memory", "agent"]);
 }
 
-/// No guest was lost here, since none ran, and nothing is missing any more.
+/// Checks that no guest was lost here, because none ran, and that no memory is missing any more.
 fn assert_nothing_lost(scene: &Scene, losses: &[&str]) {
     let asked = lock(&scene.destination.vmm.asked);
     assert_eq!((asked.pending, asked.complete), (1, 1));
     assert_eq!(asked.losses, losses);
 }
 
-/// What ends a migration whose guest does not run at the destination yet.
+/// Events that end a migration before the guest runs at the destination.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
     Cut,
@@ -178,7 +183,7 @@ impl End {
         Self::DestinationStopped,
     ];
 
-    /// No hook is ever late: whoever waits goes on long before that.
+    /// Hooks never time out: every wait ends long before that.
     fn scene(self) -> Scene {
         let patient = OutgoingOptions { hook_timeout: Duration::from_secs(600), ..postcopy() };
         let side = |far, ram| if far { Side::far(ram) } else { Side::near(ram) };
@@ -191,7 +196,7 @@ impl End {
         )
     }
 
-    /// Has it happen, and waits until both sides know.
+    /// Makes it happen, and waits until both sides know.
     fn happen(self, scene: &mut Scene) {
         match self {
             Self::Cut => scene.relay.cut(),
@@ -226,8 +231,7 @@ impl End {
     }
 }
 
-/// When its job has ended, nobody waits any more, and the hooks are free: what was announced as
-/// missing is taken back by then.
+/// Checks a destination whose job has ended: no hook waits any more, and no memory is missing.
 fn assert_free(scene: &Scene, end: End) {
     let losses: &[_] = if end == End::DestinationStopped { &["agent"] } else { &[] };
     assert_nothing_lost(scene, losses);
@@ -244,7 +248,7 @@ fn a_waiting_load_ends_with_its_job_and_the_next_arrives() {
         let mut scene = end.scene();
         let (ram, (say, found)) = (scene.destination.ram.clone(), channel());
         scene.destination.vmm.on(At::LoadState, move || {
-            // It does not know that the first was the last to be waited for.
+            // The first touch waits until the job ends. The others must return at once.
             let pages = std::iter::once(WANTED).chain(0..PAGES);
             let stamps =
                 pages.map(|page| ram.touch(page).found()).collect::<std::io::Result<Vec<u64>>>();
@@ -285,7 +289,7 @@ fn a_hook_waiting_for_a_waiting_thread_ends_with_the_job() {
     }
     for end in End::ALL {
         let mut scene = end.scene();
-        // The state is loaded by then. The hook does not touch memory itself: a device does.
+        // The state is loaded already. The hook itself does not touch memory, but a device does.
         let found = touches(&scene, At::phase(Phase::Committing));
         let mut held = 0;
         let _loaded = scene.relay.until(|record| record.kind == Kind::Loaded);
@@ -320,8 +324,8 @@ fn a_load_that_waits_goes_on_when_the_agent_is_lost() {
     assert_eq!(scene.destination.client.ownership(), Ownership::Awaiting);
 }
 
-/// Until the mappings are registered nobody waits: a look makes a page of zeroes, which must not be
-/// taken for what is still to come.
+/// Before the mappings are registered no access waits: a read allocates a zero page, which must not
+/// replace the content that is still to come.
 #[test]
 fn memory_touched_before_it_is_registered_comes_too() {
     if !require::uffd() {

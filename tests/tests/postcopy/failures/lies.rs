@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A peer sends records that are not true. The error names the field and the value, both sides
-//! pause, and they go on when the truth arrives.
+//! A peer that sends wrong records. The error names the field and the value, both sides pause, and
+//! they continue when the right record arrives.
 //!
-//! The relay tells the lies, in place of a true record.
+//! The relay replaces a right record by a wrong one.
 
 use super::scene::{
     DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of,
@@ -20,7 +20,7 @@ use std::os::unix::net::UnixStream;
 
 const BLOCK: u32 = 3;
 
-/// A record in place of another.
+/// A wrong record, which replaces a right one.
 type Lie = (RecordHeader, Vec<u8>);
 
 fn about(kind: Kind, block: u32, first: u64, count: u64, payload: Vec<u8>) -> Lie {
@@ -81,7 +81,7 @@ fn what_a_destination_claims_to_have_is_checked() {
         ),
         (&["received record", "first page"], Box::new(move |_| received(0, 256, &[0; 4]))),
         (&["received record", "page count is 0x0"], Box::new(move |_| received(0, 0, &[]))),
-        // The rest never comes, and whichever side is the first to have waited long enough says so.
+        // The rest never arrives, and the first side whose timeout ends reports that.
         (&[], Box::new(move |_| received(0, 64, &all[..1]))),
         lie(&["lacks 0x1 pages from page 0xc4 of block 3", "never missing"], |mut true_words| {
             true_words[3] &= !(1 << (HOLES.start - 192));
@@ -105,7 +105,7 @@ fn what_a_destination_claims_to_have_is_checked() {
         let (source, _) = scene.assert_paused();
         assert_says(&source.error, words);
         assert!(touch.waits());
-        // What is left of it does not come between.
+        // Drops the rest of this recovery.
         scene.relay.cut();
     }
     scene.recover();
@@ -113,7 +113,7 @@ fn what_a_destination_claims_to_have_is_checked() {
     assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
 }
 
-/// What is said to a connection of the test's own.
+/// Sends bytes on the test's own connection. Returns the answer.
 fn answer_to(mut stream: UnixStream, bytes: &[u8]) -> Option<String> {
     stream.set_read_timeout(Some(pageferry_tests::scenario::SOON)).unwrap();
     stream.write_all(bytes).unwrap();
@@ -142,7 +142,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     let recover = pageferry_protocol::stream::hello::HELLO_RECOVER;
     let still_paused =
         |scene: &Scene| assert_eq!(scene.destination.seen().phase, Phase::PostcopyPaused);
-    // Garbage, nothing at all, the wrong session, and the right one without the flag.
+    // Garbage, no bytes, the wrong session, and the right session without the flag.
     answer_to(connect(), &[0xee; 500]);
     drop(connect());
     let wrong = Hello { session: [7; 16], flags: recover, ..session.clone() };
@@ -169,7 +169,7 @@ fn a_stranger_is_not_taken_for_the_source_of_a_paused_postcopy() {
     let few = Hello { flags: recover, ..session };
     assert_says(&answer_to(connect(), &record(&few)).unwrap(), &["silent for "]);
     still_paused(&scene);
-    // One that is waited for still does not keep the true source out.
+    // A connection that is still open does not keep the true source out.
     let mut waits = connect();
     waits.write_all(&record(&few)).unwrap();
     assert!(touch.waits());
@@ -265,7 +265,7 @@ fn a_false_request_pauses_the_source_until_recovered() {
         eprintln!("{words:?}");
         let mut scene = Scene::start(Wire::Unix, &postcopy());
         let (request, touch) = scene.until_runs();
-        // It does not end before the lie is heard.
+        // The job must not end before the wrong record arrives.
         let _end = scene.relay.until(|record| record.kind == Kind::End && record.stream == 0);
         tell(&mut scene, request, lie);
         let (source, _) = scene.assert_paused();
@@ -307,12 +307,13 @@ fn a_false_report_of_the_destination_releases_nothing() {
         (&["says that it has page", "of block 3", "was not sent"], false, plain(Kind::Complete)),
     ];
     pageferry_tests::scenario::at_once(&cases, |(words, release, lie)| {
-        // So slow that the last pages are far from sent.
+        // So slow that the last pages are not sent for a long time.
         let slow =
             OutgoingOptions { bandwidth: 256 << 10, streams: 1, release: *release, ..postcopy() };
         let mut scene = Scene::start(Wire::Unix, &slow);
         let (_request, touch) = scene.until_runs();
-        // Something that is said on the primary: what the guest discards need not come.
+        // This makes the destination send a record on the primary: discarded pages need not be
+        // sent.
         scene
             .destination
             .client
@@ -372,8 +373,8 @@ fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
     for (at, words, lie) in to_destination {
         eprintln!("{at:?}: {words:?}");
         let mut scene = Scene::start(Wire::Unix, &postcopy());
-        // The end of the other stream, since the totals of the primary are compared when all have
-        // ended.
+        // The end of the other stream, because the totals of the primary are compared when all
+        // streams have ended.
         let record = scene
             .relay
             .until(|record| record.kind == at && (at != Kind::End || record.stream == 1));
@@ -387,11 +388,11 @@ fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
         assert_eq!(there.vmm.resumes(), 0);
         super::scene::assert_not_registered(there);
         if at == Kind::Commit {
-            // It sent it.
+            // The source has sent the commit.
             assert_eq!(source.seen().phase, Phase::PostcopyPaused);
             continue;
         }
-        // The source knows why, too.
+        // The source has the reason, too.
         assert_eq!(source.seen().phase, Phase::Failed, "{}", source.seen().error);
         assert_says(&source.seen().error, words);
         assert!(!source.vmm.is_paused());

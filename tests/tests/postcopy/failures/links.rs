@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A connection is lost after the guest came to run: both sides pause, say why, and go on when they
-//! are recovered.
+//! A connection that is lost after the guest started at the destination: both sides pause with a
+//! reason, and continue when they are recovered.
 
 use super::scene::{
     DISCARDED, HOLES, Scene, Side, TIMEOUT, URGENT, WANTED, postcopy, run, stamp_of,
@@ -14,23 +14,23 @@ use pageferry_tests::scenario::{Passing, Relay, SOON, Touch, WIRES, Wire, at_onc
 use serde_json::Value;
 use std::process::Output;
 
-/// What is cut, and where: at which record, on which stream, of how many that push.
+/// Where a connection is cut: a name, the kind of record, its stream, and the number of streams
+/// that push.
 type Moment = (&'static str, Kind, fn(u16) -> bool, u16);
 
 const MOMENTS: [Moment; 5] = [
     ("at a page on the primary", Kind::Data, |stream| stream == 0, 1),
-    // Whichever of them is first may push all there is.
+    // The first of these streams may push all pages.
     ("at a page on either stream", Kind::Data, |stream| stream < URGENT, 2),
     ("at the answer", Kind::Data, |stream| stream == URGENT, 2),
     ("at the end of the primary", Kind::End, |stream| stream == 0, 2),
     ("at the end of the other stream", Kind::End, |stream| stream == 1, 2),
 ];
 
-/// The guest runs and waits for a page, and the record is there.
+/// Passes records on until the guest runs and waits for a page, and the record is there.
 fn until_there(scene: &mut Scene, (_, kind, on, _): Moment) -> (Touch, Passing) {
     let (loaded, request, touch) = scene.until_asked();
-    // The answer comes before the guest runs, since the push begins then and would take the page
-    // along.
+    // The answer comes before the guest runs, because then the push begins and would send the page.
     let is_there =
         |record: &Passing| record.to_destination && record.kind == kind && on(record.stream);
     let answered = on(URGENT).then(|| {
@@ -81,7 +81,7 @@ fn any_lost_link_pauses_both_sides_until_recovered() {
                         status.error
                     );
                 }
-                // Answered without the source.
+                // These faults are answered without the source.
                 for page in [HOLES.start, DISCARDED] {
                     assert_eq!(scene.destination.ram.touch(page).found().unwrap(), 0);
                 }
@@ -93,7 +93,7 @@ fn any_lost_link_pauses_both_sides_until_recovered() {
     }
 }
 
-/// The last line of what a command printed, as an object.
+/// The last line of a command's output, as an object.
 fn last_object(output: &Output) -> Value {
     let text = String::from_utf8(output.stdout.clone()).unwrap();
     serde_json::from_str(
@@ -144,8 +144,8 @@ fn a_migration_is_recovered_over_another_address() {
         let touch = scene.until_cut();
         let mut other = Relay::over(wire);
         let place = other.place();
-        // The destination has nobody to go to: it is told where to listen, and goes on when it is
-        // found.
+        // The destination does not connect to a source. It gets an address to listen at, and
+        // continues when the source connects.
         let refused = scene
             .destination
             .client
@@ -229,7 +229,7 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
         return;
     }
     at_once(&WIRES, |&wire| {
-        // The source does not know that all is there, and comes to ask.
+        // The source does not know that all memory is there, and connects again.
         let mut scene = Scene::start(wire, &postcopy());
         let complete =
             scene.relay.until(|record| record.kind == Kind::Complete && !record.to_destination);
@@ -238,7 +238,7 @@ fn a_link_that_is_lost_at_the_last_words_costs_nothing() {
         assert_eq!(lock(&scene.destination.vmm.asked).complete, 1);
         scene.recover();
         scene.assert_completes();
-        // The destination does not know that the source knows, and does not wait for ever.
+        // The destination does not know that the source knows, and does not wait forever.
         let options = OutgoingOptions { peer_timeout: TIMEOUT, ..postcopy() };
         let mut scene = Scene::start(wire, &options);
         let complete =

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is asked at the wrong moment is refused with the reason; and an agent that is told to end
-//! finishes what it can.
+//! Requests at the wrong moment, which are refused with the reason, and agents that are shut down
+//! during a postcopy.
 
 use super::scene::{
     Scene, Side, WANTED, assert_arrived, empty, operator, postcopy, run, stamp_of, stamped,
@@ -23,7 +23,7 @@ fn sentence<T: std::fmt::Debug>(refused: Result<T, Error>) -> String {
     }
 }
 
-/// Neither side is cancelled, by nobody.
+/// Checks that neither the VMM nor an operator can cancel either side.
 fn assert_too_late_to_cancel(scene: &Scene) {
     for side in [&scene.source, &scene.destination] {
         let refused = sentence(side.client.cancel());
@@ -44,7 +44,7 @@ fn after_the_switchover_it_is_too_late_to_cancel() {
     let (_request, touch) = scene.until_runs();
     assert_too_late_to_cancel(&scene);
     let refused = scene.source.run("resume", &["--force"]);
-    assert_eq!(refused.status.code(), Some(1), "it runs there");
+    assert_eq!(refused.status.code(), Some(1), "the guest runs at the destination");
     scene.relay.cut();
     scene.assert_paused();
     assert_too_late_to_cancel(&scene);
@@ -65,7 +65,7 @@ fn an_agent_told_to_end_finishes_the_postcopy_first() {
         side.agent.terminate();
     }
     for side in [&scene.source, &scene.destination] {
-        // It is told while it waits for its job.
+        // The agent refuses new jobs while it waits for its job.
         let stops = || {
             sentence_of(
                 side.client
@@ -85,7 +85,7 @@ fn an_agent_told_to_end_finishes_the_postcopy_first() {
     assert!(source.agent.ends_well() && destination.agent.ends_well());
     assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
     wait_until("the agent to be lost", SOON, || !lock(&there.asked).losses.is_empty()).unwrap();
-    assert_eq!(lock(&there.asked).losses, ["agent"], "its memory is all there");
+    assert_eq!(lock(&there.asked).losses, ["agent"], "all its memory is there");
     assert_eq!(lock(&there.asked).complete, 1);
 }
 
@@ -136,7 +136,7 @@ fn postcopy_that_cannot_be_is_refused_by_the_field() {
             "{refused}"
         );
     }
-    // Nothing is paused, and nothing runs.
+    // No job is paused or running.
     let recover = |client: &Client, address| sentence_of(client.recover(address, &postcopy()));
     for address in [None, Some("unix:/nowhere")] {
         assert!(
@@ -203,7 +203,7 @@ fn the_switch_to_postcopy_is_refused_in_other_modes() {
     let asked = scene.source.run("postcopy", &["--json"]);
     assert!(asked.status.success(), "{asked:?}");
     scene.source.client.start_postcopy().unwrap();
-    // A page that is dirty when the guest stops remains.
+    // A page that is dirty at the pause is still missing afterwards.
     scene.source.write(WANTED, stamp_of(WANTED));
     scene.relay.pass(record);
     let commit = scene.relay.until(|record| record.kind == Kind::Commit);
@@ -233,7 +233,7 @@ fn no_other_job_starts_during_a_paused_postcopy() {
     let refused =
         scene.source.client.start_outgoing(Target::Address("unix:/nowhere".into()), &postcopy());
     assert!(matches!(refused, Err(Error::NotOurs { .. })));
-    // The guest runs there, and may not be sent on before it is whole.
+    // The guest runs at the destination, and cannot migrate again before all its memory is there.
     let refused = sentence(
         scene
             .destination
@@ -243,7 +243,7 @@ fn no_other_job_starts_during_a_paused_postcopy() {
     assert!(refused.contains("is running"), "{refused}");
     scene.recover();
     scene.assert_completes();
-    // Now it may.
+    // Now it can.
     let next = Side::near(empty());
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("next");

@@ -36,13 +36,13 @@ fn a_recovery_cut_at_any_record_can_be_repeated() {
                 let touch = scene.until_cut();
                 scene.recover();
                 if moment == "at the request" {
-                    // Before the source knows what it may push: the page would come by itself.
+                    // Before the source knows what it may push, because it would push the page.
                     let _received = scene.relay.until(|record| record.kind == Kind::Received);
                 }
                 let record = scene.relay.until(is_there);
                 scene.relay.cut_in(&record, if inside { record.bytes().len() / 2 } else { 0 });
                 if moment == "at the last words" {
-                    // All is there, and it only waits for the source to know.
+                    // All memory is there. The destination only waits until the source knows.
                     scene.source.reaches(Phase::PostcopyPaused);
                 } else {
                     scene.assert_paused();
@@ -67,7 +67,7 @@ fn an_unreachable_destination_leaves_it_paused() {
             scene.source.client.recover(Some(address), &OutgoingOptions::default()).unwrap();
             let status = scene.source.reaches(Phase::PostcopyPaused);
             assert!(status.error.contains(address), "{}", status.error);
-            // The same by an operator, who is told at once.
+            // The same by an operator, who gets the error at once.
             let output = run(scene.source.agent.socket(), "recover", &["--address", address]);
             assert_eq!(output.status.code(), Some(1), "{output:?}");
             let said = String::from_utf8(output.stdout).unwrap();

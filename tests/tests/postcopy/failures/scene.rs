@@ -16,17 +16,17 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 pub const PAGES: u64 = 200;
-/// Holes at the source, at the end: a small one between pages counts as content.
+/// Holes at the source. They are at the end, because a small hole between pages counts as content.
 pub const HOLES: std::ops::Range<u64> = 196..PAGES;
 /// A page that the source's guest discarded.
 pub const DISCARDED: u64 = 60;
 /// Pages that a guest waits for.
 pub const WANTED: u64 = 170;
 pub const WANTED_TOO: u64 = 180;
-/// A timeout that a test waits for: longer than a busy machine keeps anybody waiting.
+/// A timeout that a test waits for. It is longer than any delay on a busy machine.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Two streams that push, and one that is asked.
+/// Two streams that push, and one urgent stream.
 pub fn postcopy() -> OutgoingOptions {
     OutgoingOptions {
         mode: Mode::Postcopy,
@@ -53,19 +53,19 @@ pub fn empty() -> Ram {
     Ram::odd(PAGES).mapped()
 }
 
-/// A VMM, and its agent, which outlives it.
+/// A VMM and its agent, which outlives it.
 pub struct Side {
     pub attached: Option<Attached>,
     pub agent: Agent,
 }
 
 impl Side {
-    /// Within this process.
+    /// A side whose agent is in this process.
     pub fn near(ram: Ram) -> Self {
         Self::on(Agent::Stopped(Listening::start()), ram)
     }
 
-    /// The agent is a process, which can be killed.
+    /// A side whose agent is a process, which can be killed.
     pub fn far(ram: Ram) -> Self {
         Self::on(Agent::spawn(), ram)
     }
@@ -74,14 +74,14 @@ impl Side {
         Self { attached: Some(Attached::new(agent.socket(), ram)), agent }
     }
 
-    /// The same, but the VMM waits for its agent no longer than this.
+    /// Like [`Side::on`], with this request timeout of the VMM.
     pub fn hasty(agent: Agent, ram: Ram, request_timeout: Duration) -> Self {
         let config = pageferry_client::Config { request_timeout, ..config() };
         let (client, channel) = Client::connect(agent.socket(), config).unwrap();
         Self { attached: Some(Attached::over(client, channel, ram)), agent }
     }
 
-    /// How the job stands, as an operator sees it.
+    /// The status of the job, as an operator sees it.
     pub fn seen(&self) -> JobStatus {
         RawClient::connect(self.agent.socket()).status()
     }
@@ -98,7 +98,7 @@ impl Side {
             .unwrap_or_else(|error| panic!("{error}: {:?}", self.seen()))
     }
 
-    /// The VMM goes, and takes its memory along.
+    /// Drops the VMM. Returns its memory.
     pub fn drop_vmm(&mut self) -> Ram {
         let Attached { client, vmm: _vmm, ram } = self.attached.take().unwrap();
         drop(client);
@@ -152,8 +152,8 @@ impl Scene {
         Self { relay, source, destination, outgoing, incoming }
     }
 
-    /// The guest is about to run at the destination, and waits for [`WANTED`]: its request is held
-    /// back, and so is the word that the state is loaded.
+    /// The guest is about to run at the destination, and waits for [`WANTED`]. The relay holds back
+    /// the request, and the record that the state is loaded.
     pub fn until_asked(&mut self) -> (Passing, Passing, Touch) {
         let loaded = self.relay.until(|record| record.kind == Kind::Loaded);
         let touch = self.destination.ram.touch(WANTED);
@@ -162,8 +162,8 @@ impl Scene {
         (loaded, request, touch)
     }
 
-    /// The guest runs at the destination and waits for [`WANTED`]. The request is not passed on
-    /// yet, nor is any page.
+    /// The guest runs at the destination and waits for [`WANTED`]. Neither the request nor any page
+    /// has been passed on.
     pub fn until_runs(&mut self) -> (Passing, Touch) {
         let (loaded, request, touch) = self.until_asked();
         self.relay.pass(loaded);
@@ -173,8 +173,8 @@ impl Scene {
         (request, touch)
     }
 
-    /// Cuts all connections right after the guest came to run: it waits for [`WANTED`], and both
-    /// sides pause.
+    /// Cuts all connections right after the guest started at the destination. It waits for
+    /// [`WANTED`], and both sides pause.
     pub fn until_cut(&mut self) -> Touch {
         let (_request, touch) = self.until_runs();
         self.relay.cut();
@@ -182,7 +182,7 @@ impl Scene {
         touch
     }
 
-    /// Passes on until both sides are paused; returns how they stand, the source first.
+    /// Passes records on until both sides are paused. Returns their status, the source's first.
     pub fn assert_paused(&mut self) -> (JobStatus, JobStatus) {
         let paused = |side: &Side| {
             let status = side.seen();
@@ -198,17 +198,17 @@ impl Scene {
         seen
     }
 
-    /// Has the source recovered, where it was.
+    /// Recovers the source at the same address.
     pub fn recover(&self) {
         self.source.client.recover(None, &OutgoingOptions::default()).unwrap();
     }
 
-    /// Passes everything on until both ended well, and looks at all of it.
+    /// Passes records on until both jobs completed, and checks all memory.
     pub fn assert_completes(&mut self) {
         self.assert_completes_but(&[]);
     }
 
-    /// The same, but these pages were discarded at the destination.
+    /// The same, with these pages discarded at the destination.
     pub fn assert_completes_but(&mut self, discarded: &[u64]) {
         let (source, destination) = (&self.source, &self.destination);
         let over = |side: &Side| side.seen().phase.is_final();
@@ -223,7 +223,7 @@ impl Scene {
     }
 }
 
-/// All of the guest is here, and nothing waits any more.
+/// Checks that all the guest's memory is here, and that no access waits any more.
 pub fn assert_arrived(destination: &Attached) {
     assert_arrived_but(destination, &[]);
 }
@@ -243,9 +243,9 @@ fn assert_arrived_but(destination: &Attached, discarded: &[u64]) {
     assert!(asked.losses.is_empty());
 }
 
-/// The mapping is not registered any more: a touch returns at once, whatever it finds.
+/// Checks that the mapping is not registered any more, so that a touch returns at once.
 pub fn assert_not_registered(destination: &Attached) {
     destination.ram.touch(WANTED_TOO).found().unwrap();
     let asked = lock(&destination.vmm.asked);
-    assert_eq!(asked.pending, asked.complete, "what was announced as missing was not taken back");
+    assert_eq!(asked.pending, asked.complete, "memory is still announced as missing");
 }

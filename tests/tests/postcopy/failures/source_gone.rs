@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The source's agent or its VMM is killed while the guest waits for its memory.
+//! The source's agent or VMM is killed while the guest waits for its memory.
 
 use super::scene::{Scene, Side, WANTED, assert_arrived, empty, postcopy, run, stamp_of, stamped};
 use pageferry_client::{OutgoingOptions, Ownership, Phase, Target};
@@ -13,7 +13,7 @@ fn far_source(wire: Wire, options: &OutgoingOptions) -> Scene {
     Scene::between(wire, Side::far(stamped()), Side::near(empty()), options)
 }
 
-/// The source's agent is killed, and its VMM goes on with another.
+/// Kills the source's agent. Its VMM continues with another one.
 fn kill_agent(scene: &mut Scene) {
     scene.source.agent.kill();
     let there = &scene.destination;
@@ -42,13 +42,13 @@ fn killed_source_agents_are_followed_by_others_that_go_on() {
             recover(&scene);
             let _record = scene.relay.until(|record| record.kind == killed_at);
             kill_agent(&mut scene);
-            // Of what was sent something may arrive still.
+            // A page that was already sent may still arrive.
             assert!(touch.waits() || killed_at == Kind::Data);
         }
-        // One that does not know where to go says so.
+        // The new agent does not know the address of the destination.
         let refused = scene.source.client.recover(None, &postcopy()).unwrap_err().to_string();
         assert!(refused.contains("address is empty"), "{refused}");
-        // An operator has not the session.
+        // An operator does not know the session.
         let output = run(scene.source.agent.socket(), "recover", &["--address", &address]);
         assert_eq!(output.status.code(), Some(1));
         let said = String::from_utf8(output.stderr).unwrap();
@@ -77,7 +77,7 @@ fn an_agent_that_takes_it_up_pauses_like_the_first() {
     assert!(status.error.contains(nowhere), "{}", status.error);
     let refused = scene.source.client.cancel().unwrap_err().to_string();
     assert!(refused.contains("too late to cancel"), "{refused}");
-    // Now it is this agent's job, and an operator may have it go elsewhere.
+    // Now this agent has the job, and an operator may give it another address.
     let (socket, address) = (scene.source.agent.socket().to_owned(), scene.relay.address());
     let recover =
         std::thread::spawn(move || run(&socket, "recover", &["--json", "--address", &address]));
@@ -99,14 +99,14 @@ fn the_next_agent_does_not_trust_pages_that_may_be_released() {
     let source = &scene.source;
     scene.relay.pump("the release", || source.seen().counters.released_pages > 0);
     kill_agent(&mut scene);
-    // Whatever the options say now.
+    // The options do not matter now.
     scene
         .source
         .client
         .recover(Some("unix:/nonexistent/stream"), &OutgoingOptions::default())
         .unwrap();
     let status = scene.source.reaches(Phase::PostcopyPaused);
-    assert_eq!(status.counters.released_pages, 0, "this one has released none");
+    assert_eq!(status.counters.released_pages, 0, "the new agent has released no page");
     let resume = scene.source.run("resume", &["--force"]);
     assert_eq!(resume.status.code(), Some(1));
     let said = String::from_utf8(resume.stderr).unwrap();
@@ -126,7 +126,7 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
         for cut in [false, true] {
             let mut scene = Scene::start(wire, &postcopy());
             let (_request, touch) = scene.until_runs();
-            // Its file goes with it, but for what the agent holds.
+            // Its file is gone with it, except for the agent's descriptors.
             drop(scene.source.drop_vmm());
             if cut {
                 scene.relay.cut();
@@ -138,7 +138,7 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 let cancel = scene.source.run("cancel", &[]);
                 let said = String::from_utf8(cancel.stderr).unwrap();
                 assert!(said.contains("too late to cancel"), "{said}");
-                // The next VMM does not take its place.
+                // The next VMM cannot take over the job.
                 let next = Attached::new(scene.source.agent.socket(), stamped());
                 let nowhere = Target::Address("unix:/nowhere".into());
                 let refused =
@@ -157,7 +157,7 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
             }
             scene.assert_completes();
             assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
-            // It serves the next.
+            // The agent serves the next VMM.
             let next = Attached::new(scene.source.agent.socket(), stamped());
             assert_eq!(next.client.ownership(), Ownership::Ours);
             assert_arrived(&scene.destination);

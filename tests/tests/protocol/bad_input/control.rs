@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The control socket: requests that are refused by field and value, and connections that end.
+//! The control socket: requests that are refused with the field and its value, and connections that
+//! end.
 
 use super::geometry;
 use pageferry_client::{
@@ -32,7 +33,7 @@ fn assert_refused(
     error
 }
 
-/// The agent ends this connection without an answer.
+/// Checks that the agent ends this connection without a reply.
 #[track_caller]
 fn assert_dropped(peer: &mut RawClient) {
     match peer.reply() {
@@ -41,7 +42,7 @@ fn assert_dropped(peer: &mut RawClient) {
     }
 }
 
-/// Discards a page; returns how many pages that changed.
+/// Discards a range. Returns the number of pages that changed.
 fn discard(peer: &mut RawClient, range: BlockRange) -> Reply<u64> {
     let body = peer.ask(&Request::Discard { flags: 0, ranges: vec![range] }, Vec::new())?;
     Ok(u64::from_le_bytes(body.try_into().unwrap()))
@@ -84,10 +85,10 @@ fn a_broken_header_ends_its_connection_only() {
         stranger.raw.write_all(&bytes).unwrap();
         assert_dropped(&mut stranger);
     }
-    // One that ends in the middle of a header, and one in the middle of a body.
+    // A connection that ends in a header, and one that ends in a body.
     agent.connect().raw.write_all(&[1, 2, 3]).unwrap();
     agent.connect().raw.write_all(&header(code::HELLO, 1, 16)).unwrap();
-    assert_eq!(discard(&mut vmm, page(1, 3)).unwrap(), 1, "the VMM's session goes on");
+    assert_eq!(discard(&mut vmm, page(1, 3)).unwrap(), 1, "the VMM's session continues");
     assert_eq!(agent.connect().status().phase, Phase::Idle);
 }
 
@@ -103,7 +104,7 @@ fn bad_requests_are_refused_by_name_and_the_connection_lives() {
     let compressed = |which: u16, level: u16| {
         let options = OutgoingOptions::default();
         let mut body = Request::StartOutgoing { target: "unix:/x".into(), options }.encode();
-        // Before the two timeouts at the end.
+        // Before the two cases at the end, which wait for a timeout.
         let at = body.len() - 20;
         body[at..at + 4].copy_from_slice(&[which.to_le_bytes(), level.to_le_bytes()].concat());
         body
@@ -200,7 +201,7 @@ fn invalid_blocks_are_refused_by_field_and_value() {
         let error = assert_refused(&mut peer, &request, fds(size), words);
         assert_eq!(error.code, ErrorCode::Invalid, "{error}");
     }
-    // None of them left anything behind.
+    // None of these left anything behind.
     assert!(
         discard(&mut peer, page(2, 0)).unwrap_err().sentence.contains("block 2 does not exist")
     );
@@ -240,7 +241,7 @@ fn descriptors_that_are_no_memory_are_refused() {
         (OFlags::RDONLY, "O_RDONLY"),
         (OFlags::WRONLY, "O_WRONLY"),
         (OFlags::PATH, "O_PATH"),
-        // Linux writes at the end of such a file, wherever it is told to.
+        // Linux writes at the end of such a file, whatever the offset.
         (OFlags::RDWR | OFlags::APPEND, "O_APPEND"),
     ] {
         let wrong = opened(&own, flags);
@@ -305,7 +306,7 @@ fn ranges_outside_of_blocks_change_nothing() {
     );
     let populate = Request::Populate { ranges: vec![good, page(1, 16)] };
     assert_refused(&mut peer, &populate, Vec::new(), &["range 1"]);
-    assert_eq!(discard(&mut peer, good).unwrap(), 0, "it was not populated either");
+    assert_eq!(discard(&mut peer, good).unwrap(), 0, "the page was not populated either");
 }
 
 #[test]
@@ -332,7 +333,7 @@ fn an_operator_sees_the_jobs_and_cannot_touch_the_memory() {
     );
     drop(operator);
     assert_eq!(discard(&mut vmm, page(1, 1)).unwrap(), 1);
-    // When the VMM is gone, another may come.
+    // When the VMM is gone, another one may connect.
     drop(vmm);
     let deadline = Instant::now() + SOON;
     let mut next = agent.connect();

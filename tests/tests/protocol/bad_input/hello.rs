@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The first record of a stream: strangers are dropped, and a source that does not fit is rejected
-//! in words.
+//! The first record of a stream: strangers are dropped, and a source that does not match is
+//! rejected with a reason.
 
 use super::geometry;
 use super::scene::{FakeSource, PAGES, Scene, hello};
@@ -25,13 +25,13 @@ fn other_protocols_are_dropped_and_the_source_is_served() {
     for garbage in [vec![0xee; 500], b"GET / HTTP/1.1\r\nHost: localhost:7000\r\n\r\n".to_vec()] {
         let mut stranger = FakeSource::connect(&scene);
         stranger.stream.write_all(&garbage).unwrap();
-        // Whatever it is told, the connection ends.
+        // With or without a reject, the connection ends.
         let mut rest = Vec::new();
         let _ = stranger.stream.shutdown(std::net::Shutdown::Write);
         stranger.stream.read_to_end(&mut rest).unwrap();
     }
-    // One that claims a large hello, one that begins with another record, and one that goes at
-    // once.
+    // A stranger that claims a large hello, one that begins with another record, and one that
+    // disconnects at once.
     let mut stranger = FakeSource::connect(&scene);
     let header =
         RecordHeader::plain(Kind::Hello, 0, u32::MAX as usize).with_checksum(&[]).to_wire();
@@ -54,14 +54,14 @@ fn a_silent_stranger_does_not_keep_the_right_source_out() {
     let bytes = hello().encode();
     let header = RecordHeader::plain(Kind::Hello, 0, bytes.len()).with_checksum(&bytes).to_wire();
     slow.stream.write_all(&header[..20]).unwrap();
-    // Both are sent away when their time is up.
+    // Both are rejected at their timeout.
     assert!(silent.sentence(Kind::Reject).contains("silent"));
     assert!(slow.sentence(Kind::Reject).contains("silent"));
     let _other = FakeSource::connect(&scene);
     scene.assert_takes_a_guest(job);
 }
 
-/// Each of them stays to read its refusal. If the destination waited for them one after another the
+/// Each stranger stays to read its reject. If the destination waited for one after another, the
 /// right source would give up long before its turn.
 #[test]
 fn many_wrong_sources_do_not_delay_the_right_one() {
@@ -110,7 +110,7 @@ fn a_wrong_magic_and_a_wrong_version_are_rejected_in_words() {
 fn known_features_are_accepted_of_those_offered() {
     let scene = Scene::new();
     let newer = 1 << 63 | FEATURE_ZSTD;
-    // A block that is mapped nowhere cannot be filled while the guest runs.
+    // A block that is not mapped cannot be filled while the guest runs.
     const KNOWN: u64 = FEATURES & !FEATURE_POSTCOPY;
     let all = !FEATURE_POSTCOPY;
     for (offered, known) in
@@ -124,7 +124,7 @@ fn known_features_are_accepted_of_those_offered() {
         drop(source);
         scene.destination.wait(job);
     }
-    // What one stream offers and another does not is not offered.
+    // Only features that all streams offer count.
     let job = scene.listen();
     let mut sources = [0u16, 1].map(|stream| {
         let mut source = FakeSource::connect(&scene);
@@ -148,7 +148,7 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         blocks.into_iter().for_each(|block| table.insert(block, 8).unwrap());
         table
     };
-    // What both sides read, and what only this side's operator does.
+    // Words that both sides read, and words that only the operator of this side reads.
     let cases: [(BlockTable, &[&str], &str); 7] = [
         (
             table(vec![BlockGeometry { name: "other".into(), ..right() }]),
@@ -184,7 +184,7 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
             own.is_empty() || !sentence.contains(own),
             "a stranger reads the table: {sentence}"
         );
-        // The job goes on waiting, and its operator reads why the source was refused.
+        // The job continues to wait, and its operator reads why the source was refused.
         let mut status = scene.destination.client.status().unwrap();
         let noted = |status: &JobStatus| words.iter().all(|word| status.error.contains(word));
         wait_until("the note", SOON, || {
@@ -212,7 +212,7 @@ fn a_wrong_source_costs_no_descriptor_and_blocks_no_other() {
     let job = scene.listen();
     let descriptors = format!("/proc/{}/fd", scene.agent.id());
     let open = || std::fs::read_dir(&descriptors).unwrap().count();
-    // The primary of another source is there, and its second stream is not.
+    // The primary of another source has connected, and its second stream has not.
     let mut half = FakeSource::connect(&scene);
     half.hello(&Hello { streams: 2, session: [9; 16], ..hello() });
     let before = open();
@@ -221,7 +221,7 @@ fn a_wrong_source_costs_no_descriptor_and_blocks_no_other() {
         source.hello(&Hello { blocks: BlockTable::new(), ..hello() });
         assert!(source.sentence(Kind::Reject).contains("0 blocks"));
     }
-    // The agent may not have taken the first one when they were counted.
+    // The agent may not have accepted the first connection when it counted them.
     wait_until("the connections closed", SOON, || open() < before + 10).unwrap();
     let mut second = FakeSource::connect(&scene);
     second.hello(&Hello {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bad input on the control socket and on the page stream: an error that names the field, the end
-//! of one request, one connection or one job, and of nothing else.
+//! Bad input on the control socket and on the page stream: the error names the field, and ends at
+//! most one request, one connection or one job.
 //!
 //! - [`control`]: requests on the control socket;
 //! - [`hello`]: the first record of a stream;
-//! - [`records`]: those that follow;
-//! - [`scene`]: a source that says whatever it likes.
+//! - [`records`]: the records that follow;
+//! - [`scene`]: a source that sends arbitrary bytes.
 
 mod control;
 mod hello;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The records after the hello: each that is wrong fails the job by the field, and the next job
-//! takes a guest.
+//! Wrong records after the hello: the job fails with the field in its error, and the next job
+//! accepts a guest.
 
 use super::scene::{FakeSource, PAGES, Scene, hello};
 use pageferry_client::Phase;
@@ -12,15 +12,15 @@ use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use pageferry_tests::scenario::lock;
 use std::io::Write;
 
-/// A source that does `what` after its hello makes the job fail with an error that has `words`, and
-/// the next job takes a guest.
+/// Checks that a source that does `what` after its hello makes the job fail with an error that has
+/// `words`, and that the next job accepts a guest.
 #[track_caller]
 fn assert_fails(words: &[&str], what: impl FnOnce(&mut FakeSource)) {
     let scene = Scene::new();
     let job = scene.listen();
     let mut source = FakeSource::accepted(&scene);
     what(&mut source);
-    // Read to the end, where there is one to hear it.
+    // Read to the end. The source may have closed the connection itself.
     let _ = source.stream.shutdown(std::net::Shutdown::Write);
     let status = scene.destination.wait(job);
     assert_eq!(status.phase, Phase::Failed, "{}", status.error);
@@ -104,7 +104,7 @@ fn bad_compressed_pages_fail_the_job() {
             source.send(header, &vec![1; length]);
         }
     };
-    // The hello of this source offers nothing.
+    // The hello of this source offers no features.
     assert_fails(&["block 3", "flag 0x2, lz4, was not negotiated"], data(FLAG_LZ4, 1, 100));
     assert_fails(
         &["block 3", "flag 0x4, zstd, was not negotiated"],

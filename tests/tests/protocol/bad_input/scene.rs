@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A destination that waits for a guest, and a source that says whatever it likes.
+//! A destination that waits for a guest, and a source that sends arbitrary bytes.
 
 use super::geometry;
 use pageferry_client::IncomingOptions;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 pub const PAGES: u64 = 40;
 
-/// Says what a source might.
+/// A source that a test plays.
 pub struct FakeSource {
     pub stream: UnixStream,
 }
@@ -76,7 +76,7 @@ impl FakeSource {
         (kind, payload)
     }
 
-    /// Reads on to a record of this kind; returns the sentence in it.
+    /// Reads up to a record of this kind. Returns its sentence.
     pub fn sentence(&mut self, kind: Kind) -> String {
         loop {
             let (found, payload) = self.next();
@@ -109,7 +109,7 @@ pub fn hello() -> Hello {
 pub struct Scene {
     pub folder: tempfile::TempDir,
     pub destination: Attached,
-    // After the VMM: it is waited for.
+    // Dropped after the VMM, because the drop waits for the agent.
     pub agent: Agent,
 }
 
@@ -118,7 +118,7 @@ impl Scene {
         Self::on(Agent::Stopped(Listening::start()))
     }
 
-    /// On an agent that is a process.
+    /// A destination on an agent process.
     pub fn far() -> Self {
         Self::on(Agent::spawn())
     }
@@ -141,7 +141,7 @@ impl Scene {
             .listen(&self.path(), &IncomingOptions { peer_timeout, ..IncomingOptions::default() })
     }
 
-    /// The job that waits still takes a guest from a proper source.
+    /// Checks that the waiting job still accepts a guest from a proper source.
     pub fn assert_takes_a_guest(&self, job: u64) {
         let source = Side::new(Ram::odd(PAGES));
         for page in 0..PAGES {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Connections that are idle, that never stop asking, and that do not read their answers.
+//! Connections that are idle, that send requests all the time, and that do not read their replies.
 
 use pageferry_client::Phase;
 use pageferry_protocol::control::Frame;
@@ -27,14 +27,14 @@ fn connections_that_never_read_delay_nobody() {
     let deaf: Vec<_> = (0..4)
         .map(|_| {
             let mut stream = UnixStream::connect(&agent.path).unwrap();
-            // It takes requests until the answers fill the way back, and then no more.
+            // The agent takes requests until its replies fill the socket, and then no more.
             stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
             while stream.write_all(&requests()).is_ok() {}
             stream
         })
         .collect();
-    // The handshake alone has a deadline of 10 seconds for each request; the agent waited for 5 at
-    // each of them.
+    // Each request of the handshake has a deadline of 10 seconds. Before, the agent waited 5
+    // seconds at each of these connections.
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     for _ in 0..10 {
         vmm.client.status().unwrap();
@@ -50,7 +50,7 @@ fn connections_that_never_stop_asking_delay_nobody() {
     let flood: Vec<_> = (0..2).map(|_| UnixStream::connect(&agent.path).unwrap()).collect();
     std::thread::scope(|scope| {
         for stream in &flood {
-            // Both end when the stream is shut down.
+            // Both threads end when the stream is shut down.
             scope.spawn(move || while (&mut &*stream).write_all(&requests()).is_ok() {});
             scope.spawn(|| {
                 let mut bytes = vec![0; 1 << 16];
@@ -67,7 +67,7 @@ fn connections_that_never_stop_asking_delay_nobody() {
         }
         let more = || answered.load(Ordering::Relaxed) > before;
         let outcome = wait_until("those that never stop asking to be answered, too", SOON, more);
-        // Before anything fails: the threads end with it.
+        // Made before any check, so that the threads end also if one fails.
         flood.iter().for_each(|stream| stream.shutdown(std::net::Shutdown::Both).unwrap());
         outcome.unwrap();
     });
@@ -80,13 +80,13 @@ fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
     let vmm = Attached::new(&agent.path, Ram::odd(16));
     let mut operator = agent.connect();
     assert_eq!(operator.status().phase, Phase::Idle);
-    // Those that ask something stay, and so does the VMM, however many come.
+    // Connections with requests stay, and so does the VMM, however many new ones come.
     for _ in 0..200 {
         idle.push(agent.connect());
         assert_eq!(operator.status().phase, Phase::Idle);
     }
     vmm.client.status().unwrap();
-    assert!(idle[0].reply().is_err(), "the first that was silent made room");
+    assert!(idle[0].reply().is_err(), "the oldest silent connection made room");
 }
 
 #[test]
@@ -101,7 +101,8 @@ fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
                 while !stop.load(Ordering::Relaxed) {
                     let Ok(mut stream) = UnixStream::connect(&agent.path) else { continue };
                     stream.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
-                    // Until the agent ends it: it takes no more, as its answers are not read.
+                    // Until the agent ends the connection: it takes no more requests, because its
+                    // replies are not read.
                     while !stop.load(Ordering::Relaxed) {
                         match stream.write_all(&requests) {
                             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -126,7 +127,7 @@ fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
     });
 }
 
-/// Calls it also if a check fails.
+/// Calls the function on drop, also if a check fails.
 struct OnDrop<F: Fn()>(F);
 
 impl<F: Fn()> Drop for OnDrop<F> {

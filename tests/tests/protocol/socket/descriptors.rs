@@ -11,7 +11,7 @@ use std::time::Duration;
 fn ticks(pid: u32) -> u64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    // utime and stime are the fields 14 and 15, and the first of these is the third.
+    // utime and stime are fields 14 and 15. The first field here is the third.
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
@@ -38,9 +38,9 @@ fn an_agent_without_descriptors_does_not_spin_or_flood_the_log() {
     };
     let (lines, before) = (failures(&mut agent), ticks(pid));
     std::thread::sleep(Duration::from_secs(3));
-    // One line a second at most; as it was, some 300,000 a second.
+    // At most one line per second. Before the fix there were about 300,000.
     assert!(failures(&mut agent) - lines <= 10, "{}", failures(&mut agent));
-    // A tick is 10 milliseconds: a third of a processor would be 100.
+    // A tick is 10 ms, so 100 ticks are a third of a processor.
     assert!(ticks(pid) - before < 100, "{} ticks", ticks(pid) - before);
     vmm.client.status().unwrap();
     operator.status();

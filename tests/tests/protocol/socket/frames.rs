@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Requests that do not come whole: without their descriptors, or without their end.
+//! Incomplete requests: without their descriptors, or without their end.
 
 use super::waits::hand_over;
 use pageferry_client::Phase;
@@ -45,13 +45,13 @@ fn a_request_without_its_descriptors_is_answered() {
     let mut agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
     let mut vmm = RawClient::connect(agent.socket());
     vmm.ask(&add_block(0), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
-    // The three standard ones are open, so there is no room for any other.
+    // The three standard descriptors are open, so there is no room for another one.
     agent.process().limit_descriptors(3).unwrap();
 
     let refused = vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap_err();
     assert_eq!(refused.code, ErrorCode::System);
     assert!(refused.sentence.contains("out of file descriptors (RLIMIT_NOFILE)"), "{refused}");
-    // VHOST_USER_SET_BACKEND_REQ_FD, whose answer is a number.
+    // VHOST_USER_SET_BACKEND_REQ_FD, whose reply is a number.
     let (_ours, theirs) = UnixStream::pair().unwrap();
     let frame =
         Frame { request: 21, flags: FLAG_NEED_REPLY, body: Vec::new(), fds: vec![theirs.into()] };
@@ -61,7 +61,7 @@ fn a_request_without_its_descriptors_is_answered() {
 
     agent.process().limit_descriptors(1024).unwrap();
     vmm.ask(&add_block(1), vec![memfd(0x1_0000), memfd(4096)]).unwrap();
-    // It is the owner still.
+    // The VMM still owns the memory.
     let denied =
         RawClient::connect(agent.socket()).ask(&add_block(2), vec![memfd(0x1_0000), memfd(4096)]);
     assert_eq!(denied.unwrap_err().code, ErrorCode::Denied);
@@ -78,13 +78,13 @@ fn an_endless_request_ends_its_connection_but_not_a_vmms() {
     operator.set_read_timeout(Some(SOON)).unwrap();
     operator.write_all(header.as_bytes()).unwrap();
     let began = Instant::now();
-    // One that sends byte after byte has no more time.
+    // A peer that sends byte by byte gets no more time.
     let mut slow = RawClient::connect(&agent.path);
     slow.raw.write_all(&header.as_bytes()[..1]).unwrap();
     assert_eq!(operator.read(&mut [0]).unwrap(), 0, "the connection ended");
     assert!(began.elapsed().as_secs() >= 9);
     assert!(slow.reply().is_err());
-    // What the VMM began it may end.
+    // The VMM may finish a request that it began.
     vmm.raw.write_all(&header.as_bytes()[7..]).unwrap();
     vmm.raw.write_all(&[0; 4]).unwrap();
     vmm.reply().unwrap();
@@ -118,7 +118,7 @@ fn a_hook_answer_without_its_descriptor_fails_by_name() {
     let path = folder.path().join("image").to_str().unwrap().to_owned();
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
     let snapshot = Request::StartSnapshot { path, options };
-    // The VMM's state comes with a descriptor, for which there is no room the first time.
+    // The VMM's state comes with a descriptor. The first time there is no room for it.
     for descriptors in [3, 1024] {
         vmm.ask(&snapshot, Vec::new()).unwrap();
         let status = loop {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What is at the path already, who else takes it, and how long it may be.
+//! The agent's path: what exists there already, other agents at the same path, and the limit of its
+//! length.
 
 use pageferry_client::{Client, Config, Error, IncomingOptions, Target};
 use pageferry_protocol::error::chain;
@@ -23,7 +24,7 @@ fn spawn(folder: &Path, name: &str) -> AgentProcess {
     AgentProcess::spawn(program(), folder, name).unwrap()
 }
 
-/// The command ends, and says why.
+/// Checks that the command ends with these words.
 #[track_caller]
 fn assert_refused(command: &mut Command, words: &[&str]) {
     let mut process = Process::spawn("refused", command).unwrap();
@@ -75,7 +76,7 @@ fn an_ending_agent_leaves_the_path_to_its_new_owner() {
     RawClient::connect(second.socket()).status();
     second.process().terminate().unwrap();
     assert!(second.process().wait(SOON).unwrap().success());
-    assert!(!second.socket().exists(), "its own path it removes");
+    assert!(!second.socket().exists(), "an agent removes its own path");
 }
 
 #[test]
@@ -112,7 +113,7 @@ fn sighup_ends_an_agent_in_good_order_unless_ignored() {
     assert!(agent.process().wait(SOON).unwrap().success());
     assert!(!agent.socket().exists());
 
-    // As by nohup.
+    // Like nohup.
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' HUP; exec \"$0\" \"$@\""]).arg(program());
     let mut agent = AgentProcess::start(&mut command, folder.path(), "ignores").unwrap();

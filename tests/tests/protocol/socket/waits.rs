@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Requests that wait for a name server, a VMM, a full queue, while others are answered.
+//! Requests that wait for a name server, a VMM or a full queue, while other requests are answered.
 
 use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
@@ -44,7 +44,7 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
     let (told, (release, released)) = (asked.clone(), release);
     source.vmm.on(At::Resume, move || {
         told.store(true, Ordering::Relaxed);
-        // Only the end of the sender ends it.
+        // Nothing is sent: this returns when the sender is dropped.
         let _ = released.recv();
         Ok(())
     });
@@ -56,7 +56,7 @@ fn everybody_is_answered_while_a_vmm_is_asked_to_resume() {
         assert_eq!(agent.connect().status().phase, Phase::Unconfirmed);
         let again = agent.connect().ask(&Request::Resume { force: true }, Vec::new()).unwrap_err();
         assert!(again.sentence.contains("already"), "{again}");
-        assert!(!resume.is_finished(), "all of these came before its answer");
+        assert!(!resume.is_finished(), "all these replies came before that of the resume");
         drop(release);
         resume.join().unwrap().unwrap();
     });
@@ -88,8 +88,8 @@ fn a_path_with_a_full_accept_queue_is_in_use() {
     vmm.client.status().unwrap();
 }
 
-/// A command that runs the agent where the name server never answers; none where that cannot be
-/// had.
+/// A command that runs the agent with a name server that never answers. `None` if this machine
+/// cannot do that.
 fn without_names(folder: &std::path::Path) -> Option<Command> {
     let resolv = folder.join("resolv.conf");
     std::fs::write(&resolv, "nameserver 10.255.255.1\noptions timeout:30\n").unwrap();
@@ -124,7 +124,7 @@ fn a_silent_name_server_delays_one_request_only() {
             answers += 1;
             std::thread::sleep(Duration::from_millis(10));
         }
-        assert!(answers > 10, "{answers} answers in the time of a look-up");
+        assert!(answers > 10, "{answers} replies during a look-up");
         match listening.join().unwrap() {
             Err(Error::Refused { sentence, .. }) => {
                 assert!(sentence.contains("no answer from the name server"), "{sentence}");
@@ -132,7 +132,7 @@ fn a_silent_name_server_delays_one_request_only() {
             other => panic!("not refused: {other:?}"),
         }
     });
-    // The VMM still has its agent; a job that looks up a name hears a cancel.
+    // The VMM still has its agent, and a job that looks up a name can be cancelled.
     let job = vmm
         .client
         .start_outgoing(Target::Address("tcp:name.invalid:7".into()), &passes(1))
@@ -163,19 +163,19 @@ fn nobody_waits_for_a_log_that_nobody_reads() {
     assert_eq!(RawClient::connect(&socket).status().phase, Phase::Idle);
 }
 
-/// A child whose output nobody reads. It is killed on drop.
+/// A child whose output is not read. It is killed on drop.
 struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Both fail only if it is gone already.
+        // Both fail only if the process is gone already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
 /// In a debug build a request that waits on the reactor's thread, or under the session's lock,
-/// panics, and its connection ends.
+/// panics. Then its connection ends.
 #[test]
 fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     let agent = Listening::start();
@@ -237,17 +237,17 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::RemoveBlock { id: block },
         ]
     };
-    // Whatever code the decoder knows is a request.
+    // Every code that the decoder knows is a request.
     let known =
         (FIRST_NATIVE_REQUEST..code::EVENT).filter(|code| Request::decode(*code, &[]).is_some());
     let listed: BTreeSet<u32> = requests().iter().map(Request::code).collect();
     assert_eq!(listed, known.collect(), "a request is missing in the list");
     for request in requests() {
-        // Refused or not: it is answered.
+        // Accepted or refused, every request gets a reply.
         let _ = agent.connect().ask(&request, Vec::new());
     }
     vmm.client.status().unwrap();
-    // The same from the VMM itself, whose hooks nobody answers.
+    // The same from the VMM itself, whose hooks are not answered.
     for request in requests() {
         let agent = Listening::start();
         let mut own = agent.connect();
@@ -267,7 +267,7 @@ fn geometry(id: u32) -> BlockGeometry {
     }
 }
 
-/// Makes `peer` the VMM of a small guest; returns its end of the socket for hooks.
+/// Makes `peer` the VMM of a small guest. Returns its end of the hook socket.
 pub(super) fn hand_over(peer: &mut RawClient, id: u32) -> UnixStream {
     let add = Request::AddBlock { geometry: geometry(id), fd_offset: 0, vmm_address: 0, flags: 0 };
     peer.ask(&add, vec![memfd(0x1_0000).unwrap(), memfd(4096).unwrap()]).unwrap();
