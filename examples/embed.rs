@@ -26,7 +26,7 @@ struct Vm {
 
 impl Hooks for Vm {
     fn run_state(&mut self) -> Result<RunState, HookError> {
-        Ok(RunState::Running) // Paused if the VMM's operator has paused it; nobody does here
+        Ok(RunState::Running) // or Paused, if the VMM's operator has paused it
     }
 
     fn pause(&mut self) -> Result<(), HookError> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Moves a running guest from one VMM to another: two agents and two VMMs, each a process of its
-//! own.
+//! Migrates a running guest from one VMM to another: two agents and two VMMs, each in its own
+//! process.
 //!
 //! `cargo run --release --example live_migration`
 //!
@@ -40,14 +40,14 @@ use std::time::Duration;
 const STILL: PageRange = mebibytes(32, 704);
 /// Given back before the migration.
 const BEFORE: PageRange = mebibytes(256, 128);
-/// Given back while it runs.
+/// Given back during the migration.
 const DURING: PageRange = mebibytes(512, 64);
 
 /// Migrates a running guest of 1 GiB between two VMMs, and checks that it arrived.
 #[derive(Debug, Parser)]
 #[command(name = "live_migration")]
 struct Cli {
-    /// What moves first: precopy, the memory; postcopy, the guest; hybrid, the memory for two
+    /// What moves first. precopy: the memory. postcopy: the guest. hybrid: the memory for two
     /// passes, then the guest.
     #[arg(long, value_name = "MODE", default_value = "precopy", value_parser = parse_mode)]
     mode: Mode,
@@ -173,21 +173,21 @@ fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, E
         }
     };
     give_back(BEFORE)()?;
-    // While the passes run, and by the end of them at the latest.
+    // During the passes, or at their end at the latest.
     let pending = Arc::new(Mutex::new(Some(give_back(DURING))));
     let during = move || -> Result<(), Error> {
         let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
         pending.take().map_or(Ok(()), |give_back| give_back())
     };
     vmm.before_pause(during.clone());
-    // The guest stops for good after a few passes, however slow this machine is.
+    // The guest is paused after a few passes, even on a slow machine.
     let options = OutgoingOptions {
         policy: NonConvergence::StopAnyway,
         max_passes: 8,
         ..OutgoingOptions::default()
     };
     let options = match mode {
-        // Never met, so that it is the switch that ends the passes.
+        // This limit is never met, so that the switch ends the passes.
         Mode::Hybrid => {
             OutgoingOptions { mode, switch_after: 2, downtime_limit: Duration::ZERO, ..options }
         }
@@ -211,7 +211,7 @@ fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, E
     Ok(json!(Report::new(&status)))
 }
 
-/// The destination VMM: its guest goes on, and is checked.
+/// The destination VMM: its guest continues and is checked.
 fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Error> {
     let usage = open(memory)?;
     let vmm = MockVmm::connect(socket, usage.clone(), Tracker::Log)?;
@@ -220,7 +220,7 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
     let (job, address) = vmm.start_incoming(listen, &IncomingOptions::default())?;
     println!("listening at {address}");
     let first = || COUNTING.first(vmm.memory());
-    // In postcopy: how far the guest was when the first page that it writes had come.
+    // In postcopy: the guest's progress when the first page that it writes had arrived.
     let mut began = None;
     let status = watch(&vmm, job, false, |status| {
         if kvm && began.is_none() && status.phase == Phase::Postcopy {
@@ -236,7 +236,7 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
             status.error
         )));
     }
-    // How far it was is known to the source: the two are compared at the end.
+    // The source knows the guest's progress. Both are compared at the end.
     let guest = COUNTING.counts_on(&vmm, &guest, 0)?;
     Ok(
         json!({ "guest": guest, "kvm": kvm, "sweeps_meanwhile": meanwhile, "report": Report::new(&status) }),
@@ -254,7 +254,7 @@ fn check(here: &TestMemory, there: &TestMemory) -> Result<Compared, Error> {
     same_block(here.block(RAM)?, &discarded, there.block(RAM)?, stands_still)
 }
 
-/// Prints the first counter when the guest left, and its last value.
+/// Prints the first counter when the guest left the source, and its last value.
 fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
     if came_to > left_with {
         return Ok(());
@@ -264,7 +264,7 @@ fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
     )))
 }
 
-/// The faults of a guest that ran before its memory was there.
+/// The faults of a guest that ran before all its memory was there.
 fn faults(destination: &Value) -> Table {
     let report = &destination["report"];
     let micros =

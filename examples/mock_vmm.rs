@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A VMM for trying the parts of a migration by hand, each in a terminal of its own:
+//! A VMM for trying the parts of a migration by hand, each in its own terminal:
 //!
 //! ```text
 //! truncate -s 2G /dev/shm/here /dev/shm/there

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Saves a running guest, kills it, and restores it: an agent and a VMM to save it, and an agent
-//! and a VMM for each restore, each a process of its own.
+//! and a VMM for each restore, each in its own process.
 //!
 //! `cargo run --release --example snapshot_restore`
 //!
@@ -39,8 +39,8 @@ const STILL: PageRange = mebibytes(32, 480);
 /// Given back between the two images.
 const GIVEN_BACK: PageRange = mebibytes(256, 128);
 
-/// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it goes on
-/// counting.
+/// Saves a running guest of 1 GiB, kills it, restores it twice, and checks that it continues to
+/// count.
 #[derive(Debug, Parser)]
 #[command(name = "snapshot_restore")]
 struct Cli {
@@ -88,7 +88,7 @@ fn save_and_restore(program: &Path, folder: &Path) -> Result<(), Error> {
         parse(line.trim_start_matches(name))
     };
     let (full, increment) = (report("full ")?, report("increment ")?);
-    // In the midst of it.
+    // The guest still runs.
     vmm.kill()?;
     agent.process().kill()?;
     print!("{}", saved("saved while it ran", &full, &folder.join("full"))?);
@@ -150,7 +150,7 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
         "increment",
         &options.with_base(&folder.join("full")).map_err(pageferry_client::Error::from)?,
     )?;
-    // It is killed meanwhile.
+    // This VMM is killed meanwhile.
     std::thread::sleep(LIMIT);
     Ok(())
 }
@@ -182,7 +182,8 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
         MappedBitmap::private(pages_in(SIZE)).map_err(|error| Error::Memory(error.to_string()))?;
     discarded.set(GIVEN_BACK);
     let stands_still = |page: u64| page >= BUSY.end();
-    // What is busy is allocated here alone: it is not compared, and its holes are not looked for.
+    // Pages that the guest writes are allocated only here. They are not compared, and are not
+    // checked for holes.
     reference.block(RAM)?.fill(BUSY, SEED)?;
     let compared =
         same_block(reference.block(RAM)?, &discarded, usage.memory().block(RAM)?, stands_still)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that counts in its pages for ever, so that a later check can tell whether all of its
-//! memory arrived. It is a real guest under KVM, or a guest of threads where there is no KVM.
+//! A guest that counts in its pages forever, so that a later check can tell whether all its memory
+//! arrived. It is a real guest under KVM, or a guest of threads if there is no KVM.
 
 use pageferry_agent::image::Chain;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
@@ -16,13 +16,13 @@ use std::sync::Arc;
 /// The id of the only block.
 pub const RAM: u32 = 0;
 
-/// Bytes of the guest of the examples.
+/// Size of the examples' guest in bytes.
 pub const SIZE: u64 = 1 << 30;
-/// What it writes into, over and over, but for its firmware.
+/// The firmware, and the pages after it that the guest writes all the time.
 pub const BUSY: PageRange = mebibytes(0, 32);
-/// It.
+/// The pages in which the examples' guest counts.
 pub const COUNTING: Counting = Counting { busy: BUSY };
-/// Where the content comes from that stands still.
+/// Seed of the content that does not change.
 pub const SEED: u64 = 2021;
 
 /// A range of the guest, in MiB.
@@ -30,18 +30,18 @@ pub const fn mebibytes(offset: u64, length: u64) -> PageRange {
     PageRange::new(pages_in(offset << 20), pages_in(length << 20))
 }
 
-/// Which pages it counts in: those from its firmware on.
+/// The pages in which the guest counts: all pages after its firmware.
 #[derive(Debug, Clone, Copy)]
 pub struct Counting {
-    /// Its firmware, and the pages after it that it writes over and over.
+    /// Its firmware, and the pages after it, which it writes all the time.
     pub busy: PageRange,
 }
 
-/// A guest that is to come.
+/// A guest that will arrive.
 pub enum Expected {
     /// Under KVM.
     Kvm,
-    /// Of threads, and how often they have written.
+    /// A guest of threads, and the number of its writes.
     Threads(Box<dyn Fn() -> u64>),
 }
 
@@ -64,7 +64,7 @@ impl Counting {
         )
     }
 
-    /// Starts one. Returns what it is, in words.
+    /// Starts a guest. Returns a description of it.
     ///
     /// # Errors
     /// If it does not run.
@@ -87,7 +87,7 @@ impl Counting {
         Ok(guest)
     }
 
-    /// Makes the place that one comes to.
+    /// Creates the place for a guest that arrives.
     ///
     /// # Errors
     /// If there is no memory for it.
@@ -112,7 +112,7 @@ impl Counting {
         Ok(word as u32)
     }
 
-    /// The same in an image of the guest.
+    /// The same counter in an image of the guest.
     ///
     /// # Errors
     /// If it cannot be read.
@@ -124,12 +124,12 @@ impl Counting {
         Ok(u32::from_le_bytes([page[0], page[1], page[2], page[3]]))
     }
 
-    /// Lets the one that came go on, stops it, and looks at its counters. `counted` is what that of
-    /// the first page was when it stood still, as far as is known. Returns what was found, in
+    /// Lets the guest that arrived run, pauses it, and checks its counters. `counted` is the
+    /// counter of the first page when the source paused it, if that is known. Returns the result in
     /// words.
     ///
     /// # Errors
-    /// If it does not go on from there, or a counter is wrong.
+    /// If the guest does not continue from there, or a counter is wrong.
     pub fn counts_on(
         &self, vmm: &MockVmm, guest: &Expected, counted: u32,
     ) -> Result<String, Error> {
@@ -139,7 +139,7 @@ impl Counting {
         }
     }
 
-    /// A page that came in an old version would lag behind for ever.
+    /// A page that arrived in an old version would lag behind forever.
     fn counts_on_in_kvm(&self, vmm: &MockVmm, counted: u32) -> Result<String, Error> {
         let came_with = self.first(vmm.memory())?;
         if came_with < counted {

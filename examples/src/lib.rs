@@ -2,7 +2,7 @@
 
 //! Shared parts of the examples.
 //!
-//! - [`counting`]: a guest that counts in its pages for ever;
+//! - [`counting`]: a guest that counts in its pages forever;
 //! - [`show`]: the processes of an example, and their reports;
 //! - [`table`]: a table of two columns.
 
