@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Bitmaps beside vm-memory's `AtomicBitmap`, which counts bits one by one, and beside the memory's
-//! own speed.
+//! Bitmaps compared with vm-memory's `AtomicBitmap`, which counts bits one by one, and with the
+//! speed of the memory.
 
 use super::Bench;
 use super::table::{Better, Table};
@@ -36,13 +36,13 @@ fn theirs(size: u64) -> AtomicBitmap {
     AtomicBitmap::new(size as usize, page)
 }
 
-/// Two ways to do the same, in turns.
+/// Measures two ways to do the same, in turns.
 fn race(
     table: &mut Table, work: &str, rounds: usize, mut ours: impl FnMut() -> f64,
     mut theirs: impl FnMut() -> f64,
 ) {
     let (mut own, mut other) = (Vec::new(), Vec::new());
-    // The first of each warms up.
+    // The first round of each is a warm-up.
     for round in 0..=rounds {
         let (one, two) = (ours(), theirs());
         if round > 0 {
@@ -96,8 +96,8 @@ fn mark(bench: &Bench, table: &mut Table, rounds: usize) {
     );
 }
 
-/// `every`: one page in so many is dirty before each harvest; 0 is none, but all were before the
-/// first.
+/// `every`: one page in this many is dirty before each harvest. With 0 none is, except that all
+/// were before the first.
 fn harvest(table: &mut Table, size: u64, work: &str, every: Option<u64>, rounds: usize) {
     let (log, theirs) = (log(size), theirs(size));
     let pages = PageRange::new(0, size / PAGE_SIZE);
@@ -154,7 +154,7 @@ fn runs(bench: &Bench, table: &mut Table, rounds: usize) {
             })
         },
         || {
-            // It has no walk but to ask for each bit.
+            // It has no other walk than a query for each bit.
             micros(|| {
                 let mut sum = 0;
                 let mut start = None;

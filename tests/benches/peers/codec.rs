@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What the agent does with every byte, beside the memory's own speed; and what an agent costs that
-//! does nothing.
+//! The agent's work on every byte, compared with the speed of the memory, and the cost of an idle
+//! agent.
 
 use super::Bench;
 use super::image::Image;
@@ -14,9 +14,9 @@ use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-/// What a worker has in its buffer: one word of pages.
+/// Size of a worker's buffer: the pages of one word of the bitmap.
 const BUFFER: usize = 64 * PAGE_SIZE as usize;
-/// More than any cache holds.
+/// Larger than any cache.
 const LARGE: usize = 512 << 20;
 
 fn speed(bytes: usize, times: usize, mut work: impl FnMut()) -> f64 {
@@ -31,7 +31,7 @@ pub fn codec(bench: &Bench, table: &mut Table) {
     const WORK: &str = "bytes";
     let large = LARGE / bench.shrink as usize / BUFFER * BUFFER;
     let (mut from, mut to) = (vec![1u8; large], vec![1u8; large]);
-    // Written, or all of it would be one page of zeroes of the kernel.
+    // Written, because otherwise all of it would be the kernel's single zero page.
     from.fill(0);
     let content = vec![0x5au8; BUFFER];
     let header = RecordHeader::new(Kind::Data, 0, 0, PageRange::new(0, 64), BUFFER);
@@ -76,7 +76,7 @@ pub fn codec(bench: &Bench, table: &mut Table) {
     idle(bench, table);
 }
 
-/// Headers made, put on the wire, read and checked.
+/// Makes headers, encodes them, decodes them and checks them.
 fn records(bench: &Bench, table: &mut Table, header: RecordHeader) {
     let count = 2_000_000 / bench.shrink as usize;
     let rates: Vec<f64> = (0..bench.rounds)
@@ -92,7 +92,7 @@ fn records(bench: &Bench, table: &mut Table, header: RecordHeader) {
     table.add("bytes", "record headers, made and checked", "M/s", &rates, String::new());
 }
 
-/// Processor time of an agent that has memory, a client and an ended job, and nothing to do.
+/// Processor time of an idle agent with memory, a client and an ended job.
 fn idle(bench: &Bench, table: &mut Table) {
     let image = Image::new(&bench.folder, "idle", 1 << 30);
     let mut side = Side::new(&image);

@@ -21,7 +21,7 @@ const QEMUS: [(&str, Mode); 2] = [
     ("QEMU, multifd 2, zstd:1", Mode { channels: 2, zstd: 1 }),
 ];
 
-/// The rates of one mover, and how much went over the wire the last time.
+/// The rates of one program, and the bytes on the wire in its last round.
 #[derive(Default)]
 struct Samples {
     rates: Vec<f64>,
@@ -41,7 +41,7 @@ impl Samples {
     }
 }
 
-/// 1 GiB of text over TCP loopback: GB/s are of what was moved, not of what was on the wire.
+/// 1 GiB of text over TCP loopback. GB/s count the guest's bytes and not the bytes on the wire.
 pub fn compression(bench: &Bench, table: &mut Table) {
     let size = GIB / bench.shrink;
     let source = Image::new(&bench.folder, "source", size);

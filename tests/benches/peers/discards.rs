@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Discards: how many a second are acknowledged, and how long one takes while the agent migrates at
-//! full speed.
+//! Discards: how many are acknowledged per second, and how long one takes while the agent migrates
+//! at full speed.
 
 use super::Bench;
 use super::image::{Image, full_guest};
@@ -24,7 +24,7 @@ pub fn discards(bench: &Bench, table: &mut Table) {
     single(bench, table);
 }
 
-/// Every second page of a guest, so that no two ranges can be made one.
+/// Every second page of a guest, so that no two ranges can be merged.
 fn batches(bench: &Bench, table: &mut Table) {
     let count = RANGES / bench.shrink;
     let image = Image::new(&bench.folder, "source", count * 2 * PAGE_SIZE);
@@ -67,7 +67,7 @@ fn single(bench: &Bench, table: &mut Table) {
         let mut discard = || {
             let started = Instant::now();
             from.client.discard(&[page(next)], Punch::Yes).unwrap();
-            // All of them in the part that is filled again before the next round.
+            // All of them are in the part that is filled again before the next round.
             next = (next + 17) % (pages / 16);
             started.elapsed()
         };
@@ -81,7 +81,7 @@ fn single(bench: &Bench, table: &mut Table) {
             from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
         while !from.client.status().unwrap().phase.is_final() {
             during.push(discard());
-            // A guest gives pages back now and then; without a pause this would be a bench of
+            // A real guest gives pages back from time to time. Without a pause this would measure
             // batches of one.
             std::thread::sleep(Duration::from_micros(500));
         }

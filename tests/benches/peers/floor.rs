@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The plainest program that does the work: reads, sends, receives, writes. No zero pages, no
-//! checksum, no records, no passes.
+//! The simplest program that does the work: it reads, sends, receives and writes, without zero
+//! pages, checksums, records or passes.
 
 use super::image::Image;
 use std::io::{Read, Write};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 const BUFFER: usize = 256 << 10;
 
-/// Copies all of `source` over `sockets` TCP connections, each of which carries its own part.
+/// Copies all of `source` over `sockets` TCP connections. Each one carries its own part.
 pub fn copy(source: &Image, destination: &Image, sockets: u64) -> Duration {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();

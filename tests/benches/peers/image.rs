@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Guest memory as a file on tmpfs, prepared once and shared by all who move it.
+//! Guest memory as a file on tmpfs, prepared once and used by all programs.
 
 use pageferry_tests::random::{Random, page_text};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// A file that is removed on drop.
 #[derive(Debug)]
 pub struct Image {
-    /// Where it lies.
+    /// Its path.
     pub path: PathBuf,
     /// The file.
     pub file: File,
@@ -25,7 +25,7 @@ pub struct Image {
 const BUFFER: usize = 1 << 20;
 
 impl Image {
-    /// A file of `size` bytes, all holes.
+    /// A file of `size` bytes. All of it is a hole.
     pub fn new(folder: &Path, name: &str, size: u64) -> Self {
         let path = folder.join(format!("pageferry-bench-{}-{name}", std::process::id()));
         let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
@@ -33,7 +33,7 @@ impl Image {
         Self { path, file, size, owned: true }
     }
 
-    /// The same file once more, for someone else to look at.
+    /// The same file once more, for another reader.
     pub fn again(other: &Self) -> Self {
         Self {
             path: other.path.clone(),
@@ -43,7 +43,7 @@ impl Image {
         }
     }
 
-    /// Zeroes the first bytes of all pages, where a guest counts.
+    /// Zeroes the first bytes of all pages, which a guest uses as counters.
     pub fn zero_counters(&self) {
         for at in (0..self.size).step_by(4096) {
             self.file.write_all_at(&[0; 4], at).unwrap();
@@ -93,7 +93,7 @@ impl Image {
     }
 }
 
-/// A guest full of content, a place for it to go to, and warm memory for that place.
+/// A guest full of content, a destination for it, and warm memory for that destination.
 pub fn full_guest(folder: &Path, size: u64) -> (Image, Image, WarmPool) {
     let (source, destination) =
         (Image::new(folder, "source", size), Image::new(folder, "destination", size));
@@ -103,18 +103,18 @@ pub fn full_guest(folder: &Path, size: u64) -> (Image, Image, WarmPool) {
 
 /// Free memory that stays warm.
 ///
-/// In a virtual machine the first touch of a page comes from the host underneath and is dear, and
-/// free page reporting gives large free blocks back to the host all the time: a run that allocates
-/// 2 GiB takes once or twice as long as chance will have it. So for as long as this lives, one page
-/// of every few is held. What is free between them has been touched, is too small to be reported,
-/// and is what the kernel allocates first.
+/// If the bench runs in a virtual machine, the first touch of a page goes to the host and is slow,
+/// and free page reporting gives large free blocks back to the host all the time. So the time of a
+/// run that allocates 2 GiB varies by a factor of two. Therefore this holds one page in every few
+/// as long as it lives. The free pages between them have been touched, are too small to be
+/// reported, and are what the kernel allocates first.
 #[derive(Debug)]
 pub struct WarmPool {
     _held: Image,
 }
 
 impl WarmPool {
-    /// Pages of a piece; a block is reported from 512 pages on.
+    /// Pages of a piece. Free page reporting begins at blocks of 512 pages.
     const PIECE: usize = 128;
 
     /// Makes a pool of `length` bytes.
@@ -134,7 +134,7 @@ impl WarmPool {
 impl Drop for Image {
     fn drop(&mut self) {
         if self.owned {
-            // Someone may have removed it; there is nothing to do about it then.
+            // The file may have been removed already.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that writes while it moves: how long it takes, how long the guest is paused, and what
-//! the guest itself feels of it.
+//! A guest that writes while it migrates: the total time, the downtime, and the effect on the
+//! guest.
 
 use super::Bench;
 use super::floor;
@@ -29,12 +29,12 @@ use std::time::{Duration, Instant};
 
 const GIB: u64 = 1 << 30;
 const LIMIT: Duration = Duration::from_secs(120);
-/// Pages that a thread writes between two looks at whether it is to stop.
+/// Pages that a thread writes between two checks for a stop.
 const BATCH: u64 = 64;
-/// How long a writer is watched before anything happens.
+/// How long a writer is measured before the migration.
 const BEFORE: Duration = Duration::from_millis(700);
 
-/// Who finds the writes, and thereby who writes.
+/// The tracker of the writes, and so the kind of writer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     /// A thread that marks the shared log.
@@ -64,7 +64,7 @@ impl Kind {
     }
 }
 
-/// A guest of one thread that writes into one page after the other, at a steady rate.
+/// A guest of one thread that writes to one page after the other, at a steady rate.
 struct Sweeper {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -136,7 +136,7 @@ impl Shared {
         }
     }
 
-    /// Stands until it is to run; false if it is to end.
+    /// Waits while it is paused. False if it must end.
     fn stand(&self) -> bool {
         let mut wanted = self.wanted.lock().unwrap();
         wanted.stands = true;
@@ -184,7 +184,7 @@ impl Guest for Sweeper {
 impl Drop for Sweeper {
     fn drop(&mut self) {
         self.shared.ends.store(true, Ordering::Relaxed);
-        // It stands, or comes to stand.
+        // It is paused, or about to be.
         let _ = self.pause();
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
@@ -193,7 +193,7 @@ impl Drop for Sweeper {
     }
 }
 
-/// A VMM with an agent of its own.
+/// A VMM with its own agent.
 struct Side {
     vmm: MockVmm,
     memory: Arc<TestMemory>,
@@ -223,8 +223,8 @@ impl Side {
 /// Counts a writer's writes while it runs.
 type Count = Box<dyn Fn() -> u64>;
 
-/// How far a vCPU has come, from the counters that it leaves: those before the place it is at are
-/// one ahead of those after it.
+/// The progress of a vCPU, from its counters: those before its present page are one ahead of those
+/// after it.
 fn sweeps_of(image: &Image, pages: PageRange) -> u64 {
     let counter = |page: u64| {
         let mut bytes = [0; 4];
@@ -246,13 +246,13 @@ fn rate_of(count: &Count, time: Duration) -> f64 {
     (count() - before) as f64 / started.elapsed().as_secs_f64()
 }
 
-/// How often a vCPU spins after each page to write `rate` pages a second, given what it does at
-/// 10,000.
+/// How often a vCPU must spin after each page to write `rate` pages per second, from its rate with
+/// 10,000 spins.
 fn spins_for(rate: u64, at_ten_thousand: f64) -> u32 {
     if rate == 0 { 0 } else { (at_ten_thousand * 10_000.0 / rate as f64) as u32 }
 }
 
-/// A case of one table line.
+/// The case of one line of the table.
 struct Case {
     name: String,
     pages: PageRange,
@@ -260,7 +260,7 @@ struct Case {
     rate: u64,
 }
 
-/// What was measured of a case.
+/// The measurements of a case.
 #[derive(Default)]
 struct Measured {
     total: Vec<f64>,
@@ -270,7 +270,7 @@ struct Measured {
     remark: String,
 }
 
-/// 2 GiB with a writer at several rates, found by several trackers.
+/// 2 GiB with a writer at several rates, and several trackers.
 pub fn live(bench: &Bench, table: &mut Table) {
     let size = 2 * GIB / bench.shrink;
     let (source, destination, _warm) = full_guest(&bench.folder, size);
@@ -357,7 +357,7 @@ fn run(
     };
     from.vmm.start()?;
     let before = rate_of(&count, BEFORE);
-    // The control: the same writer beside a program that copies as much over the same cores.
+    // The control: the same writer during a plain copy of as many bytes on the same cores.
     let (writes, started) = (count(), Instant::now());
     floor::copy(source, destination, 1);
     measured.control.push((count() - writes) as f64 / started.elapsed().as_secs_f64() / before);
@@ -403,8 +403,8 @@ fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Err
     Ok(guest)
 }
 
-/// How a vCPU's sweeps slow down when its writes are tracked and asked for, as often as passes are
-/// short or long, and nothing is sent.
+/// How much a vCPU's sweeps slow down when its writes are tracked and synced, at intervals like
+/// those of short and long passes, while nothing is sent.
 pub fn tracking(bench: &Bench, table: &mut Table) {
     for period in [100, 1000] {
         tracking_alone(bench, table, Duration::from_millis(period / bench.shrink.min(10)));

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! pageferry beside what a user would pick instead: QEMU, and the plainest program that copies the
-//! same bytes.
+//! pageferry compared with its alternatives: QEMU, and the simplest program that copies the same
+//! bytes.
 //!
 //! `cargo bench -p pageferry-tests --bench peers` runs everything and prints one table; `-- --help`
-//! says what can be chosen. What is compared runs interleaved, on the same images, onto memory that
-//! was touched and punched before. The figures are medians; ratios are what counts.
+//! lists the options. The programs that are compared run interleaved, on the same images, to memory
+//! that was touched and punched before. The figures are medians. Only ratios count.
 //!
 //! - [`table`]: the figures, and how they are printed;
-//! - [`image`]: guest memory as a file, prepared once and shared by all;
-//! - [`ours`], [`qemu`], [`floor`]: who moves it;
+//! - [`image`]: guest memory as a file, prepared once for all programs;
+//! - [`ours`], [`qemu`], [`floor`]: the programs that move it;
 //! - [`copying`]: full, sparse and huge guests;
-//! - [`compression`]: a guest that compresses;
-//! - [`live`]: a guest that writes while it moves;
+//! - [`compression`]: a guest with compressible memory;
+//! - [`live`]: a guest that writes while it migrates;
 //! - [`postcopy`]: a guest that runs before its memory is there;
-//! - [`snapshots`]: a guest that is saved into a file, and may run on;
+//! - [`snapshots`]: a guest that is saved to a file, and may keep running;
 //! - [`bitmaps`]: marking, harvesting and walking;
-//! - [`discards`]: how fast they are acknowledged;
+//! - [`discards`]: how fast discards are acknowledged;
 //! - [`codec`]: zero scan, checksum and records; an idle agent.
 #![allow(
     clippy::unwrap_used,
@@ -81,22 +81,22 @@ struct Cli {
     /// Leave QEMU out even if it is installed.
     #[arg(long)]
     no_qemu: bool,
-    /// Given by `cargo bench`; without it everything is tiny, and `live` and `tracking` are left
-    /// out: a test that the bench works.
+    /// Given by `cargo bench`. Without it everything is tiny, and `live` and `tracking` are left
+    /// out: this only tests that the bench works.
     #[arg(long, hide = true)]
     bench: bool,
-    /// Be the other process of `postcopy`'s floor, which is told what to do over this socket.
+    /// Be the other process of `postcopy`'s floor, which gets its instructions over this socket.
     #[arg(long, hide = true)]
     answer: Option<PathBuf>,
 }
 
-/// What all parts need to know.
+/// Settings for all parts.
 pub struct Bench {
     /// Where guest memory lies.
     pub folder: PathBuf,
     /// Where images are written.
     pub disk: PathBuf,
-    /// What is done in `snapshots`; all of it if none is named.
+    /// The parts of `snapshots` to run. All of them if none is named.
     pub snapshots: Vec<String>,
     /// Other builds of the agent.
     pub other: Vec<PathBuf>,
@@ -104,9 +104,9 @@ pub struct Bench {
     pub rounds: usize,
     /// Sizes are divided by this.
     pub shrink: u64,
-    /// QEMU, if it is there.
+    /// QEMU, if it is installed.
     pub qemu: Option<qemu::Qemu>,
-    /// Who takes part in `full` and `snapshots`.
+    /// The programs that run in `full` and `snapshots`.
     pub who: Vec<String>,
     /// Numbers of streams in `full`.
     pub streams: Vec<u16>,
@@ -155,7 +155,7 @@ fn main() {
             .map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()),
     );
     for (name, part) in parts {
-        // A test is over soon, and writers need their time.
+        // A test is short, but writers need their time.
         let wanted = if cli.only.is_empty() {
             cli.bench || !matches!(name, "live" | "tracking")
         } else {
@@ -173,7 +173,7 @@ fn main() {
     }
 }
 
-/// Ends this if one of the parts that are `wanted` does not exist.
+/// Ends the program if one of the `wanted` parts does not exist.
 fn check(flag: &str, wanted: &[String], parts: &[(&str, Part)]) {
     if let Some(unknown) = wanted.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
         let known: Vec<&str> = parts.iter().map(|(name, _)| *name).collect();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Two agents as processes, with a VMM whose guest is idle.
+//! Two agent processes, with a VMM whose guest is idle.
 
 use super::image::Image;
 use pageferry_client::{
@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
-/// What a migration took.
+/// The cost of a migration.
 #[derive(Debug, Clone)]
 pub struct Moved {
     /// From the start to the confirmation.
     pub time: Duration,
-    /// What the source's agent says.
+    /// The status of the source's agent.
     pub status: JobStatus,
     /// Peak resident bytes of the source's agent.
     pub source_peak: u64,
@@ -72,7 +72,7 @@ fn peak_of(status: &Path) -> u64 {
     line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() * 1024
 }
 
-/// Moves the guest.
+/// Migrates the guest.
 pub fn migrate(mut from: Side, mut to: Side, options: &OutgoingOptions) -> Moved {
     let listen = Target::Address("tcp:127.0.0.1:0".into());
     let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();

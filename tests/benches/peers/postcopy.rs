@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Postcopy: how long a guest waits for a page that is not there, from the outside: from its touch
-//! to its going on.
+//! Postcopy: how long a guest waits for a missing page, measured from its touch until it continues.
 //!
-//! Beside it, in the same run, is the [`floor`]: a fault that another process answers, and a
-//! question and its answer over a socket. In between are the four wake-ups that no such path can do
-//! without: of who reads the fault, of the source, of who receives, and of the guest.
+//! The same run also measures the [`floor`]: a fault that another process answers, plus a request
+//! and its reply over a socket. Both contain the four wake-ups that every such path needs: of the
+//! fault reader, of the source, of the receiver and of the guest.
 //!
 //! What is measured:
 //!
-//! - *quiet*: the push is held back, so that a fault has the machine for itself;
+//! - *quiet*: the push is held back, so that a fault has the machine to itself;
 //! - *pushing*: the push runs at full speed, and the guest touches pages in random order from its
 //!   first moment until all is here;
-//! - *in order*: the same, one page after the other, as far as the push leaves any missing;
+//! - *in order*: the same in page order, as far as the push leaves pages missing;
 //! - *huge*: quiet, on huge pages of 2 MiB, which are placed whole.
 //!
-//! QEMU does the first two in [`qemu_guest`], if it is there.
+//! If QEMU is installed, it does the first two in [`qemu_guest`].
 //!
-//! A touch counts as a fault if the page was a hole just before it; on huge pages, whose files do
-//! not tell their holes, if it took longer than touching what is there does.
+//! A touch counts as a fault if the page was a hole just before it. Files on huge pages do not
+//! report holes. There a touch counts if it takes longer than a touch of a present page.
 
 pub mod floor;
 pub mod qemu_guest;
@@ -47,15 +46,15 @@ use vm_memory::VolatileMemory;
 
 const GIB: u64 = 1 << 30;
 const LIMIT: Duration = Duration::from_secs(300);
-/// Pages that are touched while it is quiet.
+/// Pages that are touched in *quiet*.
 const TOUCHES: u64 = 4000;
 /// A push that is held back, in bytes per second.
 const HELD_BACK: u64 = 256 << 10;
 
-/// Touching what is there takes no longer.
+/// A touch of a present page takes no longer than this.
 const NO_FAULT: Duration = Duration::from_micros(2);
 
-/// How long something took, each time.
+/// Durations of one kind of event.
 #[derive(Debug, Default)]
 pub struct Times(Vec<Duration>);
 
@@ -64,7 +63,7 @@ impl Times {
         self.0.push(time);
     }
 
-    /// Microseconds that so many of 1000 took at most; 0 if there were none.
+    /// A quantile, in thousandths, in microseconds. 0 if there are no durations.
     fn quantile(&self, part: usize) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
@@ -73,10 +72,10 @@ impl Times {
     }
 }
 
-/// The quantiles that are told, of 1000.
+/// The quantiles that are printed, in thousandths.
 const QUANTILES: [(&str, usize); 4] = [("p50", 500), ("p90", 900), ("p99", 990), ("most", 1000)];
 
-/// Numbers below `count` in an order that follows from `seed`.
+/// The numbers below `count`, in a random order from `seed`.
 fn shuffled(count: u64, seed: u64) -> Vec<u64> {
     let (mut random, mut order) = (Random::new(seed), (0..count).collect::<Vec<u64>>());
     for last in (1..order.len()).rev() {
@@ -85,7 +84,7 @@ fn shuffled(count: u64, seed: u64) -> Vec<u64> {
     order
 }
 
-/// Reads a word through the mapping, as the guest does.
+/// Reads a word through the mapping, like the guest.
 fn touch(block: &TestBlock, offset: u64) -> Duration {
     let word = block.mapping().get_atomic_ref::<AtomicU64>(offset as usize).unwrap();
     let started = Instant::now();
@@ -93,7 +92,7 @@ fn touch(block: &TestBlock, offset: u64) -> Duration {
     started.elapsed()
 }
 
-/// A VMM whose guest has no state, and an agent of its own.
+/// A VMM whose guest has no state, and its own agent.
 struct Side {
     client: Client,
     memory: Arc<TestMemory>,
@@ -114,7 +113,7 @@ impl Hooks for Stateless {
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
-        // The bench may be done with it.
+        // The receiver may be gone already.
         let _ = self.0.send(());
         Ok(())
     }
@@ -147,7 +146,7 @@ fn map(image: &Image) -> Arc<TestMemory> {
     Arc::new(TestMemory::new(vec![layout]).unwrap())
 }
 
-/// A guest that runs at its destination, and whose memory follows.
+/// A guest that runs at its destination while its memory follows.
 struct Running {
     from: Side,
     to: Side,
@@ -156,7 +155,7 @@ struct Running {
     since: Instant,
 }
 
-/// What became of it.
+/// The final status of its jobs.
 struct Arrived {
     time: Duration,
     status: JobStatus,
@@ -182,7 +181,7 @@ impl Running {
         Self { from, to, job, options, since }
     }
 
-    /// Lets the rest come as fast as it can.
+    /// Removes the bandwidth limit for the rest.
     fn finish(self) -> Arrived {
         self.from.client.set_parameters(&OutgoingOptions { bandwidth: 0, ..self.options }).unwrap();
         self.arrived()
@@ -200,16 +199,16 @@ impl Running {
     }
 }
 
-/// What the guest felt in one round.
+/// The measurements of the guest in one round.
 #[derive(Debug, Default)]
 struct Felt {
     times: Times,
-    /// Touches of pages that were there.
+    /// Touches of present pages.
     there: u64,
 }
 
 impl Felt {
-    /// Touches a host page, which must hold what the source's does, and counts it as a fault if it
+    /// Touches a host page, checks that it holds the same as the source's, and counts a fault if it
     /// was a hole.
     fn touch(&mut self, running: &Running, offset: u64) {
         let block = &running.to.memory.blocks()[0];
@@ -228,7 +227,7 @@ impl Felt {
     }
 }
 
-/// The rounds of one way to touch memory.
+/// The rounds of one kind of touches.
 #[derive(Default)]
 struct Rounds {
     felt: Vec<Felt>,
@@ -241,7 +240,7 @@ impl Rounds {
         self.arrived.push(arrived);
     }
 
-    /// Medians of a figure of each round, in words.
+    /// The medians of one figure over the rounds, as text.
     fn middle(&self, figure: impl Fn(&JobStatus) -> u64) -> f64 {
         median(
             &self.arrived.iter().map(|arrived| figure(&arrived.status) as f64).collect::<Vec<_>>(),
@@ -296,7 +295,7 @@ fn add_floor(table: &mut Table, work: &str, floors: &[Floor]) {
     }
 }
 
-/// All of it.
+/// Runs all of it.
 pub fn postcopy(bench: &Bench, table: &mut Table) {
     if !require::uffd() {
         table.add("postcopy", "skipped: no userfaultfd", "", &[], String::new());

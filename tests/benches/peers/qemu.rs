@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared as everyone's. It
-//! is paused where nothing is to happen in it.
+//! QEMU, driven by QMP: a guest under TCG whose memory is a shared file, prepared like that of the
+//! other programs. It is paused unless it must run.
 
 use super::image::Image;
 use pageferry_tests::deadline::wait_for;
@@ -17,33 +17,33 @@ use std::time::{Duration, Instant};
 const PROGRAM: &str = "qemu-system-x86_64";
 const PATIENCE: Duration = Duration::from_secs(30);
 const LIMIT: Duration = Duration::from_secs(600);
-/// No limit worth the name, in bytes per second.
+/// Practically no limit, in bytes per second.
 const BANDWIDTH: u64 = 100 << 30;
 
 /// An installed QEMU.
 #[derive(Debug)]
 pub struct Qemu {
-    /// What it says of itself.
+    /// Its version text.
     pub version: String,
 }
 
 /// How it migrates.
 #[derive(Debug, Clone, Copy)]
 pub struct Mode {
-    /// Channels of multifd; 0 is without.
+    /// Channels of multifd. 0 is without multifd.
     pub channels: u32,
-    /// Level of zstd, with multifd; 0 is no compression.
+    /// Level of zstd, with multifd. 0 is no compression.
     pub zstd: u32,
 }
 
 impl Mode {
-    /// So many channels, and no compression.
+    /// This many channels, without compression.
     pub const fn multifd(channels: u32) -> Self {
         Self { channels, zstd: 0 }
     }
 }
 
-/// What a migration took.
+/// The cost of a migration.
 #[derive(Debug, Clone, Copy)]
 pub struct Took {
     /// From the command to the end.
@@ -60,7 +60,7 @@ impl Qemu {
         Some(Self { version: text.lines().next()?.to_owned() })
     }
 
-    /// Moves the guest.
+    /// Migrates the guest.
     pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Took {
         let folder = tempfile::tempdir().unwrap();
         let mut to = Machine::start(
@@ -90,12 +90,12 @@ impl Qemu {
     }
 }
 
-/// A port that nobody listens at. Someone might take it before QEMU does; then the bench says so.
+/// A free port. If another process takes it before QEMU does, the bench fails with an error.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-/// Parameters without a limit worth the name.
+/// Parameters that set practically no limit.
 pub fn unlimited() -> Value {
     json!({ "max-bandwidth": BANDWIDTH })
 }
@@ -108,7 +108,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Starts it; `more` are more of its arguments.
+    /// Starts it with the additional arguments `more`.
     pub fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
         let socket = folder.join(name);
         let memory = format!(
@@ -170,7 +170,7 @@ impl Machine {
         serde_json::from_str(&line).unwrap()
     }
 
-    /// Has it do something, and returns its answer.
+    /// Executes a QMP command, and returns the answer.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
         let request = json!({ "execute": command, "arguments": arguments });
         self.writer.write_all(format!("{request}\n").as_bytes()).unwrap();

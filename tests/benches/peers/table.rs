@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The figures, and how they are printed.
+//! The table of figures.
 
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -12,17 +12,17 @@ struct Row {
     who: String,
     unit: &'static str,
     samples: Vec<f64>,
-    /// What it is compared with: the name, and how many times as much of `better` this is.
+    /// The figure it is compared with: its name, and the factor by which this one is better.
     ratios: Vec<(String, f64)>,
     remark: String,
 }
 
-/// What is better.
+/// Which direction is better.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Better {
-    /// Less, as of time.
+    /// Less is better, as for times.
     Less,
-    /// More, as of bytes per second.
+    /// More is better, as for bytes per second.
     More,
 }
 
@@ -33,7 +33,7 @@ pub struct Table {
     rows: Vec<Row>,
 }
 
-/// The middle of some figures.
+/// The median of some figures.
 pub fn median(samples: &[f64]) -> f64 {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -45,7 +45,7 @@ pub fn median(samples: &[f64]) -> f64 {
 }
 
 impl Table {
-    /// Says something about the whole run.
+    /// Adds a note about the whole run.
     pub fn note(&mut self, note: String) {
         self.notes.push(note);
     }
@@ -65,7 +65,7 @@ impl Table {
         });
     }
 
-    /// Compares a figure with another of the same work: how many times as good it is.
+    /// Compares a figure with another one of the same work.
     pub fn compare(&mut self, work: &str, who: &str, with: &str, better: Better) {
         let middle = |who: &str| {
             let row = self.rows.iter().find(|row| row.work == work && row.who == who)?;
@@ -78,8 +78,8 @@ impl Table {
         }
     }
 
-    /// The same, but the middle of what each round says by itself: where the machine changes from
-    /// round to round, and alike for all.
+    /// The same with the median of the ratios of each round: for a machine whose speed changes from
+    /// round to round in the same way for all.
     pub fn compare_rounds(&mut self, work: &str, who: &str, with: &str, better: Better) {
         let samples = |who: &str| {
             let row = self.rows.iter().find(|row| row.work == work && row.who == who)?;
@@ -95,7 +95,7 @@ impl Table {
         }
     }
 
-    /// The table for people.
+    /// The table as text.
     pub fn markdown(&self) -> String {
         let mut text = String::new();
         for note in &self.notes {
@@ -127,7 +127,7 @@ impl Table {
         text
     }
 
-    /// The table for programs.
+    /// The table as JSON.
     pub fn json(&self) -> String {
         let rows: Vec<Value> = self
             .rows
@@ -145,7 +145,7 @@ impl Table {
     }
 }
 
-/// Three digits that count.
+/// A number with three significant digits.
 fn figure(value: f64) -> String {
     match value.abs() {
         size if size >= 100.0 => format!("{value:.0}"),

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The least that a fault can cost whose page lies elsewhere: one that another process answers, and
-//! a question and its answer over a socket.
+//! The lowest possible cost of a fault on a remote page: a fault that another process answers, plus
+//! a request and its reply over a socket.
 //!
-//! The other process is this program once more (`--answer`): it is handed the userfaultfd, reads
-//! each fault and answers it with the same bytes; and it answers each question on a TCP connection
-//! with a header and a page. No bitmaps, no records, no checksums.
+//! The other process is this program once more (`--answer`). It gets the userfaultfd, reads each
+//! fault and answers it with the same bytes. It answers each request on a TCP connection with a
+//! header and a page. It has no bitmaps, records or checksums.
 
 use super::{Times, shuffled};
 use pageferry_protocol::control::{Frame, FrameSocket};
@@ -29,22 +29,22 @@ fn deadline() -> Instant {
     Instant::now() + PATIENCE
 }
 
-/// What both halves take.
+/// The times of both halves.
 #[derive(Debug, Default)]
 pub struct Floor {
-    /// From a touch to going on, answered by another process.
+    /// From a touch until it returns, answered by another process.
     pub fault: Times,
-    /// From a question to its answer.
+    /// From a request to its reply.
     pub socket: Times,
 }
 
 impl Floor {
-    /// Microseconds for so many of 1000: the sum of both.
+    /// A quantile, in thousandths, of the sum of both in microseconds.
     pub fn quantile(&self, part: usize) -> f64 {
         self.fault.quantile(part) + self.socket.quantile(part)
     }
 
-    /// Touches `count` pages of `memory`, none of which is allocated, and asks as many times.
+    /// Touches `count` pages of `memory`, none of which is allocated, and sends as many requests.
     pub fn measure(memory: &TestMemory, unit: u64, count: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The same of QEMU: a guest under TCG whose boot sector touches pages and measures each touch
-//! itself, moved by postcopy with preemption.
+//! The same with QEMU: a guest under TCG whose boot sector touches pages and measures each touch
+//! itself, migrated by postcopy with preemption.
 //!
-//! No ordinary guest is needed for that, nor would it say how long it waited. The guest writes down
-//! each touch that took longer than any that is not a fault; the bench reads its notes in the file
-//! that is its memory.
+//! An ordinary guest is not needed, and would not report how long it waited. This guest records
+//! each touch that takes longer than any touch without a fault. The bench reads these records in
+//! the file that is the guest's memory.
 
 use super::super::image::Image;
 use super::super::qemu::{Machine, free_port};
@@ -19,20 +19,20 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Bytes per second: none worth the name, while it is to wait for the switch.
+/// Bytes per second while the guest waits for the switch: practically none.
 const TRICKLE: u64 = 1 << 20;
-/// How long the guest touches pages while it is quiet.
+/// How long the guest touches pages while the push is held back.
 const QUIET: Duration = Duration::from_secs(2);
-/// Where the guest's notes begin: how many slow touches there were, how many touches, the clock;
-/// from 16 bytes on the slow ones, in ticks.
+/// Address of the guest's records: the number of slow touches, the number of touches, and the
+/// clock. From byte 16 on: the slow touches, in ticks.
 const NOTES: u64 = 0x10_0000;
-/// Most slow touches that it notes.
+/// Largest number of slow touches that it records.
 const MOST: u32 = 65_000;
 /// Bytes of a guest of which 256 MiB are touched, from 16 MiB on.
 pub const SIZE: u64 = 512 << 20;
 
-/// Touches of more ticks than this (13 us at 2.6 GHz) are noted: without faults one of ten thousand
-/// takes longer.
+/// Touches of more ticks than this (13 us at 2.6 GHz) are recorded. Without faults one touch in ten
+/// thousand takes longer.
 #[rustfmt::skip]
 const BOOT: [u8; 196] = [
     // 16 bit, at 0x7c00: no interrupts, flat segments, the A20 gate, protected mode.
@@ -68,18 +68,18 @@ const BOOT: [u8; 196] = [
     0x17, 0x00, 0xa8, 0x7c,
 ];
 
-/// What the guest felt.
+/// The measurements of the guest.
 #[derive(Debug)]
 pub struct Qemu {
-    /// Its slow touches after it was moved.
+    /// Its slow touches after the switch.
     pub times: Times,
-    /// Pages that the destination asked for, by QEMU's count.
+    /// Pages that the destination requested, as QEMU counts them.
     pub requests: u64,
-    /// Until all was there.
+    /// Time until all memory was there.
     pub time: Duration,
 }
 
-/// What the guest has written down.
+/// The records of the guest.
 struct Notes<'a>(&'a File);
 
 impl Notes<'_> {
@@ -93,8 +93,8 @@ impl Notes<'_> {
         self.word(1)
     }
 
-    /// Ticks of the guest's clock in a microsecond: the middle of some looks, since the guest may
-    /// have been paused at either end of one.
+    /// Ticks of the guest's clock in a microsecond. It is the median of several readings, because
+    /// the guest may be paused during one of them.
     fn ticks(&self) -> f64 {
         let look = |_| {
             let (started, before) = (Instant::now(), self.word(2));
@@ -114,7 +114,7 @@ fn boot_disk(path: &Path) -> String {
     format!("file={},format=raw,if=ide,file.locking=off", path.display())
 }
 
-/// Moves a guest; with `quiet` its memory is held back for a while.
+/// Migrates a guest. With `quiet` its push is held back for a while.
 pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
     let folder = tempfile::tempdir().unwrap();
     let disk = boot_disk(&folder.path().join("disk"));

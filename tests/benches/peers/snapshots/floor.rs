@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The plainest program that saves memory: reads what is allocated, writes it to a file, and makes
-//! that safe.
+//! The simplest program that saves memory: it reads the allocated pages, writes them to a file, and
+//! syncs it.
 
 use super::super::image::Image;
 use super::{MIB, processor_time};
@@ -12,19 +12,19 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What a save took.
+/// The cost of a save.
 #[derive(Debug, Clone, Copy)]
 pub struct Took {
-    /// Until all was written.
+    /// Time until everything was written.
     pub written: Duration,
-    /// Until it was safe, after that.
+    /// Time of the sync after that.
     pub safe: Duration,
-    /// Processor time of who saved.
+    /// Processor time of the process that saved.
     pub processor: Duration,
 }
 
 impl Took {
-    /// All of it.
+    /// The total time.
     pub fn total(&self) -> Duration {
         self.written + self.safe
     }
@@ -43,7 +43,7 @@ fn parts(image: &Image) -> Vec<(u64, usize)> {
     parts
 }
 
-/// Copies with so many threads, each of which has its own part; with `direct` past the page cache.
+/// Copies with this many threads, each with its own part. With `direct` it bypasses the page cache.
 pub fn copy(source: &Image, path: &Path, threads: usize, direct: bool) -> Took {
     let flags = if direct { OFlags::DIRECT } else { OFlags::empty() };
     let (started, before) = (Instant::now(), processor_time(std::process::id()));

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Snapshots: how fast a guest is saved, and what it feels of that.
+//! Snapshots: how fast a guest is saved, and the effect on the guest.
 //!
-//! - [`save`]: bytes per second, beside a program that only copies, and QEMU;
-//! - [`pause`]: how long the guest is paused, how long a write waits, and what is left of the
-//!   guest's speed;
-//! - [`restore`]: how soon it runs again, and how soon all of its memory is there;
-//! - [`floor`], [`qemu`]: who else saves;
-//! - [`roamer`]: a guest that writes all over.
+//! - [`save`]: bytes per second, compared with a program that only copies and with QEMU;
+//! - [`pause`]: how long the guest is paused, how long a write waits, and how much slower the guest
+//!   gets;
+//! - [`restore`]: the time until a restored guest runs, and until all its memory is there;
+//! - [`floor`], [`qemu`]: the other programs that save;
+//! - [`roamer`]: a guest that writes everywhere.
 
 mod floor;
 mod pause;
@@ -37,7 +37,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Bytes that must be free where images are written.
 const ROOM: u64 = 10 * GIB;
 
-/// The parts of this part.
+/// The sub-parts of `snapshots`.
 pub const PARTS: [(&str, Part); 7] = [
     ("save", save::to_disk),
     ("save-tmpfs", save::to_tmpfs),
@@ -48,7 +48,7 @@ pub const PARTS: [(&str, Part); 7] = [
     ("restore-lazy", restore::lazy),
 ];
 
-/// All of them, or those that were asked for.
+/// Runs all sub-parts, or those that the options name.
 pub fn snapshots(bench: &Bench, table: &mut Table) {
     if !require::uffd() {
         table.add("snapshots", "skipped: no userfaultfd", "", &[], String::new());
@@ -62,14 +62,14 @@ pub fn snapshots(bench: &Bench, table: &mut Table) {
     }
 }
 
-/// A folder for one image at a time. It is removed with all that is in it.
+/// A folder for one image at a time. It is removed with its content.
 struct Shelf {
     folder: tempfile::TempDir,
     opened: File,
 }
 
 impl Shelf {
-    /// In the folder `place`; a note in the table, and `None`, if there is no room.
+    /// A folder in `place`. If there is no room, adds a note to the table and returns `None`.
     fn new(bench: &Bench, place: &Path, table: &mut Table) -> Option<Self> {
         let free = rustix::fs::statvfs(place)
             .map(|stat| stat.f_bavail * stat.f_frsize)
@@ -87,20 +87,19 @@ impl Shelf {
         Some(Self { folder, opened })
     }
 
-    /// Where the image is to be.
+    /// The path for the image.
     fn path(&self) -> PathBuf {
         self.folder.path().join("image")
     }
 
-    /// Removes the image, and waits until the disk has nothing left to do.
+    /// Removes the image, and waits until the disk is idle.
     fn clear(&self) {
         std::fs::remove_file(self.path()).unwrap();
         rustix::fs::syncfs(&self.opened).unwrap();
     }
 }
 
-/// A VMM with an agent of its own, and a guest that has touched all that is allocated, as guests
-/// have.
+/// A VMM with its own agent, and a guest that has touched all allocated pages, as real guests have.
 struct Vmm {
     client: Client,
     memory: Arc<TestMemory>,
@@ -109,11 +108,11 @@ struct Vmm {
     _folder: tempfile::TempDir,
 }
 
-/// What a snapshot took.
+/// The cost of a snapshot.
 struct Saved {
     /// From the request to the end.
     time: Duration,
-    /// Of the agent.
+    /// Processor time of the agent.
     processor: Duration,
     status: JobStatus,
 }
@@ -143,7 +142,7 @@ impl Vmm {
         new
     }
 
-    /// The guest writes into all pages that are allocated, what is there already.
+    /// The guest writes the present content again to all allocated pages.
     fn touch(&self) {
         let block = &self.memory.blocks()[0];
         for page in block.extents().unwrap().into_iter().flat_map(|run| run.first..run.end()) {
@@ -163,18 +162,19 @@ impl Vmm {
     }
 }
 
-/// What a process has used so far, as far as the kernel's ticks of 10 ms tell.
+/// Processor time of a process so far, in the kernel's ticks of 10 ms.
 fn processor_time(process: u32) -> Duration {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-    // The name, in brackets, may hold anything; 11 fields follow it before user and system time.
+    // The name, in brackets, may contain anything. Between it and the user and system time are 11
+    // fields.
     let (_, fields) = stat.rsplit_once(')').unwrap();
     let ticks: u64 =
         fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
     Duration::from_millis(ticks * 10)
 }
 
-/// What was to be reached, and whether it was: `samples` are the figures of each round, and their
-/// median counts.
+/// Reports a target, and whether it was reached: the median of `samples`, which has one figure for
+/// each round, counts.
 fn bar(
     table: &mut Table, name: &str, unit: &'static str, samples: &[f64], limit: f64, better: Better,
 ) {
@@ -187,7 +187,7 @@ fn bar(
     table.add("snapshots: marks", name, unit, samples, format!("{verdict}: {word} {limit}"));
 }
 
-/// Round by round, how many times as much `own` is.
+/// The ratio of `own` to the other in each round.
 fn ratios(own: &[f64], other: &[f64]) -> Vec<f64> {
     own.iter().zip(other).map(|(own, other)| own / other).collect()
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What a guest feels of a snapshot that is taken while it runs: how long it is paused, how long
-//! its writes wait, and what is left of its speed.
+//! The effect of a background snapshot on its guest: how long it is paused, how long its writes
+//! wait, and how much slower it gets.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
@@ -12,7 +12,7 @@ use pageferry_client::{JobStatus, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::{Duration, Instant};
 
-/// How long a guest is watched before anything happens.
+/// How long a guest is measured before the snapshot.
 const BEFORE: Duration = Duration::from_millis(500);
 /// Longest pause of a guest of 2 GiB, in milliseconds.
 const LONGEST: f64 = 10.0;
@@ -23,15 +23,15 @@ const PACES: [(&str, Pace); 3] = [
     ("2 threads at full speed", Pace { threads: 2, rate: None }),
 ];
 
-/// What was measured in one round.
+/// The measurements of one round.
 struct Felt {
     status: JobStatus,
     /// Milliseconds by the guest's own clock.
     pause: f64,
     total: f64,
-    /// Writes during the snapshot, of those before in the same time.
+    /// Writes during the snapshot, as a part of those before in the same time.
     speed: f64,
-    /// The same beside a plain copy.
+    /// The same during a plain copy.
     beside_copy: f64,
     /// Microseconds of the slow writes, in order.
     slow: Vec<f64>,
@@ -43,14 +43,14 @@ impl Felt {
         self.status.counters.downtime_us as f64 / 1e3
     }
 
-    /// Microseconds that so many of 1000 slow writes took at most.
+    /// A quantile, in thousandths, of the slow writes in microseconds.
     fn quantile(&self, part: usize) -> f64 {
         let index = (self.slow.len() * part).div_ceil(1000).saturating_sub(1);
         self.slow.get(index).copied().unwrap_or_default()
     }
 }
 
-/// Guests of several sizes, at several paces.
+/// Guests of several sizes and paces.
 pub fn full(bench: &Bench, table: &mut Table) {
     let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
     for size in [GIB / 4, GIB, 2 * GIB, 4 * GIB] {
@@ -65,7 +65,7 @@ fn of_size(bench: &Bench, table: &mut Table, shelf: &Shelf, size: u64) {
     let mut vmms: Vec<_> =
         agents(bench).into_iter().map(|(who, program)| (who, Vmm::new(&image, &program))).collect();
     let mut rounds: Vec<_> = vmms.iter().map(|_| PACES.map(|_| Vec::new())).collect();
-    // Who comes first changes, as in `save`.
+    // The order changes from round to round, as in `save`.
     for round in 0..bench.rounds {
         for (at, (_, pace)) in PACES.iter().enumerate() {
             let count = vmms.len();
@@ -153,7 +153,8 @@ fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: boo
     add("writes beside a plain copy", "", &|felt| felt.beside_copy, String::new());
 }
 
-/// 64 GiB of which 1 GiB is allocated, in one piece and in 64, beside a guest of 1 GiB.
+/// 64 GiB of which 1 GiB is allocated, in one piece and in 64 pieces, compared with a guest of 1
+/// GiB.
 pub fn sparse(bench: &Bench, table: &mut Table) {
     const WORK: &str = "pause: idle";
     let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
@@ -174,7 +175,7 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
             vmms.push((format!("{who}: {name}"), image, Vmm::new(image, &program), Vec::new()));
         }
     }
-    // Twice as many, since they are short and what differs is little.
+    // Twice as many rounds, because they are short and the differences are small.
     for round in 0..bench.rounds * 2 {
         let count = vmms.len();
         for turn in 0..count {

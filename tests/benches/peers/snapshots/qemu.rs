@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The same of QEMU: a migration to a file in which each page has its place.
+//! The same with QEMU: a migration to a file with a fixed place for each page (mapped-ram).
 
 use super::super::image::Image;
 use super::super::qemu::{Machine, unlimited};
@@ -12,23 +12,23 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How it saves.
+/// The way it saves.
 #[derive(Debug, Clone, Copy)]
 pub struct Mode {
-    /// Channels of multifd; 0 is without.
+    /// Channels of multifd. 0 is without multifd.
     pub channels: u32,
-    /// Past the page cache; only with multifd.
+    /// Bypasses the page cache. Only with multifd.
     pub direct: bool,
 }
 
-/// All that are tried.
+/// The ways that are measured.
 pub const MODES: [(&str, Mode); 3] = [
     ("QEMU, mapped-ram", Mode { channels: 0, direct: false }),
     ("QEMU, mapped-ram, multifd 2", Mode { channels: 2, direct: false }),
     ("QEMU, mapped-ram, multifd 2, direct-io", Mode { channels: 2, direct: true }),
 ];
 
-/// True if it can: from 9.0 on.
+/// True if this QEMU supports it, which is since version 9.0.
 pub fn can(folder: &Path) -> bool {
     let image = Image::new(folder, "probe", 128 << 20);
     let sockets = tempfile::tempdir().unwrap();
@@ -37,8 +37,8 @@ pub fn can(folder: &Path) -> bool {
     known.as_array().into_iter().flatten().any(|known| known["capability"] == "mapped-ram")
 }
 
-/// Saves a paused guest. QEMU makes the file safe when it closes it; whatever is left of that is
-/// done after it.
+/// Saves a paused guest. QEMU syncs the file when it closes it. The rest of the sync is done
+/// afterwards.
 pub fn save(source: &Image, path: &Path, mode: Mode) -> Took {
     let sockets = tempfile::tempdir().unwrap();
     let mut machine = Machine::start(sockets.path(), "source", source, &["-S"]);
@@ -71,7 +71,7 @@ pub fn save(source: &Image, path: &Path, mode: Mode) -> Took {
     }
 }
 
-/// Loads what [`save`] wrote into a guest that does not run. How long that takes.
+/// Loads the file of [`save`] into a guest that does not run. Returns the time.
 pub fn load(target: &Image, path: &Path, mode: Mode) -> Duration {
     let sockets = tempfile::tempdir().unwrap();
     let mut machine =

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How fast a guest comes back: all of its memory first, or the guest.
+//! The speed of restores: eager, with all memory first, and lazy, with the guest first.
 //!
-//! Eager is measured from the request to the guest that runs, with the image in the page cache and
-//! without; beside a program that only copies, and QEMU's load of its own file. Of a lazy restore
-//! two times count: until the guest runs, and until all of its memory is there. Its guest touches
-//! pages here and there as soon as it runs, the same each time: the first restore writes down
-//! which, and the second reads them ahead.
+//! An eager restore is measured from the request until the guest runs, with the image in the page
+//! cache and without. It is compared with a program that only copies, and with QEMU's load of its
+//! own file. For a lazy restore two times count: until the guest runs, and until all its memory is
+//! there. Its guest touches scattered pages as soon as it runs, the same in each round. The first
+//! restore records them, and the second reads them ahead.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
@@ -52,7 +52,7 @@ impl Cache {
     }
 }
 
-/// Saves `source`; returns where.
+/// Saves `source`. Returns the path of the image.
 fn save(source: &Image, shelf: &Shelf) -> PathBuf {
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
     Vmm::new(source, program()).save(&shelf.path(), &options);
@@ -74,7 +74,7 @@ fn restore(
     status
 }
 
-/// The plainest program: reads the file, and writes it to the memory. GB/s.
+/// The simplest program: it reads the file and writes it to the memory. Returns GB/s.
 fn floor(path: &Path, target: &Image, threads: usize) -> f64 {
     let file = File::open(path).unwrap();
     let started = Instant::now();
@@ -95,7 +95,7 @@ fn floor(path: &Path, target: &Image, threads: usize) -> f64 {
     target.size as f64 / started.elapsed().as_secs_f64() / 1e9
 }
 
-/// 2 GiB, all of it before the guest.
+/// 2 GiB, eager.
 pub fn eager(bench: &Bench, table: &mut Table) {
     let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
     let Some(theirs) = Shelf::new(bench, &bench.disk, table) else { return };
@@ -111,7 +111,7 @@ pub fn eager(bench: &Bench, table: &mut Table) {
     let vmm = Vmm::new(&target, program());
     for cache in [Cache::Warm, Cache::Cold] {
         let mut loaders = loaders(with_qemu);
-        // Who comes first changes, as in `save`.
+        // The order changes from round to round, as in `save`.
         for round in 0..bench.rounds {
             let count = loaders.len();
             for turn in 0..count {
@@ -142,7 +142,7 @@ pub fn eager(bench: &Bench, table: &mut Table) {
     }
 }
 
-/// Someone who loads, and how fast.
+/// A program that loads, and its rates.
 struct Loader {
     name: String,
     how: How,
@@ -157,7 +157,7 @@ enum How {
     Qemu(qemu::Mode),
 }
 
-/// Ours first.
+/// All programs, pageferry first.
 fn loaders(with_qemu: bool) -> Vec<Loader> {
     let mut all = vec![("pageferry".to_owned(), How::Pageferry)];
     all.extend([1, 2].map(|threads| (format!("floor, {threads} threads"), How::Floor { threads })));
@@ -169,7 +169,7 @@ fn loaders(with_qemu: bool) -> Vec<Loader> {
 }
 
 impl How {
-    /// Loads `file` into `target`, which is empty. GB/s.
+    /// Loads `file` into `target`, which is empty. Returns GB/s.
     fn load(self, vmm: &Vmm, file: &Path, target: &Image) -> f64 {
         let seconds = match self {
             Self::Pageferry => {
@@ -183,7 +183,7 @@ impl How {
     }
 }
 
-/// The guest first: 2 GiB, and 64 GiB of which 1 GiB is allocated.
+/// Lazy: 2 GiB, and 64 GiB of which 1 GiB is allocated.
 pub fn lazy(bench: &Bench, table: &mut Table) {
     for (name, size, content) in
         [("2 GiB", 2 * GIB, 2 * GIB), ("64 GiB, 1 GiB allocated", 64 * GIB, GIB)]
@@ -191,7 +191,7 @@ pub fn lazy(bench: &Bench, table: &mut Table) {
         let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
         let (size, content) = (size / bench.shrink, content / bench.shrink);
         let source = Image::new(&bench.folder, "source", size);
-        // In pieces, as guests have it.
+        // In pieces, as in real guests.
         (0..64).for_each(|piece| source.fill(piece * (size / 64), content / 64));
         let path = save(&source, &shelf);
         drop(source);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest of threads that write all over, and know how long each write took.
+//! A guest of threads that write everywhere, and measure how long each write takes.
 //!
-//! As a vCPU, and unlike the guests that keep a ledger, it leaves at the next write when it is to
-//! pause, and has no state to save: what is measured is the agent's part.
+//! Like a vCPU, and unlike guests with a ledger, it pauses at its next write and has no state to
+//! save. So the bench measures only the part of the agent.
 
 use pageferry_client::{HookError, Hooks, RunState, StatePiece};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -15,17 +15,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Pages that are written between two looks at the clock.
+/// Pages that are written between two readings of the clock.
 const BATCH: u64 = 64;
-/// A write that takes longer is noted.
+/// A write that takes longer than this is recorded.
 const SLOW: Duration = Duration::from_micros(5);
 
-/// How many write, and how fast.
+/// The number of writers, and their rate.
 #[derive(Debug, Clone, Copy)]
 pub struct Pace {
-    /// Threads; none is a guest that idles.
+    /// Number of threads. With none the guest is idle.
     pub threads: u64,
-    /// Writes per second of all together; `None` is as many as they can.
+    /// Writes per second of all threads together. `None` is no limit.
     pub rate: Option<u64>,
 }
 
@@ -33,7 +33,7 @@ pub struct Pace {
 #[derive(Debug, Clone)]
 pub struct Roamer(Arc<Shared>);
 
-/// Threads of a guest; they end when this is dropped.
+/// The threads of a guest. They end when this is dropped.
 #[derive(Debug)]
 pub struct Running {
     guest: Roamer,
@@ -49,7 +49,7 @@ struct Shared {
     writes: AtomicU64,
     noting: AtomicBool,
     slow: Mutex<Vec<Duration>>,
-    /// When it was told to pause, and how long it was paused the last time.
+    /// When the last pause was requested, and how long it lasted.
     pause: Mutex<(Option<Instant>, Duration)>,
 }
 
@@ -58,7 +58,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Roamer {
-    /// In all of the first block; it idles.
+    /// A guest that uses all of the first block, and is idle.
     pub fn new(memory: &Arc<TestMemory>) -> Self {
         let gate = Gate::default();
         gate.open();
@@ -74,7 +74,7 @@ impl Roamer {
         }))
     }
 
-    /// It runs at this pace from now on.
+    /// Sets its pace.
     pub fn run(&self, pace: Pace) -> Running {
         self.0.ending.store(false, Ordering::Relaxed);
         let thread = |number| {
@@ -89,21 +89,20 @@ impl Roamer {
         self.0.writes.load(Ordering::Relaxed)
     }
 
-    /// Writes per second, over some time from now on.
+    /// Measures writes per second for this time.
     pub fn rate(&self, time: Duration) -> f64 {
         let (before, started) = (self.writes(), Instant::now());
         std::thread::sleep(time);
         (self.writes() - before) as f64 / started.elapsed().as_secs_f64()
     }
 
-    /// From now on slow writes are noted, or not any more. Returns what was noted.
+    /// Starts or stops to record slow writes. Returns those that were recorded.
     pub fn note(&self, on: bool) -> Vec<Duration> {
         self.0.noting.store(on, Ordering::Relaxed);
         std::mem::take(&mut *lock(&self.0.slow))
     }
 
-    /// How long it was paused the last time: from the moment that the VMM was asked until all
-    /// threads may go on.
+    /// Length of the last pause: from the request to the VMM until all threads may continue.
     pub fn last_pause(&self) -> Duration {
         lock(&self.0.pause).1
     }
@@ -153,13 +152,13 @@ impl Drop for Running {
     fn drop(&mut self) {
         self.guest.0.ending.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // One that panicked has said so.
+            // A thread that panicked has printed its message already.
             let _ = thread.join();
         }
     }
 }
 
-/// The hooks of the VMM that has this guest.
+/// The hooks of the VMM with this guest.
 #[derive(Debug)]
 pub struct Roams(pub Roamer);
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How fast a guest that is paused, or idles, is saved.
+//! The speed of a snapshot of a paused or idle guest.
 //!
-//! All write the same bytes into a new file on the same file system, and have it made safe within
-//! the measured time. Who comes first changes from round to round: a disk with a cache, or a limit
-//! with a burst, treats those who come first differently.
+//! All programs write the same bytes to a new file on the same file system, and sync it within the
+//! measured time. The order changes from round to round, because a disk with a cache, or a limit
+//! with a burst, favours the first one.
 
 use super::super::Bench;
 use super::super::image::{Image, WarmPool};
@@ -15,13 +15,13 @@ use pageferry_protocol::memory::PAGE_SIZE;
 use std::path::Path;
 use std::time::Duration;
 
-/// Someone who saves, and how fast.
+/// A program that saves, and its rates.
 struct Saver {
     name: String,
     how: How,
     /// GB/s of each round.
     rates: Vec<f64>,
-    /// Milliseconds until all was written, where that is known.
+    /// Milliseconds until everything was written, if that is known.
     written: Vec<f64>,
     safe: Vec<f64>,
     /// Milliseconds of processor time for each GiB.
@@ -109,12 +109,12 @@ pub fn to_disk(bench: &Bench, table: &mut Table) {
     full(bench, table, &bench.disk, "a disk");
 }
 
-/// 2 GiB to tmpfs: what is left when the disk costs nothing.
+/// 2 GiB to tmpfs: the cost without the disk.
 pub fn to_tmpfs(bench: &Bench, table: &mut Table) {
     full(bench, table, &bench.folder, "tmpfs");
 }
 
-/// QEMU from 9.0 on can.
+/// QEMU supports this since version 9.0.
 fn with_qemu(bench: &Bench, table: &mut Table) -> bool {
     let can = bench.qemu.is_some() && qemu::can(&bench.folder);
     if !can {
@@ -127,7 +127,7 @@ fn full(bench: &Bench, table: &mut Table, place: &Path, place_name: &str) {
     let Some(shelf) = Shelf::new(bench, place, table) else { return };
     let source = Image::new(&bench.folder, "source", 2 * GIB / bench.shrink);
     source.fill(0, source.size);
-    // For the page cache.
+    // Memory for the page cache.
     let _warm = WarmPool::new(&bench.folder, source.size);
     let mut vmms = vmms(bench, &source);
     let on_disk = place == bench.disk;
@@ -164,7 +164,7 @@ pub fn sparse(bench: &Bench, table: &mut Table) {
         for turn in 0..count {
             let saver = &mut savers[(turn + round) % count];
             saver.save(&source, &mut vmms, &shelf, size / 8);
-            // QEMU has read, and so allocated, all of it.
+            // QEMU has read, and so allocated, all memory.
             if source.allocated() != size / 8 {
                 assert!(matches!(saver.how, How::Qemu(_)), "the guest grew");
                 restore();
