@@ -17,23 +17,15 @@
 //!
 //! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
+use super::handshake::{ExpectedSource, Handshake, Rejected};
 use super::job::IncomingJob;
-use crate::incoming::IncomingError;
-use crate::job::{Job, JobError, add};
-use crate::memory::MemoryError;
-use crate::memory::backing::BackingKind;
-use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
-use crate::transport::StreamError;
+use super::offer::{Accepted, check_session, complete_session, establish};
+use crate::job::JobError;
 use crate::transport::backoff::{Backoff, PAUSE};
-use crate::transport::{Listener, RecordReader, RecordWriter, StreamSocket, TransportError};
-use pageferry_protocol::control::hook::Hook;
+use crate::transport::{Listener, RecordWriter, StreamError};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
-use pageferry_protocol::stream::answer::{Accept, encode_error};
-use pageferry_protocol::stream::hello::{
-    FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE, HELLO_RECOVER,
-};
-use pageferry_protocol::stream::table::compare_tables;
-use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
+use pageferry_protocol::stream::answer::encode_error;
+use pageferry_protocol::stream::{Kind, RecordHeader};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -52,82 +44,6 @@ pub enum Source {
     Listener(Listener),
     /// A connected socket that the VMM handed over.
     Socket(OwnedFd),
-}
-
-/// The streams of an accepted migration.
-#[derive(Debug)]
-pub struct Accepted {
-    /// The streams that are not urgent, in order.
-    pub readers: Vec<RecordReader>,
-    /// The urgent streams.
-    pub urgent: Vec<RecordReader>,
-    /// Writes to the return path, on the primary.
-    pub writer: RecordWriter,
-    /// The features that the source offered and this side supports.
-    pub features: u64,
-    /// The random number that the source gave the session.
-    pub session: [u8; 16],
-    /// The source wants to be told which pages are placed in postcopy.
-    pub acknowledge: bool,
-}
-
-impl Accepted {
-    /// True if postcopy was negotiated: the guest may run before its memory is here.
-    pub fn may_postcopy(&self) -> bool {
-        self.features & FEATURE_POSTCOPY != 0
-    }
-
-    /// Sends the ACCEPT record.
-    pub fn send_accept(&self, job: &IncomingJob) -> Result<(), TransportError> {
-        let size = |id: u32| job.memory.find(id).map(|(_, block)| block.backing.host_page_size());
-        let sizes =
-            || job.memory.table().blocks().iter().filter_map(|block| size(block.id)).collect();
-        let host_pages = if self.may_postcopy() { sizes() } else { Vec::new() };
-        let payload =
-            Accept { version: STREAM_VERSION, features: self.features, host_pages }.encode();
-        self.writer.write(RecordHeader::plain(Kind::Accept, 0, payload.len()), &payload)?;
-        Ok(())
-    }
-
-    /// The sockets of all streams.
-    pub fn sockets(&self) -> Vec<StreamSocket> {
-        self.readers.iter().chain(&self.urgent).map(|reader| reader.socket().clone()).collect()
-    }
-}
-
-/// A connection that has not sent its hello yet, or waits for the other streams of its session.
-struct Handshake {
-    reader: RecordReader,
-    since: Instant,
-    hello: Option<Hello>,
-}
-
-/// Which source the agent waits for.
-#[derive(Debug, Clone, Copy)]
-enum ExpectedSource {
-    /// Any source that brings a guest.
-    Guest,
-    /// The source of this session, which lost its connections.
-    Session([u8; 16]),
-}
-
-impl ExpectedSource {
-    fn check(self, hello: &Hello) -> Result<(), JobError> {
-        let recovers = hello.flags & HELLO_RECOVER != 0;
-        match self {
-            Self::Guest if recovers => {
-                Err(JobError::State("no migration is paused here that could be recovered".into()))
-            }
-            Self::Session(session) if !recovers || hello.session != session => Err(
-                JobError::State("a migration is paused here, and this is not its source".into()),
-            ),
-            // Without postcopy the source would not answer requests for missing pages.
-            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::State(
-                "a postcopy is paused here, and its source does not offer that any more".into(),
-            )),
-            _ => Ok(()),
-        }
-    }
 }
 
 /// Waits until all streams of a session are there and its blocks fit. Also returns the listener: a
@@ -346,206 +262,17 @@ impl<'a> PendingHandshakes<'a> {
     }
 }
 
-impl Handshake {
-    fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, JobError> {
-        Ok(Self {
-            reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
-            since: Instant::now(),
-            hello: None,
-        })
-    }
-
-    /// Reads as much of the hello as has arrived.
-    fn advance(&mut self, job: &IncomingJob, wanted: ExpectedSource) -> Result<(), JobError> {
-        let timeout = job.options.peer_timeout;
-        if self.since.elapsed() >= timeout {
-            return Err(TransportError::Silent(timeout).into());
-        }
-        if self.hello.is_none()
-            && let Some(payload) = self.reader.try_read_hello()?
-        {
-            let hello = Hello::decode(payload)?;
-            wanted.check(&hello)?;
-            self.hello = Some(hello);
-        }
-        if self.hello.is_some() {
-            // Look also if the hello was read just now: the source may have closed long ago.
-            let gone = job
-                .cancel
-                .wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
-            return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
-        }
-        Ok(())
-    }
-}
-
-/// A refused connection. It is read until the end: the kernel would reset a connection that is
-/// closed with unread bytes, and the source might not get the refusal.
-struct Rejected {
-    reader: RecordReader,
-    until: Instant,
-}
-
-impl Rejected {
-    /// Reads what has arrived and throws it away. Returns false if the connection can be closed.
-    fn may_read(&mut self) -> bool {
-        Instant::now() < self.until && self.reader.discard_some()
-    }
-
-    /// Reads and throws away all that arrives until the time is over.
-    fn wait(&mut self) {
-        self.reader.drain(self.until.saturating_duration_since(Instant::now()));
-    }
-}
-
-/// A session of which all streams are there.
-fn complete_session(pending: &[Handshake]) -> Option<[u8; 16]> {
-    let hellos = || pending.iter().filter_map(|one| one.hello.as_ref());
-    hellos()
-        .find(|hello| {
-            let have = |stream| {
-                hellos().any(|other| other.session == hello.session && other.stream == stream)
-            };
-            (0..hello.streams).all(have)
-        })
-        .map(|hello| hello.session)
-}
-
-/// What a source offers.
-struct Offer {
-    /// The hello on the primary.
-    primary: Hello,
-    /// The features that all streams offer.
-    features: u64,
-}
-
-/// Checks whether the guest of a source fits this VMM. All streams of the source are there.
-fn check_session(
-    job: &Job, wanted: ExpectedSource, streams: &[Handshake],
-) -> Result<Offer, JobError> {
-    let hellos = || streams.iter().filter_map(|one| one.hello.as_ref());
-    let features = hellos().fold(u64::MAX, |all, hello| all & hello.features);
-    let primary = hellos().min_by_key(|hello| hello.stream);
-    let Some(primary) = primary.cloned() else { return Err(JobError::State("no stream".into())) };
-    compare_tables(&primary.blocks, job.memory.table())?;
-    check_writable(job)?;
-    check_postcopy(job, features, wanted)?;
-    Ok(Offer { primary, features })
-}
-
-/// Puts the streams in order, and registers them so that a cancel wakes their readers.
-fn establish(job: &Job, offer: Offer, mut streams: Vec<Handshake>) -> Result<Accepted, JobError> {
-    let Offer { primary, features: offered } = offer;
-    streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
-    streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
-    let mut readers = Vec::with_capacity(streams.len());
-    for stream in streams {
-        job.cancel.add_socket(stream.reader.socket().as_fd())?;
-        let hello_bytes = stream.hello.as_ref().map_or(0, |hello| hello.encode().len());
-        add(&job.live.wire_bytes, (pageferry_protocol::stream::RECORD_SIZE + hello_bytes) as u64);
-        readers.push(stream.reader);
-    }
-    // The decoder of the hello has checked that not all streams are urgent.
-    let urgent =
-        readers.split_off(readers.len().saturating_sub(usize::from(primary.urgent)).max(1));
-    let writer = RecordWriter::new(readers[0].socket().clone());
-    let acknowledge = primary.flags & HELLO_ACKNOWLEDGE != 0;
-    Ok(Accepted {
-        readers,
-        urgent,
-        writer,
-        features: offered & FEATURES,
-        session: primary.session,
-        acknowledge,
-    })
-}
-
-/// Checks what every mode needs: the files can be written.
-fn check_writable(job: &Job) -> Result<(), JobError> {
-    match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
-        Some(block) => Err(MemoryError::Sealed { id: block.geometry.id }.into()),
-        None => Ok(()),
-    }
-}
-
-/// Checks what postcopy needs, if the source offers it. This must happen before any page is sent: a
-/// guest that switches to postcopy after many passes would otherwise be refused only then.
-/// docs/postcopy.md has a table of all kinds of memory and modes.
-fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<(), JobError> {
-    if features & FEATURE_POSTCOPY == 0 {
-        return Ok(());
-    }
-    for block in job.memory.blocks() {
-        let (id, size) = (block.geometry.id, block.backing.host_page_size());
-        if block.backing.kind() == BackingKind::File {
-            return Err(IncomingError::OnDisk { id }.into());
-        }
-        if size > MAX_POSTCOPY_HOST_PAGE {
-            return Err(IncomingError::HostPageTooLarge {
-                id,
-                size,
-                limit: MAX_POSTCOPY_HOST_PAGE,
-            }
-            .into());
-        }
-        if block.vmm_address == 0 {
-            return Err(IncomingError::NotMapped { id }.into());
-        }
-    }
-    // In a recovery the guest is here already, and its mappings are registered.
-    if matches!(wanted, ExpectedSource::Guest) {
-        job.hooks.ask(&Hook::ProbeFaults, job.hook_timeout)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::memory::GuestMemory;
-    use crate::memory::test_support::{gigantic, job_of};
+    use crate::memory::test_support::job_of;
     use pageferry_protocol::control::job::{IncomingOptions, JobKind};
-    use pageferry_protocol::memory::BlockTable;
-    use std::io::Write;
-    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
     fn job() -> IncomingJob {
-        let memory = Arc::new(GuestMemory::new(Vec::new(), BlockTable::new(), None));
-        IncomingJob::new(job_of(JobKind::Incoming, memory), IncomingOptions::default()).unwrap()
-    }
-
-    /// The hello of a source with one stream and no memory.
-    fn hello(features: u64, flags: u16) -> Hello {
-        Hello {
-            version_min: STREAM_VERSION,
-            version_max: STREAM_VERSION,
-            features,
-            session: [7; 16],
-            stream: 0,
-            streams: 1,
-            urgent: 0,
-            flags,
-            blocks: BlockTable::new(),
-        }
-    }
-
-    #[test]
-    fn a_paused_postcopy_accepts_only_its_own_source() {
-        let (own, other) = (ExpectedSource::Session([7; 16]), ExpectedSource::Session([8; 16]));
-        for (wanted, features, flags, refused) in [
-            (ExpectedSource::Guest, 0, 0, ""),
-            (ExpectedSource::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
-            (own, FEATURE_POSTCOPY, HELLO_RECOVER, ""),
-            (own, FEATURE_POSTCOPY, 0, "this is not its source"),
-            (other, FEATURE_POSTCOPY, HELLO_RECOVER, "this is not its source"),
-            (own, 0, HELLO_RECOVER, "does not offer that any more"),
-        ] {
-            let checked = wanted.check(&hello(features, flags));
-            let error = checked.err().map_or_else(String::new, |error| error.to_string());
-            assert_eq!(error.is_empty(), refused.is_empty(), "{wanted:?}: {error}");
-            assert!(error.contains(refused), "{wanted:?}: {error}");
-        }
+        let job = job_of(JobKind::Incoming, Arc::new(GuestMemory::default()));
+        IncomingJob::new(job, IncomingOptions::default()).unwrap()
     }
 
     #[test]
@@ -558,61 +285,5 @@ mod tests {
             PendingHandshakes::new(&job, &[], wanted, Vec::new()).note(&refused);
             assert_eq!(job.status().error.contains("it has other blocks"), told, "{wanted:?}");
         }
-    }
-
-    /// If bytes stayed unread, the kernel would reset the connection, and the refusal could be
-    /// lost.
-    #[test]
-    fn a_refused_connection_is_read_to_the_end() {
-        let (mut theirs, ours) = UnixStream::pair().unwrap();
-        let far = Duration::from_secs(60);
-        let socket = StreamSocket::new(ours.into(), far).unwrap();
-        theirs.write_all(&[1; 10_000]).unwrap();
-        drop(theirs);
-        let reader = RecordReader::new(socket.clone());
-        Rejected { reader, until: Instant::now() + far }.wait();
-        let flags = rustix::net::RecvFlags::DONTWAIT;
-        let (_, left) = rustix::net::recv(&socket, &mut [0; 8][..], flags).unwrap();
-        assert_eq!(left, 0);
-    }
-
-    /// Otherwise its streams would form a session, and the error of that would end the whole job.
-    #[test]
-    fn a_source_that_closed_after_its_hello_is_dropped() {
-        let job = job();
-        for goes in [false, true] {
-            let (mut theirs, ours) = UnixStream::pair().unwrap();
-            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60)).unwrap();
-            let payload = hello(0, 0).encode();
-            let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
-            theirs.write_all(&header.to_wire()).unwrap();
-            theirs.write_all(&payload).unwrap();
-            let _stays = (!goes).then_some(theirs);
-            let advanced = pending.advance(&job, ExpectedSource::Guest);
-            assert!(pending.hello.is_some());
-            assert_eq!(
-                matches!(advanced, Err(JobError::Transport(TransportError::Closed))),
-                goes,
-                "{advanced:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn a_gigantic_host_page_is_refused_for_postcopy_only() {
-        let job = gigantic();
-        check_postcopy(&job, 0, ExpectedSource::Guest).unwrap();
-        let error = check_postcopy(&job, FEATURE_POSTCOPY, ExpectedSource::Guest).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                JobError::Incoming(IncomingError::HostPageTooLarge {
-                    id: 0,
-                    size: 0x4000_0000,
-                    limit: 0x20_0000
-                })
-            ),
-            "{error}"
-        );
     }
 }

@@ -6,52 +6,13 @@
 //! was checked before, so the count is at most [`MAX_DATA_PAGES`]. The decompressor writes into a
 //! buffer that is exactly as large as the pages, and a payload that holds more is an error.
 
-use crate::incoming::IncomingError;
+use super::error::{DecompressError, IncomingError};
 use crate::job::JobError;
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::RecordHeader;
 use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, MAX_DATA_PAGES};
 use std::fmt;
-
-/// Why a compressed record is refused.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum DecompressError {
-    /// The compression of the record was not negotiated.
-    #[error("flag {flag:#x}, {method}, was not negotiated on this stream")]
-    NotNegotiated {
-        /// The flag of the record.
-        flag: u16,
-        /// The compression that it stands for.
-        method: &'static str,
-    },
-    /// The payload holds fewer bytes than the pages.
-    #[error("{length:#x} bytes of {method} hold {found:#x} bytes, expected {expected:#x}")]
-    Short {
-        /// The compression.
-        method: &'static str,
-        /// Length of the payload in bytes.
-        length: usize,
-        /// Bytes that came out of it.
-        found: usize,
-        /// Bytes of the pages.
-        expected: usize,
-    },
-    /// The payload holds more bytes than the pages, or is malformed.
-    #[error(
-        "{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}"
-    )]
-    Broken {
-        /// The compression.
-        method: &'static str,
-        /// Length of the payload in bytes.
-        length: usize,
-        /// Bytes of the pages.
-        expected: usize,
-        /// The error of the decompressor.
-        reason: String,
-    },
-}
 
 /// Decompresses the records of one stream.
 #[derive(Default)]

@@ -2,7 +2,6 @@
 
 //! Why a destination refuses what comes.
 
-use super::decompress::DecompressError;
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::stream::table::TableMismatch;
 
@@ -85,4 +84,43 @@ impl IncomingError {
             _ => ErrorCode::Invalid,
         }
     }
+}
+
+/// Why a compressed record is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecompressError {
+    /// The compression of the record was not negotiated.
+    #[error("flag {flag:#x}, {method}, was not negotiated on this stream")]
+    NotNegotiated {
+        /// The flag of the record.
+        flag: u16,
+        /// The compression that it stands for.
+        method: &'static str,
+    },
+    /// The payload holds fewer bytes than the pages.
+    #[error("{length:#x} bytes of {method} hold {found:#x} bytes, expected {expected:#x}")]
+    Short {
+        /// The compression.
+        method: &'static str,
+        /// Length of the payload in bytes.
+        length: usize,
+        /// Bytes that came out of it.
+        found: usize,
+        /// Bytes of the pages.
+        expected: usize,
+    },
+    /// The payload holds more bytes than the pages, or is malformed.
+    #[error(
+        "{length:#x} bytes of {method} cannot be decompressed to {expected:#x} bytes: {reason}"
+    )]
+    Broken {
+        /// The compression.
+        method: &'static str,
+        /// Length of the payload in bytes.
+        length: usize,
+        /// Bytes of the pages.
+        expected: usize,
+        /// The error of the decompressor.
+        reason: String,
+    },
 }

@@ -3,7 +3,9 @@
 //! An incoming migration.
 //!
 //! - [`job`]: the job, as the session and the threads see it;
-//! - [`accept`]: the handshake;
+//! - [`accept`]: accepts connections until a source fits;
+//! - [`handshake`]: one connection until it belongs to a migration, or is refused;
+//! - [`offer`]: whether the guest of a source fits this VMM;
 //! - [`receive`]: reads the streams, with a barrier after each pass;
 //! - [`decompress`]: decompresses pages;
 //! - [`place`]: places pages into the files (`never-populate` and `same-memory`);
@@ -18,7 +20,9 @@
 pub mod accept;
 pub mod decompress;
 pub mod error;
+pub mod handshake;
 pub mod job;
+pub mod offer;
 pub mod place;
 pub mod postcopy;
 pub mod receive;
@@ -28,8 +32,9 @@ pub use error::IncomingError;
 use crate::hooks::state_file;
 use crate::job::JobError;
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, TransportError};
-use accept::{Accepted, Source};
+use accept::Source;
 use job::IncomingJob;
+use offer::Accepted;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RunState};
 use pageferry_protocol::stream::answer::encode_error;

@@ -9,8 +9,8 @@
 //!
 //! If one stream fails, the barrier opens for all others with an error.
 
-use super::accept::Accepted;
 use super::decompress::Decompressor;
+use super::offer::Accepted;
 use super::place::Placer;
 use crate::job::{Job, JobError, add};
 use crate::lock::lock;

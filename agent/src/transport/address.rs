@@ -10,7 +10,7 @@
 //! Every look-up and every attempt to connect has a deadline. Cancelling the job ends a connect at
 //! once.
 
-use super::TransportError;
+use super::error::TransportError;
 use super::resolve::{resolve, resolve_for};
 use super::unix_path::UnixPathListener;
 use crate::cancel::Cancel;

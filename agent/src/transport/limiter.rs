@@ -12,7 +12,8 @@
 //! A wait ends early when the job is cancelled or the limit changes. A sender's wait also ends when
 //! the peer closes the connection, or when the deadline of the guest's stop has passed.
 
-use super::{StreamSocket, TransportError};
+use super::error::TransportError;
+use super::stream::StreamSocket;
 use crate::cancel::Cancel;
 use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::event::PollFlags;

@@ -18,7 +18,7 @@
 //! Threads block only in `poll`. Cancelling a job shuts the socket down, which ends every wait at
 //! once (see [`crate::job::Cancel`]).
 
-use super::TransportError;
+use super::error::TransportError;
 use crate::job::Deadline;
 use pageferry_protocol::control::job::MIN_BANDWIDTH;
 use pageferry_protocol::stream::hello::MAX_HELLO;

@@ -23,8 +23,8 @@ pub mod fault_forwarder;
 pub mod page_receiver;
 pub mod recover;
 
-use super::accept::Accepted;
 use super::job::IncomingJob;
+use super::offer::Accepted;
 use super::place::Remaining;
 use super::receive::Received;
 use super::{load, take_ownership};

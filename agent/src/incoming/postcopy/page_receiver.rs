@@ -9,9 +9,9 @@
 //!
 //! If one stream fails, all end. The source is told why on the primary, unless that is broken, too.
 
-use super::super::accept::Accepted;
 use super::super::decompress::Decompressor;
 use super::super::job::IncomingJob;
+use super::super::offer::Accepted;
 use super::assembly::{Assembly, CompleteHostPage};
 use crate::incoming::IncomingError;
 use crate::job::{JobError, add};

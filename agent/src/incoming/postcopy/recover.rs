@@ -6,7 +6,8 @@
 //! which it connected before, or to another address at which an operator has this side listen. Then
 //! this side sends a bitmap of the pages that are not missing, and the source sends the rest.
 
-use super::super::accept::{Accepted, accept_again};
+use super::super::accept::accept_again;
+use super::super::offer::Accepted;
 use super::super::send_error;
 use super::PostcopyGuest;
 use super::page_receiver::{PageReceiver, send_complete};

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! One connection of a source until it belongs to a migration, or is refused.
+
+use super::job::IncomingJob;
+use crate::job::JobError;
+use crate::transport::{RecordReader, StreamSocket, TransportError};
+use pageferry_protocol::stream::Hello;
+use pageferry_protocol::stream::hello::{FEATURE_POSTCOPY, HELLO_RECOVER};
+use rustix::event::PollFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Which source the agent waits for.
+#[derive(Debug, Clone, Copy)]
+pub enum ExpectedSource {
+    /// Any source that brings a guest.
+    Guest,
+    /// The source of this session, which lost its connections.
+    Session([u8; 16]),
+}
+
+impl ExpectedSource {
+    fn check(self, hello: &Hello) -> Result<(), JobError> {
+        let recovers = hello.flags & HELLO_RECOVER != 0;
+        match self {
+            Self::Guest if recovers => {
+                Err(JobError::State("no migration is paused here that could be recovered".into()))
+            }
+            Self::Session(session) if !recovers || hello.session != session => Err(
+                JobError::State("a migration is paused here, and this is not its source".into()),
+            ),
+            // Without postcopy the source would not answer requests for missing pages.
+            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::State(
+                "a postcopy is paused here, and its source does not offer that any more".into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A connection that has not sent its hello yet, or waits for the other streams of its session.
+pub struct Handshake {
+    /// Reads the connection.
+    pub reader: RecordReader,
+    /// When it was accepted.
+    pub since: Instant,
+    /// The hello, once it has arrived.
+    pub hello: Option<Hello>,
+}
+
+impl Handshake {
+    /// A connection that was accepted just now.
+    ///
+    /// # Errors
+    /// If the kernel refuses an option of the socket.
+    pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, JobError> {
+        Ok(Self {
+            reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
+            since: Instant::now(),
+            hello: None,
+        })
+    }
+
+    /// Reads as much of the hello as has arrived.
+    ///
+    /// # Errors
+    /// If the connection is of no use: it was silent for too long, closed, or is not `wanted`.
+    pub fn advance(&mut self, job: &IncomingJob, wanted: ExpectedSource) -> Result<(), JobError> {
+        let timeout = job.options.peer_timeout;
+        if self.since.elapsed() >= timeout {
+            return Err(TransportError::Silent(timeout).into());
+        }
+        if self.hello.is_none()
+            && let Some(payload) = self.reader.try_read_hello()?
+        {
+            let hello = Hello::decode(payload)?;
+            wanted.check(&hello)?;
+            self.hello = Some(hello);
+        }
+        if self.hello.is_some() {
+            // Look also if the hello was read just now: the source may have closed long ago.
+            let gone = job
+                .cancel
+                .wait(&[(self.reader.socket().as_fd(), PollFlags::RDHUP)], Instant::now())?[0];
+            return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
+        }
+        Ok(())
+    }
+}
+
+/// A refused connection. It is read until the end: the kernel would reset a connection that is
+/// closed with unread bytes, and the source might not get the refusal.
+pub struct Rejected {
+    /// Reads the connection.
+    pub reader: RecordReader,
+    /// When it is closed.
+    pub until: Instant,
+}
+
+impl Rejected {
+    /// Reads what has arrived and throws it away. Returns false if the connection can be closed.
+    pub fn may_read(&mut self) -> bool {
+        Instant::now() < self.until && self.reader.discard_some()
+    }
+
+    /// Reads and throws away all that arrives until the time is over.
+    pub fn wait(&mut self) {
+        self.reader.drain(self.until.saturating_duration_since(Instant::now()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::GuestMemory;
+    use crate::memory::test_support::job_of;
+    use pageferry_protocol::control::job::{IncomingOptions, JobKind};
+    use pageferry_protocol::memory::BlockTable;
+    use pageferry_protocol::stream::{Kind, RecordHeader, STREAM_VERSION};
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
+
+    fn job() -> IncomingJob {
+        let job = job_of(JobKind::Incoming, Arc::new(GuestMemory::default()));
+        IncomingJob::new(job, IncomingOptions::default()).unwrap()
+    }
+
+    /// The hello of a source with one stream and no memory.
+    fn hello(features: u64, flags: u16) -> Hello {
+        Hello {
+            version_min: STREAM_VERSION,
+            version_max: STREAM_VERSION,
+            features,
+            session: [7; 16],
+            stream: 0,
+            streams: 1,
+            urgent: 0,
+            flags,
+            blocks: BlockTable::new(),
+        }
+    }
+
+    #[test]
+    fn a_paused_postcopy_accepts_only_its_own_source() {
+        let (own, other) = (ExpectedSource::Session([7; 16]), ExpectedSource::Session([8; 16]));
+        for (wanted, features, flags, refused) in [
+            (ExpectedSource::Guest, 0, 0, ""),
+            (ExpectedSource::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
+            (own, FEATURE_POSTCOPY, HELLO_RECOVER, ""),
+            (own, FEATURE_POSTCOPY, 0, "this is not its source"),
+            (other, FEATURE_POSTCOPY, HELLO_RECOVER, "this is not its source"),
+            (own, 0, HELLO_RECOVER, "does not offer that any more"),
+        ] {
+            let checked = wanted.check(&hello(features, flags));
+            let error = checked.err().map_or_else(String::new, |error| error.to_string());
+            assert_eq!(error.is_empty(), refused.is_empty(), "{wanted:?}: {error}");
+            assert!(error.contains(refused), "{wanted:?}: {error}");
+        }
+    }
+
+    /// If bytes stayed unread, the kernel would reset the connection, and the refusal could be
+    /// lost.
+    #[test]
+    fn a_refused_connection_is_read_to_the_end() {
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        let far = Duration::from_secs(60);
+        let socket = StreamSocket::new(ours.into(), far).unwrap();
+        theirs.write_all(&[1; 10_000]).unwrap();
+        drop(theirs);
+        let reader = RecordReader::new(socket.clone());
+        Rejected { reader, until: Instant::now() + far }.wait();
+        let flags = rustix::net::RecvFlags::DONTWAIT;
+        let (_, left) = rustix::net::recv(&socket, &mut [0; 8][..], flags).unwrap();
+        assert_eq!(left, 0);
+    }
+
+    /// Otherwise its streams would form a session, and the error of that would end the whole job.
+    #[test]
+    fn a_source_that_closed_after_its_hello_is_dropped() {
+        let job = job();
+        for goes in [false, true] {
+            let (mut theirs, ours) = UnixStream::pair().unwrap();
+            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60)).unwrap();
+            let payload = hello(0, 0).encode();
+            let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
+            theirs.write_all(&header.to_wire()).unwrap();
+            theirs.write_all(&payload).unwrap();
+            let _stays = (!goes).then_some(theirs);
+            let advanced = pending.advance(&job, ExpectedSource::Guest);
+            assert!(pending.hello.is_some());
+            assert_eq!(
+                matches!(advanced, Err(JobError::Transport(TransportError::Closed))),
+                goes,
+                "{advanced:?}"
+            );
+        }
+    }
+}
