@@ -7,7 +7,8 @@
 //! asked. The next snapshot takes it, and puts one of its own back. A job that needs the trackers
 //! or changes the memory ends it.
 
-use super::{DirtyPages, Trackers};
+use super::dirty_pages::DirtyPages;
+use super::trackers::Trackers;
 use crate::lock::lock;
 use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::{Arc, Mutex, MutexGuard};
