@@ -20,11 +20,13 @@
 //! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
 //! memory is placed, and then the job fails.
 
-use super::fault_reads::{FAULT_WORKERS, FaultForwarder};
+use super::error::RestoreError;
+use super::fault_reads::FAULT_WORKERS;
+use super::image_pages::ImagePages;
 use super::lazy_restore::LazyRestore;
 use super::reset::ResetGuard;
-use super::source::{RestoreError, Source};
-use super::working_set::{WorkingSetPlan, WorkingSetRecorder};
+use super::source::Source;
+use super::working_set::WorkingSetPlan;
 use super::{VmmState, resume_guest};
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
@@ -33,10 +35,9 @@ use crate::memory::host_page_set::HostPageSet;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
-use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
+use crate::missing_faults::FaultRegistration;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 /// Resumes the guest, and places its memory while it runs.
@@ -63,10 +64,10 @@ pub fn restore(
     missing_pages.drop_discarded(&job.memory);
     missing_pages.drop_recorded(guard.discards.since());
     let (pieces, mut record) = plan.parts();
-    let lazy_restore =
-        LazyRestore::new(job, source, &missing_pages, unread, pieces, record.is_some());
+    let pages = ImagePages::new(job, source, &missing_pages, unread);
+    let lazy_restore = LazyRestore::new(pages, pieces, record.is_some());
     let workers = usize::from(workers).min(MAX_READERS - FAULT_WORKERS);
-    let (whole, outcome) = run(&lazy_restore, record.as_mut(), workers, || {
+    let (whole, outcome) = lazy_restore.run(record.as_mut(), workers, || {
         state.load(job)?;
         if !missing_pages.finish_load() {
             return Err(JobError::State(
@@ -144,74 +145,6 @@ fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError>
         }
     }
     Ok(missing)
-}
-
-/// Answers faults and places the memory, while `start` loads the state and resumes the guest.
-/// Returns when no page is missing or a thread has failed.
-///
-/// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume the
-/// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed
-/// all the same, and the job fails with that error in the end.
-fn run(
-    lazy_restore: &LazyRestore<'_>, record: Option<&mut WorkingSetRecorder>, workers: usize,
-    start: impl FnOnce() -> Result<Option<JobError>, JobError>,
-) -> (bool, Result<(), JobError>) {
-    let stop = match StopEvent::new() {
-        Ok(stop) => stop,
-        Err(error) => return (false, Err(error)),
-    };
-    let (job, missing_pages) = (lazy_restore.job, lazy_restore.missing_pages);
-    let mut forwarder = FaultForwarder::new(lazy_restore, record);
-    std::thread::scope(|scope| {
-        let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
-        let no_thread = |source| JobError::Io { what: "start a thread", source };
-        let builder = std::thread::Builder::new;
-        let faults = builder().spawn_scoped(scope, move || {
-            handle_faults(job, missing_pages, &mut forwarder, stop, |error| {
-                lazy_restore.fail(error)
-            })
-        });
-        let faults = match faults {
-            Ok(faults) => faults,
-            Err(error) => return (false, Err(no_thread(error))),
-        };
-        let mut threads = Vec::with_capacity(FAULT_WORKERS + workers);
-        let mut refused = None;
-        for index in 0..FAULT_WORKERS + workers {
-            let work = move || {
-                lazy_restore.check(|| {
-                    if index < FAULT_WORKERS {
-                        lazy_restore.run_fault_worker(index)
-                    } else {
-                        lazy_restore.prefetch(index)
-                    }
-                });
-            };
-            match builder().spawn_scoped(scope, work) {
-                Ok(thread) => threads.push(thread),
-                Err(error) => refused = refused.or(Some(error)),
-            }
-        }
-        let mut not_resumed = None;
-        lazy_restore.check(|| {
-            // Either all threads start or the restore fails: whether a guest that waits gets its
-            // page must not depend on the number of threads.
-            refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
-            not_resumed = start()?;
-            lazy_restore.follow()
-        });
-        let outcome = lazy_restore.end();
-        let whole = outcome.is_ok();
-        // All content is placed. What is a hole now stays zero, and nobody waits for it.
-        if whole {
-            missing_pages.unregister();
-        }
-        drop(stopping);
-        let joined =
-            threads.into_iter().map(std::thread::ScopedJoinHandle::join).fold(Ok(()), Result::and);
-        let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
-        (whole, outcome.and(ended).and(not_resumed.map_or(Ok(()), Err)))
-    })
 }
 
 #[cfg(test)]

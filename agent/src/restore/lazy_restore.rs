@@ -1,32 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The state that the threads of a lazy restore share, and how they read and place pages.
+//! The threads of a lazy restore: starts them, follows them, and ends them.
 //!
-//! A host page that has content in the image is in two sets:
+//! - One thread reads the faults ([`FaultForwarder`]), and [`FAULT_WORKERS`] threads answer them
+//!   ([`FaultWorker`]).
+//! - The workers prefetch ([`Prefetcher`]).
+//! - The calling thread loads the VMM's state, resumes the guest, and waits until no page is
+//!   missing.
 //!
-//! - *unread* until a thread begins to read it. A thread that prefetches reads only what it takes
-//!   from this set, so no page is prefetched twice. A fault worker reads the page
-//!   in any case: a prefetch thread may hold the page already, but read megabytes before it.
-//! - *missing* until it is placed or discarded, whatever was read of it. See
-//!   [`crate::memory::missing_pages`].
-//!
-//! If there is no memory to place a page in, the thread tries again for `NO_MEMORY_TIMEOUT` while
-//! the guest waits. If one thread fails, all threads end and the job fails.
+//! If one thread fails, all threads end and the job fails.
 
+use super::fault_reads::{FAULT_WORKERS, FaultForwarder, FaultWorker, LastTouch};
+use super::image_pages::ImagePages;
+use super::prefetch::Prefetcher;
 use super::queues::{FaultQueue, PrefetchGate, WorkingSetPieces};
-use super::source::Source;
-use crate::job::{Job, JobError, add};
+use super::working_set::WorkingSetRecorder;
+use crate::job::JobError;
 use crate::lock::lock;
-use crate::memory::MemoryError;
-use crate::memory::cursor::Cursor;
-use crate::memory::host_page_set::HostPageSet;
-use crate::memory::missing_pages::{MissingPages, PlaceError};
-use crate::missing_faults::{RETRY, ShortageReport};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use crate::missing_faults::{StopEvent, handle_faults};
+use pageferry_protocol::memory::PageRange;
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest time between two looks at the progress.
@@ -37,79 +33,118 @@ const IDLE_POLL: Duration = Duration::from_millis(10);
 const IDLE_AFTER: Duration = Duration::from_millis(100);
 /// Longest wait for the guest to become idle.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a page may fail to be placed for want of memory before the restore fails.
-const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What all threads of a lazy restore share.
+/// A lazy restore and its threads.
 #[derive(Debug)]
 pub struct LazyRestore<'a> {
-    /// The job.
-    pub job: &'a Job,
-    /// The image to read from.
-    pub source: &'a Source,
-    /// The missing pages, and how to place them.
-    pub missing_pages: &'a MissingPages,
-    /// The host pages that no thread has begun to read.
-    pub unread: HostPageSet,
-    /// The position of the prefetch.
-    pub cursor: Cursor,
+    pages: ImagePages<'a>,
     /// The host pages that the guest waits for.
-    pub queue: FaultQueue,
+    queue: FaultQueue,
     /// The working set, which is prefetched before all other pages.
-    pub pieces: WorkingSetPieces,
+    pieces: WorkingSetPieces,
     /// Closed until pages outside of the working set may be prefetched.
-    pub gate: PrefetchGate,
+    gate: PrefetchGate,
     /// True if this restore records what the guest touches. Then, until the guest is idle, only
     /// pages that it touched are placed.
-    pub recording: bool,
-    /// When the guest last touched a missing page, in nanoseconds since `start`.
-    touched: AtomicU64,
-    start: Instant,
+    recording: bool,
+    last_touch: LastTouch,
     /// The error of the first thread that failed.
     failure: Mutex<Option<JobError>>,
-    failed: AtomicBool,
     /// The restore has ended, with success or without.
     over: AtomicBool,
 }
 
 impl<'a> LazyRestore<'a> {
-    /// A lazy restore of `missing_pages`, all of which are still `unread`. The pages `pieces` are
-    /// prefetched first.
-    pub fn new(
-        job: &'a Job, source: &'a Source, missing_pages: &'a MissingPages, unread: HostPageSet,
-        pieces: Vec<(usize, PageRange)>, recording: bool,
-    ) -> Self {
+    /// A lazy restore of `pages`. The pages `pieces` are prefetched first.
+    pub fn new(pages: ImagePages<'a>, pieces: Vec<(usize, PageRange)>, recording: bool) -> Self {
         Self {
-            job,
-            source,
-            missing_pages,
-            unread,
-            cursor: Cursor::new(&job.memory),
+            pages,
             queue: FaultQueue::default(),
             pieces: WorkingSetPieces::new(pieces),
             gate: PrefetchGate::default(),
             recording,
-            touched: AtomicU64::new(0),
-            start: Instant::now(),
+            last_touch: LastTouch::now(),
             failure: Mutex::default(),
-            failed: AtomicBool::new(false),
             over: AtomicBool::new(false),
         }
     }
 
-    /// Notes that the guest touched a missing page now.
-    pub fn touched(&self) {
-        let since = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.touched.store(since, Ordering::Relaxed);
-    }
-
     /// True if the threads must end.
     pub fn has_ended(&self) -> bool {
-        self.failed.load(Ordering::Acquire) || self.over.load(Ordering::Acquire)
+        self.pages.has_ended()
+    }
+
+    /// Answers faults and places the memory, while `start` loads the state and resumes the guest.
+    /// Returns when no page is missing or a thread has failed.
+    ///
+    /// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume the
+    /// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed
+    /// all the same, and the job fails with that error in the end.
+    pub fn run(
+        &self, record: Option<&mut WorkingSetRecorder>, workers: usize,
+        start: impl FnOnce() -> Result<Option<JobError>, JobError>,
+    ) -> (bool, Result<(), JobError>) {
+        let stop = match StopEvent::new() {
+            Ok(stop) => stop,
+            Err(error) => return (false, Err(error)),
+        };
+        let (pages, queue) = (&self.pages, &self.queue);
+        let mut forwarder = FaultForwarder::new(pages, queue, &self.last_touch, record);
+        std::thread::scope(|scope| {
+            let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
+            let no_thread = |source| JobError::Io { what: "start a thread", source };
+            let builder = std::thread::Builder::new;
+            let faults = builder().spawn_scoped(scope, move || {
+                let fail = |error| self.fail(error);
+                handle_faults(pages.job, pages.missing_pages, &mut forwarder, stop, fail);
+            });
+            let faults = match faults {
+                Ok(faults) => faults,
+                Err(error) => return (false, Err(no_thread(error))),
+            };
+            let mut threads = Vec::with_capacity(FAULT_WORKERS + workers);
+            let mut refused = None;
+            for index in 0..FAULT_WORKERS + workers {
+                let work = move || {
+                    self.check(|| {
+                        if index < FAULT_WORKERS {
+                            FaultWorker::new(pages, self.recording, index).run(queue)
+                        } else {
+                            Prefetcher::new(pages, index).run(&self.pieces, &self.gate)
+                        }
+                    });
+                };
+                match builder().spawn_scoped(scope, work) {
+                    Ok(thread) => threads.push(thread),
+                    Err(error) => refused = refused.or(Some(error)),
+                }
+            }
+            let mut not_resumed = None;
+            self.check(|| {
+                // Either all threads start or the restore fails: whether a guest that waits gets
+                // its page must not depend on the number of threads.
+                refused.map_or(Ok(()), |error| Err(no_thread(error)))?;
+                not_resumed = start()?;
+                self.follow()
+            });
+            let outcome = self.end();
+            let whole = outcome.is_ok();
+            // All content is placed. What is a hole now stays zero, and nobody waits for it.
+            if whole {
+                pages.missing_pages.unregister();
+            }
+            drop(stopping);
+            let joined = threads
+                .into_iter()
+                .map(std::thread::ScopedJoinHandle::join)
+                .fold(Ok(()), Result::and);
+            let ended = faults.join().and(joined).map_err(|_| JobError::Panicked);
+            (whole, outcome.and(ended).and(not_resumed.map_or(Ok(()), Err)))
+        })
     }
 
     /// Runs the work of one thread. If it fails or panics, all threads end.
-    pub fn check(&self, work: impl FnOnce() -> Result<(), JobError>) {
+    fn check(&self, work: impl FnOnce() -> Result<(), JobError>) {
         struct Panics<'a, 'b>(&'a LazyRestore<'b>);
         impl Drop for Panics<'_, '_> {
             fn drop(&mut self) {
@@ -126,22 +161,23 @@ impl<'a> LazyRestore<'a> {
 
     /// Ends all threads, and the job with `error` unless another thread failed first. Does nothing
     /// if the restore has ended.
-    pub fn fail(&self, error: JobError) {
+    fn fail(&self, error: JobError) {
         if self.over.load(Ordering::Acquire) {
             return;
         }
         lock(&self.failure).get_or_insert(error);
-        self.failed.store(true, Ordering::Release);
         self.release();
         // The VMM may be loading its state, and wait for a page that never comes. It cannot learn
         // of the failure in another way, so the page reads as zero.
-        self.missing_pages.release_waiters();
-        self.missing_pages.notify();
+        self.pages.missing_pages.release_waiters();
+        self.pages.missing_pages.notify();
     }
 
-    /// Wakes all threads that wait: for bandwidth, for the gate, or for a fault.
+    /// Tells all threads to end, and wakes those that wait: for bandwidth, for the gate, or for a
+    /// fault.
     fn release(&self) {
-        self.job.limiter.set_rate(0);
+        self.pages.end();
+        self.pages.job.limiter.set_rate(0);
         self.gate.end();
         self.queue.close();
     }
@@ -150,7 +186,7 @@ impl<'a> LazyRestore<'a> {
     ///
     /// # Errors
     /// The error of the first thread that failed.
-    pub fn end(&self) -> Result<(), JobError> {
+    fn end(&self) -> Result<(), JobError> {
         self.over.store(true, Ordering::Release);
         self.release();
         lock(&self.failure).take().map_or(Ok(()), Err)
@@ -161,18 +197,18 @@ impl<'a> LazyRestore<'a> {
     ///
     /// # Errors
     /// If the job is cancelled. After the commit point only a forced cancel does that.
-    pub fn follow(&self) -> Result<(), JobError> {
+    fn follow(&self) -> Result<(), JobError> {
         let running = Instant::now();
         loop {
-            self.missing_pages.event().reset();
+            self.pages.missing_pages.event().reset();
             if self.has_ended() {
                 return Ok(());
             }
-            if self.missing_pages.missing().remaining_pages() == 0 {
+            if self.pages.missing_pages.missing().remaining_pages() == 0 {
                 // The thread that took the last page may still be placing it. If that fails it
                 // makes the page missing again. So wait for it and look again.
-                self.job.memory.readers.wait(|_, _| true);
-                if self.missing_pages.missing().remaining_pages() == 0 {
+                self.pages.job.memory.readers.wait(|_, _| true);
+                if self.pages.missing_pages.missing().remaining_pages() == 0 {
                     return Ok(());
                 }
             }
@@ -181,86 +217,15 @@ impl<'a> LazyRestore<'a> {
                 self.gate.open();
             }
             let look = if rests { POLL } else { IDLE_POLL };
-            self.job.cancel.wait(
-                &[(self.missing_pages.event().as_fd(), PollFlags::IN)],
+            self.pages.job.cancel.wait(
+                &[(self.pages.missing_pages.event().as_fd(), PollFlags::IN)],
                 Instant::now() + look,
             )?;
         }
     }
 
     fn is_guest_idle(&self, running: Instant) -> bool {
-        let touched = self.start + Duration::from_nanos(self.touched.load(Ordering::Relaxed));
-        touched.max(running).elapsed() >= IDLE_AFTER || running.elapsed() >= IDLE_TIMEOUT
-    }
-
-    /// Reads the pages `range` into the start of `buffer`, and checks them. The pages lie in one
-    /// extent and are whole host pages.
-    ///
-    /// Pages without content are filled with zero if a host page is larger than a page. Otherwise
-    /// they are not missing, so they are never placed, and the buffer holds no defined bytes for
-    /// them.
-    ///
-    /// # Errors
-    /// If a page cannot be read or is damaged. The error names the page and its place in the file.
-    pub fn read<'b>(
-        &self, at: usize, range: PageRange, buffer: &'b mut [u8],
-    ) -> Result<&'b [u8], JobError> {
-        let content = &mut buffer[..range.bytes() as usize];
-        let pages = self.source.present(at).count(range);
-        if pages < range.count && self.missing_pages.missing().block(at).unit() > 1 {
-            content.fill(0);
-        }
-        self.source.read(at, range, content)?;
-        add(&self.job.live.wire_bytes, pages * PAGE_SIZE);
-        Ok(content)
-    }
-
-    /// Places those of the pages `range` that are missing. The range consists of whole host pages,
-    /// and `worker` is the number of the calling thread. Returns the number of pages placed.
-    ///
-    /// # Errors
-    /// If the kernel refuses for another reason than want of memory, or if there is no memory for
-    /// `NO_MEMORY_TIMEOUT`, or when the restore ends.
-    pub fn place(
-        &self, worker: usize, at: usize, range: PageRange, content: &[u8],
-    ) -> Result<u64, JobError> {
-        let begun = Instant::now();
-        let mut shortage = ShortageReport::new(self.job);
-        loop {
-            match self.place_once(worker, at, range, content) {
-                Ok(pages) => {
-                    add(&self.job.live.pages_sent, pages);
-                    return Ok(pages);
-                }
-                Err(error)
-                    if error.lacks_memory()
-                        && begun.elapsed() < NO_MEMORY_TIMEOUT
-                        && !self.has_ended() =>
-                {
-                    shortage.report(at);
-                    // The guest waits for the memory in the meantime. It is not lost.
-                    std::thread::sleep(RETRY);
-                }
-                Err(error) => {
-                    return Err(MemoryError::not_placed(&self.job.memory, at, error).into());
-                }
-            }
-        }
-    }
-
-    fn place_once(
-        &self, worker: usize, at: usize, range: PageRange, content: &[u8],
-    ) -> Result<u64, PlaceError> {
-        let (readers, missing) = (&self.job.memory.readers, self.missing_pages.missing().block(at));
-        if missing.unit() == 1 {
-            return self.missing_pages.place_pages(readers, worker, at, range, content);
-        }
-        let host_pages = missing.covering(range);
-        let bytes = (missing.unit() * PAGE_SIZE) as usize;
-        let each = (host_pages.first..host_pages.end()).zip(content.chunks_exact(bytes));
-        each.map(|(host_page, content)| {
-            self.missing_pages.place_host_page(readers, worker, at, host_page, content)
-        })
-        .sum()
+        self.last_touch.time().max(running).elapsed() >= IDLE_AFTER
+            || running.elapsed() >= IDLE_TIMEOUT
     }
 }

@@ -6,11 +6,13 @@
 //! - [`reset`]: makes the memory empty before a restore, and again after a restore that failed;
 //! - [`eager`]: places all memory, then the guest runs;
 //! - [`lazy`]: the guest runs first, and its memory is placed while it runs;
-//! - [`lazy_restore`]: what the threads of a lazy restore share: they read and place missing pages;
-//! - [`fault_reads`]: reads the pages that the guest waits for;
-//! - [`prefetch`]: reads the pages that the guest does not wait for yet;
+//! - [`lazy_restore`]: starts the threads of a lazy restore, follows them and ends them;
+//! - [`fault_reads`]: the threads that read the pages that the guest waits for;
+//! - [`prefetch`]: the threads that read the pages that the guest does not wait for yet;
+//! - [`image_pages`]: how such a thread reads and places missing pages;
 //! - [`queues`]: hands work to the threads of a lazy restore;
 //! - [`working_set`]: records which pages the guest touched first, for the next restore;
+//! - [`error`]: why a restore is refused;
 //! - this file: the phases, and the commit point after which the guest runs.
 //!
 //! The agent opens the image and checks everything except the pages, and it compares the blocks of
@@ -19,7 +21,9 @@
 //! again, so that the next attempt starts clean. The agent never writes to the image.
 
 pub mod eager;
+pub mod error;
 pub mod fault_reads;
+pub mod image_pages;
 pub mod lazy;
 pub mod lazy_restore;
 pub mod prefetch;
@@ -44,7 +48,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use source::RestoreError;
+pub use error::RestoreError;
 
 /// What to restore, and how.
 #[derive(Debug)]

@@ -10,7 +10,8 @@
 //!
 //! All reads count towards the bandwidth limit of the job.
 
-use super::lazy_restore::LazyRestore;
+use super::image_pages::ImagePages;
+use super::queues::{PrefetchGate, WorkingSetPieces};
 use crate::image::chain::in_extents;
 use crate::job::{JobError, add};
 use crate::memory::PageBuffer;
@@ -19,40 +20,10 @@ use pageferry_protocol::image::EXTENT_SIZE;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 
-impl LazyRestore<'_> {
-    /// Runs one worker: prefetches until no page is unread or the restore has ended.
-    ///
-    /// # Errors
-    /// If the image cannot be read or is damaged, or if a page cannot be placed.
-    pub fn prefetch(&self, worker: usize) -> Result<(), JobError> {
-        let mut reader = Reader {
-            restore: self,
-            worker,
-            buffer: PageBuffer::new(EXTENT_SIZE as usize),
-            runs: Vec::new(),
-        };
-        while !self.has_ended()
-            && let Some((at, pages)) = self.pieces.claim()
-        {
-            let placed = reader.fetch(at, self.unread.block(at).covering(pages))?;
-            add(&self.job.live.working_set_pages, placed);
-        }
-        if !self.gate.wait() {
-            return Ok(());
-        }
-        crate::priority::lower();
-        while !self.has_ended()
-            && let Some((at, host_pages)) = self.cursor.claim(&self.unread)
-        {
-            reader.fetch(at, host_pages)?;
-        }
-        Ok(())
-    }
-}
-
-/// What one worker needs to read and place pages.
-struct Reader<'a> {
-    restore: &'a LazyRestore<'a>,
+/// A worker that prefetches.
+#[derive(Debug)]
+pub struct Prefetcher<'a> {
+    pages: &'a ImagePages<'a>,
     /// Its number among all threads of the restore, which is also its slot in the fence.
     worker: usize,
     buffer: PageBuffer,
@@ -60,27 +31,56 @@ struct Reader<'a> {
     runs: Vec<PageRange>,
 }
 
-impl Reader<'_> {
+impl<'a> Prefetcher<'a> {
+    /// The worker with the number `worker`.
+    pub fn new(pages: &'a ImagePages<'a>, worker: usize) -> Self {
+        Self { pages, worker, buffer: PageBuffer::new(EXTENT_SIZE as usize), runs: Vec::new() }
+    }
+
+    /// Prefetches the working set `pieces`, and after `gate` opens all other pages, until no page
+    /// is unread or the restore has ended.
+    ///
+    /// # Errors
+    /// If the image cannot be read or is damaged, or if a page cannot be placed.
+    pub fn run(&mut self, pieces: &WorkingSetPieces, gate: &PrefetchGate) -> Result<(), JobError> {
+        let pages = self.pages;
+        while !pages.has_ended()
+            && let Some((at, piece)) = pieces.claim()
+        {
+            let placed = self.fetch(at, pages.unread.block(at).covering(piece))?;
+            add(&pages.job.live.working_set_pages, placed);
+        }
+        if !gate.wait() {
+            return Ok(());
+        }
+        crate::priority::lower();
+        while !pages.has_ended()
+            && let Some((at, host_pages)) = pages.cursor.claim(&pages.unread)
+        {
+            self.fetch(at, host_pages)?;
+        }
+        Ok(())
+    }
+
     /// Reads and places those of the host pages `host_pages` that are unread and still missing.
     /// Returns the number of pages placed.
     fn fetch(&mut self, at: usize, host_pages: PageRange) -> Result<u64, JobError> {
-        let Self { restore, worker, buffer, runs } = self;
-        let (unread, missing) =
-            (restore.unread.block(at), restore.missing_pages.missing().block(at));
-        restore.unread.take_range(at, host_pages, |word, bits| {
+        let Self { pages, worker, buffer, runs } = self;
+        let (unread, missing) = (pages.unread.block(at), pages.missing_pages.missing().block(at));
+        pages.unread.take_range(at, host_pages, |word, bits| {
             // A page that is not missing any more, for example discarded, need not be read.
             runs.extend(runs_of_word(word * WORD_BITS, bits & missing.bits().word(word)));
         });
         let mut placed = 0;
         for run in join_near_runs(runs.drain(..), NEAR / unread.unit()) {
             for range in in_extents(unread.pages(run)) {
-                restore.job.check()?;
-                restore.job.limiter.wait(range.bytes() as usize, &restore.job.cancel)?;
-                if restore.has_ended() {
+                pages.job.check()?;
+                pages.job.limiter.wait(range.bytes() as usize, &pages.job.cancel)?;
+                if pages.has_ended() {
                     return Ok(placed);
                 }
-                let content = restore.read(at, range, buffer)?;
-                placed += restore.place(*worker, at, range, content)?;
+                let content = pages.read(at, range, buffer)?;
+                placed += pages.place(*worker, at, range, content)?;
             }
         }
         Ok(placed)

@@ -8,97 +8,14 @@
 //! granularity and the host page size may differ: they belong to this VMM, and the guest does not
 //! see them.
 
-use super::working_set::WorkingSetFileError;
-use crate::image::blocks::{self, BlocksDifference};
+use super::error::RestoreError;
+use crate::image::blocks;
 use crate::image::{Chain, Image, ImageError};
+use crate::job::JobError;
 use crate::memory::GuestMemory;
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use std::path::{Path, PathBuf};
-
-/// Why an image cannot be restored into the memory of a VMM.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// A block of the image does not exist in the VMM.
-    #[error(
-        "block {id} \"{name}\" of the image does not exist in this VMM: add all blocks that the guest had"
-    )]
-    OnlyInImage {
-        /// The block.
-        id: u32,
-        /// Its name.
-        name: String,
-    },
-    /// A block of the VMM does not exist in the image.
-    #[error(
-        "block {id} \"{name}\" of this VMM is not in the image: add only the blocks that the guest had"
-    )]
-    NotInImage {
-        /// The block.
-        id: u32,
-        /// Its name.
-        name: String,
-    },
-    /// A host page is too large for a lazy restore.
-    #[error(
-        "block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly"
-    )]
-    HostPageTooLarge {
-        /// The block.
-        id: u32,
-        /// Size of a host page in bytes.
-        size: u64,
-        /// The largest size that can be placed at once.
-        limit: u64,
-    },
-    /// The memory is of a kind for which the kernel reports no missing faults.
-    #[error(
-        "block {id} is a file on a disk, and a lazy restore takes memfds, tmpfs and hugetlbfs: restore it eagerly"
-    )]
-    OnDisk {
-        /// The block.
-        id: u32,
-    },
-    /// The VMM gave no address for a block.
-    #[error("block {id} has no vmm_address, which a lazy restore needs: restore it eagerly")]
-    NotMapped {
-        /// The block.
-        id: u32,
-    },
-    /// The file at the path of the working set cannot be used.
-    #[error("working_set is {}", path.display())]
-    WorkingSet {
-        /// The path.
-        path: PathBuf,
-        /// What is wrong.
-        #[source]
-        source: WorkingSetFileError,
-    },
-    /// A field of a block differs from the image.
-    #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]
-    Field {
-        /// The block.
-        id: u32,
-        /// The field that differs.
-        field: &'static str,
-        /// Its value in the VMM.
-        here: String,
-        /// Its value in the image.
-        image: String,
-    },
-}
-
-impl From<BlocksDifference> for RestoreError {
-    fn from(difference: BlocksDifference) -> Self {
-        match difference {
-            BlocksDifference::OnlyInBase { id, name } => Self::OnlyInImage { id, name },
-            BlocksDifference::NotInBase { id, name } => Self::NotInImage { id, name },
-            BlocksDifference::Field { id, field, here, there: image } => {
-                Self::Field { id, field, here, image }
-            }
-        }
-    }
-}
+use std::path::Path;
 
 /// Compares the blocks of a VMM with those of an image.
 ///
@@ -121,7 +38,7 @@ impl Source {
     ///
     /// # Errors
     /// If the image cannot be opened or is damaged, or if the blocks differ.
-    pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, crate::job::JobError> {
+    pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, JobError> {
         // Compare the block table first: the page states of an image can take a gigabyte, and need
         // not be read if the blocks differ.
         compare(memory.table(), &Image::open_contents(path)?.contents().table)?;

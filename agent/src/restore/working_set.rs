@@ -19,7 +19,8 @@
 //! It also refuses if a check in advance shows that the file cannot be written. If writing fails at
 //! the end all the same, the job completes, and its status says why there is no working set.
 
-use super::source::{RestoreError, Source};
+use super::error::{RestoreError, WorkingSetFileError};
+use super::source::Source;
 use crate::image::ImageFault;
 use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
@@ -33,28 +34,6 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-
-/// Why the file at the path cannot be used and must not be replaced.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkingSetFileError {
-    /// The kernel refused to open or read it.
-    #[error("it cannot be read")]
-    Read(#[source] Errno),
-    /// It is not a regular file, or it is too long. With its size in bytes.
-    #[error(
-        "it is no working set: it is not a regular file, or its {0:#x} bytes are more than the limit of {MAX_SIZE:#x}"
-    )]
-    NotAWorkingSet(u64),
-    /// It is a file of another kind.
-    #[error("it is not to be overwritten")]
-    OtherKind(#[source] WorkingSetError),
-    /// It is empty.
-    #[error("it is empty, which is no working set: remove it, or choose another name")]
-    Empty,
-    /// There is no file, and none can be written.
-    #[error("it could not be written")]
-    Write(#[source] Box<ImageFault>),
-}
 
 /// What to do about the working set.
 #[derive(Debug, PartialEq, Eq)]

@@ -4,7 +4,8 @@ use super::*;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::test_support::memfd;
-use crate::restore::lazy_restore::LazyRestore;
+use crate::restore::fault_reads::FaultWorker;
+use crate::restore::image_pages::ImagePages;
 use crate::restore::source::Source;
 
 /// Number of pages in the aligned range that is read around a touched page.
@@ -16,9 +17,9 @@ fn page_of(_: u32, page: u64) -> Page {
     if (16..20).contains(&page) { Page::Zero } else { Page::Content }
 }
 
-/// Calls `what` with a lazy restore. Host pages have `unit` pages and are placed through `uffd`.
-fn with_restore(
-    unit: u64, uffd: impl FnOnce(&Ram) -> OwnedFd, what: impl FnOnce(&LazyRestore<'_>, &Ram),
+/// Calls `what` with the missing pages. Host pages have `unit` pages and are placed through `uffd`.
+fn with_pages(
+    unit: u64, uffd: impl FnOnce(&Ram) -> OwnedFd, what: impl FnOnce(&ImagePages<'_>, &Ram),
 ) {
     let Saved { folder: _folder, path, ram } = Saved::new(&[PAGES], page_of);
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
@@ -29,7 +30,7 @@ fn with_restore(
     let (unread, missing) = (missing.try_clone().unwrap(), Arc::new(missing));
     let (uffd, live) = (uffd(&ram), job.live.clone());
     let missing_pages = MissingPages::new(&ram.memory, missing, uffd, false, live).unwrap();
-    what(&LazyRestore::new(&job, &source, &missing_pages, unread, Vec::new(), false), &ram);
+    what(&ImagePages::new(&job, &source, &missing_pages, unread), &ram);
 }
 
 /// A descriptor for a restore that places nothing.
@@ -39,8 +40,9 @@ fn no_uffd(_: &Ram) -> OwnedFd {
 
 #[test]
 fn unread_pages_around_a_second_touch_are_claimed() {
-    with_restore(1, no_uffd, |restore, _| {
-        let claimed = |page| restore.claim_around(0, page);
+    with_pages(1, no_uffd, |pages, _| {
+        let worker = FaultWorker::new(pages, false, 0);
+        let claimed = |page| worker.claim_around(0, page);
         assert_eq!(claimed(37), PageRange::new(37, 1), "nothing near it was read");
         assert_eq!(claimed(39), PageRange::new(32, NEAR), "37 was");
         assert_eq!(claimed(48), PageRange::new(48, NEAR), "the page before it was");
@@ -61,16 +63,16 @@ fn pages_claimed_around_a_page_are_placed_with_it() {
         let uffd = registered.insert(register(ram));
         uffd.as_fd().try_clone_to_owned().unwrap()
     };
-    with_restore(1, uffd, |restore, ram| {
-        let mut buffer = vec![0; 512 * PAGE];
-        restore.serve_fault(0, (0, 37), &mut buffer).unwrap();
+    with_pages(1, uffd, |pages, ram| {
+        let mut worker = FaultWorker::new(pages, false, 0);
+        worker.serve_fault((0, 37)).unwrap();
         assert_eq!(ram.allocated(0), [PageRange::new(37, 1)]);
-        restore.serve_fault(0, (0, 39), &mut buffer).unwrap();
+        worker.serve_fault((0, 39)).unwrap();
         assert_eq!(ram.allocated(0), [PageRange::new(32, NEAR)]);
         (32..32 + NEAR).for_each(|page| assert_eq!(ram.touch(0, page), word_of(0, page)));
         let left = PAGES - 4 - NEAR;
         assert_eq!(
-            (restore.unread.remaining_pages(), restore.missing_pages.missing().remaining_pages()),
+            (pages.unread.remaining_pages(), pages.missing_pages.missing().remaining_pages()),
             (left, left)
         );
     });
@@ -79,9 +81,9 @@ fn pages_claimed_around_a_page_are_placed_with_it() {
 /// The buffer holds old bytes, which must not be placed.
 #[test]
 fn a_page_without_content_is_zero_in_a_larger_host_page() {
-    with_restore(8, no_uffd, |restore, _| {
+    with_pages(8, no_uffd, |pages, _| {
         let mut buffer = vec![0xff; 8 * PAGE];
-        let content = restore.read(0, PageRange::new(16, 8), &mut buffer).unwrap();
+        let content = pages.read(0, PageRange::new(16, 8), &mut buffer).unwrap();
         assert!(content[..4 * PAGE].iter().all(|byte| *byte == 0));
         assert_eq!(content[4 * PAGE..][..8], word_of(0, 20).to_le_bytes());
     });
