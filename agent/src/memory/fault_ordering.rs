@@ -7,7 +7,7 @@
 //! discard takes the page, then looks whether it is requested. Both put a sequentially consistent
 //! fence between their two accesses, so at least one of them sees the other.
 
-use super::bitmap::{Bitmap, WORD_BITS, Words};
+use super::sync::bitmap::{Bitmap, WORD_BITS, Words};
 use super::sync::{Ordering, fence};
 
 /// What a fault found.

@@ -30,7 +30,8 @@
 //! - [`fault_ordering`]: the steps by which a fault and an arrival or discard agree on who answers;
 //! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
 //!   while there is no fault;
-//! - [`pool`]: reserves huge pages before the guest runs.
+//! - [`pool`]: reserves huge pages before the guest runs;
+//! - [`sync`]: the atomics, locks and bitmaps that the model checker replaces.
 //!
 //! Reading and writing pages:
 //!
@@ -65,6 +66,7 @@ pub mod pool;
 pub mod recorded_discards;
 pub mod runs;
 pub mod small_pages;
+pub mod sync;
 #[cfg(test)]
 pub(crate) mod test_support;
 pub mod zero;
@@ -73,12 +75,3 @@ pub use backing::{Backing, BackingError};
 pub use block::{Block, GuestMemory};
 pub use error::MemoryError;
 pub use page_buffer::PageBuffer;
-
-// `fence.rs`, `marking.rs`, `fault_ordering.rs` and `capture_ordering.rs` import these from their
-// parent, so that the model checker can use its own versions.
-use pageferry_protocol::shm::bitmap;
-mod sync {
-    pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
-    pub(super) use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-    pub(super) use std::thread::yield_now;
-}

@@ -20,12 +20,11 @@
 //! Discarded pages need no fix-up here: whatever the trackers report of them, the image says that
 //! they are discarded. And a populate marks its pages in the log.
 
-use super::{SnapshotPlan, is_increment};
 use crate::job::{Job, JobError};
 use crate::memory::GuestMemory;
 use crate::snapshot::SnapshotError;
 use crate::tracking::checkpoint::{Checkpoint, SharedCheckpoint, State};
-use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
+use crate::tracking::{DirtyPages, LogTracker, Tracker, TrackerChoice, Trackers};
 use pageferry_protocol::image::{ImageId, id_text};
 use std::sync::Arc;
 
@@ -59,11 +58,13 @@ impl Changes {
     /// For a snapshot that builds on the image `base`, unless that id is zero. With `track`, the
     /// next increment may build on this snapshot.
     pub fn begin(
-        job: &Job, plan: &SnapshotPlan, base: ImageId, track: bool,
+        job: &Job, checkpoint: &SharedCheckpoint, choice: &TrackerChoice, base: ImageId,
+        track: bool,
     ) -> Result<Self, JobError> {
-        let (shared, memory) = (plan.checkpoint.clone(), job.memory.clone());
+        let (shared, memory) = (checkpoint.clone(), job.memory.clone());
         shared.stop_idle();
-        let increment = is_increment(base);
+        // The id of no base is all zero.
+        let increment = base != ImageId::default();
         if !increment && !track {
             return Ok(Self { shared, memory, tracked: None });
         }
@@ -111,7 +112,7 @@ impl Changes {
                 let ended = if let State::Ended(why) = other { Some(why) } else { None };
                 let timeout = job.hook_timeout;
                 tracked(
-                    Trackers::new(&plan.trackers, &job.hooks, timeout, &job.stop),
+                    Trackers::new(choice, &job.hooks, timeout, &job.stop),
                     false,
                     None,
                     ended,

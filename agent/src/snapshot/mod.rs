@@ -5,6 +5,7 @@
 //! - [`changes`]: what has changed since the last image, for increments;
 //! - [`prepare`]: what is done before the instant, so that the guest is paused for a shorter time;
 //! - [`protect`]: write protection, set before the instant as far as possible;
+//! - [`watch_state`]: what the fault thread and the job's thread share;
 //! - [`protect_ordering`]: the order of "protect a page" and "note that it is protected";
 //! - [`point_in_time`]: the instant, which decides which pages are saved;
 //! - [`write_faults`]: captures pages that the guest is about to write to;
@@ -23,6 +24,7 @@ pub mod prepare;
 pub mod protect;
 pub mod protect_ordering;
 pub mod sweep;
+pub mod watch_state;
 pub mod write_faults;
 
 pub use error::SnapshotError;
@@ -37,17 +39,12 @@ use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
 use changes::Changes;
 use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
-use pageferry_protocol::image::ImageId;
 use point_in_time::PointInTime;
 use prepare::Prepared;
 use protect::WriteWatch;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-// `protect_ordering.rs` imports this from its parent, so that the model checker can use its own
-// version.
-use pageferry_protocol::shm::bitmap;
 
 /// What to save, and how.
 #[derive(Debug)]
@@ -85,7 +82,7 @@ fn save(job: &Arc<Job>, plan: &SnapshotPlan) -> Result<(), JobError> {
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
     let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);
-    let mut changes = Changes::begin(job, plan, base.id, track)?;
+    let mut changes = Changes::begin(job, &plan.checkpoint, &plan.trackers, base.id, track)?;
     let captured = capture(job, plan, &writer, &mut changes);
     // The watch of writes, if there was one, ended with it.
     changes.resume();
@@ -191,9 +188,4 @@ fn finish(
     add(&job.live.discarded_pages, totals.discarded);
     job.count(|counters| counters.unchanged_pages = totals.unchanged);
     Ok(())
-}
-
-/// True if the image has a base: the id of no base is all zero.
-fn is_increment(base: ImageId) -> bool {
-    base != ImageId::default()
 }

@@ -9,7 +9,8 @@
 
 use super::changes::Changes;
 use super::prepare::Prepared;
-use super::protect::{Mode, WriteWatch};
+use super::protect::WriteWatch;
+use super::watch_state::Mode;
 use crate::image::ImageWriter;
 use crate::job::{Job, JobError};
 use crate::memory::copy_before_write::CopyBeforeWrite;

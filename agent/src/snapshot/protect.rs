@@ -14,13 +14,12 @@
 
 use super::prepare::Prepared;
 use super::protect_ordering;
+use super::watch_state::{Mode, WatchState};
 use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
-use crate::lock::lock;
 use crate::memory::backing::BackingKind;
-use crate::memory::block::DiscardObserver;
-use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
+use crate::memory::copy_before_write::Protection;
 use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::mappings::Mappings;
@@ -31,8 +30,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::userfault::Userfaultfd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 use std::thread::JoinHandle;
 
 /// The most pages that one call protects: 64 MiB. Other threads that change mappings wait for the
@@ -42,65 +40,6 @@ const MAX_PROTECTED: PageRange = PageRange::new(0, (64 << 20) / PAGE_SIZE);
 const MAX_WALKS: usize = 4;
 /// The number of pages that may be left for the pause: 16 MiB.
 const FEW_PAGES: u64 = (16 << 20) / PAGE_SIZE;
-
-/// What a write to a protected page means.
-#[derive(Debug)]
-pub enum Mode {
-    /// Before the instant: the write may happen, and is noted.
-    Ahead,
-    /// After the instant: the page is captured before the write.
-    CopyBeforeWrite(Arc<CopyBeforeWrite>),
-}
-
-/// The state that the fault thread and the job's thread share.
-#[derive(Debug)]
-pub struct WatchState {
-    /// The protection.
-    pub protection: Arc<Protection>,
-    /// Held while faults are handled.
-    mode: Mutex<Mode>,
-    /// Host pages that are certainly protected, before the instant.
-    ahead: Vec<BlockHostPages>,
-    /// Faults are not handled as they should be, so there must be no instant.
-    failed: AtomicBool,
-}
-
-impl WatchState {
-    /// No page is protected, and the instant has not come.
-    pub fn new(protection: Arc<Protection>, ahead: Vec<BlockHostPages>) -> Self {
-        let (mode, failed) = (Mutex::new(Mode::Ahead), AtomicBool::new(false));
-        Self { protection, mode, ahead, failed }
-    }
-
-    /// What a fault means now. It does not change while the guard is held.
-    pub fn mode(&self) -> MutexGuard<'_, Mode> {
-        lock(&self.mode)
-    }
-
-    /// Notes that faults are not handled as they should be.
-    pub fn fail(&self) {
-        self.failed.store(true, Ordering::Release);
-    }
-
-    /// Allows a write before the instant.
-    ///
-    /// # Errors
-    /// If the registration is gone, or the kernel refuses.
-    pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), CaptureError> {
-        let page = PageRange::new(host_page, 1);
-        protect_ordering::unprotect(self.ahead[at].bits(), page, || {
-            self.protection.unprotect(at, page)
-        })
-    }
-}
-
-/// The kernel may drop the protection of freed pages, and then no fault reports the write that
-/// populates them again.
-impl DiscardObserver for WatchState {
-    fn on_freed(&self, at: usize, range: PageRange) {
-        self.ahead[at].bits().clear(self.ahead[at].covering(range));
-    }
-}
 
 /// A watch of the guest's writes. On drop the mappings are unregistered, and waiting threads
 /// continue.
@@ -166,11 +105,7 @@ impl WriteWatch {
     /// # Errors
     /// If that is so. The log says why.
     pub fn check(&self) -> Result<(), JobError> {
-        if self.shared.failed.load(Ordering::Acquire) {
-            Err(SnapshotError::Faults.into())
-        } else {
-            Ok(())
-        }
+        if self.shared.has_failed() { Err(SnapshotError::Faults.into()) } else { Ok(()) }
     }
 
     /// No fault is handled while the guard is held.

@@ -8,7 +8,7 @@
 //! every noted page is protected. A protected page without a note is possible, and is simply
 //! protected once more.
 
-use super::bitmap::{Bitmap, Words};
+use crate::memory::sync::bitmap::{Bitmap, Words};
 use pageferry_protocol::memory::PageRange;
 
 /// Those of the host pages `wanted` of word `word` that are not certainly protected.

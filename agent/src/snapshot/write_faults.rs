@@ -13,7 +13,7 @@
 //! for a buffer, and the guest waits with it. After the hook timeout without a free buffer the
 //! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
-use super::protect::{Mode, WatchState};
+use super::watch_state::{Mode, WatchState};
 use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::PageBuffer;

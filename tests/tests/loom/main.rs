@@ -26,8 +26,8 @@ mod shm {
 mod memory {
     #![allow(dead_code, unreachable_pub, reason = "they are all of the agent's files")]
 
-    pub(crate) use super::shm::bitmap;
     pub(crate) mod sync {
+        pub(crate) use crate::shm::bitmap;
         pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
         pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
         pub(crate) use loom::thread::yield_now;
@@ -41,7 +41,6 @@ mod memory {
 
 #[path = "../../../agent/src/snapshot"]
 mod snapshot {
-    pub(crate) use super::shm::bitmap;
     #[allow(dead_code, unreachable_pub, reason = "it is all of the agent's file")]
     pub(crate) mod protect_ordering;
 }
