@@ -13,7 +13,8 @@
 
 use crate::event::Event;
 use crate::job::{Job, JobError};
-use crate::memory::missing_pages::{FaultOutcome, MissingPages, PlaceError};
+use crate::memory::missing_pages::{FaultOutcome, MissingPages};
+use crate::memory::page_placer::PlaceError;
 use crate::memory::pool;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};

@@ -11,7 +11,7 @@ use crate::image::ImageError;
 use crate::incoming::IncomingError;
 use crate::memory::MemoryError;
 use crate::memory::copy_before_write::CaptureError;
-use crate::memory::missing_pages::PlaceError;
+use crate::memory::page_placer::PlaceError;
 use crate::memory::pool::ReserveError;
 use crate::outgoing::OutgoingError;
 use crate::restore::RestoreError;

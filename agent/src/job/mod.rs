@@ -399,7 +399,7 @@ mod tests {
     use super::*;
     use crate::memory::MemoryError;
     use crate::memory::copy_before_write::CaptureError;
-    use crate::memory::missing_pages::PlaceError;
+    use crate::memory::page_placer::PlaceError;
     use pageferry_protocol::control::job::{OutgoingOptions, SnapshotOptions};
     use std::sync::Barrier;
 

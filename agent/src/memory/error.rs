@@ -2,11 +2,10 @@
 
 //! What can go wrong with the memory of a guest.
 
-use super::missing_pages::PlaceError;
+use super::page_placer::PlaceError;
 use super::pool::{self, ReserveError};
 use super::{BackingError, GuestMemory};
 use pageferry_protocol::shm::MappingError;
-use rustix::io::Errno;
 
 /// What can go wrong with the memory of a guest.
 #[derive(Debug, thiserror::Error)]
@@ -57,17 +56,5 @@ impl MemoryError {
         } else {
             Self::Place(error)
         }
-    }
-}
-
-impl PlaceError {
-    /// True if the host has no memory for the page now. It may have some later.
-    pub fn lacks_memory(&self) -> bool {
-        matches!(self, Self::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
-    }
-
-    /// True if the process that would wait for the page is gone.
-    pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Place { source: Errno::SRCH, .. })
     }
 }

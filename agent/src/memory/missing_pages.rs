@@ -42,6 +42,7 @@ use super::fault_ordering::{Requested, request, requested_of};
 use super::fence::Readers;
 use super::host_page_set::{HostPageSet, fence_words, words_of};
 use super::mappings::Mappings;
+use super::page_placer::{Failed, PagePlacer, PlaceError};
 use super::recorded_discards::RecordedDiscards;
 use super::{Block, GuestMemory};
 use crate::event::Event;
@@ -50,42 +51,12 @@ use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
-use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
-use rustix::io::Errno;
+use pageferry_protocol::userfault::Userfaultfd;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::yield_now;
 use std::time::Instant;
-
-/// Why faults cannot be served, or a page was not placed. Such a page is still missing.
-#[derive(Debug, thiserror::Error)]
-pub enum PlaceError {
-    /// The kernel refused.
-    #[error("host page {host_page:#x} of block {id} cannot be placed")]
-    Place {
-        /// The block.
-        id: u32,
-        /// Index of the host page in the block.
-        host_page: u64,
-        /// The kernel's error: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has
-        /// nothing mapped there, ESRCH if the VMM is gone.
-        #[source]
-        source: Errno,
-    },
-    /// There is no memory for the bitmaps.
-    #[error("bitmap")]
-    Bitmap(#[from] MappingError),
-    /// The kernel refused an event descriptor.
-    #[error("cannot create an event descriptor")]
-    Event(#[source] std::io::Error),
-    /// The faults cannot be read.
-    #[error("cannot read faults")]
-    Read(#[source] Errno),
-}
-
-/// A host page that could not be placed, and the kernel's error.
-type Failed = (u64, Errno);
 
 /// The outcome of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,10 +84,7 @@ pub struct MissingPages {
     /// Host pages that were placed, and are not yet announced to the source. `None` if the source
     /// does not want acknowledgements.
     placed: Option<Vec<MappedBitmap>>,
-    uffd: Userfaultfd,
-    mappings: Mappings,
-    /// A host page of zeroes for blocks with huge pages: UFFDIO_ZEROPAGE does not work there.
-    zeroes: Vec<u8>,
+    placer: PagePlacer,
     live: Arc<LiveCounters>,
     /// Readable when there is something to do for the job's thread.
     event: Event,
@@ -161,22 +129,13 @@ impl MissingPages {
             let bitmap = |at: usize| MappedBitmap::private(missing.block(at).bits().pages());
             (0..memory.blocks().len()).map(bitmap).collect()
         };
-        let mappings = Mappings::of(memory);
-        let huge = mappings
-            .all()
-            .iter()
-            .map(|mapping| mapping.unit)
-            .filter(|unit| *unit > PAGE_SIZE)
-            .max();
         Ok(Self {
             requested: bitmaps()?,
             touched: bitmaps()?,
             dropped: bitmaps()?,
             placed: acknowledge.then(bitmaps).transpose()?,
             missing,
-            uffd: uffd.into(),
-            mappings,
-            zeroes: vec![0; huge.unwrap_or(0) as usize],
+            placer: PagePlacer::new(uffd.into(), Mappings::of(memory)),
             live,
             event: Event::new().map_err(PlaceError::Event)?,
             load: Mutex::new(StateLoad::Loading),
@@ -191,7 +150,7 @@ impl MissingPages {
 
     /// The userfaultfd. Readable when there are faults.
     pub fn uffd(&self) -> &Userfaultfd {
-        &self.uffd
+        self.placer.uffd()
     }
 
     /// Readable when all pages have come, or there is something to announce to the source.
@@ -206,11 +165,7 @@ impl MissingPages {
 
     /// The block and host page of an address in the VMM. `None` if it is not guest memory.
     pub fn locate(&self, address: u64) -> Option<(usize, u64)> {
-        self.mappings.locate(address)
-    }
-
-    fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
-        self.mappings.addresses(at, host_pages)
+        self.placer.locate(address)
     }
 
     /// Hold this from before faults are read until they are answered or requested, and no longer:
@@ -272,10 +227,10 @@ impl MissingPages {
         let counts = self.requested[at].take_bits(word, bit) != 0;
         if self.may_be_stale(&memory.blocks()[at], at, host_page) {
             self.live.latency.forget(key(at, host_page));
-            self.wake(at, host_page);
+            self.placer.wake(at, host_page);
             return Ok(FaultOutcome::Resolved);
         }
-        self.place_zero(at, host_page).map_err(self.failed(at))?;
+        self.placer.place_zero(at, host_page).map_err(self.placer.failed(at))?;
         if counts {
             self.count_resolved(at, host_page);
         } else if is_first {
@@ -331,7 +286,8 @@ impl MissingPages {
             let taken = self.missing.take(at, word, mask);
             for run in runs_of_word(word * WORD_BITS, taken) {
                 let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
-                let placed = self.place(at, run, &content[start..start + run.bytes() as usize]);
+                let placed =
+                    self.placer.place(at, run, &content[start..start + run.bytes() as usize]);
                 placed.map_err(|error| self.give_back(at, word, taken, error))?;
             }
             used += u64::from(taken.count_ones());
@@ -355,7 +311,7 @@ impl MissingPages {
         if self.missing.take(at, word, bit) == 0 {
             return Ok(0);
         }
-        let placed = self.place(at, PageRange::new(host_page, 1), content);
+        let placed = self.placer.place(at, PageRange::new(host_page, 1), content);
         placed.map_err(|error| self.give_back(at, word, bit, error))?;
         self.finish_placed(at, word, bit);
         self.notify_if_complete(missing.unit());
@@ -382,7 +338,7 @@ impl MissingPages {
             let waited_for = requested_of(&self.requested[at], word, taken);
             for run in runs_of_word(word * WORD_BITS, waited_for) {
                 for host_page in run.first..run.end() {
-                    let placed = self.place_zero(at, host_page);
+                    let placed = self.placer.place_zero(at, host_page);
                     placed.map_err(|failed| self.give_back(at, word, taken, failed))?;
                 }
             }
@@ -395,90 +351,15 @@ impl MissingPages {
 
     /// Makes those host pages of word `word` missing again that were taken and not placed: the one
     /// that failed, and those after it. Call this before leaving the fence.
-    fn give_back(
-        &self, at: usize, word: u64, taken: u64, (host_page, source): Failed,
-    ) -> PlaceError {
-        self.missing.add(at, word, taken & !word_mask(0, host_page - word * WORD_BITS));
-        PlaceError::Place { id: self.mappings.all()[at].id, host_page, source }
-    }
-
-    /// Places host pages that were taken, up to the first that fails.
-    fn place(&self, at: usize, run: PageRange, mut content: &[u8]) -> Result<(), Failed> {
-        let unit = self.mappings.all()[at].unit;
-        let mut rest = run;
-        while !rest.is_empty() {
-            let range = self.addresses(at, rest);
-            let Err(FillError { done, errno }) = self.uffd.copy(range.start, content) else {
-                return Ok(());
-            };
-            let placed = done / unit;
-            rest = PageRange::new(rest.first + placed, rest.count - placed);
-            if errno != Errno::EXIST {
-                return Err((rest.first, errno));
-            }
-            self.check_present(at, rest.first)?;
-            // The VMM has written there by the file or another mapping, which pageferry cannot see.
-            // Its content is newer than what arrived, so it stays.
-            log::warn!(
-                "block {}: host page {:#x} was there before it came",
-                self.mappings.all()[at].id,
-                rest.first
-            );
-            self.wake(at, rest.first);
-            rest = PageRange::new(rest.first + 1, rest.count - 1);
-            content = &content[(done + unit) as usize..];
-        }
-        Ok(())
-    }
-
-    /// Answers a fault with zero. If there is a page by now, wakes the waiters instead.
-    fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
-        let unit = self.mappings.all()[at].unit;
-        let range = self.addresses(at, PageRange::new(host_page, 1));
-        let placed = if unit == PAGE_SIZE {
-            self.uffd.zero(range)
-        } else {
-            self.uffd.copy(range.start, &self.zeroes[..unit as usize])
-        };
-        match placed {
-            Ok(()) => Ok(()),
-            Err(FillError { errno: Errno::EXIST, .. }) => {
-                self.check_present(at, host_page)?;
-                self.wake(at, host_page);
-                Ok(())
-            }
-            Err(FillError { errno, .. }) => Err((host_page, errno)),
-        }
-    }
-
-    /// Checks the kernel's EEXIST. On hugetlbfs the kernel returns it also when the pool of huge
-    /// pages is empty. To believe it would throw the content away, and the guest would read zero
-    /// later.
-    fn check_present(&self, at: usize, host_page: u64) -> Result<(), Failed> {
-        if self.mappings.all()[at].unit == PAGE_SIZE {
-            return Ok(());
-        }
-        match self.uffd.is_populated(self.addresses(at, PageRange::new(host_page, 1))) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err((host_page, Errno::NOMEM)),
-            Err(errno) => Err((host_page, errno)),
-        }
+    fn give_back(&self, at: usize, word: u64, taken: u64, failed: Failed) -> PlaceError {
+        self.missing.add(at, word, taken & !word_mask(0, failed.0 - word * WORD_BITS));
+        self.placer.failed(at)(failed)
     }
 
     /// Wakes the threads that wait for a host page, because their fault could not be answered: they
     /// touch the page again, which makes a new fault.
     pub fn retry(&self, (at, host_page): (usize, u64)) {
-        self.wake(at, host_page);
-    }
-
-    fn wake(&self, at: usize, host_page: u64) {
-        // Fails only if nothing is mapped there any more. Then nobody waits.
-        let _ = self.uffd.wake(self.addresses(at, PageRange::new(host_page, 1)));
-    }
-
-    fn failed(&self, at: usize) -> impl Fn(Failed) -> PlaceError {
-        let id = self.mappings.all()[at].id;
-        move |(host_page, source)| PlaceError::Place { id, host_page, source }
+        self.placer.wake(at, host_page);
     }
 
     /// Host pages that were taken are placed, or zero and not waited for. Counts them, and notes
@@ -565,7 +446,7 @@ impl MissingPages {
             for run in runs_of_word(word * WORD_BITS, bits) {
                 for host_page in run.first..run.end() {
                     self.live.latency.forget(key(at, host_page));
-                    self.wake(at, host_page);
+                    self.placer.wake(at, host_page);
                 }
             }
         });
@@ -642,17 +523,7 @@ impl MissingPages {
     /// Unregisters the mappings. Waiting threads touch their pages again, and missing pages read as
     /// zero from now on. Call this only if nothing is missing, or if the guest will never run here.
     pub fn unregister(&self) {
-        for (at, mapping) in self.mappings.all().iter().enumerate() {
-            let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
-            if let Err(errno) = self.uffd.unregister(all) {
-                log::warn!(
-                    "block {}: cannot unregister {:#x} + {:#x}: {errno}",
-                    mapping.id,
-                    all.start,
-                    all.length
-                );
-            }
-        }
+        self.placer.unregister();
     }
 }
 

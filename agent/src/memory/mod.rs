@@ -27,6 +27,7 @@
 //!   runs;
 //! - [`capture_ordering`]: the steps by which captures, writes and discards of a page agree;
 //! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
+//! - [`page_placer`]: places pages through a userfaultfd;
 //! - [`fault_ordering`]: the steps by which a fault and an arrival or discard agree on who answers;
 //! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
 //!   while there is no fault;
@@ -62,6 +63,7 @@ pub mod mappings;
 pub mod marking;
 pub mod missing_pages;
 pub mod page_buffer;
+pub mod page_placer;
 pub mod pool;
 pub mod recorded_discards;
 pub mod runs;

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Places host pages through a userfaultfd, and what the kernel's errors mean.
+
+use super::mappings::Mappings;
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappingError;
+use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
+use rustix::io::Errno;
+
+/// Why faults cannot be served, or a page was not placed. Such a page is still missing.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// The kernel refused.
+    #[error("host page {host_page:#x} of block {id} cannot be placed")]
+    Place {
+        /// The block.
+        id: u32,
+        /// Index of the host page in the block.
+        host_page: u64,
+        /// The kernel's error: ENOMEM or ENOSPC if there is no memory, ENOENT if the VMM has
+        /// nothing mapped there, ESRCH if the VMM is gone.
+        #[source]
+        source: Errno,
+    },
+    /// There is no memory for the bitmaps.
+    #[error("bitmap")]
+    Bitmap(#[from] MappingError),
+    /// The kernel refused an event descriptor.
+    #[error("cannot create an event descriptor")]
+    Event(#[source] std::io::Error),
+    /// The faults cannot be read.
+    #[error("cannot read faults")]
+    Read(#[source] Errno),
+}
+
+/// A host page that could not be placed, and the kernel's error.
+pub(super) type Failed = (u64, Errno);
+
+impl PlaceError {
+    /// True if the host has no memory for the page now. It may have some later.
+    pub fn lacks_memory(&self) -> bool {
+        matches!(self, Self::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
+    }
+
+    /// True if the process that would wait for the page is gone.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Place { source: Errno::SRCH, .. })
+    }
+}
+
+/// The VMM's mappings, registered with a userfaultfd.
+#[derive(Debug)]
+pub struct PagePlacer {
+    uffd: Userfaultfd,
+    mappings: Mappings,
+    /// A host page of zeroes for blocks with huge pages: UFFDIO_ZEROPAGE does not work there.
+    zeroes: Vec<u8>,
+}
+
+impl PagePlacer {
+    /// All of `mappings` are registered with `uffd`.
+    pub(super) fn new(uffd: Userfaultfd, mappings: Mappings) -> Self {
+        let units = mappings.all().iter().map(|mapping| mapping.unit);
+        let huge = units.filter(|unit| *unit > PAGE_SIZE).max().unwrap_or(0);
+        Self { uffd, mappings, zeroes: vec![0; huge as usize] }
+    }
+
+    /// The userfaultfd. Readable when there are faults.
+    pub(super) fn uffd(&self) -> &Userfaultfd {
+        &self.uffd
+    }
+
+    /// The block and host page of an address in the VMM. `None` if it is not guest memory.
+    pub(super) fn locate(&self, address: u64) -> Option<(usize, u64)> {
+        self.mappings.locate(address)
+    }
+
+    fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
+        self.mappings.addresses(at, host_pages)
+    }
+
+    /// Places host pages that were taken, up to the first that fails.
+    pub(super) fn place(
+        &self, at: usize, run: PageRange, mut content: &[u8],
+    ) -> Result<(), Failed> {
+        let unit = self.mappings.all()[at].unit;
+        let mut rest = run;
+        while !rest.is_empty() {
+            let range = self.addresses(at, rest);
+            let Err(FillError { done, errno }) = self.uffd.copy(range.start, content) else {
+                return Ok(());
+            };
+            let placed = done / unit;
+            rest = PageRange::new(rest.first + placed, rest.count - placed);
+            if errno != Errno::EXIST {
+                return Err((rest.first, errno));
+            }
+            self.check_present(at, rest.first)?;
+            // The VMM has written there by the file or another mapping, which pageferry cannot see.
+            // Its content is newer than what arrived, so it stays.
+            log::warn!(
+                "block {}: host page {:#x} was there before it came",
+                self.mappings.all()[at].id,
+                rest.first
+            );
+            self.wake(at, rest.first);
+            rest = PageRange::new(rest.first + 1, rest.count - 1);
+            content = &content[(done + unit) as usize..];
+        }
+        Ok(())
+    }
+
+    /// Answers a fault with zero. If there is a page by now, wakes the waiters instead.
+    pub(super) fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        let unit = self.mappings.all()[at].unit;
+        let range = self.addresses(at, PageRange::new(host_page, 1));
+        let placed = if unit == PAGE_SIZE {
+            self.uffd.zero(range)
+        } else {
+            self.uffd.copy(range.start, &self.zeroes[..unit as usize])
+        };
+        match placed {
+            Ok(()) => Ok(()),
+            Err(FillError { errno: Errno::EXIST, .. }) => {
+                self.check_present(at, host_page)?;
+                self.wake(at, host_page);
+                Ok(())
+            }
+            Err(FillError { errno, .. }) => Err((host_page, errno)),
+        }
+    }
+
+    /// Checks the kernel's EEXIST. On hugetlbfs the kernel returns it also when the pool of huge
+    /// pages is empty. To believe it would throw the content away, and the guest would read zero
+    /// later.
+    fn check_present(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        if self.mappings.all()[at].unit == PAGE_SIZE {
+            return Ok(());
+        }
+        match self.uffd.is_populated(self.addresses(at, PageRange::new(host_page, 1))) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err((host_page, Errno::NOMEM)),
+            Err(errno) => Err((host_page, errno)),
+        }
+    }
+
+    /// Wakes the threads that wait for a host page. They touch the page again.
+    pub(super) fn wake(&self, at: usize, host_page: u64) {
+        // Fails only if nothing is mapped there any more. Then nobody waits.
+        let _ = self.uffd.wake(self.addresses(at, PageRange::new(host_page, 1)));
+    }
+
+    /// The error of the block at index `at`.
+    pub(super) fn failed(&self, at: usize) -> impl Fn(Failed) -> PlaceError {
+        let id = self.mappings.all()[at].id;
+        move |(host_page, source)| PlaceError::Place { id, host_page, source }
+    }
+
+    /// Unregisters all mappings. Waiting threads touch their pages again.
+    pub(super) fn unregister(&self) {
+        for (at, mapping) in self.mappings.all().iter().enumerate() {
+            let all = self.addresses(at, PageRange::new(0, mapping.length / mapping.unit));
+            if let Err(errno) = self.uffd.unregister(all) {
+                log::warn!(
+                    "block {}: cannot unregister {:#x} + {:#x}: {errno}",
+                    mapping.id,
+                    all.start,
+                    all.length
+                );
+            }
+        }
+    }
+}
