@@ -32,7 +32,7 @@
 //! Discards and populates happen at the same time. [`crate::memory::discard`] explains why every
 //! interleaving is right.
 
-use super::Migration;
+use super::migration::Migration;
 use super::sender::PassView;
 use crate::job::{JobError, add, micros};
 use crate::memory::MemoryError;

@@ -11,9 +11,9 @@
 //! commit point, the guest continues here. If the confirmation does not come, the job is
 //! *unconfirmed*, and an operator must look at both sides.
 
-use super::Migration;
 use super::connect::{Primary, SessionId};
 use super::job::OutgoingJob;
+use super::migration::Migration;
 use super::stop::Stop;
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{JobError, add};

@@ -5,6 +5,7 @@
 //! [`run`] runs its phases. A phase takes what the one before it returned.
 //!
 //! - [`job`]: the job, as the session and the threads see it;
+//! - [`migration`]: what a running migration owns;
 //! - [`connect`]: connects the streams, and the handshake;
 //! - [`fixup`]: syncs the trackers, and clears discarded pages (`fix-up-after-sync`);
 //! - [`pass`]: one walk of all workers over the dirty pages;
@@ -26,6 +27,7 @@ pub mod error;
 pub mod fixup;
 pub mod handover;
 pub mod job;
+pub mod migration;
 pub mod pass;
 pub mod postcopy;
 pub mod sender;
@@ -33,40 +35,21 @@ pub mod stop;
 
 pub use error::OutgoingError;
 
-use crate::hooks::HookError;
 use crate::job::JobError;
 use crate::job::pause::PausedGuest;
-use crate::tracking::{TrackerChoice, Trackers};
-use crate::transport::Address;
-use crate::transport::TransportError;
-use connect::{SessionId, Streams, Target};
-use converge::PassMeasurements;
-use fixup::DirtyState;
+use crate::tracking::TrackerChoice;
+use connect::{SessionId, Target};
 use handover::{commit, wait_loaded};
 use job::OutgoingJob;
-use pageferry_protocol::control::hook::Hook;
+use migration::Migration;
 use pageferry_protocol::control::job::{Mode, Phase};
-use postcopy::AlreadySent;
+use postcopy::remaining::AlreadySent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stop::Stop;
 
 /// Longest delay before a wait between passes notices a request for postcopy.
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
-
-/// Everything that a running migration owns. [`Migration::clean_up`] leaves the VMM as it was
-/// before: trackers off, throttle off.
-struct Migration {
-    job: Arc<OutgoingJob>,
-    session: SessionId,
-    /// The address of the destination, if it listens.
-    address: Option<Address>,
-    streams: Streams,
-    trackers: Trackers,
-    dirty: DirtyState,
-    measurements: PassMeasurements,
-    throttled: bool,
-}
 
 /// What follows the passes.
 enum After {
@@ -96,23 +79,6 @@ fn migrate(job: &Arc<OutgoingJob>, target: Target, choice: &TrackerChoice) -> Re
 }
 
 impl Migration {
-    fn new(
-        job: &Arc<OutgoingJob>, session: SessionId, address: Option<Address>, streams: Streams,
-        choice: &TrackerChoice,
-    ) -> Result<Self, JobError> {
-        let options = job.options();
-        Ok(Self {
-            job: job.clone(),
-            session,
-            address,
-            streams,
-            trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
-            dirty: DirtyState::new(&job.memory)?,
-            measurements: PassMeasurements::default(),
-            throttled: false,
-        })
-    }
-
     fn move_guest(&mut self) -> Result<(), JobError> {
         if self.job.options().mode == Mode::Postcopy {
             return self.run_postcopy(AlreadySent::Nothing);
@@ -186,49 +152,5 @@ impl Migration {
         wait_loaded(&self.job, &mut self.streams.primary, stop)?;
         self.job.enter(Phase::Committing);
         commit(&self.job, &mut paused, &mut self.streams.primary, SessionId::default())
-    }
-
-    fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
-        self.throttled = true;
-        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.hook_timeout) {
-            Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
-            // A VMM that cannot throttle its guest is as good as one that was not asked.
-            Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
-            Err(error) => return Err(error.into()),
-        }
-        Ok(())
-    }
-
-    /// Leaves the VMM as it was before. The guest itself is resumed by the drop of its
-    /// [`PausedGuest`], if it still belongs here.
-    fn clean_up(&mut self) {
-        let timeout = self.job.hook_timeout;
-        if std::mem::take(&mut self.throttled)
-            && let Err(error) = self.job.hooks.undo(&Hook::Throttle { percent: 0 }, timeout)
-        {
-            log::warn!("the guest stays throttled: {}", crate::error::chain(&error));
-        }
-        self.trackers.stop();
-    }
-
-    /// Chooses the error to report: if the peer failed, it sent its reason before it closed.
-    fn explain(&mut self, error: JobError) -> JobError {
-        match &error {
-            // A peer that was silent for so long has sent nothing that could still arrive.
-            JobError::Transport(
-                TransportError::Silent(_) | TransportError::RecordTimeout { .. },
-            ) => error,
-            JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
-                self.streams.primary.read_error().map_or(error, JobError::Peer)
-            }
-            JobError::Unconfirmed { .. }
-            | JobError::Stranded { .. }
-            | JobError::Peer(_)
-            | JobError::Cancelled => error,
-            _ => {
-                self.streams.send_error(&error.to_remote());
-                error
-            }
-        }
     }
 }

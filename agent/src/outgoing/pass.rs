@@ -9,8 +9,8 @@
 //! The destination answers when it has applied the pass. If one worker fails, the others stop at
 //! their next chunk, and the pass fails.
 
-use super::Migration;
 use super::fixup::DirtyState;
+use super::migration::Migration;
 use super::sender::{PageSender, PassView};
 use crate::job::{JobError, get};
 use crate::memory::MemoryError;

@@ -21,23 +21,15 @@ pub mod page_sender;
 pub mod recover;
 pub mod remaining;
 
-use super::Migration;
 use super::handover::{commit, wait_loaded};
+use super::migration::Migration;
 use super::stop::Stop;
 use crate::job::JobError;
 use crate::job::pause::PausedGuest;
 use crate::memory::host_page_set::HostPageSet;
 use page_sender::PostcopySource;
 use pageferry_protocol::control::job::Phase;
-
-/// What the destination has when the guest is moved before the rest of its memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AlreadySent {
-    /// Nothing was sent: all allocated pages remain.
-    Nothing,
-    /// Passes were sent: the dirty pages remain.
-    Passes,
-}
+use remaining::AlreadySent;
 
 impl Migration {
     /// Hands the stopped guest over before the rest of its memory.

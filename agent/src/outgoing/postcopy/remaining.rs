@@ -9,9 +9,8 @@
 //! A discarded page in such a host page is sent as zero. A page that was written after its discard
 //! is sent with its content. Both stay discarded: they are announced with the stray flag.
 
-use super::super::Migration;
+use super::super::migration::Migration;
 use super::super::pass::find_allocated;
-use super::AlreadySent;
 use crate::job::{JobError, add};
 use crate::memory::Block;
 use crate::memory::host_page_set::{HostPageSet, words_of};
@@ -20,6 +19,15 @@ use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::payload::{MAX_BITMAP_PAGES, encode_bitmap};
 use pageferry_protocol::stream::record::FLAG_STRAY;
 use pageferry_protocol::stream::{Kind, RecordHeader};
+
+/// What the destination has when the guest is moved before the rest of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AlreadySent {
+    /// Nothing was sent: all allocated pages remain.
+    Nothing,
+    /// Passes were sent: the dirty pages remain.
+    Passes,
+}
 
 impl Migration {
     /// Announces all discards, and finds the pages that remain.

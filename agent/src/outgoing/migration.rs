@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What a running migration owns, and how that ends.
+
+use super::connect::{SessionId, Streams};
+use super::converge::PassMeasurements;
+use super::fixup::DirtyState;
+use super::job::OutgoingJob;
+use crate::hooks::HookError;
+use crate::job::JobError;
+use crate::tracking::{TrackerChoice, Trackers};
+use crate::transport::{Address, TransportError};
+use pageferry_protocol::control::hook::Hook;
+use std::sync::Arc;
+
+/// Everything that a running migration owns. [`Migration::clean_up`] leaves the VMM as it was
+/// before: trackers off, throttle off.
+pub(super) struct Migration {
+    pub(super) job: Arc<OutgoingJob>,
+    pub(super) session: SessionId,
+    /// The address of the destination, if it listens.
+    pub(super) address: Option<Address>,
+    pub(super) streams: Streams,
+    pub(super) trackers: Trackers,
+    pub(super) dirty: DirtyState,
+    pub(super) measurements: PassMeasurements,
+    pub(super) throttled: bool,
+}
+
+impl Migration {
+    pub(super) fn new(
+        job: &Arc<OutgoingJob>, session: SessionId, address: Option<Address>, streams: Streams,
+        choice: &TrackerChoice,
+    ) -> Result<Self, JobError> {
+        let options = job.options();
+        Ok(Self {
+            job: job.clone(),
+            session,
+            address,
+            streams,
+            trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
+            dirty: DirtyState::new(&job.memory)?,
+            measurements: PassMeasurements::default(),
+            throttled: false,
+        })
+    }
+
+    /// Asks the VMM to throttle its guest.
+    pub(super) fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
+        self.throttled = true;
+        match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.hook_timeout) {
+            Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
+            // A VMM that cannot throttle its guest is as good as one that was not asked.
+            Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
+    }
+
+    /// Leaves the VMM as it was before. The guest itself is resumed by the drop of its
+    /// [`PausedGuest`], if it still belongs here.
+    pub(super) fn clean_up(&mut self) {
+        let timeout = self.job.hook_timeout;
+        if std::mem::take(&mut self.throttled)
+            && let Err(error) = self.job.hooks.undo(&Hook::Throttle { percent: 0 }, timeout)
+        {
+            log::warn!("the guest stays throttled: {}", crate::error::chain(&error));
+        }
+        self.trackers.stop();
+    }
+
+    /// Chooses the error to report: if the peer failed, it sent its reason before it closed.
+    pub(super) fn explain(&mut self, error: JobError) -> JobError {
+        match &error {
+            // A peer that was silent for so long has sent nothing that could still arrive.
+            JobError::Transport(
+                TransportError::Silent(_) | TransportError::RecordTimeout { .. },
+            ) => error,
+            JobError::Transport(_) if !self.job.cancel.is_cancelled() => {
+                self.streams.primary.read_error().map_or(error, JobError::Peer)
+            }
+            JobError::Unconfirmed { .. }
+            | JobError::Stranded { .. }
+            | JobError::Peer(_)
+            | JobError::Cancelled => error,
+            _ => {
+                self.streams.send_error(&error.to_remote());
+                error
+            }
+        }
+    }
+}
