@@ -10,7 +10,7 @@
 //! A client has `SEND_TIMEOUT` to read an answer, and `FRAME_TIMEOUT` to send a request that has
 //! begun, unless it is the VMM. After that, or if the framing is broken, the connection ends.
 
-use super::Hub;
+use super::hub::Hub;
 use crate::event::Event;
 use crate::session::vhost_user::ExpectedReply;
 use pageferry_protocol::control::codec::Encoder;

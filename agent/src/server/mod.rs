@@ -3,6 +3,7 @@
 //! The control socket of the agent: it accepts the connections of a VMM and of operators.
 //!
 //! - `connection`: one connection, served by its own thread: requests in, answers and events out;
+//! - `hub`: what the threads of the connections share with the reactor's thread;
 //! - this file: the reactor's thread.
 //!
 //! The reactor's thread accepts connections. It also reacts to signals, to changes of a job, and to
@@ -24,21 +25,21 @@
 //! long.
 
 mod connection;
+mod hub;
 
-use crate::event::Event;
-use crate::lock::lock;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
 use crate::transport::backoff::{self, Backoff};
 use crate::transport::unix_path::UnixPathListener;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
+use hub::Hub;
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -80,24 +81,6 @@ pub struct Server {
     stopping: bool,
 }
 
-/// Shared by the threads of the connections and the reactor's thread.
-#[derive(Debug)]
-struct Hub {
-    session: SharedSession,
-    /// Wakes the reactor.
-    notify: Arc<Event>,
-    /// Tokens of connections whose threads have ended.
-    ended: Mutex<Vec<u64>>,
-}
-
-impl Hub {
-    /// Reports to the reactor that the thread of a connection ends.
-    fn connection_ended(&self, token: u64) {
-        lock(&self.ended).push(token);
-        self.notify.signal();
-    }
-}
-
 impl Server {
     /// A server that does not listen yet.
     ///
@@ -116,7 +99,7 @@ impl Server {
             waiting: None,
             connections: BTreeMap::new(),
             next_token: FIRST_CONNECTION,
-            hub: Arc::new(Hub { session, notify, ended: Mutex::default() }),
+            hub: Arc::new(Hub::new(session, notify)),
             inherited: None,
             signals: None,
             stopping: false,
@@ -363,7 +346,7 @@ impl Server {
 
     /// Removes the connections whose threads have ended.
     fn forget_ended(&mut self) {
-        let ended = std::mem::take(&mut *lock(&self.hub.ended));
+        let ended = self.hub.take_ended();
         for token in ended {
             if let Some((connection, _thread)) = self.connections.remove(&token) {
                 // The thread is about to return. It need not be joined.
