@@ -270,7 +270,7 @@ fn read(
     let count = missing_pages.uffd().read_faults(faults).map_err(PlaceError::Read)?;
     for address in &faults[..count] {
         let Some(page) = missing_pages.locate(*address) else { continue };
-        match missing_pages.fault(&job.memory, page, since) {
+        match missing_pages.fault(&job.memory.readers, page, since) {
             Ok(FaultOutcome::Request) => to_ask.push(page),
             Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}
             Err(error) if error.is_gone() => return Err(error.into()),
@@ -320,10 +320,11 @@ mod tests {
         let job = test_support::job_of(JobKind::Restore, memory.clone());
         let (folder, missing) = (
             std::fs::File::open("/").unwrap(),
-            Arc::new(HostPageSet::empty(&memory, &[]).unwrap()),
+            Arc::new(HostPageSet::empty(memory.blocks(), &[]).unwrap()),
         );
         let missing_pages =
-            MissingPages::new(&memory, missing, folder.into(), false, job.live.clone()).unwrap();
+            MissingPages::new(memory.blocks(), missing, folder.into(), false, job.live.clone())
+                .unwrap();
         let (stop, mut why) = (StopEvent::new().unwrap(), None);
         let _ = catch_unwind(AssertUnwindSafe(|| {
             handle_faults(&job, &missing_pages, &mut requester, stop.as_fd(), |error| {
@@ -370,11 +371,12 @@ mod tests {
         fn new() -> Option<Self> {
             let ram = test_support::Registered::new(64)?;
             let job = test_support::job_of(JobKind::Incoming, ram.memory.clone());
-            let missing = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
+            let missing = HostPageSet::empty(ram.memory.blocks(), &[PAGE_SIZE]).unwrap();
             missing.add(0, 0, 1 << MISSING);
             let (missing, uffd) = (Arc::new(missing), ram.for_agent());
             let missing_pages =
-                MissingPages::new(&ram.memory, missing, uffd, false, job.live.clone()).unwrap();
+                MissingPages::new(ram.memory.blocks(), missing, uffd, false, job.live.clone())
+                    .unwrap();
             Some(Self { job, ram, missing_pages, stop: StopEvent::new().unwrap() })
         }
 

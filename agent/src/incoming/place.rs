@@ -29,9 +29,9 @@ use crate::job::{Job, JobError, add};
 use crate::lock::lock;
 use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
+use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::huge::{Fill, HugeWindow};
-use crate::memory::recorded_discards::DiscardRecorder;
 use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block, GuestMemory, huge};
 use crate::transport::StreamError;
@@ -124,7 +124,12 @@ impl<'a> Placer<'a> {
         }
         let host_pages: Vec<u64> =
             job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-        Ok(Self { job, blocks, missing: HostPageSet::empty(&job.memory, &host_pages)?, given_back })
+        Ok(Self {
+            job,
+            blocks,
+            missing: HostPageSet::empty(job.memory.blocks(), &host_pages)?,
+            given_back,
+        })
     }
 
     /// The pages that come after the guest runs.

@@ -419,7 +419,7 @@ mod tests {
         let gone = ended(PlaceError::Read(Errno::SRCH).into());
         assert!(gone.starts_with("the VMM is gone: cannot read faults"), "{gone}");
         let place = PlaceError::Place { id: 3, host_page: 9, source: Errno::SRCH };
-        let gone = ended(MemoryError::not_placed(&GuestMemory::default(), 0, place).into());
+        let gone = ended(MemoryError::Place(place).into());
         assert!(gone.starts_with("the VMM is gone: host page 0x9 of block 3"), "{gone}");
         let gone = ended(JobError::Io { what: "read", source: Errno::SRCH.into() });
         assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");

@@ -22,8 +22,8 @@
 //!   capture: a page that was discarded at the instant is not pending, and is saved as discarded.
 //!
 //! Discards set their marks, and the instant collects the pending pages, under one lock
-//! ([`GuestMemory::marking`]). So a discard either comes before the instant, or finds the pending
-//! pages.
+//! ([`GuestMemory::marking`](super::GuestMemory::marking)). So a discard either comes before the
+//! instant, or finds the pending pages.
 //!
 //! These steps are in [`super::capture_ordering`], and a model checker tries all orders of them.
 //! The last step has an order, too: "nothing is pending" does not mean "everything is read",
@@ -34,14 +34,14 @@
 //! VMM gives up on the agent, it unregisters its mappings, and the removal of the protection that
 //! follows each read fails. Then the snapshot fails.
 
-use super::MemoryError;
+use super::block::Block;
 use super::capture_ordering::{before_unregister, before_write, capture};
 use super::cursor::Cursor;
+use super::error::MemoryError;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::host_page_set::{HostPageSet, fence_words};
 use super::mappings::Mappings;
 use super::page_buffer::PageBuffer;
-use super::{Block, GuestMemory};
 use crate::lock::lock;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -153,6 +153,7 @@ impl Protection {
 /// The copy-before-write state of one snapshot.
 #[derive(Debug)]
 pub struct CopyBeforeWrite {
+    blocks: Vec<Arc<Block>>,
     /// Pages that are not captured yet. With protection, the unit is the host page of the mapping;
     /// without, it is a page.
     pending: Arc<HostPageSet>,
@@ -184,9 +185,9 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Room for about `bytes` bytes of pages of `memory`, and for at least one host page.
-    fn new(memory: &GuestMemory, bytes: usize) -> Result<Self, MappingError> {
-        let largest = memory.blocks().iter().map(|block| block.backing.host_page_size()).max();
+    /// Room for about `bytes` bytes of pages of `blocks`, and for at least one host page.
+    fn new(blocks: &[Arc<Block>], bytes: usize) -> Result<Self, MappingError> {
+        let largest = blocks.iter().map(|block| block.backing.host_page_size()).max();
         let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
         Ok(Self {
             buffer: PageBuffer::try_new(bytes + part)?,
@@ -220,26 +221,38 @@ impl Batch {
 }
 
 impl CopyBeforeWrite {
-    /// Will capture the `pending` pages into `sink`.
+    /// Will capture the `pending` pages of `blocks` into `sink`.
     pub fn new(
-        memory: &GuestMemory, pending: Arc<HostPageSet>, protection: Option<Arc<Protection>>,
+        blocks: &[Arc<Block>], pending: Arc<HostPageSet>, protection: Option<Arc<Protection>>,
         sink: Arc<dyn Sink>, live: Arc<LiveCounters>,
     ) -> Self {
         let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
         let (stopped, discard_batch, cursor) = (
             AtomicBool::new(false),
             Mutex::default(),
-            Cursor::with_pieces(memory, BATCH as u64 / PAGE_SIZE),
+            Cursor::with_pieces(blocks, BATCH as u64 / PAGE_SIZE),
         );
-        Self { pending, protection, sink, live, failure, failed, stopped, discard_batch, cursor }
+        let blocks = blocks.to_vec();
+        Self {
+            blocks,
+            pending,
+            protection,
+            sink,
+            live,
+            failure,
+            failed,
+            stopped,
+            discard_batch,
+            cursor,
+        }
     }
 
     /// The buffer that a worker needs. It is empty between two calls of [`CopyBeforeWrite::sweep`].
     ///
     /// # Errors
     /// If there is no memory for it.
-    pub fn batch(&self, memory: &GuestMemory) -> Result<Batch, CaptureError> {
-        Batch::new(memory, self.sink.batch()).map_err(|error| MemoryError::from(error).into())
+    pub fn batch(&self) -> Result<Batch, CaptureError> {
+        Batch::new(&self.blocks, self.sink.batch()).map_err(|error| MemoryError::from(error).into())
     }
 
     /// The pages that are not captured yet.
@@ -253,11 +266,11 @@ impl CopyBeforeWrite {
     /// # Errors
     /// If a page cannot be read or put, or the protection is gone.
     pub fn sweep(
-        &self, memory: &GuestMemory, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
+        &self, readers: &Readers, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
     ) -> Result<u64, CaptureError> {
         let mut pages = 0;
         for (word, mask) in fence_words(range, self.pending.block(at).unit()) {
-            pages += self.read(memory, worker, (at, word, mask), batch)?;
+            pages += self.read(readers, worker, (at, word, mask), batch)?;
             if batch.is_full() {
                 self.unprotect_and_put(batch)?;
             }
@@ -269,17 +282,17 @@ impl CopyBeforeWrite {
     /// Takes and reads those of the host pages `mask` of word `word` that are pending. Returns the
     /// number of pages.
     fn read(
-        &self, memory: &GuestMemory, worker: usize, (at, word, mask): (usize, u64, u64),
+        &self, readers: &Readers, worker: usize, (at, word, mask): (usize, u64, u64),
         batch: &mut Batch,
     ) -> Result<u64, CaptureError> {
-        let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
+        let (host_pages, block) = (self.pending.block(at), &self.blocks[at]);
         let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
         let take = || self.pending.take(at, word, mask);
         let read = |taken| {
             let mut runs = runs_of_word(word * WORD_BITS, taken);
             runs.try_for_each(|run| batch.read(at, block, host_pages.pages(run)))
         };
-        let taken = capture(&memory.readers, (worker, at, host_pages.word_of(first)), take, read)?;
+        let taken = capture(readers, (worker, at, host_pages.word_of(first)), take, read)?;
         Ok(u64::from(taken.count_ones()) * host_pages.unit())
     }
 
@@ -325,9 +338,9 @@ impl CopyBeforeWrite {
     /// # Errors
     /// If the page cannot be read, or the protection is gone.
     pub fn write_fault(
-        &self, memory: &GuestMemory, (at, host_page): (usize, u64), into: &mut [u8],
+        &self, readers: &Readers, (at, host_page): (usize, u64), into: &mut [u8],
     ) -> Result<Option<PageRange>, CaptureError> {
-        let (host_pages, block) = (self.pending.block(at), &memory.blocks()[at]);
+        let (host_pages, block) = (self.pending.block(at), &self.blocks[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
         let take = || {
             // A snapshot that failed takes nothing. Discards no longer look for it: they wait only
@@ -359,13 +372,13 @@ impl CopyBeforeWrite {
             if self.stopped.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
         let place = (FAULTS, at, host_pages.word_of(host_page));
-        let taken = before_write(&memory.readers, place, take, read, overlaps, lift)?;
+        let taken = before_write(readers, place, take, read, overlaps, lift)?;
         Ok((taken != 0).then_some(pages))
     }
 
     /// A discard of `range` has set its marks: captures what is pending of the range. A discard
     /// cannot fail (`discard-cannot-fail`), so an error here fails the snapshot instead.
-    pub(super) fn copy_before_discard(&self, memory: &GuestMemory, at: usize, range: PageRange) {
+    pub(super) fn copy_before_discard(&self, readers: &Readers, at: usize, range: PageRange) {
         let host_pages = self.pending.block(at).covering(range);
         // Most discards are of pages that are not pending. They cost nothing here.
         if self.pending.block(at).bits().next_set(host_pages).is_none() {
@@ -373,7 +386,7 @@ impl CopyBeforeWrite {
         }
         if !self.has_failed() {
             let mut batch = lock(&self.discard_batch);
-            match self.copy_into(&mut batch, memory, at, host_pages) {
+            match self.copy_into(&mut batch, readers, at, host_pages) {
                 Ok(pages) => return add(&self.live.rescued_pages, pages),
                 Err(error) => self.fail(error),
             }
@@ -384,10 +397,10 @@ impl CopyBeforeWrite {
     }
 
     fn copy_into(
-        &self, kept: &mut Option<Batch>, memory: &GuestMemory, at: usize, host_pages: PageRange,
+        &self, kept: &mut Option<Batch>, readers: &Readers, at: usize, host_pages: PageRange,
     ) -> Result<u64, CaptureError> {
-        let mut batch = kept.take().map_or_else(|| self.batch(memory), Ok)?;
-        let pages = self.sweep(memory, SESSION, at, host_pages, &mut batch)?;
+        let mut batch = kept.take().map_or_else(|| self.batch(), Ok)?;
+        let pages = self.sweep(readers, SESSION, at, host_pages, &mut batch)?;
         // Kept only on success: a failed call leaves pages in the batch that the next discard must
         // not put.
         *kept = Some(batch);

@@ -8,9 +8,10 @@
 //! lock. Two workers may claim pieces that overlap: each page goes to the worker that takes it from
 //! [`HostPageSet`].
 
-use super::GuestMemory;
+use super::block::Block;
 use super::host_page_set::HostPageSet;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Pages of a piece right after a fault: 64 KiB.
@@ -33,13 +34,13 @@ pub struct Cursor {
 
 impl Cursor {
     /// A cursor at the first page.
-    pub fn new(memory: &GuestMemory) -> Self {
-        Self::with_pieces(memory, SMALLEST)
+    pub fn new(blocks: &[Arc<Block>]) -> Self {
+        Self::with_pieces(blocks, SMALLEST)
     }
 
     /// A cursor for work that no fault waits for: a piece has at least `smallest` pages.
-    pub fn with_pieces(memory: &GuestMemory, smallest: u64) -> Self {
-        let starts = memory.blocks().iter().scan(0, |next, block| {
+    pub fn with_pieces(blocks: &[Arc<Block>], smallest: u64) -> Self {
+        let starts = blocks.iter().scan(0, |next, block| {
             let start = *next;
             *next += block.geometry.pages();
             Some(start)
@@ -119,7 +120,8 @@ mod tests {
         let memory = memory(&BLOCKS);
         let starts = [0, 200, 272];
         for hole in [0..0, 0..200, 150..400, 1000..3272] {
-            let missing = HostPageSet::empty(&memory, &UNITS.map(|unit| unit * PAGE_SIZE)).unwrap();
+            let missing =
+                HostPageSet::empty(memory.blocks(), &UNITS.map(|unit| unit * PAGE_SIZE)).unwrap();
             let mut model = BTreeSet::new();
             for at in 0..3 {
                 for host_page in 0..BLOCKS[at] / UNITS[at] {
@@ -130,7 +132,7 @@ mod tests {
                     }
                 }
             }
-            let cursor = Cursor::new(&memory);
+            let cursor = Cursor::new(memory.blocks());
             let (mut next, mut piece) = (0, SMALLEST);
             // The guest waits for pages in each block, and also for the last page of a block.
             let mut faults = [(2, 1500), (1, 72), (0, 64), (2, 3000), (0, 200), (1, 8)].into_iter();

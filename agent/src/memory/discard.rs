@@ -40,9 +40,10 @@
 //!   since the base of an increment is either discarded or in the log. It never counts as
 //!   unchanged.
 
-use super::block::{Block, GuestMemory};
+use super::block::Block;
 use super::capture_ordering::before_punch;
 use super::copy_before_write::CopyBeforeWrite;
+use super::guest_memory::GuestMemory;
 use super::missing_pages::MissingPages;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
@@ -152,8 +153,9 @@ impl GuestMemory {
         };
         let capture = || {
             if let Some(copier) = copier {
-                merged(checked)
-                    .for_each(|(index, range)| copier.copy_before_discard(self, index, range));
+                merged(checked).for_each(|(index, range)| {
+                    copier.copy_before_discard(&self.readers, index, range)
+                });
             }
             drop_missing();
         };

@@ -2,9 +2,10 @@
 
 //! What can go wrong with the memory of a guest.
 
+use super::backing::BackingError;
+use super::block::Block;
 use super::page_placer::PlaceError;
 use super::pool::{self, ReserveError};
-use super::{BackingError, GuestMemory};
 use pageferry_protocol::shm::MappingError;
 
 /// What can go wrong with the memory of a guest.
@@ -48,11 +49,11 @@ pub enum MemoryError {
 }
 
 impl MemoryError {
-    /// The error for a page of the block at index `at` that could not be placed. If the host has no
+    /// The error for a page of `block` that could not be placed. If the host has no
     /// memory for it, the error says what an operator can do.
-    pub fn not_placed(memory: &GuestMemory, at: usize, error: PlaceError) -> Self {
+    pub fn not_placed(block: &Block, error: PlaceError) -> Self {
         if error.lacks_memory() {
-            Self::NoMemory { advice: pool::advice(&memory.blocks()[at]), source: error }
+            Self::NoMemory { advice: pool::advice(block), source: error }
         } else {
             Self::Place(error)
         }

@@ -54,9 +54,10 @@
 //!   [`super::recorded_discards`].
 
 use super::backing::{BackingError, BackingKind};
-use super::block::{Block, GuestMemory};
+use super::block::Block;
 use super::capture_ordering::after_punch;
 use super::discard::{Checked, DiscardError, may_be_read, merged};
+use super::guest_memory::GuestMemory;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::PageRange;

@@ -9,10 +9,12 @@
 //! discarded it. Taking is one atomic step, so each host page is sent once and placed once, even if
 //! many threads want it at the same time.
 
-use super::{BackingError, Block, GuestMemory};
+use super::backing::BackingError;
+use super::block::Block;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Largest host page, in bytes, that postcopy, a lazy restore and a background snapshot take. A
@@ -128,13 +130,13 @@ impl BlockHostPages {
 }
 
 impl HostPageSet {
-    /// The empty set for `memory`. `host_pages` has the size of a host page for each block, in
+    /// The empty set for `blocks`. `host_pages` has the size of a host page for each block, in
     /// bytes.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps.
-    pub fn empty(memory: &GuestMemory, host_pages: &[u64]) -> Result<Self, MappingError> {
-        let blocks = memory.blocks().iter().zip(host_pages);
+    pub fn empty(blocks: &[Arc<Block>], host_pages: &[u64]) -> Result<Self, MappingError> {
+        let blocks = blocks.iter().zip(host_pages);
         let blocks = blocks
             .map(|(block, size)| BlockHostPages::empty(block.geometry.pages(), *size))
             .collect::<Result<_, _>>()?;
@@ -281,7 +283,7 @@ mod tests {
         const PAGES: u64 = 600;
         for unit in [1, 4] {
             let memory = memory(&[PAGES, PAGES]);
-            let missing = HostPageSet::empty(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let missing = HostPageSet::empty(memory.blocks(), &[unit * PAGE_SIZE; 2]).unwrap();
             let is_missing = |at: usize, page: u64| {
                 (at == 1 && (page / unit).is_multiple_of(3)) || (200..340).contains(&page)
             };
@@ -337,7 +339,7 @@ mod tests {
     #[test]
     fn copy_is_equal_and_independent() {
         let memory = memory(&[1024, 512]);
-        let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+        let missing = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
         missing.add(0, 3, 0b101);
         missing.add(1, 0, 1 << 9);
         let copy = missing.try_clone().unwrap();
@@ -356,7 +358,7 @@ mod tests {
         ) {
             let unit = 1 << shift;
             let memory = memory(&[1024, 512]);
-            let missing = HostPageSet::empty(&memory, &[unit * PAGE_SIZE; 2]).unwrap();
+            let missing = HostPageSet::empty(memory.blocks(), &[unit * PAGE_SIZE; 2]).unwrap();
             let mut model = BTreeSet::new();
             for (at, page) in added {
                 let page = page % memory.blocks()[at].geometry.pages();

@@ -2,7 +2,7 @@
 
 //! The VMM's mappings of the blocks: translates between addresses in the VMM and host pages.
 
-use super::{Block, GuestMemory};
+use super::block::Block;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::userfault::AddressRange;
 use std::sync::Arc;
@@ -25,15 +25,15 @@ pub struct Mapping {
 }
 
 impl Mappings {
-    /// The mappings of `memory`.
-    pub fn of(memory: &GuestMemory) -> Self {
+    /// The mappings of `blocks`.
+    pub fn of(blocks: &[Arc<Block>]) -> Self {
         let mapping = |block: &Arc<Block>| Mapping {
             id: block.geometry.id,
             start: block.vmm_address,
             length: block.geometry.length,
             unit: block.backing.host_page_size(),
         };
-        Self(memory.blocks().iter().map(mapping).collect())
+        Self(blocks.iter().map(mapping).collect())
     }
 
     /// The mappings, in the order of the blocks.

@@ -38,13 +38,13 @@
 //! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
 //! [`super::fault_ordering`], and a model checker tries all orders of them.
 
+use super::block::Block;
 use super::fault_ordering::{Requested, request, requested_of};
 use super::fence::Readers;
 use super::host_page_set::{HostPageSet, fence_words, words_of};
 use super::mappings::Mappings;
 use super::page_placer::{Failed, PagePlacer, PlaceError};
 use super::recorded_discards::RecordedDiscards;
-use super::{Block, GuestMemory};
 use crate::event::Event;
 use crate::lock::lock;
 use crate::stats::{LiveCounters, add};
@@ -72,6 +72,7 @@ pub enum FaultOutcome {
 /// The missing pages of a guest that runs already.
 #[derive(Debug)]
 pub struct MissingPages {
+    blocks: Vec<Arc<Block>>,
     missing: Arc<HostPageSet>,
     /// Host pages that the guest waits for.
     requested: Vec<MappedBitmap>,
@@ -116,26 +117,27 @@ enum StateLoad {
 }
 
 impl MissingPages {
-    /// The host pages `missing` of `memory` are still to come. All mappings of its blocks are
+    /// The host pages `missing` of `blocks` are still to come. All mappings of the blocks are
     /// registered with `uffd`. With `acknowledge`, the source is told which pages were placed.
     ///
     /// # Errors
     /// If there is no memory for the bitmaps, or no event descriptor.
     pub fn new(
-        memory: &GuestMemory, missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
+        blocks: &[Arc<Block>], missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
         live: Arc<LiveCounters>,
     ) -> Result<Self, PlaceError> {
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             let bitmap = |at: usize| MappedBitmap::private(missing.block(at).bits().pages());
-            (0..memory.blocks().len()).map(bitmap).collect()
+            (0..blocks.len()).map(bitmap).collect()
         };
         Ok(Self {
             requested: bitmaps()?,
             touched: bitmaps()?,
             dropped: bitmaps()?,
             placed: acknowledge.then(bitmaps).transpose()?,
+            blocks: blocks.to_vec(),
             missing,
-            placer: PagePlacer::new(uffd.into(), Mappings::of(memory)),
+            placer: PagePlacer::new(uffd.into(), Mappings::of(blocks)),
             live,
             event: Event::new().map_err(PlaceError::Event)?,
             load: Mutex::new(StateLoad::Loading),
@@ -203,15 +205,14 @@ impl MissingPages {
     /// # Errors
     /// If the fault is answered here, and the kernel refuses.
     pub fn fault(
-        &self, memory: &GuestMemory, (at, host_page): (usize, u64), since: Instant,
+        &self, readers: &Readers, (at, host_page): (usize, u64), since: Instant,
     ) -> Result<FaultOutcome, PlaceError> {
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
         let missing = self.missing.block(at);
         let note = || self.live.latency.begin_wait(key(at, host_page), since);
         let in_flight = || {
             let pages = missing.pages(PageRange::new(host_page, 1));
-            memory
-                .readers
+            readers
                 .wait(|index, word| index == at && self.published_pages(at, word).overlaps(&pages));
         };
         let Requested { is_first, is_missing } =
@@ -225,7 +226,7 @@ impl MissingPages {
         }
         // False if an arrival has answered the fault in the meantime: that arrival has counted it.
         let counts = self.requested[at].take_bits(word, bit) != 0;
-        if self.may_be_stale(&memory.blocks()[at], at, host_page) {
+        if self.may_be_stale(at, host_page) {
             self.live.latency.forget(key(at, host_page));
             self.placer.wake(at, host_page);
             return Ok(FaultOutcome::Resolved);
@@ -251,7 +252,8 @@ impl MissingPages {
     /// would then allocate a page that nobody touches (`never-populate`). To only wake the threads
     /// would never end. So the first fault of a hole wakes them, and the second one places zero: a
     /// thread that waits touches the page again, and a stale fault does not come twice.
-    fn may_be_stale(&self, block: &Block, at: usize, host_page: u64) -> bool {
+    fn may_be_stale(&self, at: usize, host_page: u64) -> bool {
+        let block = &self.blocks[at];
         let pages = self.missing.block(at).pages(PageRange::new(host_page, 1));
         if !block.discarded.contains(pages.first) {
             return false;
@@ -407,9 +409,9 @@ impl MissingPages {
     }
 
     /// Drops the missing pages that were discarded before discards knew of this set. Call it after
-    /// [`GuestMemory::set_missing_pages`].
-    pub fn drop_discarded(&self, memory: &GuestMemory) {
-        for (at, block) in memory.blocks().iter().enumerate() {
+    /// [`GuestMemory::set_missing_pages`](super::GuestMemory::set_missing_pages).
+    pub fn drop_discarded(&self) {
+        for (at, block) in self.blocks.iter().enumerate() {
             self.drop_whole_host_pages(at, &block.discarded);
         }
     }

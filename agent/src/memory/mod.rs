@@ -7,7 +7,8 @@
 //! - [`backing`]: the memory file of a block. It is checked once, and then read, written and
 //!   punched by offset, never through a mapping;
 //! - [`extents`]: finds the pages of a file that may be allocated;
-//! - [`block`]: a block with its bitmaps, and the set of all blocks;
+//! - [`block`]: a block with its bitmaps;
+//! - [`guest_memory`]: all blocks of a guest, and who is told of their discards;
 //! - [`mappings`]: the addresses at which the VMM has mapped the blocks;
 //! - [`host_page_set`]: sets of host pages from which threads take pages;
 //! - [`current`]: whether this agent is still the current one of its VMM.
@@ -19,6 +20,7 @@
 //! - [`discard`]: discard and populate (`never-read`, `discard-cannot-fail` and `round-safely`);
 //! - [`freed`]: memory that the guest frees and uses again without notice;
 //! - [`recorded_discards`]: what the VMM has discarded and freed while a job fills the memory;
+//! - [`discard_recorder`]: starts and ends that record;
 //! - [`marking`]: orders the marks of discards against the instant of a snapshot.
 //!
 //! Snapshots, postcopy and lazy restore:
@@ -52,11 +54,13 @@ pub mod copy_before_write;
 pub mod current;
 pub mod cursor;
 pub mod discard;
+pub mod discard_recorder;
 pub mod error;
 pub mod extents;
 pub mod fault_ordering;
 pub mod fence;
 pub mod freed;
+pub mod guest_memory;
 pub mod host_page_set;
 pub mod huge;
 pub mod mappings;
@@ -74,6 +78,7 @@ pub(crate) mod test_support;
 pub mod zero;
 
 pub use backing::{Backing, BackingError};
-pub use block::{Block, GuestMemory};
+pub use block::Block;
 pub use error::MemoryError;
+pub use guest_memory::GuestMemory;
 pub use page_buffer::PageBuffer;

@@ -20,11 +20,12 @@
 //! [`advice`].
 
 use super::backing::{BackingError, BackingKind};
+use super::block::Block;
 use super::host_page_set::HostPageSet;
 use super::huge;
-use super::{Block, GuestMemory};
 use pageferry_protocol::memory::PageRange;
 use rustix::io::Errno;
+use std::sync::Arc;
 
 /// The pool does not have enough huge pages.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -65,8 +66,8 @@ pub enum ReserveError {
 ///
 /// # Errors
 /// If the pool does not have enough huge pages.
-pub fn reserve(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
-    for (at, block) in memory.blocks().iter().enumerate() {
+pub fn reserve(blocks: &[Arc<Block>], missing: &HostPageSet) -> Result<(), ReserveError> {
+    for (at, block) in blocks.iter().enumerate() {
         let host_pages = missing.block(at);
         if block.backing.kind() != BackingKind::Hugetlb {
             continue;
@@ -91,13 +92,9 @@ pub fn reserve(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), Reserv
 ///
 /// # Errors
 /// If the pool does not have enough huge pages.
-pub fn check_available(memory: &GuestMemory, missing: &HostPageSet) -> Result<(), ReserveError> {
+pub fn check_available(blocks: &[Arc<Block>], missing: &HostPageSet) -> Result<(), ReserveError> {
     let hugetlb = || {
-        memory
-            .blocks()
-            .iter()
-            .enumerate()
-            .filter(|(_, block)| block.backing.kind() == BackingKind::Hugetlb)
+        blocks.iter().enumerate().filter(|(_, block)| block.backing.kind() == BackingKind::Hugetlb)
     };
     let mut sizes: Vec<u64> = hugetlb().map(|(_, block)| block.backing.host_page_size()).collect();
     sizes.sort_unstable();
@@ -116,7 +113,7 @@ pub fn check_available(memory: &GuestMemory, missing: &HostPageSet) -> Result<()
         return Ok(());
     }
     // Only the kernel knows what the files have reserved for themselves.
-    reserve(memory, missing)
+    reserve(blocks, missing)
 }
 
 /// What an operator can do when there is no memory for a page of this block.

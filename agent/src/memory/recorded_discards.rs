@@ -5,10 +5,10 @@
 //! A job that fills memory changes the discard marks by itself, so the marks alone do not show what
 //! the VMM has discarded since. A freed page has no mark at all. So while a job records, each
 //! discard and each free also notes its pages here. It does so while it holds
-//! [`GuestMemory::marking`], and before it waits in the fence. So a worker that has published its
-//! word either sees the note, or the discard waits for this worker.
+//! [`GuestMemory::marking`](super::GuestMemory::marking), and before it waits in the fence. So a
+//! worker that has published its word either sees the note, or the discard waits for this worker.
 
-use super::GuestMemory;
+use super::block::Block;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use std::sync::Arc;
@@ -21,13 +21,9 @@ pub struct RecordedDiscards {
 }
 
 impl RecordedDiscards {
-    fn none(memory: &GuestMemory) -> Result<Self, MappingError> {
+    pub(super) fn none(blocks: &[Arc<Block>]) -> Result<Self, MappingError> {
         let bitmaps = || -> Result<Vec<_>, MappingError> {
-            memory
-                .blocks()
-                .iter()
-                .map(|block| MappedBitmap::private(block.geometry.pages()))
-                .collect()
+            blocks.iter().map(|block| MappedBitmap::private(block.geometry.pages())).collect()
         };
         Ok(Self { discarded: bitmaps()?, freed: bitmaps()? })
     }
@@ -54,39 +50,5 @@ impl RecordedDiscards {
     pub fn forget(&self, at: usize, range: PageRange) {
         self.discarded[at].clear(range);
         self.freed[at].clear(range);
-    }
-}
-
-/// A running recording. It ends on drop.
-#[derive(Debug)]
-pub struct DiscardRecorder {
-    memory: Arc<GuestMemory>,
-    recorded: Arc<RecordedDiscards>,
-}
-
-impl DiscardRecorder {
-    /// Starts to record. `now` runs at the same moment: the marks of each discard are set either
-    /// before `now` runs, or after it and recorded.
-    ///
-    /// # Errors
-    /// If there is no memory for the bitmaps.
-    pub fn start(memory: &Arc<GuestMemory>, now: impl FnOnce()) -> Result<Self, MappingError> {
-        let recorded = Arc::new(RecordedDiscards::none(memory)?);
-        let marking = memory.marking.lock();
-        now();
-        memory.set_recorded(Some(recorded.clone()));
-        drop(marking);
-        Ok(Self { memory: memory.clone(), recorded })
-    }
-
-    /// What was recorded until now.
-    pub fn recorded(&self) -> &RecordedDiscards {
-        &self.recorded
-    }
-}
-
-impl Drop for DiscardRecorder {
-    fn drop(&mut self) {
-        self.memory.clear_recorded(&self.recorded);
     }
 }

@@ -49,7 +49,7 @@ impl<'a> ImagePages<'a> {
     pub fn new(
         job: &'a Job, source: &'a Source, missing_pages: &'a MissingPages, unread: HostPageSet,
     ) -> Self {
-        let (cursor, ended) = (Cursor::new(&job.memory), AtomicBool::new(false));
+        let (cursor, ended) = (Cursor::new(job.memory.blocks()), AtomicBool::new(false));
         Self { job, source, missing_pages, unread, cursor, ended }
     }
 
@@ -112,7 +112,9 @@ impl<'a> ImagePages<'a> {
                     std::thread::sleep(RETRY);
                 }
                 Err(error) => {
-                    return Err(MemoryError::not_placed(&self.job.memory, at, error).into());
+                    return Err(
+                        MemoryError::not_placed(&self.job.memory.blocks()[at], error).into()
+                    );
                 }
             }
         }

@@ -56,12 +56,17 @@ pub fn restore(
     let uffd = job.hooks.register_faults(job.hook_timeout)?;
     guard.punch_again()?;
     // Freeing the huge pages has dropped their reservation.
-    pool::reserve(&job.memory, &missing)?;
-    let missing_pages =
-        Arc::new(MissingPages::new(&job.memory, Arc::new(missing), uffd, false, job.live.clone())?);
+    pool::reserve(job.memory.blocks(), &missing)?;
+    let missing_pages = Arc::new(MissingPages::new(
+        job.memory.blocks(),
+        Arc::new(missing),
+        uffd,
+        false,
+        job.live.clone(),
+    )?);
     job.set_remaining(missing_pages.missing());
     job.memory.set_missing_pages(Some(missing_pages.clone()));
-    missing_pages.drop_discarded(&job.memory);
+    missing_pages.drop_discarded();
     missing_pages.drop_recorded(guard.discards.since());
     let (pieces, mut record) = plan.parts();
     let pages = ImagePages::new(job, source, &missing_pages, unread);
@@ -113,7 +118,7 @@ pub fn plan(
 ) -> Result<WorkingSetPlan, JobError> {
     check(job)?;
     let plan = WorkingSetPlan::of(&options.working_set, source, &job.memory)?;
-    pool::check_available(&job.memory, &missing_of_image(job, source)?)?;
+    pool::check_available(job.memory.blocks(), &missing_of_image(job, source)?)?;
     job.hooks.ask(&Hook::ProbeFaults, job.hook_timeout)?;
     Ok(plan)
 }
@@ -138,7 +143,7 @@ fn check(job: &Job) -> Result<(), RestoreError> {
 fn missing_of_image(job: &Job, source: &Source) -> Result<HostPageSet, JobError> {
     let host_pages: Vec<u64> =
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let missing = HostPageSet::empty(&job.memory, &host_pages)?;
+    let missing = HostPageSet::empty(job.memory.blocks(), &host_pages)?;
     for (at, block) in job.memory.blocks().iter().enumerate() {
         for (word, bits) in source.present(at).nonzero_words(block.all()) {
             missing.add_pages(at, word, bits);

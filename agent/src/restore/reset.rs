@@ -13,7 +13,8 @@
 use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
-use crate::memory::recorded_discards::{DiscardRecorder, RecordedDiscards};
+use crate::memory::discard_recorder::DiscardRecorder;
+use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::DirtyPages;
 use pageferry_protocol::shm::MappingError;

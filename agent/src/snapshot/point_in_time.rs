@@ -36,7 +36,7 @@ impl PointInTime {
         let pending = &prepared.pending;
         let protection = watch.map(WriteWatch::protection);
         let copier = Arc::new(CopyBeforeWrite::new(
-            memory,
+            memory.blocks(),
             pending.clone(),
             protection,
             writer.clone(),

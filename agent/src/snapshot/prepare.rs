@@ -41,7 +41,7 @@ impl Prepared {
         let host_page =
             |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
         let host_pages: Vec<u64> = memory.blocks().iter().map(host_page).collect();
-        let pending = Arc::new(HostPageSet::empty(&memory, &host_pages)?);
+        let pending = Arc::new(HostPageSet::empty(memory.blocks(), &host_pages)?);
         let none = || DirtyPages::none(&memory);
         let (allocated, discarded, later) = (none()?, none()?, none()?);
         Ok(Self { memory, allocated, discarded, later, pending })

@@ -87,7 +87,7 @@ impl WriteWatch {
         let timeout = job.hook_timeout;
         let undo = UnwatchOnDrop { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
-        let protection = Arc::new(Protection { uffd, mappings: Mappings::of(&job.memory) });
+        let protection = Arc::new(Protection { uffd, mappings: Mappings::of(job.memory.blocks()) });
         let shared = Arc::new(WatchState::new(protection, ahead));
         let thread = write_faults::start(job, &shared, end)?;
         undo.disarm();

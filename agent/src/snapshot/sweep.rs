@@ -47,14 +47,14 @@ impl Sweep<'_> {
 
     fn capture(&self, worker: usize) -> Result<(), JobError> {
         let (memory, pending) = (&self.job.memory, self.copier.pending());
-        let mut batch = self.copier.batch(memory)?;
+        let mut batch = self.copier.batch()?;
         while !self.failed.load(Ordering::Relaxed) {
             self.job.check()?;
             if self.copier.has_failed() {
                 break;
             }
             let Some((at, range)) = self.copier.cursor.claim(pending) else { break };
-            let pages = self.copier.sweep(memory, worker, at, range, &mut batch)?;
+            let pages = self.copier.sweep(&memory.readers, worker, at, range, &mut batch)?;
             // The limiter is asked after the piece is done. A worker that waited before the piece
             // would only find that others have claimed it meanwhile. The wait ends early if another
             // worker failed, because the guest may be waiting for the end of the snapshot, or if

@@ -5,8 +5,8 @@
 
 use super::protect_ordering;
 use crate::lock::lock;
-use crate::memory::block::DiscardObserver;
 use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
+use crate::memory::guest_memory::DiscardObserver;
 use crate::memory::host_page_set::BlockHostPages;
 use pageferry_protocol::memory::PageRange;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -193,9 +193,9 @@ fn handle_fault(
     let Some(mut bytes) = bytes else {
         // Without a buffer nothing is taken: the page is not pending, or the snapshot takes nothing
         // any more.
-        return copier.write_fault(&job.memory, page, &mut []).map(|_| ());
+        return copier.write_fault(&job.memory.readers, page, &mut []).map(|_| ());
     };
-    let captured = copier.write_fault(&job.memory, page, &mut bytes);
+    let captured = copier.write_fault(&job.memory.readers, page, &mut bytes);
     if let Ok(Some(pages)) = captured {
         let captured = Captured { copier: copier.clone(), at: page.0, pages, bytes, pool };
         return buffers.captured.send(captured).map_err(|_| CaptureError::Panicked);
@@ -249,12 +249,13 @@ mod tests {
     fn wait_for_a_buffer_ends_with_the_job_or_the_snapshot() {
         for is_cancelled in [false, true] {
             let job = job(memory(&[64]));
-            let pending = HostPageSet::empty(&job.memory, &[PAGE_SIZE]).unwrap();
+            let pending = HostPageSet::empty(job.memory.blocks(), &[PAGE_SIZE]).unwrap();
             pending.add(0, 0, 1 << 3);
             let (pending, sink) = (Arc::new(pending), Arc::new(Nowhere));
-            let copier = CopyBeforeWrite::new(&job.memory, pending, None, sink, Arc::default());
+            let copier =
+                CopyBeforeWrite::new(job.memory.blocks(), pending, None, sink, Arc::default());
             let copier = Arc::new(copier);
-            let (uffd, mappings) = (memfd(0).into(), Mappings::of(&job.memory));
+            let (uffd, mappings) = (memfd(0).into(), Mappings::of(job.memory.blocks()));
             let shared = WatchState::new(Arc::new(Protection { uffd, mappings }), Vec::new());
             let ((to_free, free), (captured, _to_put)) = (channel(), channel());
             let pools = vec![BufferPool { free, to_free }];

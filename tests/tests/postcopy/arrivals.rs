@@ -39,11 +39,12 @@ fn a_fault_on_a_page_being_placed_gets_its_content() {
         Backing::new(mapped.file().as_fd().try_clone_to_owned().unwrap(), 0, range.length).unwrap();
     let block = Arc::new(Block::new(geometry, backing, range.start, None).unwrap());
     let memory = GuestMemory::new(vec![block], BlockTable::new(), None);
-    let missing = Arc::new(HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap());
+    let missing = Arc::new(HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap());
     missing.add_pages(0, 0, u64::MAX);
     let for_agent = uffd.as_fd().try_clone_to_owned().unwrap();
     let missing_pages =
-        MissingPages::new(&memory, missing.clone(), for_agent, false, Arc::default()).unwrap();
+        MissingPages::new(memory.blocks(), missing.clone(), for_agent, false, Arc::default())
+            .unwrap();
     let (memory, missing_pages) = (&memory, &missing_pages);
 
     for page in 0..PAGES {
@@ -66,7 +67,7 @@ fn a_fault_on_a_page_being_placed_gets_its_content() {
             // Like an arriving page: it takes the page, and then places it.
             let fault = scope.spawn(|| {
                 taken.wait();
-                missing_pages.fault(memory, (0, page), Instant::now()).unwrap()
+                missing_pages.fault(&memory.readers, (0, page), Instant::now()).unwrap()
             });
             let reading = memory.readers.reading(0, 0, 0);
             assert_eq!(missing.take(0, 0, 1 << page), 1 << page);

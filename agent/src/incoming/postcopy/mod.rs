@@ -61,9 +61,9 @@ pub fn receive_guest_first(
     remaining.make_holes(&job.memory)?;
     // After the punch, because a hole has no reservation. If this fails, the guest is still the
     // source's, which resumes it.
-    pool::reserve(&job.memory, &remaining.missing)?;
+    pool::reserve(job.memory.blocks(), &remaining.missing)?;
     let missing_pages = MissingPages::new(
-        &job.memory,
+        job.memory.blocks(),
         Arc::new(remaining.missing),
         uffd,
         accepted.acknowledge,

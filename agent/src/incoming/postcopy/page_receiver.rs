@@ -303,7 +303,7 @@ impl<'a> Stream<'a> {
         let (readers, unit) = (&job.memory.readers, missing_pages.missing().block(at).unit());
         if unit == 1 {
             let placed = missing_pages.place_pages(readers, self.index, at, range, pages);
-            placed.map_err(|error| MemoryError::not_placed(&job.memory, at, error))?;
+            placed.map_err(|error| MemoryError::not_placed(&job.memory.blocks()[at], error))?;
         } else {
             let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, Some(pages), place)?;
@@ -321,7 +321,7 @@ impl<'a> Stream<'a> {
         let unit = missing_pages.missing().block(at).unit();
         if unit == 1 {
             let placed = missing_pages.place_zeroes(&job.memory.readers, self.index, at, range);
-            placed.map_err(|error| MemoryError::not_placed(&job.memory, at, error))?;
+            placed.map_err(|error| MemoryError::not_placed(&job.memory.blocks()[at], error))?;
         } else {
             let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, None, place)?;
@@ -367,7 +367,7 @@ fn placer<'a>(
                 missing_pages.place_host_page(readers, worker, at, host_page, bytes)
             }
         };
-        placed.map_err(|error| MemoryError::not_placed(&group.job.memory, at, error))?;
+        placed.map_err(|error| MemoryError::not_placed(&group.job.memory.blocks()[at], error))?;
         Ok(())
     }
 }

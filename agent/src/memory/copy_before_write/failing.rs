@@ -5,6 +5,7 @@
 use super::*;
 use crate::image::ImageFault;
 use crate::memory::Backing;
+use crate::memory::GuestMemory;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};
 use std::os::fd::OwnedFd;
@@ -38,10 +39,10 @@ fn memory() -> (GuestMemory, OwnedFd) {
 }
 
 fn all_pending(memory: &GuestMemory) -> Arc<CopyBeforeWrite> {
-    let pending = HostPageSet::empty(memory, &[PAGE_SIZE]).unwrap();
+    let pending = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     (0..PAGES).for_each(|page| pending.add(0, page / WORD_BITS, 1 << (page % WORD_BITS)));
     Arc::new(CopyBeforeWrite::new(
-        memory,
+        memory.blocks(),
         Arc::new(pending),
         None,
         Arc::new(Broken),
@@ -63,7 +64,7 @@ fn failing_disk_fails_a_sweep() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
     let range = PageRange::new(0, PAGES);
-    is_broken(copier.sweep(&memory, 0, 0, range, &mut copier.batch(&memory).unwrap()).map(drop));
+    is_broken(copier.sweep(&memory.readers, 0, 0, range, &mut copier.batch().unwrap()).map(drop));
     assert!(!copier.has_failed());
 }
 
@@ -72,11 +73,11 @@ fn write_continues_although_its_page_cannot_be_put() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
     let mut into = vec![0; PAGE_SIZE as usize];
-    let pages = copier.write_fault(&memory, (0, 7), &mut into).unwrap().unwrap();
+    let pages = copier.write_fault(&memory.readers, (0, 7), &mut into).unwrap().unwrap();
     assert_eq!((pages, &into[..]), (PageRange::new(7, 1), &[5; PAGE_SIZE as usize][..]));
     is_broken(copier.put_run(0, pages, &into));
     // A second fault finds that the page is no longer pending.
-    assert_eq!(copier.write_fault(&memory, (0, 7), &mut into).unwrap(), None);
+    assert_eq!(copier.write_fault(&memory.readers, (0, 7), &mut into).unwrap(), None);
 }
 
 #[test]

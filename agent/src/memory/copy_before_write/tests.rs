@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::memory::GuestMemory;
 use crate::memory::test_support::{let_others_run, memory};
 
 const PAGES: u64 = 8;
@@ -18,10 +19,15 @@ impl Sink for Nowhere {
 /// A block of eight pages. Page 3 is pending.
 fn copier() -> (GuestMemory, CopyBeforeWrite) {
     let memory = memory(&[PAGES]);
-    let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+    let pending = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, 1 << 3);
-    let copier =
-        CopyBeforeWrite::new(&memory, Arc::new(pending), None, Arc::new(Nowhere), Arc::default());
+    let copier = CopyBeforeWrite::new(
+        memory.blocks(),
+        Arc::new(pending),
+        None,
+        Arc::new(Nowhere),
+        Arc::default(),
+    );
     (memory, copier)
 }
 
@@ -45,7 +51,7 @@ fn failed_snapshot_reads_no_pending_page() {
     let mut into = vec![0; PAGE_SIZE as usize];
     copier.stop_faults();
     // The page may have been discarded since, and nobody has captured it.
-    assert_eq!(copier.write_fault(&memory, (0, 3), &mut into).unwrap(), None);
+    assert_eq!(copier.write_fault(&memory.readers, (0, 3), &mut into).unwrap(), None);
     assert_eq!(copier.pending.remaining_pages(), 1);
 }
 
@@ -73,15 +79,20 @@ fn sink_gets_batches_of_the_size_it_prefers() {
     const PAGES: u64 = 1024;
     for words in [1, 3, 8] {
         let memory = memory(&[PAGES]);
-        let pending = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+        let pending = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
         (0..PAGES / WORD_BITS).for_each(|word| pending.add(0, word, u64::MAX));
         let (preferred, puts) = ((words * WORD_BITS * PAGE_SIZE) as usize, Mutex::default());
         let sink = Arc::new(Notes { preferred, puts });
-        let copier =
-            CopyBeforeWrite::new(&memory, Arc::new(pending), None, sink.clone(), Arc::default());
-        let mut batch = copier.batch(&memory).unwrap();
+        let copier = CopyBeforeWrite::new(
+            memory.blocks(),
+            Arc::new(pending),
+            None,
+            sink.clone(),
+            Arc::default(),
+        );
+        let mut batch = copier.batch().unwrap();
         assert_eq!(
-            copier.sweep(&memory, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(),
+            copier.sweep(&memory.readers, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap(),
             PAGES
         );
         let puts = sink.puts.lock().unwrap();

@@ -5,8 +5,8 @@ use crate::memory::Backing;
 use crate::memory::block::GuestLog;
 use crate::memory::copy_before_write::SinkError;
 use crate::memory::copy_before_write::{CopyBeforeWrite, Sink};
+use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::host_page_set::HostPageSet;
-use crate::memory::recorded_discards::DiscardRecorder;
 use crate::memory::test_support::{let_others_run, memfd};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
@@ -135,10 +135,10 @@ impl Sink for Kept {
 }
 
 fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<CopyBeforeWrite> {
-    let pending = HostPageSet::empty(memory, &[PAGE_SIZE]).unwrap();
+    let pending = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, pages);
     let copier = Arc::new(CopyBeforeWrite::new(
-        memory,
+        memory.blocks(),
         Arc::new(pending),
         None,
         kept.clone(),
@@ -179,8 +179,8 @@ fn page_freed_across_the_instant_is_not_saved_later() {
     });
     assert_eq!(copier.pending().block(0).bits().word(0), 0b1001);
     let all = PageRange::new(0, 64);
-    let mut batch = copier.batch(&memory).unwrap();
-    assert_eq!(copier.sweep(&memory, 0, 0, all, &mut batch).unwrap(), 2);
+    let mut batch = copier.batch().unwrap();
+    assert_eq!(copier.sweep(&memory.readers, 0, 0, all, &mut batch).unwrap(), 2);
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
 }
 

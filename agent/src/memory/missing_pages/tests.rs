@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::memory::GuestMemory;
 use crate::memory::test_support::{Registered, let_others_run, memfd, memory};
 use crate::stats::get;
 use pageferry_protocol::control::request::BlockRange;
@@ -8,10 +9,11 @@ use pageferry_protocol::control::request::BlockRange;
 /// A block whose page 3 is missing. The descriptor is not a userfaultfd, so every placing fails.
 fn missing_pages() -> (Arc<GuestMemory>, Arc<MissingPages>) {
     let memory = memory(&[64]);
-    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+    let missing = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     missing.add(0, 0, 1 << 3);
     let missing_pages =
-        MissingPages::new(&memory, Arc::new(missing), memfd(0), false, Arc::default()).unwrap();
+        MissingPages::new(memory.blocks(), Arc::new(missing), memfd(0), false, Arc::default())
+            .unwrap();
     let missing_pages = Arc::new(missing_pages);
     memory.set_missing_pages(Some(missing_pages.clone()));
     (Arc::new(memory), missing_pages)
@@ -23,7 +25,7 @@ fn fault_during_a_placing_waits_for_its_outcome() {
     let placing = memory.readers.reading(0, 0, 0);
     assert_ne!(missing_pages.missing.take(0, 0, 1 << 3), 0);
     std::thread::scope(|scope| {
-        let fault = scope.spawn(|| missing_pages.fault(&memory, (0, 3), Instant::now()));
+        let fault = scope.spawn(|| missing_pages.fault(&memory.readers, (0, 3), Instant::now()));
         while !missing_pages.requested[0].contains(3) && !fault.is_finished() {
             yield_now();
         }
@@ -91,7 +93,7 @@ fn first_fault_of_a_discarded_hole_allocates_nothing() {
     let missing_pages = registered(&ram, PageRange::new(0, 0));
     let block = &ram.memory.blocks()[0];
     block.discarded.set(PageRange::new(5, 1));
-    let fault = || missing_pages.fault(&ram.memory, (0, 5), Instant::now()).unwrap();
+    let fault = || missing_pages.fault(&ram.memory.readers, (0, 5), Instant::now()).unwrap();
     assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
     assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 1));
     // The page is present: a late fault changes nothing, also after the VMM has punched the page.
@@ -102,7 +104,7 @@ fn first_fault_of_a_discarded_hole_allocates_nothing() {
     missing_pages.wake_waiting(0, PageRange::new(5, 1));
     assert_eq!((fault(), block.backing.allocated_pages()), (FaultOutcome::Resolved, 0));
     // An ordinary hole is filled at once.
-    missing_pages.fault(&ram.memory, (0, 6), Instant::now()).unwrap();
+    missing_pages.fault(&ram.memory.readers, (0, 6), Instant::now()).unwrap();
     assert_eq!(block.backing.allocated_pages(), 1);
 }
 
@@ -117,9 +119,10 @@ fn content(pages: PageRange, version: u64) -> Vec<u8> {
 
 /// A registered block whose pages `missing` will arrive.
 fn registered(ram: &Registered, missing: PageRange) -> MissingPages {
-    let all = HostPageSet::empty(&ram.memory, &[PAGE_SIZE]).unwrap();
+    let all = HostPageSet::empty(ram.memory.blocks(), &[PAGE_SIZE]).unwrap();
     words_of(missing).for_each(|(word, bits)| all.add(0, word, bits));
-    MissingPages::new(&ram.memory, Arc::new(all), ram.for_agent(), true, Arc::default()).unwrap()
+    MissingPages::new(ram.memory.blocks(), Arc::new(all), ram.for_agent(), true, Arc::default())
+        .unwrap()
 }
 
 #[test]
@@ -160,11 +163,11 @@ fn zeroes_count_as_faults_or_as_pushed() {
     let readers = &ram.memory.readers;
     for page in [12, 13, 100] {
         assert_eq!(
-            missing_pages.fault(&ram.memory, (0, page), Instant::now()).unwrap(),
+            missing_pages.fault(&ram.memory.readers, (0, page), Instant::now()).unwrap(),
             FaultOutcome::Request
         );
         assert_eq!(
-            missing_pages.fault(&ram.memory, (0, page), Instant::now()).unwrap(),
+            missing_pages.fault(&ram.memory.readers, (0, page), Instant::now()).unwrap(),
             FaultOutcome::AlreadyRequested
         );
     }
@@ -196,11 +199,12 @@ fn zeroes_count_as_faults_or_as_pushed() {
 #[test]
 fn zeroes_and_drops_of_huge_pages_are_counted_in_pages() {
     let memory = memory(&[1024, 1024]);
-    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
+    let missing = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE, 8 * PAGE_SIZE]).unwrap();
     missing.add(1, 0, u64::MAX);
     missing.add(1, 1, u64::MAX);
     let missing_pages =
-        MissingPages::new(&memory, Arc::new(missing), memfd(0), true, Arc::default()).unwrap();
+        MissingPages::new(memory.blocks(), Arc::new(missing), memfd(0), true, Arc::default())
+            .unwrap();
     let live = &missing_pages.live;
     assert_eq!(
         missing_pages.place_zeroes(&memory.readers, 0, 1, PageRange::new(60, 10)).unwrap(),
@@ -226,10 +230,11 @@ fn zeroes_and_drops_of_huge_pages_are_counted_in_pages() {
 #[test]
 fn job_thread_is_woken_by_a_drop_and_by_the_last_page() {
     let memory = memory(&[128]);
-    let missing = HostPageSet::empty(&memory, &[PAGE_SIZE]).unwrap();
+    let missing = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     missing.add(0, 0, 0b111);
     let missing_pages =
-        MissingPages::new(&memory, Arc::new(missing), memfd(0), false, Arc::default()).unwrap();
+        MissingPages::new(memory.blocks(), Arc::new(missing), memfd(0), false, Arc::default())
+            .unwrap();
     let woken = || missing_pages.event().reset();
     missing_pages.drop_missing(0, PageRange::new(3, 100));
     assert!(!woken(), "none of these pages was missing");

@@ -151,7 +151,7 @@ impl PostcopySource {
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
         let group = StreamGroup {
-            cursor: Cursor::new(&self.job.memory),
+            cursor: Cursor::new(self.job.memory.blocks()),
             sockets,
             failure: Mutex::default(),
             over: AtomicBool::new(false),

@@ -48,7 +48,7 @@ fn adopt(job: &Arc<OutgoingJob>, session: SessionId, address: Address) -> Result
         job,
         session,
         Some(address),
-        HostPageSet::empty(&job.memory, &host_pages)?,
+        HostPageSet::empty(job.memory.blocks(), &host_pages)?,
         None,
     );
     match source.reconnect_and_send() {
@@ -125,7 +125,7 @@ impl PostcopySource {
     fn read_received(&self, streams: &mut Streams) -> Result<HostPageSet, JobError> {
         let memory = &self.job.memory;
         self.check_host_pages(&streams.host_pages)?;
-        let missing = HostPageSet::empty(memory, &streams.host_pages)?;
+        let missing = HostPageSet::empty(memory.blocks(), &streams.host_pages)?;
         for geometry in memory.table().blocks() {
             let (id, pages) = (geometry.id, geometry.pages());
             let (at, _) = memory.find(id).ok_or(StreamError::NoBlock { id })?;

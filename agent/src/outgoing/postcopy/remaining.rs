@@ -54,7 +54,7 @@ impl Migration {
                 self.send_discards()?;
             }
         }
-        let missing = HostPageSet::empty(&memory, &self.streams.host_pages)?;
+        let missing = HostPageSet::empty(memory.blocks(), &self.streams.host_pages)?;
         for (at, block) in memory.blocks().iter().enumerate() {
             self.dirty
                 .pages

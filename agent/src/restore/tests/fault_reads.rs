@@ -24,12 +24,12 @@ fn with_pages(
     let Saved { folder: _folder, path, ram } = Saved::new(&[PAGES], page_of);
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
     let source = Source::open(&path, &ram.memory).unwrap();
-    let missing = HostPageSet::empty(&ram.memory, &[unit * PAGE_SIZE]).unwrap();
+    let missing = HostPageSet::empty(ram.memory.blocks(), &[unit * PAGE_SIZE]).unwrap();
     let present = source.present(0);
     present.nonzero_words(present.all()).for_each(|(word, bits)| missing.add_pages(0, word, bits));
     let (unread, missing) = (missing.try_clone().unwrap(), Arc::new(missing));
     let (uffd, live) = (uffd(&ram), job.live.clone());
-    let missing_pages = MissingPages::new(&ram.memory, missing, uffd, false, live).unwrap();
+    let missing_pages = MissingPages::new(ram.memory.blocks(), missing, uffd, false, live).unwrap();
     what(&ImagePages::new(&job, &source, &missing_pages, unread), &ram);
 }
 
