@@ -72,7 +72,7 @@ fn an_agent_told_to_end_finishes_the_postcopy_first() {
                     .start_incoming(Target::Address("unix:/nowhere".into()), &Default::default()),
             )
         };
-        wait_until("the agent to stop", SOON, || stops().contains("about to end")).unwrap();
+        wait_until("the agent to stop", SOON, || stops().contains("is ending")).unwrap();
         side.reaches(Phase::Postcopy);
         assert!(side.client.status().is_ok());
     }

@@ -134,7 +134,7 @@ fn a_source_vmm_that_goes_leaves_the_memory_to_its_agent() {
                 let resume = scene.source.run("resume", &["--force"]);
                 assert_eq!(resume.status.code(), Some(1));
                 let said = String::from_utf8(resume.stderr).unwrap();
-                assert!(said.contains("is gone") && said.contains("only recover"), "{said}");
+                assert!(said.contains("is gone") && said.contains("only be recovered"), "{said}");
                 let cancel = scene.source.run("cancel", &[]);
                 let said = String::from_utf8(cancel.stderr).unwrap();
                 assert!(said.contains("too late to cancel"), "{said}");
