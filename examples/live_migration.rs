@@ -267,14 +267,16 @@ fn went_on(left_with: u32, came_to: u32) -> Result<(), Error> {
 /// The faults of a guest that ran before all its memory was there.
 fn faults(destination: &Value) -> Table {
     let report = &destination["report"];
-    let micros =
-        |index: usize| format!("{} us", report["fault_us"][index].as_u64().unwrap_or_default());
+    let micros = |name| format!("{} us", number(report, name));
     let mut table = Table::default();
     table.row("pages that the guest waited for", number(report, "requested_pages"));
     table.row("pages that came before it did", number(report, "pushed_pages"));
     table.row("faults", number(report, "faults"));
-    table.row("half of them took at most", micros(0));
-    table.row("99 of 100, and the slowest", format!("{}, {}", micros(1), micros(2)));
+    table.row("half of them took at most", micros("fault_p50_us"));
+    table.row(
+        "99 of 100, and the slowest",
+        format!("{}, {}", micros("fault_p99_us"), micros("fault_max_us")),
+    );
     if let Some(sweeps) = destination["sweeps_meanwhile"].as_u64() {
         table.row("sweeps of the guest meanwhile", sweeps);
     }
@@ -296,8 +298,8 @@ fn table(report: &Value, before: u64, here: &TestMemory, there: &TestMemory) -> 
     table.row("discarded, told and not sent", pages(number(report, "discarded_pages")));
     table.row("never touched, skipped", mib(SIZE - STILL.bytes() - BUSY.bytes()));
     table.row("passes", number(report, "passes"));
-    table.row("took", time(report, "total_ms"));
-    table.row("the guest was paused for", time(report, "downtime_ms"));
+    table.row("took", time(report, "total_us"));
+    table.row("the guest was paused for", time(report, "downtime_us"));
     table.row("allocated before", mib(before));
     table.row(
         "allocated here and there",

@@ -200,11 +200,14 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
         std::fs::metadata(image).map_err(Error::io(format!("look at {}", image.display())))?;
     println!("{name}:");
     let mut table = Table::default();
-    table.row("pages saved", pages(number(report, "pages_sent")));
-    table.row("of them before their turn, for a write", pages(number(report, "captured_pages")));
+    table.row("pages saved", pages(number(report, "pages_saved")));
+    table.row(
+        "of them before their turn, for a write",
+        pages(number(report, "copied_before_write_pages")),
+    );
     table.row("pages discarded", pages(number(report, "discarded_pages")));
-    table.row("the guest was paused for", time(report, "downtime_ms"));
-    table.row("took", time(report, "total_ms"));
+    table.row("the guest was paused for", time(report, "downtime_us"));
+    table.row("took", time(report, "total_us"));
     table.row("the file takes on the disk", mib(file.blocks() * 512));
     Ok(table)
 }
@@ -212,14 +215,11 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
 fn restored_table(name: &str, report: &Value) -> Table {
     println!("{name}:");
     let mut table = Table::default();
-    table.row("the guest was ready after", time(report, "running_ms"));
-    table.row("all of its memory was there after", time(report, "total_ms"));
-    table.row("pages restored", pages(number(report, "pages_sent")));
+    table.row("the guest was ready after", time(report, "running_us"));
+    table.row("all of its memory was there after", time(report, "total_us"));
+    table.row("pages restored", pages(number(report, "pages_restored")));
     table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));
     table.row("faults", number(report, "faults"));
-    table.row(
-        "99 of 100 of them took at most",
-        format!("{} us", report["fault_us"][1].as_u64().unwrap_or_default()),
-    );
+    table.row("99 of 100 of them took at most", format!("{} us", number(report, "fault_p99_us")));
     table
 }

@@ -78,9 +78,9 @@ pub fn number(report: &Value, name: &str) -> u64 {
     report[name].as_u64().unwrap_or_default()
 }
 
-/// A time of a report, in words.
+/// A time of a report, which has it in microseconds, in words.
 pub fn time(report: &Value, name: &str) -> String {
-    format!("{:.1} ms", report[name].as_f64().unwrap_or_default())
+    format!("{:.1} ms", number(report, name) as f64 / 1000.0)
 }
 
 /// Bytes, in words.

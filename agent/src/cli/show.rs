@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use std::io::{self, Write};
 use std::time::Duration;
 
-/// The status of a job as a JSON object: its kind, its phase, its error, and all its counters.
+/// The status of a job as a JSON object: its kind, its phase, its error, and the counters of its
+/// kind.
 pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     let mut object = Map::new();
     object.insert("job".into(), json!(status.job));
@@ -24,7 +25,9 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("error".into(), error);
     object.insert("warning".into(), warning);
     object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
-    object.extend(status.counters.named().map(|(name, value)| (name.to_owned(), json!(value))));
+    object.extend(
+        status.counters.of_kind(status.kind).map(|(name, value)| (name.to_owned(), json!(value))),
+    );
     object
 }
 
@@ -83,77 +86,100 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
         lines.push(("guest arrived", arrived.to_owned()));
     }
     lines.push(("trackers", status.trackers.to_string()));
-    let faults = [
-        ("faults", counters.faults.to_string()),
-        (
-            "fault p50, p90",
-            format!("{}, {}", time(counters.fault_p50_us), time(counters.fault_p90_us)),
-        ),
-        (
-            "fault p99, max",
-            format!("{}, {}", time(counters.fault_p99_us), time(counters.fault_max_us)),
-        ),
-    ];
-    let fetched = [
-        ("requested", pages(counters.requested_pages)),
-        ("pushed", pages(counters.pushed_pages)),
-        ("dropped by discard", pages(counters.dropped_pages)),
-    ];
-    let any_faults = counters.faults + counters.requested_pages + counters.pushed_pages > 0;
-    match status.kind {
-        JobKind::Snapshot => {
-            lines.extend([
-                ("pages saved", pages(counters.pages_sent)),
-                ("zero pages read", pages(counters.zero_pages)),
-                ("discarded pages", pages(counters.discarded_pages)),
-                ("as in the base", pages(counters.unchanged_pages)),
-                ("remaining", pages(counters.remaining_pages)),
-                ("saved for writes", pages(counters.captured_pages)),
-                ("saved for discards", pages(counters.rescued_pages)),
-                ("downtime", time(counters.downtime_us)),
-                ("total", time(counters.total_us)),
-            ]);
-            lines.extend(faults.into_iter().filter(|_| any_faults));
-        }
-        JobKind::Restore => {
-            lines.extend([
-                ("pages restored", pages(counters.pages_sent)),
-                ("discarded pages", pages(counters.discarded_pages)),
-                ("remaining", pages(counters.remaining_pages)),
-                ("working set", pages(counters.working_set_pages)),
-                ("guest ready after", time(counters.running_us)),
-                ("total", time(counters.total_us)),
-            ]);
-            lines.extend(faults.into_iter().chain(fetched).filter(|_| any_faults));
-        }
-        JobKind::None | JobKind::Outgoing | JobKind::Incoming => {
-            lines.extend([
-                ("passes", counters.passes.to_string()),
-                ("pages sent", pages(counters.pages_sent)),
-                ("zero pages", pages(counters.zero_pages)),
-                ("freed pages", pages(counters.freed_pages)),
-                ("discarded pages", pages(counters.discarded_pages)),
-                ("stray pages", pages(counters.stray_pages)),
-                ("on the wire", bytes(counters.wire_bytes)),
-                ("remaining", pages(counters.remaining_pages)),
-                ("bandwidth", format!("{}/s", bytes(counters.bandwidth))),
-                ("dirty rate", format!("{} pages/s", counters.dirty_pages_per_s)),
-                ("sync", time(counters.sync_us)),
-                ("throttle", format!("{} %", counters.throttle_percent)),
-                ("expected downtime", time(counters.expected_downtime_us)),
-                ("downtime", time(counters.downtime_us)),
-                ("total", time(counters.total_us)),
-            ]);
-            let more = [
-                ("released here", pages(counters.released_pages)),
-                ("without connection", time(counters.paused_us)),
-            ];
-            lines.extend(faults.into_iter().chain(fetched).chain(more).filter(|_| any_faults));
-        }
-    }
+    lines.extend(match status.kind {
+        JobKind::None => Vec::new(),
+        JobKind::Outgoing => vec![
+            ("passes", counters.passes.to_string()),
+            ("pages sent", pages(counters.pages_sent)),
+            ("zero pages", pages(counters.zero_pages)),
+            ("freed pages", pages(counters.freed_pages)),
+            ("discarded pages", pages(counters.discarded_pages)),
+            ("stray pages", pages(counters.stray_pages)),
+            ("on the wire", bytes(counters.wire_bytes)),
+            ("remaining", pages(counters.remaining_pages)),
+            ("bandwidth", format!("{}/s", bytes(counters.bandwidth))),
+            ("dirty rate", format!("{} pages/s", counters.dirty_pages_per_s)),
+            ("sync", time(counters.sync_us)),
+            ("throttle", format!("{} %", counters.throttle_percent)),
+            ("expected downtime", time(counters.expected_downtime_us)),
+            ("downtime", time(counters.downtime_us)),
+            ("total", time(counters.total_us)),
+        ],
+        JobKind::Incoming => vec![
+            ("passes", counters.passes.to_string()),
+            ("pages received", pages(counters.pages_received)),
+            ("zero pages", pages(counters.zero_pages)),
+            ("discarded pages", pages(counters.discarded_pages)),
+            ("stray pages", pages(counters.stray_pages)),
+            ("on the wire", bytes(counters.wire_bytes)),
+            ("remaining", pages(counters.remaining_pages)),
+            ("total", time(counters.total_us)),
+        ],
+        JobKind::Snapshot => vec![
+            ("pages saved", pages(counters.pages_saved)),
+            ("zero pages read", pages(counters.zero_pages)),
+            ("discarded pages", pages(counters.discarded_pages)),
+            ("as in the base", pages(counters.unchanged_pages)),
+            ("in the image", bytes(counters.image_bytes)),
+            ("remaining", pages(counters.remaining_pages)),
+            ("saved for writes", pages(counters.copied_before_write_pages)),
+            ("saved for discards", pages(counters.copied_before_discard_pages)),
+            ("downtime", time(counters.downtime_us)),
+            ("total", time(counters.total_us)),
+        ],
+        JobKind::Restore => vec![
+            ("pages restored", pages(counters.pages_restored)),
+            ("discarded pages", pages(counters.discarded_pages)),
+            ("from the image", bytes(counters.image_bytes)),
+            ("remaining", pages(counters.remaining_pages)),
+            ("working set", pages(counters.working_set_pages)),
+            ("guest ready after", time(counters.running_us)),
+            ("total", time(counters.total_us)),
+        ],
+    });
+    lines.extend(fault_lines(status));
     if !status.error.is_empty() {
         let label = if status.phase == Phase::Completed { "warning" } else { "error" };
         lines.push((label, status.error.clone()));
+    }
+    lines
+}
+
+/// The lines about faults, and about the pages that were fetched because of them. Empty if there
+/// were no such pages.
+fn fault_lines(status: &JobStatus) -> Vec<(&'static str, String)> {
+    let counters = &status.counters;
+    let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
+    let pair = |one, other| format!("{}, {}", time(one), time(other));
+    let latency = || {
+        [
+            ("fault p50, p90", pair(counters.fault_p50_us, counters.fault_p90_us)),
+            ("fault p99, max", pair(counters.fault_p99_us, counters.fault_max_us)),
+        ]
+    };
+    let fetched = || {
+        [
+            ("requested", pages(counters.requested_pages)),
+            ("pushed", pages(counters.pushed_pages)),
+            ("dropped by discard", pages(counters.dropped_pages)),
+        ]
+    };
+    let mut lines = Vec::new();
+    if counters.faults > 0 {
+        lines.push(("faults", counters.faults.to_string()));
+        lines.extend(latency());
+    }
+    if counters.write_faults > 0 {
+        lines.push(("write faults", counters.write_faults.to_string()));
+        lines.extend(latency());
+    }
+    if counters.requested_pages + counters.pushed_pages > 0 {
+        lines.extend(fetched());
+        let released = ("released here", pages(counters.released_pages));
+        lines.extend((status.kind == JobKind::Outgoing).then_some(released));
+    }
+    if counters.paused_us > 0 {
+        lines.push(("without connection", time(counters.paused_us)));
     }
     lines
 }
@@ -281,7 +307,7 @@ impl Progress {
 fn done_of_image(status: &JobStatus) -> u64 {
     let counters = &status.counters;
     let zero = if status.kind == JobKind::Restore { 0 } else { counters.zero_pages };
-    counters.pages_sent + zero + counters.dropped_pages
+    counters.pages_saved + counters.pages_restored + zero + counters.dropped_pages
 }
 
 /// The progress of a snapshot or a restore.
@@ -291,8 +317,8 @@ fn show_image(bar: &ProgressBar, status: &JobStatus) {
     bar.set_position(done);
     bar.set_prefix(status.phase.name());
     let micros = counters.total_us.max(1);
-    let rate = u128::from(counters.wire_bytes) * 1_000_000 / u128::from(micros);
-    bar.set_message(format!("{}, {}/s", bytes(counters.wire_bytes), bytes(rate as u64)));
+    let rate = u128::from(counters.image_bytes) * 1_000_000 / u128::from(micros);
+    bar.set_message(format!("{}, {}/s", bytes(counters.image_bytes), bytes(rate as u64)));
 }
 
 #[cfg(test)]
@@ -302,11 +328,12 @@ mod tests {
 
     #[test]
     fn zero_pages_count_in_a_snapshot_and_not_in_a_restore() {
-        let counters =
-            Counters { pages_sent: 3, zero_pages: 500, dropped_pages: 2, ..Counters::default() };
-        let status = |kind| JobStatus { kind, counters, ..JobStatus::default() };
-        assert_eq!(done_of_image(&status(JobKind::Snapshot)), 505);
-        assert_eq!(done_of_image(&status(JobKind::Restore)), 5);
+        let counters = Counters { zero_pages: 500, ..Counters::default() };
+        let saved = Counters { pages_saved: 3, ..counters };
+        let restored = Counters { pages_restored: 3, dropped_pages: 2, ..counters };
+        let status = |kind, counters| JobStatus { kind, counters, ..JobStatus::default() };
+        assert_eq!(done_of_image(&status(JobKind::Snapshot, saved)), 503);
+        assert_eq!(done_of_image(&status(JobKind::Restore, restored)), 5);
     }
 
     #[test]
@@ -320,7 +347,7 @@ mod tests {
 
     #[test]
     fn json_has_the_counters_by_name() {
-        let object = to_json(&JobStatus::default());
+        let object = to_json(&JobStatus { kind: JobKind::Outgoing, ..JobStatus::default() });
         for name in [
             "status",
             "arrived",

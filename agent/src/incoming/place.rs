@@ -196,7 +196,7 @@ impl<'a> Placer<'a> {
                 .map_err(failed)?;
         }
         self.mark(header, block);
-        add(&self.job.live.pages_sent, range.count);
+        add(&self.job.live.pages_received, range.count);
         Ok(())
     }
 

@@ -322,9 +322,9 @@ impl CopyBeforeWrite {
     /// If the sink cannot store them.
     pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), CaptureError> {
         let put = self.sink.put(at, range, bytes).map_err(CaptureError::Sink)?;
-        add(&self.live.pages_sent, put);
+        add(&self.live.pages_saved, put);
         add(&self.live.zero_pages, range.count - put);
-        add(&self.live.wire_bytes, put * PAGE_SIZE);
+        add(&self.live.image_bytes, put * PAGE_SIZE);
         Ok(())
     }
 
@@ -358,13 +358,13 @@ impl CopyBeforeWrite {
                 .backing
                 .read(pages.offset(), &mut into[..pages.bytes() as usize])
                 .map_err(failed)?;
-            add(&self.live.captured_pages, pages.count);
+            add(&self.live.copied_before_write_pages, pages.count);
             self.cursor.fault(at, pages.end());
             Ok(())
         };
         let overlaps = |index, word| index == at && self.published_pages(at, word).overlaps(&pages);
         let lift = || {
-            add(&self.live.faults, 1);
+            add(&self.live.write_faults, 1);
             let Some(protection) = &self.protection else { return Ok(()) };
             let lifted = protection.unprotect(at, PageRange::new(host_page, 1));
             // At its end, a snapshot unregisters the mappings while this thread still reads faults.
@@ -387,7 +387,7 @@ impl CopyBeforeWrite {
         if !self.has_failed() {
             let mut batch = lock(&self.discard_batch);
             match self.copy_into(&mut batch, readers, at, host_pages) {
-                Ok(pages) => return add(&self.live.rescued_pages, pages),
+                Ok(pages) => return add(&self.live.copied_before_discard_pages, pages),
                 Err(error) => self.fail(error),
             }
         }

@@ -19,7 +19,7 @@ use super::source::Source;
 use super::{VmmState, resume_guest};
 use crate::event::Event;
 use crate::image::workers::at_once;
-use crate::job::{Job, JobError, add, get};
+use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
 use crate::memory::PageBuffer;
 use crate::memory::backing::BackingKind;
@@ -35,7 +35,7 @@ use rustix::event::PollFlags;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longest time between two updates of the job's progress.
@@ -75,6 +75,8 @@ struct Filling<'a> {
     stretch: usize,
     /// Number of pages that have content.
     pages: u64,
+    /// Of these, the pages of the extents that the workers have placed.
+    done: AtomicU64,
     failed: AtomicBool,
     /// Number of workers that have ended.
     ended: AtomicUsize,
@@ -110,7 +112,7 @@ impl<'a> Filling<'a> {
                 rest = PageRange::new(extent.end(), block.geometry.pages() - extent.end());
             }
         }
-        job.count(|counters| (counters.pass_pages, counters.remaining_pages) = (pages, pages));
+        job.count(|counters| counters.remaining_pages = pages);
         let (next, failed, ended) =
             (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let stretch = at_once(extents.len(), workers, STRETCH);
@@ -124,6 +126,7 @@ impl<'a> Filling<'a> {
             small_pages,
             stretch,
             pages,
+            done: AtomicU64::new(0),
             failed,
             ended,
             event,
@@ -174,7 +177,7 @@ impl<'a> Filling<'a> {
                 // bandwidth.
                 self.job.limiter.set_rate(0);
             }
-            let left = self.pages.saturating_sub(get(&self.job.live.pass_pages_done));
+            let left = self.pages.saturating_sub(self.done.load(Ordering::Relaxed));
             self.job.count(|counters| counters.remaining_pages = left);
             self.job
                 .cancel
@@ -208,9 +211,9 @@ impl<'a> Filling<'a> {
             self.job.limiter.wait(bytes as usize, &self.job.cancel)?;
             let buffer = &mut buffer[..extent.bytes() as usize];
             self.source.read(at, extent, buffer)?;
-            add(&self.job.live.wire_bytes, bytes);
+            add(&self.job.live.image_bytes, bytes);
             self.place(index, at, extent, buffer, &mut window)?;
-            add(&self.job.live.pass_pages_done, pages);
+            self.done.fetch_add(pages, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -253,7 +256,7 @@ impl<'a> Filling<'a> {
                 let written = window.write(at, block, run, content, small_pages);
                 written.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
             }
-            add(&self.job.live.pages_sent, u64::from(pages.count_ones()));
+            add(&self.job.live.pages_restored, u64::from(pages.count_ones()));
         }
         Ok(())
     }

@@ -81,7 +81,7 @@ impl<'a> ImagePages<'a> {
             content.fill(0);
         }
         self.source.read(at, range, content)?;
-        add(&self.job.live.wire_bytes, pages * PAGE_SIZE);
+        add(&self.job.live.image_bytes, pages * PAGE_SIZE);
         Ok(content)
     }
 
@@ -99,7 +99,7 @@ impl<'a> ImagePages<'a> {
         loop {
             match self.place_once(worker, at, range, content) {
                 Ok(pages) => {
-                    add(&self.job.live.pages_sent, pages);
+                    add(&self.job.live.pages_restored, pages);
                     return Ok(pages);
                 }
                 Err(error)

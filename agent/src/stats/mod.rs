@@ -19,6 +19,12 @@ use stopwatch::Stopwatch;
 pub struct LiveCounters {
     /// See [`Counters::pages_sent`].
     pub pages_sent: AtomicU64,
+    /// See [`Counters::pages_received`].
+    pub pages_received: AtomicU64,
+    /// See [`Counters::pages_saved`].
+    pub pages_saved: AtomicU64,
+    /// See [`Counters::pages_restored`].
+    pub pages_restored: AtomicU64,
     /// See [`Counters::zero_pages`].
     pub zero_pages: AtomicU64,
     /// See [`Counters::discarded_pages`].
@@ -29,10 +35,14 @@ pub struct LiveCounters {
     pub stray_pages: AtomicU64,
     /// See [`Counters::wire_bytes`].
     pub wire_bytes: AtomicU64,
+    /// See [`Counters::image_bytes`].
+    pub image_bytes: AtomicU64,
     /// See [`Counters::pass_pages_done`].
     pub pass_pages_done: AtomicU64,
     /// See [`Counters::faults`].
     pub faults: AtomicU64,
+    /// See [`Counters::write_faults`].
+    pub write_faults: AtomicU64,
     /// See [`Counters::requested_pages`].
     pub requested_pages: AtomicU64,
     /// See [`Counters::pushed_pages`].
@@ -41,10 +51,10 @@ pub struct LiveCounters {
     pub dropped_pages: AtomicU64,
     /// See [`Counters::released_pages`].
     pub released_pages: AtomicU64,
-    /// See [`Counters::captured_pages`].
-    pub captured_pages: AtomicU64,
-    /// See [`Counters::rescued_pages`].
-    pub rescued_pages: AtomicU64,
+    /// See [`Counters::copied_before_write_pages`].
+    pub copied_before_write_pages: AtomicU64,
+    /// See [`Counters::copied_before_discard_pages`].
+    pub copied_before_discard_pages: AtomicU64,
     /// See [`Counters::working_set_pages`].
     pub working_set_pages: AtomicU64,
     /// The time that faults waited.
@@ -57,19 +67,24 @@ impl LiveCounters {
     /// Writes the current values into `counters`, which a status reports.
     pub fn report(&self, counters: &mut Counters) {
         counters.pages_sent = get(&self.pages_sent);
+        counters.pages_received = get(&self.pages_received);
+        counters.pages_saved = get(&self.pages_saved);
+        counters.pages_restored = get(&self.pages_restored);
         counters.zero_pages = get(&self.zero_pages);
         counters.discarded_pages = get(&self.discarded_pages);
         counters.freed_pages = get(&self.freed_pages);
         counters.stray_pages = get(&self.stray_pages);
         counters.wire_bytes = get(&self.wire_bytes);
+        counters.image_bytes = get(&self.image_bytes);
         counters.pass_pages_done = get(&self.pass_pages_done);
         counters.faults = get(&self.faults);
+        counters.write_faults = get(&self.write_faults);
         counters.requested_pages = get(&self.requested_pages);
         counters.pushed_pages = get(&self.pushed_pages);
         counters.dropped_pages = get(&self.dropped_pages);
         counters.released_pages = get(&self.released_pages);
-        counters.captured_pages = get(&self.captured_pages);
-        counters.rescued_pages = get(&self.rescued_pages);
+        counters.copied_before_write_pages = get(&self.copied_before_write_pages);
+        counters.copied_before_discard_pages = get(&self.copied_before_discard_pages);
         counters.working_set_pages = get(&self.working_set_pages);
         let [p50, p90, p99, max] = self.latency.summary();
         counters.fault_p50_us = p50;

@@ -5,8 +5,9 @@
 use crate::Error;
 use crate::vmm::MockVmm;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use pageferry_client::{JobStatus, Phase};
+use pageferry_client::{Counters, JobStatus, Phase};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Interval at which the job is polled.
@@ -20,44 +21,12 @@ pub struct Report {
     pub status: String,
     /// Why it failed; empty if it did not.
     pub error: String,
-    /// Number of passes, including the last one, for which the guest is paused.
-    pub passes: u64,
-    /// Pages sent with their content.
-    pub pages_sent: u64,
-    /// Pages that were found to be zero.
-    pub zero_pages: u64,
-    /// Pages that the destination was told to discard.
-    pub discarded_pages: u64,
-    /// Discarded pages that were sent because the guest wrote to them after the discard.
-    pub stray_pages: u64,
-    /// Bytes on all streams.
-    pub wire_bytes: u64,
-    /// Milliseconds from the start to the end.
-    pub total_ms: f64,
-    /// Milliseconds that the guest was paused.
-    pub downtime_ms: f64,
-    /// Restore: milliseconds until the guest ran.
-    pub running_ms: f64,
-    /// Snapshot: pages saved before their turn because the guest wrote to them.
-    pub captured_pages: u64,
-    /// Snapshot: pages saved before their turn because the guest discarded them.
-    pub rescued_pages: u64,
-    /// Restore: pages of the working set that were read ahead.
-    pub working_set_pages: u64,
-    /// Postcopy: faults that were answered.
-    pub faults: u64,
-    /// Postcopy: pages that the destination asked for.
-    pub requested_pages: u64,
-    /// Postcopy: pages that the source pushed without a request.
-    pub pushed_pages: u64,
-    /// Postcopy: pages that were discarded before they arrived.
-    pub dropped_pages: u64,
-    /// Postcopy: pages that the source freed because the destination has them.
-    pub released_pages: u64,
-    /// Postcopy: the time to answer a fault, in microseconds: median, 99th percentile, maximum.
-    pub fault_us: [u64; 3],
-    /// Postcopy: milliseconds without a connection.
-    pub paused_ms: f64,
+    /// The counters of the job.
+    #[serde(skip)]
+    pub counters: Counters,
+    /// The counters of the job's kind, by name.
+    #[serde(flatten)]
+    pub named: BTreeMap<&'static str, u64>,
     /// Bytes allocated at the source at the start, before any discard.
     pub source_allocated_before: Option<u64>,
     /// Bytes allocated at the source at the end.
@@ -69,7 +38,6 @@ pub struct Report {
 impl Report {
     /// Reports the present state of a job.
     pub fn new(status: &JobStatus) -> Self {
-        let counters = &status.counters;
         Self {
             status: status.phase.name().to_owned(),
             // The error of a job that completed is only a warning.
@@ -78,25 +46,8 @@ impl Report {
             } else {
                 status.error.clone()
             },
-            passes: counters.passes,
-            pages_sent: counters.pages_sent,
-            zero_pages: counters.zero_pages,
-            discarded_pages: counters.discarded_pages,
-            stray_pages: counters.stray_pages,
-            wire_bytes: counters.wire_bytes,
-            total_ms: milliseconds(counters.total_us),
-            downtime_ms: milliseconds(counters.downtime_us),
-            running_ms: milliseconds(counters.running_us),
-            captured_pages: counters.captured_pages,
-            rescued_pages: counters.rescued_pages,
-            working_set_pages: counters.working_set_pages,
-            faults: counters.faults,
-            requested_pages: counters.requested_pages,
-            pushed_pages: counters.pushed_pages,
-            dropped_pages: counters.dropped_pages,
-            released_pages: counters.released_pages,
-            fault_us: [counters.fault_p50_us, counters.fault_p99_us, counters.fault_max_us],
-            paused_ms: milliseconds(counters.paused_us),
+            counters: status.counters,
+            named: status.counters.of_kind(status.kind).collect(),
             ..Self::default()
         }
     }
@@ -118,55 +69,76 @@ impl Report {
     }
 }
 
-fn milliseconds(microseconds: u64) -> f64 {
-    microseconds as f64 / 1000.0
-}
-
 impl std::fmt::Display for Report {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mebibytes = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+        let milliseconds = |microseconds: u64| microseconds as f64 / 1000.0;
+        let counters = &self.counters;
         if self.succeeded() {
-            write!(formatter, "completed in {:.0} ms", self.total_ms)?;
-            if self.passes > 0 {
-                write!(formatter, ", {} passes", self.passes)?;
+            write!(formatter, "completed in {:.0} ms", milliseconds(counters.total_us))?;
+            if counters.passes > 0 {
+                write!(formatter, ", {} passes", counters.passes)?;
             }
-            if self.running_ms > 0.0 {
-                write!(formatter, ", the guest was ready after {:.1} ms", self.running_ms)?;
+            if counters.running_us > 0 {
+                let ready = milliseconds(counters.running_us);
+                write!(formatter, ", the guest was ready after {ready:.1} ms")?;
             } else {
-                write!(formatter, ", the guest was paused for {:.1} ms", self.downtime_ms)?;
+                let paused = milliseconds(counters.downtime_us);
+                write!(formatter, ", the guest was paused for {paused:.1} ms")?;
             }
         } else {
             write!(formatter, "{}: {}", self.status, self.error)?;
         }
+        formatter.write_str("\npages:")?;
+        for (moved, what) in [
+            (counters.pages_sent, "sent"),
+            (counters.pages_received, "received"),
+            (counters.pages_saved, "saved"),
+            (counters.pages_restored, "restored"),
+        ] {
+            if moved > 0 {
+                write!(formatter, " {moved} {what},")?;
+            }
+        }
         write!(
             formatter,
-            "\npages: {} sent, {} zero, {} discarded, {} stray; {} on the wire",
-            self.pages_sent,
-            self.zero_pages,
-            self.discarded_pages,
-            self.stray_pages,
-            mebibytes(self.wire_bytes)
+            " {} zero, {} discarded, {} stray; {}",
+            counters.zero_pages,
+            counters.discarded_pages,
+            counters.stray_pages,
+            mebibytes(counters.wire_bytes + counters.image_bytes)
         )?;
-        if self.requested_pages + self.pushed_pages + self.dropped_pages > 0 {
+        formatter.write_str(if counters.image_bytes > 0 {
+            " of the image"
+        } else {
+            " on the wire"
+        })?;
+        if counters.requested_pages + counters.pushed_pages + counters.dropped_pages > 0 {
             write!(
                 formatter,
                 "\nwhile it ran: {} pages requested, {} pushed, {} dropped by discard, {} released",
-                self.requested_pages, self.pushed_pages, self.dropped_pages, self.released_pages
+                counters.requested_pages,
+                counters.pushed_pages,
+                counters.dropped_pages,
+                counters.released_pages
             )?;
-            if self.faults > 0 {
-                let [p50, p99, max] = self.fault_us;
+            if counters.faults > 0 {
                 write!(
                     formatter,
-                    "; {} faults, p50 {p50} us, p99 {p99} us, most {max} us",
-                    self.faults
+                    "; {} faults, p50 {} us, p99 {} us, most {} us",
+                    counters.faults,
+                    counters.fault_p50_us,
+                    counters.fault_p99_us,
+                    counters.fault_max_us
                 )?;
             }
         }
-        if self.captured_pages + self.rescued_pages > 0 {
-            let (captured, rescued) = (self.captured_pages, self.rescued_pages);
+        let (for_writes, for_discards) =
+            (counters.copied_before_write_pages, counters.copied_before_discard_pages);
+        if for_writes + for_discards > 0 {
             write!(
                 formatter,
-                "\nsaved before their turn: {captured} pages for writes, {rescued} for discards"
+                "\nsaved before their turn: {for_writes} pages for writes, {for_discards} for discards"
             )?;
         }
         if let (Some(before), Some(after)) =

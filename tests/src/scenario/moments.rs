@@ -181,8 +181,11 @@ impl Moment {
                 let come = || {
                     let status = status();
                     let counters = status.counters;
-                    let done =
-                        (counters.pages_sent + counters.zero_pages).max(counters.pass_pages_done);
+                    let moved = counters.pages_sent
+                        + counters.pages_received
+                        + counters.pages_saved
+                        + counters.pages_restored;
+                    let done = (moved + counters.zero_pages).max(counters.pass_pages_done);
                     status.phase.is_final() || done >= *pages
                 };
                 wait_until("the moment", PATIENCE, come).unwrap();

@@ -334,8 +334,8 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
             }
             // An fsync waits for everything that other processes have written to the same disk.
             let status = client.wait(started.job, 4 * SOON).unwrap();
-            aside.captured.fetch_add(status.counters.captured_pages, Ordering::Relaxed);
-            aside.rescued.fetch_add(status.counters.rescued_pages, Ordering::Relaxed);
+            aside.captured.fetch_add(status.counters.copied_before_write_pages, Ordering::Relaxed);
+            aside.rescued.fetch_add(status.counters.copied_before_discard_pages, Ordering::Relaxed);
             match status.phase {
                 Phase::Completed => {
                     check_cut(&world.cut.lock().unwrap(), &path);

@@ -48,7 +48,7 @@ fn a_snapshot_that_is_cancelled_leaves_nothing_behind() {
     scene.client().cancel().unwrap();
     let status = end(&scene, job);
     assert_eq!(status.phase, Phase::Cancelled);
-    assert!(status.counters.captured_pages > 0, "{:?}", status.counters);
+    assert!(status.counters.copied_before_write_pages > 0, "{:?}", status.counters);
     check_free(&scene);
 }
 
@@ -103,7 +103,7 @@ fn what_is_discarded_while_it_is_saved_is_saved_first() {
     scene.client().set_parameters(&pageferry_client::OutgoingOptions::default()).unwrap();
     let status = end(&scene, job);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error);
-    assert!(status.counters.rescued_pages >= PAGES / 2 - 64, "{:?}", status.counters);
+    assert!(status.counters.copied_before_discard_pages >= PAGES / 2 - 64, "{:?}", status.counters);
     let chain = pageferry_agent::image::Chain::open(&scene.path("image")).unwrap();
     let mut saved = vec![0; PAGE_SIZE as usize];
     for page in 0..PAGES {

@@ -52,7 +52,7 @@ fn a_file_that_may_not_grow_fails_the_snapshot() {
                 assert_failed(&status, &["image: cannot", why, "File too large"]);
                 if why == contents {
                     assert_eq!(
-                        (status.counters.pages_sent, byte_of(&status.error)),
+                        (status.counters.pages_saved, byte_of(&status.error)),
                         (PAGES, limit),
                         "all was captured"
                     );

@@ -92,7 +92,7 @@ fn space_for_the_pages_only_leaves_no_file() {
             host.images.fill(needed - short * PAGE_SIZE);
             let status = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
             assert_failed(&status, &["image", FULL]);
-            assert_eq!(status.counters.pages_sent, PAGES, "all pages were saved");
+            assert_eq!(status.counters.pages_saved, PAGES, "all pages were saved");
             let byte = byte_of(&status.error);
             assert!(byte == 0 || byte >= states, "{}", status.error);
             guest.assert_free();

@@ -51,11 +51,11 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
     scene.write(last, 77);
     let status = scene.client().wait(started.job, PATIENCE).unwrap();
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
-    assert!(status.counters.captured_pages >= HUGE, "{:?}", status.counters);
+    assert!(status.counters.copied_before_write_pages >= HUGE, "{:?}", status.counters);
     // The image has the content from before the write.
     scene.write(last, COUNT);
     scene.check(&Chain::open(&scene.path("image")).unwrap());
-    assert_eq!(status.counters.pages_sent, COUNT - 2);
+    assert_eq!(status.counters.pages_saved, COUNT - 2);
 }
 
 #[test]
@@ -71,7 +71,7 @@ fn an_increment_of_huge_pages_is_complete() {
         .unwrap();
     let (status, chain) = scene.saved("increment", &on(&scene.path("full"), tracked(paused())));
     scene.check(&chain);
-    assert_eq!(status.counters.pages_sent, 1);
+    assert_eq!(status.counters.pages_saved, 1);
 }
 
 /// A guest with the size of eight huge pages, on this backing.
@@ -126,7 +126,7 @@ fn a_restore_allocates_only_huge_pages_with_content() {
         let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
         let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
-        assert_eq!(status.counters.pages_sent, 4 + HUGE);
+        assert_eq!(status.counters.pages_saved, 4 + HUGE);
         check_restored(&scene, &chain, 5);
     }
 }
@@ -156,7 +156,7 @@ fn a_lazy_restore_places_whole_huge_pages() {
     scene.client().set_parameters(&OutgoingOptions::default()).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
-    assert!(status.counters.faults >= 2, "{:?}", status.counters);
+    assert!(status.counters.write_faults >= 2, "{:?}", status.counters);
     // One more huge page than before, because the guest touched a zero one.
     check_restored(&scene, &chain, 6);
 }

@@ -30,13 +30,13 @@ fn an_increment_holds_what_changed_and_no_more() {
     scene.check(&one);
     let counters = status.counters;
     assert_eq!(
-        (counters.pages_sent, counters.discarded_pages, counters.unchanged_pages),
+        (counters.pages_saved, counters.discarded_pages, counters.unchanged_pages),
         (2, 90, 898)
     );
     // Nothing happened since then.
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
-    assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (0, 910));
+    assert_eq!((status.counters.pages_saved, status.counters.unchanged_pages), (0, 910));
     // The base is unchanged.
     scene.write(8, 80);
     let states = &one.newest().states()[0];
@@ -61,7 +61,7 @@ fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
     scene.check(&one);
     let counters = status.counters;
     assert_eq!(
-        (counters.pages_sent, counters.discarded_pages, counters.unchanged_pages),
+        (counters.pages_saved, counters.discarded_pages, counters.unchanged_pages),
         (1, 0, 349)
     );
     let states = &one.newest().states()[0];
@@ -74,7 +74,7 @@ fn what_was_freed_since_the_base_is_zero_and_not_as_there() {
     scene.write(101, 8);
     let (status, two) = scene.saved("two", &on(&scene.path("one"), tracked(paused())));
     scene.check(&two);
-    assert_eq!((status.counters.pages_sent, status.counters.unchanged_pages), (1, 399));
+    assert_eq!((status.counters.pages_saved, status.counters.unchanged_pages), (1, 399));
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn an_untracked_snapshot_keeps_the_base_of_the_next() {
     let (status, second) = scene.saved("second", &differential);
     scene.check(&second);
     assert_eq!(
-        status.counters.pages_sent, 2,
+        status.counters.pages_saved, 2,
         "the second increment has the pages of the first, too"
     );
 }
@@ -107,7 +107,7 @@ fn a_failed_increment_puts_back_what_it_took() {
     scene.write(2, 20);
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
-    assert_eq!(status.counters.pages_sent, 2);
+    assert_eq!(status.counters.pages_saved, 2);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn write_protection_tells_what_changed() {
     [5, 99, 500].into_iter().for_each(|page| scene.block().store(page * PAGE_SIZE, page).unwrap());
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(paused())));
     scene.check(&one);
-    assert_eq!(status.counters.pages_sent, 3);
+    assert_eq!(status.counters.pages_saved, 3);
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn an_increment_after_a_protected_snapshot_holds_every_write() {
     write(99, 51);
     let (status, one) = scene.saved("one", &on(&scene.path("full"), tracked(background.clone())));
     scene.check(&one);
-    assert_eq!(status.counters.pages_sent, 600, "the writes meanwhile are not known");
+    assert_eq!(status.counters.pages_saved, 600, "the writes meanwhile are not known");
     write(7, 52);
     scene.fail_to_resume(&on(&scene.path("one"), tracked(background)));
     write(8, 53);
@@ -151,7 +151,7 @@ fn an_increment_after_a_protected_snapshot_holds_every_write() {
     write(500, 54);
     let (status, three) = scene.saved("three", &on(&scene.path("two"), tracked(paused())));
     scene.check(&three);
-    assert_eq!(status.counters.pages_sent, 1);
+    assert_eq!(status.counters.pages_saved, 1);
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     scene.write(3, 30);
     let (status, chain) = scene.saved("third", &on(&scene.path("second"), tracked(paused())));
     scene.check(&chain);
-    assert_eq!(status.counters.pages_sent, 1);
+    assert_eq!(status.counters.pages_saved, 1);
     let over = SnapshotOptions { replace: true, ..on(&scene.path("third"), tracked(paused())) };
     let error = scene.save("second", &over).error;
     assert!(error.contains("which the increment builds on: choose another name"), "{error}");
@@ -279,6 +279,6 @@ fn a_failed_tracker_ends_the_chain() {
         scene.write(2, 20);
         let (status, chain) = scene.saved("two", &on(&scene.path("whole"), tracked(paused())));
         scene.check(&chain);
-        assert_eq!(status.counters.pages_sent, 1);
+        assert_eq!(status.counters.pages_saved, 1);
     }
 }

@@ -59,7 +59,7 @@ fn save_again_and_again(mode: SnapshotMode) {
             |before: Progress| (before.sweeps, before.pages) <= (now.sweeps, now.pages)
         ));
         assert!(!chain.newest().state().unwrap().is_empty(), "the image has the state of the vCPU");
-        captured += status.counters.captured_pages;
+        captured += status.counters.copied_before_write_pages;
         // The firmware is the same as in the base, except perhaps the page tables, which the vCPU
         // walks. The pages that the guest swept meanwhile are not.
         let unchanged = status.counters.unchanged_pages;

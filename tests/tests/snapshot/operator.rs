@@ -58,12 +58,12 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     let scene = Scene::full(PAGES);
     scene.vmm.start().unwrap();
     let full = completes(&scene, "snapshot", &["a", "--mode", "paused", "--track"]);
-    assert_eq!((&full["pages_sent"], &full["unchanged_pages"]), (&PAGES.into(), &0.into()));
+    assert_eq!((&full["pages_saved"], &full["unchanged_pages"]), (&PAGES.into(), &0.into()));
     // The offset of the first page. On tmpfs the whole file is in the page cache.
     let past_the_cache = images::is_cached(&scene.path("a"), 2 << 20) == Some(false);
     scene.write(7, 70);
     let one = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused"]);
-    assert_eq!((&one["pages_sent"], &one["unchanged_pages"]), (&1.into(), &(PAGES - 1).into()));
+    assert_eq!((&one["pages_saved"], &one["unchanged_pages"]), (&1.into(), &(PAGES - 1).into()));
     let chain = Chain::open(&scene.path("b")).unwrap();
     scene.check(&chain);
     assert_eq!(chain.newest().contents().base_name, "a");
@@ -76,7 +76,7 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     assert!(error.contains("the file exists: choose another name"), "{error}");
     // Without --track the base is still the first image.
     let two = completes(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused", "--replace"]);
-    assert_eq!(two["pages_sent"], 2);
+    assert_eq!(two["pages_saved"], 2);
     scene.check(&Chain::open(&scene.path("b")).unwrap());
     assert_eq!(scene.files(), ["a", "b"]);
     assert!(scene.vmm.record().runs);
@@ -135,12 +135,12 @@ fn an_operator_restores_and_records_the_working_set() {
 
     scene.vmm.take_restores();
     let eager = completes(&scene, "restore", &["image"]);
-    assert_eq!((&eager["pages_sent"], &eager["faults"]), (&PAGES.into(), &0.into()));
+    assert_eq!((&eager["pages_restored"], &eager["faults"]), (&PAGES.into(), &0.into()));
     scene.check(&chain);
 
     scene.vmm.set_guest(Touching(scene.vmm.memory().clone()));
     let lazy = completes(&scene, "restore", &["image", "--lazy", "--working-set", "touched"]);
-    assert_eq!((&lazy["pages_sent"], &lazy["working_set_pages"]), (&PAGES.into(), &0.into()));
+    assert_eq!((&lazy["pages_restored"], &lazy["working_set_pages"]), (&PAGES.into(), &0.into()));
     assert!(lazy["faults"].as_u64().unwrap() > 0, "{lazy}");
     scene.check(&chain);
     let set = WorkingSet::decode(&std::fs::read(scene.path("touched")).unwrap()).unwrap();
@@ -233,13 +233,13 @@ fn a_stopped_guest_is_saved_for_its_vmm_only_and_stays_stopped() {
     scene.vmm.clear_record();
     let (status, chain) = scene.saved("image", &stopped);
     scene.check(&chain);
-    assert_eq!(status.counters.pages_sent, PAGES);
+    assert_eq!(status.counters.pages_saved, PAGES);
     scene.write(3, 3);
     let base =
         SnapshotOptions { base: scene.path("image").to_str().unwrap().to_owned(), ..stopped };
     let (status, chain) = scene.saved("next", &base);
     scene.check(&chain);
-    assert_eq!(status.counters.pages_sent, 1);
+    assert_eq!(status.counters.pages_saved, 1);
     let record = scene.vmm.record();
     let asked = |hook: HookName| record.calls.contains(&hook);
     assert!(

@@ -308,7 +308,7 @@ impl<'a> Stream<'a> {
             let place = placer(self.group, self.index, at);
             self.assembly.add((at, block.geometry.id), unit, range, Some(pages), place)?;
         }
-        add(&job.live.pages_sent, range.count);
+        add(&job.live.pages_received, range.count);
         self.counted.data_pages += range.count;
         self.count_stray(header);
         Ok(())

@@ -39,13 +39,13 @@ fn an_eager_restore_replaces_all_memory() {
     let count = |kind: Page| all().filter(|page| *page == kind).count() as u64;
     let counters = status.counters;
     let found = (
-        counters.pages_sent,
+        counters.pages_restored,
         counters.zero_pages,
         counters.discarded_pages,
         counters.remaining_pages,
     );
     assert_eq!(found, (count(Page::Content), count(Page::Zero), count(Page::Discarded), 0));
-    assert_eq!(counters.wire_bytes, count(Page::Content) * PAGE_SIZE);
+    assert_eq!(counters.image_bytes, count(Page::Content) * PAGE_SIZE);
     assert!(counters.running_us > 0);
 }
 
@@ -219,7 +219,7 @@ fn discards_and_frees_during_an_eager_restore_stay_holes() {
     let order = |workers| plan(&path, RestoreOptions { workers, ..Default::default() });
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order(1)));
-        while job.status().counters.pages_sent < 512 {
+        while job.status().counters.pages_restored < 512 {
             std::thread::yield_now();
         }
         // The counters show the progress.
@@ -251,7 +251,7 @@ fn discards_and_frees_during_an_eager_restore_stay_holes() {
     let job = new_job(&ram, &vmm, 2 << 20);
     std::thread::scope(|scope| {
         let restoring = scope.spawn(|| run(&job, &order(2)));
-        while job.status().counters.pages_sent == 0 {
+        while job.status().counters.pages_restored == 0 {
             std::thread::yield_now();
         }
         job.cancel.cancel().unwrap();

@@ -83,7 +83,7 @@ fn faults_are_answered_from_the_state_load_on() {
     assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
     let content: u64 = (0..2).map(|at| scattered(at).count() as u64).sum();
     let counters = status.counters;
-    assert_eq!((counters.pages_sent, counters.remaining_pages), (content, 0));
+    assert_eq!((counters.pages_restored, counters.remaining_pages), (content, 0));
     assert!(
         counters.faults > 0 && counters.pushed_pages > 0 && counters.running_us > 0,
         "{counters:?}"

@@ -6,18 +6,21 @@
 //! - [`image`]: options of a snapshot and of a restore;
 //! - `fields`: what these have in common on the wire;
 //! - [`run_state`]: whether a guest runs, and whether it is resumed where it arrives;
-//! - [`status`]: the kind, phase and counters of a job.
+//! - [`status`]: the kind, the phase and the status of a job;
+//! - [`counters`]: the counters of a job.
 
+pub mod counters;
 mod fields;
 pub mod image;
 pub mod migration;
 pub mod run_state;
 pub mod status;
 
+pub use counters::Counters;
 pub use image::{NotUtf8, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, OutgoingOptions};
 pub use run_state::{ResumePolicy, RunState};
-pub use status::{Counters, JobKind, JobStatus, Phase};
+pub use status::{JobKind, JobStatus, Phase};
 
 /// Largest number of streams of one migration, and of threads of a snapshot or a restore.
 pub const MAX_STREAMS: u16 = 64;

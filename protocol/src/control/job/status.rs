@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The kind, the phase and the counters of a job.
+//! The kind, the phase and the status of a job.
 
 use super::fields::flag;
-use super::{MAX_SENTENCE, RunState};
+use super::{Counters, MAX_SENTENCE, RunState};
 use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, truncate_text};
 
@@ -140,108 +140,6 @@ impl Phase {
             DecodeError::InvalidValue { field: "phase", value: value.into(), allowed: "0 to 18" },
         )
     }
-}
-
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// The counters of a job. The wire, `--json` and the tables all follow this list.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-        pub struct Counters {
-            $($(#[$doc])* pub $name: u64,)*
-        }
-
-        impl Counters {
-            /// All counters with their names.
-            pub fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
-                [$((stringify!($name), self.$name),)*].into_iter()
-            }
-
-            fn encode(&self, encoder: Encoder) -> Encoder {
-                encoder$(.u64(self.$name))*
-            }
-
-            fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
-                Ok(Self { $($name: decoder.u64(stringify!($name))?,)* })
-            }
-        }
-    };
-}
-
-counters! {
-    /// Passes that have ended, including the last one with the guest paused.
-    passes,
-    /// Pages sent with their content. A page sent in two passes counts twice. Snapshot: pages whose
-    /// content the image has. Restore: pages that were read from it and placed.
-    pages_sent,
-    /// Allocated pages that were read and found to be zero, and holes that were sent as zero.
-    /// Restore: pages that are zero in the image, and so holes from the start: nothing is done for
-    /// them.
-    zero_pages,
-    /// Pages announced to the destination as discarded, or discarded in the image.
-    discarded_pages,
-    /// Outgoing: of the zero pages, those that were not read, because the guest freed them and has
-    /// not written since.
-    freed_pages,
-    /// Discarded pages that were sent because the guest wrote into them afterwards.
-    stray_pages,
-    /// Bytes written to, or read from, all streams: headers, content and state; or the image.
-    wire_bytes,
-    /// Pages that are dirty and not sent yet; in postcopy, those that the destination still lacks;
-    /// those that are still to be saved or restored.
-    remaining_pages,
-    /// Pages that the current pass started with.
-    pass_pages,
-    /// Pages of the current pass that are done.
-    pass_pages_done,
-    /// Microseconds since the start of the job, until its end.
-    total_us,
-    /// Microseconds from the pause hook until the destination confirmed that the guest runs, or
-    /// stays paused as requested. Snapshot: until the VMM confirmed. Zero for a guest that its
-    /// operator had paused before.
-    downtime_us,
-    /// Microseconds that the guest would be paused if the job paused it now.
-    expected_downtime_us,
-    /// Bytes per second over the last pass.
-    bandwidth,
-    /// Pages per second that the guest dirtied during the last pass.
-    dirty_pages_per_s,
-    /// Microseconds that the last sync of the trackers took.
-    sync_us,
-    /// Percent by which the guest is throttled.
-    throttle_percent,
-    /// Postcopy, at the destination, and lazy restore: faults of the guest and its devices that
-    /// were answered. Snapshot: writes to pages that were still protected.
-    faults,
-    /// Postcopy: pages that the destination requested because the guest waited for them.
-    requested_pages,
-    /// Postcopy: pages that were sent or placed without a request.
-    pushed_pages,
-    /// Postcopy and lazy restore: missing pages that the guest discarded or freed, so that they are
-    /// no longer needed.
-    dropped_pages,
-    /// Postcopy: pages that the source freed because the destination has them.
-    released_pages,
-    /// Postcopy: microseconds without a connection.
-    paused_us,
-    /// Microseconds from reading a fault to answering it, for half of the faults.
-    fault_p50_us,
-    /// The same for 90 of 100.
-    fault_p90_us,
-    /// The same for 99 of 100.
-    fault_p99_us,
-    /// The same for the slowest.
-    fault_max_us,
-    /// Snapshot: pages that were saved early because the guest was about to write to them.
-    captured_pages,
-    /// Snapshot: pages that were saved early because the guest discarded or freed them.
-    rescued_pages,
-    /// Snapshot: pages that are unchanged since the base.
-    unchanged_pages,
-    /// Restore: pages of the working set that were read ahead.
-    working_set_pages,
-    /// Restore: microseconds from the request until the VMM confirmed that the guest runs, or is
-    /// loaded and stays paused.
-    running_us,
 }
 
 /// The status of a job.

@@ -114,7 +114,7 @@ fn feel(vmm: &mut Vmm, image: &Image, shelf: &Shelf, pace: Pace) -> Felt {
     slow.sort_by(f64::total_cmp);
     drop(running);
     shelf.clear();
-    assert_eq!(saved.status.counters.pages_sent, image.allocated() / PAGE_SIZE);
+    assert_eq!(saved.status.counters.pages_saved, image.allocated() / PAGE_SIZE);
     let pause = guest.last_pause();
     let (total, pause) = (saved.time.as_secs_f64() * 1e3, pause.as_secs_f64() * 1e3);
     Felt { status: saved.status, pause, total, speed: during / before, beside_copy, slow }
@@ -134,8 +134,8 @@ fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: boo
     let middle = |figure: &dyn Fn(&Felt) -> f64| median(&samples(figure));
     let faults = format!(
         "{:.0} faults, {:.0} of them captured their page",
-        middle(&|felt| felt.status.counters.faults as f64),
-        middle(&|felt| felt.status.counters.captured_pages as f64)
+        middle(&|felt| felt.status.counters.write_faults as f64),
+        middle(&|felt| felt.status.counters.copied_before_write_pages as f64)
     );
     add(
         "a fault, p50, by the agent's count",

@@ -183,7 +183,7 @@ impl Saver {
                 let options =
                     SnapshotOptions { mode, workers, cached, ..SnapshotOptions::default() };
                 let saved = vmms[agent].save(&path, &options);
-                assert_eq!(saved.status.counters.pages_sent, content / PAGE_SIZE);
+                assert_eq!(saved.status.counters.pages_saved, content / PAGE_SIZE);
                 (saved.time, saved.processor)
             }
             How::Floor { threads, direct } => {
