@@ -16,7 +16,7 @@ use super::bytes::write_at;
 use super::chain::Chain;
 use super::error::{ImageError, ImageFault, kernel};
 use super::reader::Image;
-use super::workers::{Extents, Progress, share};
+use super::workers::{Extents, Progress, share_among_threads};
 use super::writer::{Base, ImageMetadata, ImageWriter, Totals};
 use crate::memory::PageBuffer;
 use pageferry_protocol::image::{EXTENT_SIZE, ImageId};
@@ -74,7 +74,7 @@ fn copy_pages(
     let total = blocks.map(|at| chain.present(at).count(chain.present(at).all())).sum();
     let (extents, progress) = (Extents::of(chain.newest()), Progress::new(total, show));
     let buffer = || PageBuffer::new(EXTENT_SIZE as usize);
-    share(threads, extents.count, buffer, |buffer, number| {
+    share_among_threads(threads, extents.count, buffer, |buffer, number| {
         let (at, extent) = extents.locate(number);
         let pages = extents.pages((at, extent));
         let count = chain.present(at).count(pages);

@@ -15,7 +15,7 @@ use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::error::{ImageError, ImageFault};
 use super::reader::Image;
-use super::workers::{Extents, Progress, at_once, share};
+use super::workers::{Extents, Progress, items_per_claim, share_among_threads};
 use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::zero::is_zero;
@@ -130,9 +130,9 @@ impl Check<'_> {
             let byte = self.image.header().section(SectionKind::VmmState).offset;
             self.findings.add(Place { image: self.number, byte }, error)?;
         }
-        let size = at_once(self.extents.count as usize, threads, GROUP) as u64;
+        let size = items_per_claim(self.extents.count as usize, threads, GROUP) as u64;
         let groups = self.extents.count.div_ceil(size);
-        share(
+        share_among_threads(
             threads,
             groups,
             || PageBuffer::new(EXTENT_SIZE as usize),

@@ -2,8 +2,8 @@
 
 //! Sharing work on the extents of an image among threads.
 //!
-//! `share` calls a function for each item. Each thread claims the next item until none is left. The
-//! first error ends the work on all threads.
+//! `share_among_threads` calls a function for each item. Each thread claims the next item until
+//! none is left. The first error ends the work on all threads.
 
 use super::reader::Image;
 use pageferry_protocol::image::EXTENT_PAGES;
@@ -22,7 +22,7 @@ const CLAIMS: usize = 4;
 
 /// How many items in a row one claim has, if `workers` share `items` items: at most `most`, at
 /// least 1, and so few that there are [`CLAIMS`] claims for each worker.
-pub(crate) fn at_once(items: usize, workers: usize, most: usize) -> usize {
+pub(crate) fn items_per_claim(items: usize, workers: usize, most: usize) -> usize {
     (items / workers.max(1) / CLAIMS).clamp(1, most)
 }
 
@@ -67,7 +67,7 @@ impl<'a> Progress<'a> {
 ///
 /// # Errors
 /// One of the errors of `work`.
-pub(super) fn share<Own, E: Send>(
+pub(super) fn share_among_threads<Own, E: Send>(
     threads: usize, items: u64, new: impl Fn() -> Own + Sync,
     work: impl Fn(&mut Own, u64) -> Result<(), E> + Sync,
 ) -> Result<(), E> {
@@ -148,7 +148,7 @@ mod tests {
                 done.lock().unwrap().push(item);
                 Ok::<_, ()>(())
             };
-            share(threads, 50, || (), work).unwrap();
+            share_among_threads(threads, 50, || (), work).unwrap();
             let mut done = done.into_inner().unwrap();
             done.sort_unstable();
             assert_eq!(done, (0..50).collect::<Vec<u64>>(), "{threads} threads");
@@ -159,16 +159,16 @@ mod tests {
     fn each_worker_has_several_claims() {
         for workers in [1, 2, 7, 64] {
             for items in (0..300).chain([100_000]) {
-                let at_once = at_once(items, workers, 32);
-                assert!((1..=32).contains(&at_once));
-                let claims = items.div_ceil(at_once);
+                let items_per_claim = items_per_claim(items, workers, 32);
+                assert!((1..=32).contains(&items_per_claim));
+                let claims = items.div_ceil(items_per_claim);
                 assert!(
                     claims >= items.min(CLAIMS * workers),
                     "{items} items, {workers} workers: {claims} claims"
                 );
             }
         }
-        assert_eq!((at_once(100_000, 8, 32), at_once(0, 0, 32)), (32, 1));
+        assert_eq!((items_per_claim(100_000, 8, 32), items_per_claim(0, 0, 32)), (32, 1));
     }
 
     #[test]
@@ -181,10 +181,15 @@ mod tests {
                 Ok(())
             }
         };
-        assert_eq!(share(1, u64::MAX, || (), work), Err(10));
+        assert_eq!(share_among_threads(1, u64::MAX, || (), work), Err(10));
         assert_eq!(done.into_inner(), 10);
         assert_eq!(
-            share(4, 1 << 40, || (), |_: &mut (), item| if item > 100 { Err(()) } else { Ok(()) }),
+            share_among_threads(
+                4,
+                1 << 40,
+                || (),
+                |_: &mut (), item| if item > 100 { Err(()) } else { Ok(()) }
+            ),
             Err(())
         );
     }

@@ -52,11 +52,11 @@ use stop::Stop;
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What follows the passes.
-enum After {
+enum AfterPasses {
     /// Precopy: the rest of the memory moves, and then the guest.
-    Memory,
+    HandOver,
     /// Postcopy: the guest moves, and then the rest of its memory.
-    Guest,
+    Postcopy,
 }
 
 /// Migrates the guest of `job` to `target`, and ends the job.
@@ -84,13 +84,13 @@ impl Migration {
             return self.run_postcopy(AlreadySent::Nothing);
         }
         match self.passes()? {
-            After::Memory => self.hand_over(),
-            After::Guest => self.run_postcopy(AlreadySent::Passes),
+            AfterPasses::HandOver => self.hand_over(),
+            AfterPasses::Postcopy => self.run_postcopy(AlreadySent::Passes),
         }
     }
 
     /// Runs passes while the guest runs, until the guest is to be stopped.
-    fn passes(&mut self) -> Result<After, JobError> {
+    fn passes(&mut self) -> Result<AfterPasses, JobError> {
         self.job.enter(Phase::Tracking);
         self.start_tracking()?;
         self.job.enter(Phase::Passes);
@@ -101,11 +101,11 @@ impl Migration {
             // A request for postcopy comes before the policy. But if the rest fits the downtime
             // limit, the migration ends as precopy.
             if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
-                return Ok(After::Guest);
+                return Ok(AfterPasses::Postcopy);
             }
             match next? {
-                converge::Next::Stop => return Ok(After::Memory),
-                converge::Next::Postcopy => return Ok(After::Guest),
+                converge::Next::Stop => return Ok(AfterPasses::HandOver),
+                converge::Next::Postcopy => return Ok(AfterPasses::Postcopy),
                 converge::Next::Pass => {}
                 converge::Next::Throttle(percent) => self.throttle(percent)?,
             }

@@ -18,7 +18,7 @@ use super::reset::ResetGuard;
 use super::source::Source;
 use super::{VmmState, resume_guest};
 use crate::event::Event;
-use crate::image::workers::at_once;
+use crate::image::workers::items_per_claim;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
 use crate::memory::PageBuffer;
@@ -115,7 +115,7 @@ impl<'a> Filling<'a> {
         job.count(|counters| counters.remaining_pages = pages);
         let (next, failed, ended) =
             (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        let stretch = at_once(extents.len(), workers, STRETCH);
+        let stretch = items_per_claim(extents.len(), workers, STRETCH);
         let small_pages = SmallPages::of(&job.memory);
         Ok(Self {
             job,

@@ -84,17 +84,17 @@ pub struct PrefetchGate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum State {
     #[default]
-    Shut,
+    Closed,
     Open,
     /// The restore has ended.
-    Over,
+    Ended,
 }
 
 impl PrefetchGate {
     /// Lets the workers prefetch. Does nothing once the restore has ended.
     pub fn open(&self) {
         self.change(|state| {
-            if *state == State::Shut {
+            if *state == State::Closed {
                 *state = State::Open
             }
         });
@@ -102,7 +102,7 @@ impl PrefetchGate {
 
     /// Tells the workers to end.
     pub fn end(&self) {
-        self.change(|state| *state = State::Over);
+        self.change(|state| *state = State::Ended);
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -113,7 +113,7 @@ impl PrefetchGate {
     /// Waits for the gate. Returns true if the worker may prefetch, and false if it must end.
     pub(super) fn wait(&self) -> bool {
         let state = lock(&self.state);
-        let state = self.changed.wait_while(state, |state| *state == State::Shut);
+        let state = self.changed.wait_while(state, |state| *state == State::Closed);
         *state.unwrap_or_else(PoisonError::into_inner) == State::Open
     }
 }

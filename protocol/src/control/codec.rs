@@ -94,7 +94,7 @@ impl<'a> Decoder<'a> {
     }
 
     /// Number of bytes that are not read yet.
-    pub fn left(&self) -> usize {
+    pub fn remaining(&self) -> usize {
         self.rest.len()
     }
 

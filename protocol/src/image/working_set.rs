@@ -92,7 +92,9 @@ impl WorkingSet {
         }
         let count = decoder.u32("runs")?;
         let image = decoder.array("image")?;
-        if count as usize > MAX_RUNS || count as usize * RUN != decoder.left().saturating_sub(4) {
+        if count as usize > MAX_RUNS
+            || count as usize * RUN != decoder.remaining().saturating_sub(4)
+        {
             let allowed = "at most 2^20, and as many as the file holds";
             return Err(
                 DecodeError::InvalidValue { field: "runs", value: count.into(), allowed }.into()
