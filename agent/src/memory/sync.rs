@@ -3,8 +3,8 @@
 //! The atomics, locks and bitmaps of the files that the model checker tries in all orders.
 //!
 //! `tests/tests/loom` compiles those files a second time (`fence.rs`, `marking.rs`,
-//! `fault_ordering.rs`, `capture_ordering.rs`, and `snapshot/protect_ordering.rs`), with its own module of
-//! this name.
+//! `fault_ordering.rs`, `capture_ordering.rs`, and `snapshot/protect_ordering.rs`), with its own
+//! module of this name.
 
 pub(crate) use pageferry_protocol::shm::bitmap;
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};

@@ -109,8 +109,8 @@ pub struct FaultWorker<'a> {
 }
 
 impl<'a> FaultWorker<'a> {
-    /// The fault worker with the number `worker`. If the touched pages are recorded (`recording`), it
-    /// places only those.
+    /// The fault worker with the number `worker`. If the touched pages are recorded (`recording`),
+    /// it places only those.
     pub fn new(pages: &'a ImagePages<'a>, recording: bool, worker: usize) -> Self {
         Self { pages, recording, worker, buffer: PageBuffer::new(EXTENT_SIZE as usize) }
     }

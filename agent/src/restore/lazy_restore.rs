@@ -77,9 +77,9 @@ impl<'a> LazyRestore<'a> {
     /// Answers faults and places the memory, while `start` loads the state and resumes the guest.
     /// Returns when no page is missing or a thread has failed.
     ///
-    /// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume the
-    /// guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is placed
-    /// all the same, and the job fails with that error in the end.
+    /// Returns whether all memory is placed, and the outcome of the job. If the VMM did not resume
+    /// the guest, or not in time, `start` returns that error as `Ok(Some(_))`. Then the memory is
+    /// placed all the same, and the job fails with that error in the end.
     pub fn run(
         &self, record: Option<&mut WorkingSetRecorder>, workers: usize,
         start: impl FnOnce() -> Result<Option<JobError>, JobError>,
