@@ -100,7 +100,9 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         source.start_outgoing(Target::Address(listening.address), &OutgoingOptions::default())?.job;
     let status = source.wait(job, Duration::from_secs(60))?;
     if status.phase != Phase::Completed {
-        return Err(format!("the migration {}: {}", status.phase.name(), status.error).into());
+        return Err(
+            format!("the migration {}: {}", status.phase.name(), status.error_text()).into()
+        );
     }
 
     let mut words = [[0; 5]; 2];

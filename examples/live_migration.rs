@@ -205,7 +205,7 @@ fn source(socket: &Path, memory: &Path, to: &str, mode: Mode) -> Result<Value, E
         return Err(Error::Mismatch(format!(
             "the migration {}: {}",
             status.phase.name(),
-            status.error
+            status.error_text()
         )));
     }
     Ok(json!(Report::new(&status)))
@@ -233,7 +233,7 @@ fn destination(socket: &Path, memory: &Path, listen: &str) -> Result<Value, Erro
         return Err(Error::Mismatch(format!(
             "the migration {}: {}",
             status.phase.name(),
-            status.error
+            status.error_text()
         )));
     }
     // The source knows the guest's progress. Both are compared at the end.

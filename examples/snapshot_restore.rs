@@ -135,7 +135,7 @@ fn save(socket: &Path, folder: &Path) -> Result<(), Error> {
             return Err(Error::Mismatch(format!(
                 "the snapshot {}: {}",
                 status.phase.name(),
-                status.error
+                status.error_text()
             )));
         }
         println!("{name} {}", json!(Report::new(&status)));
@@ -172,7 +172,7 @@ fn restore(socket: &Path, folder: &Path) -> Result<Value, Error> {
         return Err(Error::Mismatch(format!(
             "the restore {}: {}",
             status.phase.name(),
-            status.error
+            status.error_text()
         )));
     }
     let guest = COUNTING.counts_on(&vmm, &guest, counted)?;

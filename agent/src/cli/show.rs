@@ -19,7 +19,7 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     object.insert("run_state".into(), json!(status.guest.map(RunState::name)));
     let arrived = (status.kind == JobKind::Incoming).then_some(status.arrived);
     object.insert("arrived".into(), json!(arrived));
-    let error = if status.error.is_empty() { Value::Null } else { json!(status.error) };
+    let error = json!(status.error);
     let completed = status.phase == Phase::Completed;
     let (error, warning) = if completed { (Value::Null, error) } else { (error, Value::Null) };
     object.insert("error".into(), error);
@@ -138,9 +138,9 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
         ],
     });
     lines.extend(fault_lines(status));
-    if !status.error.is_empty() {
+    if let Some(error) = &status.error {
         let label = if status.phase == Phase::Completed { "warning" } else { "error" };
-        lines.push((label, status.error.clone()));
+        lines.push((label, error.clone()));
     }
     lines
 }
@@ -214,7 +214,7 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
 pub struct Progress {
     bar: Option<ProgressBar>,
     /// The last printed error of a job that continues or is paused.
-    printed_error: String,
+    printed_error: Option<String>,
 }
 
 impl Progress {
@@ -231,7 +231,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         };
-        Self { bar: (!json).then(bar), printed_error: String::new() }
+        Self { bar: (!json).then(bar), printed_error: None }
     }
 
     /// Shows a status. With JSON, the final one is left to [`Progress::end`].
@@ -243,13 +243,15 @@ impl Progress {
         let Some(bar) = &self.bar else {
             return if status.phase.is_final() { Ok(()) } else { print(status, true) };
         };
-        if status.phase.is_final() || status.error.is_empty() {
-            self.printed_error.clear();
+        if status.phase.is_final() {
+            self.printed_error = None;
         } else if status.error != self.printed_error {
             // The operator may have to act, and the bar is hidden without a terminal. So the error
             // gets its own line.
             let state = if status.phase == Phase::PostcopyPaused { " is paused" } else { "" };
-            bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {}", status.job, status.error))?;
+            if let Some(error) = &status.error {
+                bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {error}", status.job))?;
+            }
             self.printed_error.clone_from(&status.error);
         }
         bar.set_length(counters.pass_pages.max(1));
@@ -280,7 +282,9 @@ impl Progress {
         bar.set_position(done);
         bar.set_prefix(status.phase.name());
         bar.set_message(match status.phase {
-            Phase::PostcopyPaused => format!("the guest waits; recover it: {}", status.error),
+            Phase::PostcopyPaused => {
+                format!("the guest waits; recover it: {}", status.error_text())
+            }
             _ => format!(
                 "{} remain, {} requested, {} pushed",
                 bytes(counters.remaining_pages * PAGE_SIZE),

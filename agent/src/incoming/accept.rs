@@ -283,7 +283,11 @@ mod tests {
         {
             let job = job();
             PendingHandshakes::new(&job, &[], wanted, Vec::new()).note(&refused);
-            assert_eq!(job.status().error.contains("it has other blocks"), told, "{wanted:?}");
+            assert_eq!(
+                job.status().error_text().contains("it has other blocks"),
+                told,
+                "{wanted:?}"
+            );
         }
     }
 }

@@ -75,8 +75,8 @@ struct State {
     populates_refused: bool,
     /// The pages that are still to be sent, received, saved or restored, once they are known.
     remaining: Option<Arc<HostPageSet>>,
-    /// A failure that does not end the job; empty for none.
-    warning: String,
+    /// A failure that does not end the job.
+    warning: Option<String>,
 }
 
 impl Job {
@@ -104,7 +104,7 @@ impl Job {
                 status,
                 populates_refused: false,
                 remaining: None,
-                warning: String::new(),
+                warning: None,
             }),
             entered: Condvar::new(),
             notify,
@@ -187,8 +187,9 @@ impl Job {
     pub fn set_resumed_by_force(&self) {
         let mut state = self.state();
         state.status.phase = Phase::Failed;
-        state.status.error =
-            format!("the guest was resumed here by force; before that: {}", state.status.error);
+        let before = state.status.error_text();
+        let error = format!("the guest was resumed here by force; before that: {before}");
+        state.status.error = Some(error);
     }
 
     /// Enters a phase, and announces the status.
@@ -220,10 +221,10 @@ impl Job {
         let phase = state.status.phase;
         // The reason of a pause must not be lost.
         let is_paused = matches!(phase, Phase::PostcopyPaused | Phase::Recovering);
-        if state.status.error == what || is_paused || phase.is_final() {
+        if state.status.error_text() == what || is_paused || phase.is_final() {
             return;
         }
-        what.clone_into(&mut state.status.error);
+        state.status.error = (!what.is_empty()).then(|| what.to_owned());
         drop(state);
         self.announce();
     }
@@ -232,7 +233,7 @@ impl Job {
     /// has completed.
     pub fn warn(&self, what: String) {
         log::warn!("job {}: {what}", self.id);
-        self.state().warning = what;
+        self.state().warning = Some(what);
     }
 
     /// Sets the pages that are still to be sent, received, saved or restored.
@@ -245,14 +246,14 @@ impl Job {
     pub fn pause(&self, why: &JobError) {
         let why = crate::error::chain(why);
         log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
-        self.state().status.error = why;
+        self.state().status.error = Some(why);
         self.live.disconnected.start();
         self.enter(Phase::PostcopyPaused);
     }
 
     /// Continues a postcopy whose connections are back.
     pub fn unpause(&self) {
-        self.state().status.error.clear();
+        self.state().status.error = None;
         self.live.disconnected.stop();
         self.enter(Phase::Postcopy);
     }
@@ -270,17 +271,17 @@ impl Job {
             (_, outcome) => outcome,
         };
         let (phase, error) = match &outcome {
-            Ok(()) => (Phase::Completed, std::mem::take(&mut self.state().warning)),
-            Err(error @ JobError::Cancelled) => (Phase::Cancelled, error.to_string()),
+            Ok(()) => (Phase::Completed, self.state().warning.take()),
+            Err(error @ JobError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
-                (Phase::Unconfirmed, crate::error::chain(error))
+                (Phase::Unconfirmed, Some(crate::error::chain(error)))
             }
             Err(error) if is_of_ended_vmm(error) => {
-                (Phase::Failed, format!("the VMM is gone: {}", crate::error::chain(error)))
+                (Phase::Failed, Some(format!("the VMM is gone: {}", crate::error::chain(error))))
             }
-            Err(error) => (Phase::Failed, crate::error::chain(error)),
+            Err(error) => (Phase::Failed, Some(crate::error::chain(error))),
         };
-        if outcome.is_err() {
+        if let (Err(_), Some(error)) = (&outcome, &error) {
             log::error!("job {} {}: {error}", self.id, phase.name());
         }
         self.live.disconnected.stop();
@@ -410,7 +411,7 @@ mod tests {
             let (options, notify) = ((&SnapshotOptions::default()).into(), notifier().unwrap());
             let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
             job.finish(Err(error));
-            job.status().error
+            job.status().error.unwrap()
         };
         let gone = ended(CaptureError::Protection { id: 3, source: Errno::SRCH }.into());
         assert!(gone.starts_with("the VMM is gone: block 3"), "{gone}");
@@ -437,7 +438,7 @@ mod tests {
             job.finish(Err(error));
             let status = job.status();
             assert_eq!(
-                (status.phase, &*status.error),
+                (status.phase, status.error_text()),
                 (Phase::Failed, "a worker of the job panicked")
             );
         }

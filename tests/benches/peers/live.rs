@@ -373,7 +373,7 @@ fn run(
     )?;
     let status = from.vmm.wait_job(job, LIMIT)?;
     let total = started.elapsed();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     let downtime = Duration::from_micros(status.counters.downtime_us);
     let during = (count() - writes) as f64 / (total.saturating_sub(downtime)).as_secs_f64();
     measured.total.push(total.as_secs_f64() * 1e3);

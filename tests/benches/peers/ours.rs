@@ -80,6 +80,6 @@ pub fn migrate(mut from: Side, mut to: Side, options: &OutgoingOptions) -> Moved
     let job = from.client.start_outgoing(Target::Address(incoming.address), options).unwrap().job;
     let status = from.client.wait(job, LIMIT).unwrap();
     let time = started.elapsed();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     Moved { time, status, source_peak: from.peak(), destination_peak: to.peak() }
 }

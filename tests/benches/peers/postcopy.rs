@@ -189,7 +189,7 @@ impl Running {
 
     fn arrived(&self) -> Arrived {
         let status = self.from.client.wait(self.job, LIMIT).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         let time = self.since.elapsed();
         wait_until("the destination's end", LIMIT, || {
             self.to.client.status().unwrap().phase.is_final()

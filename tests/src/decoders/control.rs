@@ -289,7 +289,7 @@ fn status() -> JobStatus {
         job: 7,
         kind: JobKind::Outgoing,
         phase: Phase::Failed,
-        error: "gone".into(),
+        error: Some("gone".into()),
         ..JobStatus::default()
     }
 }

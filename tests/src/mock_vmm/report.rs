@@ -44,7 +44,7 @@ impl Report {
             error: if status.phase == Phase::Completed {
                 String::new()
             } else {
-                status.error.clone()
+                status.error_text().to_owned()
             },
             counters: status.counters,
             named: status.counters.of_kind(status.kind).collect(),

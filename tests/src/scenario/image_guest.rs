@@ -177,7 +177,7 @@ impl Guest {
                 .filter(|status| status.phase == phase || status.phase.is_final())
         };
         let status = wait_for(phase.name(), SOON, seen).unwrap();
-        assert_eq!(status.phase, phase, "{}", status.error);
+        assert_eq!(status.phase, phase, "{}", status.error_text());
         status
     }
 
@@ -201,15 +201,15 @@ impl Guest {
 /// Checks that the job completed.
 #[track_caller]
 pub fn assert_completed(status: &JobStatus) {
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
 }
 
 /// Checks that the job failed, and that its error contains these words.
 #[track_caller]
 pub fn assert_failed(status: &JobStatus, with: &[&str]) {
-    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
     for text in with {
-        assert!(status.error.contains(text), "no \"{text}\" in: {}", status.error);
+        assert!(status.error_text().contains(text), "no \"{text}\" in: {}", status.error_text());
     }
 }
 

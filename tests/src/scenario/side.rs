@@ -125,7 +125,7 @@ pub fn moves_to(source: &Attached, destination: &Attached) {
 pub fn arrives_at(source: &Attached, path: &Path, destination: &Attached, incoming: u64) {
     let outgoing = source.send(path, &passes(1));
     let status = source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(destination.wait(incoming).phase, Phase::Completed);
     assert!(source.vmm.is_paused());
     assert_eq!(destination.vmm.resumes(), 1);

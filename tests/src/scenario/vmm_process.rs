@@ -78,10 +78,10 @@ impl<'a> VmmProcess<'a> {
             let said =
                 ["the VMM is gone", "hook \"", "cannot protect", "userfaultfd", "write protect"];
             assert!(
-                said.iter().any(|said| status.error.contains(said)),
+                said.iter().any(|said| status.error_text().contains(said)),
                 "{:?}: {}",
                 status.phase,
-                status.error
+                status.error_text()
             );
         }
         status.phase

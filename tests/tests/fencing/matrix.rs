@@ -146,7 +146,7 @@ fn owner_moves_on(owner: &MockVmm, folder: &Path) {
     let (incoming, _) = destination.start_incoming(&to, &waits()).unwrap();
     let outgoing = owner.start_outgoing(&to, &OutgoingOptions::default()).unwrap();
     let status = owner.wait_job(outgoing, PATIENCE).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
     assert_moved(owner, &destination);
 }
@@ -185,7 +185,7 @@ fn hit_source(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     let seen = source.client().status().unwrap().phase;
     if !hit(how, &mut source, &mut agents, random) {
         let status = source.wait_job(outgoing, PATIENCE).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
         assert_moved(&source, &destination);
         return seen;
@@ -250,7 +250,7 @@ fn hit_destination(mode: Mode, how: Hit, random: &mut Random) -> Phase {
     let seen = source.client().status().unwrap().phase;
     if !hit(how, &mut destination, &mut agents, random) {
         let status = source.wait_job(outgoing, PATIENCE).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         assert_eq!(destination.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Completed);
         assert_moved(&source, &destination);
         return seen;
@@ -315,7 +315,7 @@ fn hit_snapshot(mode: SnapshotMode, how: Hit, random: &mut Random) -> Phase {
     let for_good = hit(how, &mut running.vmm, &mut agents, random);
     if !for_good {
         let status = running.vmm.wait_job(job, PATIENCE).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         check_image(&image);
     }
     if mode == SnapshotMode::Stopped {
@@ -343,7 +343,7 @@ fn hit_snapshot(mode: SnapshotMode, how: Hit, random: &mut Random) -> Phase {
         .start_snapshot(&next, &SnapshotOptions { mode, ..SnapshotOptions::default() })
         .unwrap();
     let status = running.vmm.wait_job(job, PATIENCE).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     check_image(&next);
     running.assert_runs();
     seen
@@ -377,7 +377,7 @@ fn hit_restore(how: Hit, random: &mut Random) -> Phase {
         assert_eq!(vmm.wait_job(again, PATIENCE).unwrap().phase, Phase::Completed);
     } else {
         let status = vmm.wait_job(job, PATIENCE).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     }
     assert!(vmm.record().runs);
     assert!(vmm.usage().check().unwrap() > 0);

@@ -86,7 +86,7 @@ fn a_late_agent_takes_no_dirty_page_from_the_next() {
 
         relay.pass(pass_done);
         let status = relay.finish(&source.client, outgoing);
-        assert_eq!(status.phase, Phase::Completed, "round {round}: {}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "round {round}: {}", status.error_text());
         assert_eq!(destination.wait(incoming).phase, Phase::Completed);
         assert_same(&source.ram, &destination.ram);
         (10..20).for_each(|page| {
@@ -138,7 +138,7 @@ fn a_late_agent_does_not_send_the_commit() {
         agent.thaw();
         let status = agent.ended();
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains("this agent was replaced"), "{}", status.error);
+        assert!(status.error_text().contains("this agent was replaced"), "{}", status.error_text());
         assert!(source.vmm.is_paused());
         // The agent has no job any more. An operator first looks at its status.
         source.client.take_by_force().unwrap();
@@ -214,7 +214,7 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
             .unwrap()
             .job;
         let status = guest.wait(job);
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     }
 }
 

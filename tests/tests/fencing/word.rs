@@ -163,10 +163,10 @@ fn answer_hooks(
 
 #[track_caller]
 fn assert_replaced(status: &JobStatus) {
-    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
     let said =
         format!("this agent was replaced: it is number {NUMBER} of its VMM, which has given it up");
-    assert!(status.error.contains(&said), "{}", status.error);
+    assert!(status.error_text().contains(&said), "{}", status.error_text());
 }
 
 /// An agent that is given up during a migration: its next step fails, and it sends no commit.

@@ -84,7 +84,7 @@ fn migrate(source: &MockSide, options: &OutgoingOptions, mut meanwhile: impl FnM
         assert!(started.elapsed() < PATIENCE, "{status:?}");
         meanwhile();
     };
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     let there = destination.vmm.record();
     assert!(there.runs && there.words_checked > 0);
     assert!(!source.vmm.record().runs);
@@ -168,7 +168,7 @@ fn a_bad_hook_ends_the_migration_but_not_the_guest() {
             let status = source.vmm.wait_job(job, PATIENCE).unwrap();
             assert_eq!(status.phase, Phase::Failed, "{hook:?} {fault:?}");
             if matches!(fault, Fault::Fail(_)) {
-                assert!(status.error.contains("not today"), "{}", status.error);
+                assert!(status.error_text().contains("not today"), "{}", status.error_text());
             }
             source.vmm.inject(hook, None);
             wait_until("the guest running", PATIENCE, || source.vmm.record().runs).unwrap();
@@ -188,7 +188,7 @@ fn state_that_does_not_load_leaves_the_guest_at_the_source() {
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("no such device"), "{}", status.error);
+    assert!(status.error_text().contains("no such device"), "{}", status.error_text());
     assert_eq!(destination.vmm.wait_job(there, PATIENCE).unwrap().phase, Phase::Failed);
     wait_until("the guest running", PATIENCE, || source.vmm.record().runs).unwrap();
     assert!(!destination.vmm.record().runs);

@@ -73,7 +73,7 @@ fn migrate(size: u64, used: u64, discarded: u64) {
     let options = OutgoingOptions { streams: 2, ..OutgoingOptions::default() };
     let outgoing = clients[0].start_outgoing(Target::Address(incoming.address), &options).unwrap();
     let status: JobStatus = clients[0].wait(outgoing.job, SOON).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
 
     let sent = used - discarded;
     let wire = status.counters.wire_bytes;

@@ -75,7 +75,7 @@ fn move_guest(source: &MockSide, destination: &MockSide, streams: u16) -> JobSta
     let options = OutgoingOptions { streams, ..OutgoingOptions::default() };
     let [job, _] = source.start_move(destination, &options);
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     wait_until("the guest running there", PATIENCE, || destination.vmm.record().runs).unwrap();
     status
 }
@@ -316,7 +316,11 @@ fn without_huge_pages_there_the_guest_stays() {
     let job = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("no huge page of 2048 kB is free"), "{}", status.error);
+    assert!(
+        status.error_text().contains("no huge page of 2048 kB is free"),
+        "{}",
+        status.error_text()
+    );
     assert_eq!(destination.vmm.wait_job(there, PATIENCE).unwrap().phase, Phase::Failed);
     assert!(source.vmm.record().runs && !destination.vmm.record().runs);
     drop(hog);

@@ -113,7 +113,7 @@ fn a_guest_that_arrives_takes_no_more_than_before() {
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             for (side, job) in [(&from, outgoing), (&to, incoming)] {
                 let status = side.vmm.wait_job(job, PATIENCE).unwrap();
-                assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
+                assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error_text());
             }
             assert_allocates_no_more(&to, &from, &what);
         }
@@ -127,7 +127,7 @@ fn a_restored_guest_takes_no_more_huge_pages_than_before() {
     let from = source();
     let status =
         from.vmm.wait_job(from.vmm.start_snapshot(&image, &paused()).unwrap(), PATIENCE).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     for (tmpfs, huge, odd) in ways() {
         let mut modes = vec![RestoreMode::Eager];
         if require::uffd() {
@@ -139,7 +139,7 @@ fn a_restored_guest_takes_no_more_huge_pages_than_before() {
             let options = RestoreOptions { mode, ..RestoreOptions::default() };
             let status =
                 to.vmm.wait_job(to.vmm.start_restore(&image, &options).unwrap(), PATIENCE).unwrap();
-            assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error);
+            assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error_text());
             assert_allocates_no_more(&to, &from, &what);
         }
     }

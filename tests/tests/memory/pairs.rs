@@ -8,8 +8,8 @@
 
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{
-    BlockSpec, Client, Error, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase,
-    RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target, Trackers,
+    BlockSpec, Client, Error, IncomingOptions, Mode, OutgoingOptions, Phase, RestoreMode,
+    RestoreOptions, SnapshotMode, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::files;
@@ -118,11 +118,11 @@ impl Place {
             Err(Error::Refused { sentence, .. }) => return Err(sentence),
             Err(error) => panic!("{error}"),
         };
-        let JobStatus { phase, error, .. } = self.client.wait(job, SOON).unwrap();
-        match phase {
+        let status = self.client.wait(job, SOON).unwrap();
+        match status.phase {
             Phase::Completed => Ok(()),
-            Phase::Failed => Err(error),
-            phase => panic!("{}: {error}", phase.name()),
+            Phase::Failed => Err(status.error_text().to_owned()),
+            phase => panic!("{}: {}", phase.name(), status.error_text()),
         }
     }
 

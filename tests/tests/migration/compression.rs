@@ -174,9 +174,9 @@ fn assert_refused(
         assert_eq!(status.phase, Phase::Failed, "{side}");
         for word in words {
             assert!(
-                status.error.contains(word),
+                status.error_text().contains(word),
                 "\"{word}\" is missing at the {side}: {}",
-                status.error
+                status.error_text()
             );
         }
     }
@@ -252,7 +252,7 @@ fn refused_compression_ends_the_job_before_tracking() {
             assert_eq!(kind, Kind::Error);
             let status = source.wait(job);
             assert_eq!(status.phase, Phase::Failed);
-            for sentence in [&status.error, &decode_error(&payload).unwrap().sentence] {
+            for sentence in [status.error_text(), &decode_error(&payload).unwrap().sentence] {
                 assert!(
                     sentence.contains(&format!("compression is {}", compression.name())),
                     "{sentence}"

@@ -65,7 +65,7 @@ fn migrate_with(tracker: impl FnOnce(&KvmGuest, &TestMemory) -> Tracker) {
     };
     let job = source.mock.vmm.start_outgoing(&address, &options).unwrap();
     let status = source.mock.vmm.wait_job(job, PATIENCE).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     let sent = status.counters.pages_sent;
     assert!(status.counters.passes > 1 && sent > source.sweep.pages(), "{:?}", status.counters);
 

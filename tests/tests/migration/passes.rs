@@ -24,7 +24,7 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
     let scene = Scene::new();
     let (_, outgoing, incoming) = start_without_downtime(&scene);
     let status = scene.source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(status.counters.passes, 2, "one while the guest ran, one while it was paused");
     assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
     assert_same(&scene.source.ram, &scene.destination().ram);
@@ -53,7 +53,7 @@ fn passes_under_a_limit_of_zero_are_no_busy_loop() {
     let reached = OutgoingOptions { downtime_limit: Duration::from_secs(3600), ..options };
     scene.source.client.set_parameters(&reached).unwrap();
     let status = scene.source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
     assert_same(&scene.source.ram, &scene.destination().ram);
 }

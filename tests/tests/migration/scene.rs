@@ -94,9 +94,9 @@ impl Scene {
     /// Checks that the migration succeeds. Returns the final status of the source's job.
     pub fn finish(&mut self) -> JobStatus {
         let status = self.end();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         let there = self.destination().wait(self.incoming);
-        assert_eq!(there.phase, Phase::Completed, "{}", there.error);
+        assert_eq!(there.phase, Phase::Completed, "{}", there.error_text());
         status
     }
 

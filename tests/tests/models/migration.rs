@@ -271,7 +271,7 @@ fn run_case(seed: u64) {
             assert_eq!(arrived.state, [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]);
             return;
         }
-        assert_eq!(status.phase, Phase::Cancelled, "{}", status.error);
+        assert_eq!(status.phase, Phase::Cancelled, "{}", status.error_text());
         assert!(!model.paused, "a cancelled migration leaves the guest running");
         assert!(!arrived.lock().unwrap().runs);
         assert!(attempts < 50);

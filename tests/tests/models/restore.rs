@@ -189,7 +189,7 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
         let path = folder.join(format!("image{number}"));
         let started = side.client.start_snapshot(&path, &options).unwrap();
         let status = side.client.wait(started.job, SOON).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         path.to_str().unwrap().clone_into(&mut options.base);
     }
     options.base
@@ -315,7 +315,7 @@ fn restore(
     }
     let _ = side.client.set_parameters(&pageferry_client::OutgoingOptions::default());
     let status = side.client.wait(started.job, SOON).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert!(!side.record.lost.load(Ordering::SeqCst));
     assert_eq!(
         *side.record.state.lock().unwrap(),

@@ -342,7 +342,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
                     path.to_str().unwrap().clone_into(&mut base);
                 }
                 Phase::Cancelled => assert!(!path.exists()),
-                phase => panic!("{phase:?}: {}", status.error),
+                phase => panic!("{phase:?}: {}", status.error_text()),
             }
             assert!(!world.paused.load(Ordering::SeqCst), "the guest keeps running");
         }

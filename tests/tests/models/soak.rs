@@ -165,7 +165,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
                 let status = status.unwrap_or_else(|error| {
                     panic!("{error}: {:?} {:?}", source.status(), destination.status())
                 });
-                assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+                assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
                 assert_eq!(status.counters.remaining_pages, 0);
             }
             count

@@ -51,7 +51,7 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
     client.set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
     for (side, job) in [(&source, outgoing), (&destination, incoming)] {
         let status = side.vmm.wait_job(job, PATIENCE).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     }
     assert!(writes() > 0);
     destination.vmm.stop().unwrap();

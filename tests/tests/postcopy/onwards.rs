@@ -78,7 +78,7 @@ fn a_guest_goes_from_host_to_host_in_every_mode() {
         let migration = Move::start(&source, &destination, how.clone());
         if how.mode == Mode::Precopy {
             for status in migration.end() {
-                assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+                assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
             }
         } else {
             migration.finish();

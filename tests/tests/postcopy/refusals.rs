@@ -35,12 +35,12 @@ fn refused_at_accept(source: &MockSide, destination: &MockVmm, words: &str, take
         let outgoing = source.vmm.start_outgoing(&address, &switch.options(0)).unwrap();
         let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Failed, "{switch:?}");
-        assert!(status.error.contains(words), "{switch:?}: {}", status.error);
+        assert!(status.error_text().contains(words), "{switch:?}: {}", status.error_text());
         assert_eq!((status.counters.pages_sent, status.counters.passes), (0, 0));
         let there = destination.client().status().unwrap();
         assert_eq!((there.job, there.phase), (incoming, Phase::Connecting));
         wait_until("the note", PATIENCE, || {
-            destination.client().status().unwrap().error.contains(words)
+            destination.client().status().unwrap().error_text().contains(words)
         })
         .unwrap();
     }
@@ -109,7 +109,11 @@ fn memory_that_is_sealed_against_writing_takes_no_guest() {
         destination.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
     let outgoing = source.vmm.start_outgoing(&address, &OutgoingOptions::default()).unwrap();
     let status = source.vmm.wait_job(outgoing, PATIENCE).unwrap();
-    assert!(status.error.contains("block 0 is sealed against writing"), "{}", status.error);
+    assert!(
+        status.error_text().contains("block 0 is sealed against writing"),
+        "{}",
+        status.error_text()
+    );
     destination.client().cancel().unwrap();
     assert_eq!(destination.vmm.wait_job(incoming, PATIENCE).unwrap().phase, Phase::Cancelled);
 }

@@ -164,7 +164,7 @@ impl<'a> Move<'a> {
     pub fn until_postcopy(&self) {
         for side in [self.source, self.destination] {
             let status = side.vmm.wait_phase(Phase::Postcopy, PATIENCE).unwrap();
-            assert_eq!(status.phase, Phase::Postcopy, "{}", status.error);
+            assert_eq!(status.phase, Phase::Postcopy, "{}", status.error_text());
         }
         wait_until("the guest runs", PATIENCE, || self.destination.vmm.record().runs).unwrap();
     }
@@ -196,7 +196,7 @@ impl<'a> Move<'a> {
         let (source, destination) = (self.source, self.destination);
         let ended = self.end();
         for status in &ended {
-            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
             plausible(status);
         }
         for side in [source, destination] {

@@ -69,8 +69,8 @@ fn a_guest_does_not_move_to_too_few_huge_pages() {
         let [outgoing, incoming] =
             Move::start(&source, &destination, switch.options(60 * MIB)).end();
         for status in [&outgoing, &incoming] {
-            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-            assert!(status.error.contains("nr_hugepages"), "{}", status.error);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
+            assert!(status.error_text().contains("nr_hugepages"), "{}", status.error_text());
         }
         // The guest keeps running at the source.
         assert!(source.vmm.record().runs && !destination.vmm.record().runs);
@@ -120,7 +120,7 @@ fn a_guest_waits_for_a_huge_page_and_continues_with_it() {
     let hog = take_all_but(0);
     let touching = touch(&destination);
     wait_until("the reason in the status", PATIENCE, || {
-        destination.status().error.contains("nr_hugepages")
+        destination.status().error_text().contains("nr_hugepages")
     })
     .unwrap();
     assert!(!touching.is_finished());
@@ -129,7 +129,7 @@ fn a_guest_waits_for_a_huge_page_and_continues_with_it() {
     touching.join().unwrap();
     migration.hurry();
     let [_, incoming] = migration.finish();
-    assert_eq!(incoming.error, "");
+    assert_eq!(incoming.error, None);
     assert_eq!(destination.block(1).load(offset).unwrap(), 5);
 }
 
@@ -154,7 +154,7 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
     let errors = [&source, &destination].map(|side| {
         let paused = || side.status().phase == Phase::PostcopyPaused;
         wait_until("the pause", PATIENCE, paused).unwrap();
-        side.status().error
+        side.status().error.unwrap()
     });
     let says = |why: &String| why.contains("cannot be placed") && why.contains("nr_hugepages");
     assert!(errors.iter().all(says), "{errors:#?}");
@@ -164,7 +164,7 @@ fn a_page_that_cannot_be_placed_pauses_both_sides() {
     touching.join().unwrap();
     migration.hurry();
     for status in migration.end() {
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         assert!(status.counters.paused_us > 0);
         plausible(&status);
     }

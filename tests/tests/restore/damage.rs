@@ -207,13 +207,18 @@ impl<'a> Restoring<'a> {
         let named = |status: &JobStatus, place: &str| {
             let file = format!("image {}", damaged.display());
             let good = status.phase == Phase::Failed
-                && status.error.contains(&file)
-                && status.error.contains(place);
-            assert!(good, "{what}: {:?}: {}; expected is {place}", status.phase, status.error);
+                && status.error_text().contains(&file)
+                && status.error_text().contains(place);
+            assert!(
+                good,
+                "{what}: {:?}: {}; expected is {place}",
+                status.phase,
+                status.error_text()
+            );
         };
         match expected {
             Expected::Nothing => {
-                assert_eq!((status.phase, &*status.error), (Phase::Completed, ""), "{what}");
+                assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""), "{what}");
                 assert!(content(&guest) == *right, "{what}: the memory differs from the image");
                 assert_eq!(resumed, 1);
             }

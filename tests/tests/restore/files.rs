@@ -237,7 +237,7 @@ fn a_working_set_without_room_does_not_fail_the_restore() {
     let status = guest.restored(&host.images.path("image"), &options);
     assert_eq!(status.phase, Phase::Completed);
     let warning = format!("working_set {} is not written: ", host.images.path("touched").display());
-    assert!(status.error.starts_with(&warning), "{}", status.error);
+    assert!(status.error_text().starts_with(&warning), "{}", status.error_text());
     assert!(guest.bytes() == right);
     guest.assert_free();
     assert_eq!(host.images.files(), ["ballast", "image"]);

@@ -75,7 +75,7 @@ fn hooks_that_fail_fail_the_snapshot_and_nothing_else() {
         scene.vmm.inject(hook, Some(Fault::Fail("it is raining".into())));
         let status = scene.save("image", &SnapshotOptions::default());
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains("it is raining"), "{}", status.error);
+        assert!(status.error_text().contains("it is raining"), "{}", status.error_text());
         scene.vmm.inject(hook, None);
         check_free(&scene);
     }
@@ -102,7 +102,7 @@ fn what_is_discarded_while_it_is_saved_is_saved_first() {
     (0..10).for_each(|page| scene.write(PAGES / 2 + page, 5));
     scene.client().set_parameters(&pageferry_client::OutgoingOptions::default()).unwrap();
     let status = end(&scene, job);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert!(status.counters.copied_before_discard_pages >= PAGES / 2 - 64, "{:?}", status.counters);
     let chain = pageferry_agent::image::Chain::open(&scene.path("image")).unwrap();
     let mut saved = vec![0; PAGE_SIZE as usize];

@@ -24,7 +24,7 @@ fn takes_its_time(scene: &Scene, what: &str, start: impl FnOnce() -> u64) {
     let job = start();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     let taken = begun.elapsed();
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""), "{what}");
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""), "{what}");
     let moved = status.counters.pages_saved + status.counters.pages_restored;
     assert!(moved >= PAGES, "{what}: {:?}", status.counters);
     eprintln!("{what}: {taken:?}");

@@ -52,7 +52,7 @@ fn a_file_that_may_not_grow_fails_the_snapshot() {
                 assert_failed(&status, &["image: cannot", why, "File too large"]);
                 if why == contents {
                     assert_eq!(
-                        (status.counters.pages_saved, byte_of(&status.error)),
+                        (status.counters.pages_saved, byte_of(status.error_text())),
                         (PAGES, limit),
                         "all was captured"
                     );
@@ -85,11 +85,11 @@ fn a_file_that_refuses_writes_midway_fails_the_snapshot() {
                 let status = guest.wait(job);
                 assert_failed(&status, &["image: cannot write", "File too large"]);
                 // The error is that of the first write. The later ones would be refused, too.
-                let byte = byte_of(&status.error);
+                let byte = byte_of(status.error_text());
                 assert!(
                     (FIRST..FIRST + PAGES * PAGE_SIZE).contains(&byte),
                     "no page: {}",
-                    status.error
+                    status.error_text()
                 );
                 assert_nothing_happened(&mut host, &guest, &before);
             }

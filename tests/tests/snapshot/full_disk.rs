@@ -49,7 +49,7 @@ fn a_full_file_system_fails_the_snapshot_and_nothing_else() {
             let named =
                 format!("image {}: cannot write at byte 0x", host.images.path("whole").display());
             assert_failed(&whole, &[&named, FULL]);
-            assert!(byte_of(&whole.error) >= 2 * MIB, "{}", whole.error);
+            assert!(byte_of(whole.error_text()) >= 2 * MIB, "{}", whole.error_text());
             assert_nothing_happened(&host, &guest, &before);
 
             // The changes since the base are still known after the failure.
@@ -93,8 +93,8 @@ fn space_for_the_pages_only_leaves_no_file() {
             let status = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
             assert_failed(&status, &["image", FULL]);
             assert_eq!(status.counters.pages_saved, PAGES, "all pages were saved");
-            let byte = byte_of(&status.error);
-            assert!(byte == 0 || byte >= states, "{}", status.error);
+            let byte = byte_of(status.error_text());
+            assert!(byte == 0 || byte >= states, "{}", status.error_text());
             guest.assert_free();
             assert_eq!(host.images.files(), ["ballast"]);
             host.images.relieve();

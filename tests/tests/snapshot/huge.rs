@@ -50,7 +50,7 @@ fn a_guest_on_huge_pages_is_saved_while_it_writes() {
     let last = (COUNT - 1) * HUGE + 3;
     scene.write(last, 77);
     let status = scene.client().wait(started.job, PATIENCE).unwrap();
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     assert!(status.counters.copied_before_write_pages >= HUGE, "{:?}", status.counters);
     // The image has the content from before the write.
     scene.write(last, COUNT);
@@ -92,7 +92,7 @@ fn save_thin(scene: &Scene) -> Chain {
     guest.client().discard(&[part, whole(1), whole(5)], Punch::Yes).unwrap();
     let job = guest.client().start_snapshot(&scene.path("image"), &paused()).unwrap().job;
     let status = guest.client().wait(job, PATIENCE).unwrap();
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     Chain::open(&scene.path("image")).unwrap()
 }
 
@@ -125,7 +125,7 @@ fn a_restore_allocates_only_huge_pages_with_content() {
         let options = RestoreOptions { workers, ..RestoreOptions::default() };
         let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
         let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
-        assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+        assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
         assert_eq!(status.counters.pages_saved, 4 + HUGE);
         check_restored(&scene, &chain, 5);
     }
@@ -155,7 +155,7 @@ fn a_lazy_restore_places_whole_huge_pages() {
     // The full huge page and the others.
     scene.client().set_parameters(&OutgoingOptions::default()).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     assert!(status.counters.write_faults >= 2, "{:?}", status.counters);
     // One more huge page than before, because the guest touched a zero one.
     check_restored(&scene, &chain, 6);
@@ -176,7 +176,7 @@ fn a_lazy_restore_to_too_few_huge_pages_is_refused() {
     let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("nr_hugepages"), "{}", status.error);
+    assert!(status.error_text().contains("nr_hugepages"), "{}", status.error_text());
     assert_eq!(scene.block().allocated().unwrap(), 2 * HUGE_PAGE, "the memory keeps what it held");
     drop(hog);
     // With three free ones it fits, because the memory's own two are freed first.
@@ -185,6 +185,6 @@ fn a_lazy_restore_to_too_few_huge_pages_is_refused() {
     fallocate(&_hog, FallocateFlags::empty(), 0, others * HUGE_PAGE).unwrap();
     let job = scene.vmm.start_restore(&scene.path("image"), &options).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
-    assert_eq!((status.phase, &*status.error), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     check_restored(&scene, &chain, 5);
 }

@@ -100,7 +100,8 @@ fn a_failed_increment_puts_back_what_it_took() {
     let scene = Scene::full(200);
     scene.saved("full", &tracked(paused()));
     scene.write(1, 10);
-    let error = scene.save("no/such/folder", &on(&scene.path("full"), tracked(paused()))).error;
+    let error =
+        scene.save("no/such/folder", &on(&scene.path("full"), tracked(paused()))).error.unwrap();
     assert!(error.contains("cannot create a file in its folder"), "{error}");
     scene.fail_to_resume(&on(&scene.path("full"), tracked(paused())));
     assert_eq!(scene.files(), ["full"]);
@@ -173,7 +174,7 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     let refused = |base: &str, expected: &str| {
         let status = scene.save("increment", &on(&scene.path(base), tracked(paused())));
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains(expected), "{}", status.error);
+        assert!(status.error_text().contains(expected), "{}", status.error_text());
         assert!(!scene.path("increment").exists());
     };
     refused("nothing", "nothing: cannot open it: No such file");
@@ -194,7 +195,7 @@ fn what_no_increment_can_be_built_on_is_refused_with_why() {
     scene.check(&chain);
     assert_eq!(status.counters.pages_saved, 1);
     let over = SnapshotOptions { replace: true, ..on(&scene.path("third"), tracked(paused())) };
-    let error = scene.save("second", &over).error;
+    let error = scene.save("second", &over).error.unwrap();
     assert!(error.contains("which the increment builds on: choose another name"), "{error}");
 }
 
@@ -203,7 +204,7 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
     let scene = Scene::full(200);
     let ended = |why: &str| {
         let status = scene.save("increment", &on(&scene.path("full"), tracked(paused())));
-        assert!(status.error.contains(why), "{}", status.error);
+        assert!(status.error_text().contains(why), "{}", status.error_text());
         std::fs::remove_file(scene.path("full")).unwrap();
     };
     scene.saved("full", &tracked(paused()));
@@ -260,7 +261,7 @@ fn a_failed_tracker_ends_the_chain() {
         scene.vmm.inject(hook, Some(Fault::Fail("it is raining".into())));
         scene.vmm.clear_record();
         let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
-        assert!(status.error.contains("it is raining"), "{hook:?}: {}", status.error);
+        assert!(status.error_text().contains("it is raining"), "{hook:?}: {}", status.error_text());
         assert!(
             scene.vmm.record().calls.contains(&HookName::StopTracking),
             "{hook:?}: it is of no use any more"
@@ -269,9 +270,9 @@ fn a_failed_tracker_ends_the_chain() {
         let status = scene.save("one", &on(&scene.path("full"), tracked(paused())));
         assert_eq!(status.phase, Phase::Failed);
         assert!(
-            status.error.contains("what changed since is not known: a tracker failed"),
+            status.error_text().contains("what changed since is not known: a tracker failed"),
             "{}",
-            status.error
+            status.error_text()
         );
         assert_eq!(scene.files(), ["full"]);
         // A full image starts a new chain.

@@ -238,9 +238,9 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     scene.saved("image", &paused());
     let status = scene.save("image", &paused());
     assert!(
-        status.error.contains("the file exists: choose another name, or have it replaced"),
+        status.error_text().contains("the file exists: choose another name, or have it replaced"),
         "{}",
-        status.error
+        status.error_text()
     );
     scene.write(1, 1);
     let (_, chain) = scene.saved("image", &SnapshotOptions { replace: true, ..paused() });
@@ -248,13 +248,17 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     assert_eq!(scene.files(), ["image"]);
     let status = scene.save("image/below", &paused());
     assert!(
-        status.error.contains("cannot create a file in its folder: Not a directory"),
+        status.error_text().contains("cannot create a file in its folder: Not a directory"),
         "{}",
-        status.error
+        status.error_text()
     );
     let status = scene.client().start_snapshot(Path::new("/"), &paused()).unwrap();
     let status = scene.client().wait(status.job, PATIENCE).unwrap();
-    assert!(status.error.contains("path is not an absolute path of a file"), "{}", status.error);
+    assert!(
+        status.error_text().contains("path is not an absolute path of a file"),
+        "{}",
+        status.error_text()
+    );
 }
 
 #[test]
@@ -264,9 +268,9 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
     std::fs::write(scene.path("letter"), "precious").unwrap();
     let status = scene.save("letter", &replace);
     assert!(
-        status.error.contains("the file is not an image, and so it is not replaced"),
+        status.error_text().contains("the file is not an image, and so it is not replaced"),
         "{}",
-        status.error
+        status.error_text()
     );
     assert_eq!(
         (scene.files(), std::fs::read(scene.path("letter")).unwrap()),
@@ -278,9 +282,9 @@ fn what_is_no_image_and_the_guests_memory_are_never_replaced() {
     let started = scene.client().start_snapshot(Path::new(&memory), &replace).unwrap();
     let status = scene.client().wait(started.job, PATIENCE).unwrap();
     assert!(
-        status.error.contains("the file is the memory of block 0: choose another name"),
+        status.error_text().contains("the file is the memory of block 0: choose another name"),
         "{}",
-        status.error
+        status.error_text()
     );
 }
 

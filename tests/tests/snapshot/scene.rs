@@ -73,7 +73,7 @@ impl Scene {
     #[track_caller]
     pub fn saved(&self, name: &str, options: &SnapshotOptions) -> (JobStatus, Chain) {
         let status = self.save(name, options);
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         (status, Chain::open(&self.path(name)).unwrap())
     }
 
@@ -84,7 +84,7 @@ impl Scene {
         self.vmm.inject(HookName::Resume, Some(Fault::Fail("not now".into())));
         let status = self.save("failed", options);
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains("not now"), "{}", status.error);
+        assert!(status.error_text().contains("not now"), "{}", status.error_text());
         self.vmm.inject(HookName::Resume, None);
         self.vmm.start().unwrap();
     }

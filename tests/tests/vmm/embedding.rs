@@ -99,11 +99,11 @@ fn a_hook_that_panics_fails_the_job_by_name() {
         let [migration, _] = source.start_move(&destination, &OutgoingOptions::default());
         let expected = format!("hook \"{name}\" panicked in the VMM: vCPU 3 is gone");
         let status = source.vmm.wait_job(migration, PATIENCE).unwrap();
-        assert_eq!((status.phase, status.error.as_str()), (Phase::Failed, expected.as_str()));
+        assert_eq!((status.phase, status.error_text()), (Phase::Failed, expected.as_str()));
         let image = folder.path().join("image");
         let snapshot = source.vmm.start_snapshot(&image, &SnapshotOptions::default()).unwrap();
         let status = source.vmm.wait_job(snapshot, PATIENCE).unwrap();
-        assert_eq!((status.phase, status.error.as_str()), (Phase::Failed, expected.as_str()));
+        assert_eq!((status.phase, status.error_text()), (Phase::Failed, expected.as_str()));
 
         let record = source.vmm.record();
         assert!(record.runs && record.calls.last() == Some(&HookName::Resume), "{record:?}");
@@ -145,7 +145,7 @@ fn a_guest_resets_while_it_is_moved_and_while_it_is_saved() {
         let job = start();
         source.client().remove_block(0).unwrap();
         let status = source.client().status().unwrap();
-        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error);
+        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error_text());
         source.vmm.memory().block(0).unwrap().add_to(source.client()).unwrap();
     }
     assert!(source.vmm.record().runs);
@@ -175,7 +175,7 @@ fn a_vmm_resets_while_it_waits_or_is_restored() {
         let job = start();
         side.client().remove_block(0).unwrap();
         let status = side.client().status().unwrap();
-        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error);
+        assert_eq!((status.job, status.phase), (job, Phase::Cancelled), "{}", status.error_text());
         assert_eq!(side.client().ownership(), Ownership::Awaiting);
         side.vmm.memory().block(0).unwrap().add_to(side.client()).unwrap();
     }
@@ -211,7 +211,7 @@ fn removes_after_the_job(sides: &[&MockSide], phase: Phase, hurry: impl FnOnce()
         for (side, removal) in sides.iter().zip(removals) {
             removal.join().unwrap().unwrap();
             let status = side.client().status().unwrap();
-            assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         }
     });
 }

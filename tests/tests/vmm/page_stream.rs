@@ -65,8 +65,8 @@ fn migrates(source: &Side, from: OwnedFd, destination: &Side, to: OwnedFd) -> Jo
         (sent.phase, received.phase),
         (Phase::Completed, Phase::Completed),
         "{} {}",
-        sent.error,
-        received.error
+        sent.error_text(),
+        received.error_text()
     );
     assert_same(&source.ram, &destination.ram);
     sent

@@ -122,7 +122,7 @@ impl Side {
 
 #[track_caller]
 fn completed(status: JobStatus) -> JobStatus {
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     status
 }
 
@@ -138,7 +138,13 @@ fn moves(
         from.vmm.wait_job(outgoing, PATIENCE).unwrap(),
         to.vmm.wait_job(incoming, PATIENCE).unwrap(),
     ];
-    assert_eq!(ended[0].phase, ended[1].phase, "{} {}", ended[0].error, ended[1].error);
+    assert_eq!(
+        ended[0].phase,
+        ended[1].phase,
+        "{} {}",
+        ended[0].error_text(),
+        ended[1].error_text()
+    );
     ended
 }
 

@@ -32,7 +32,7 @@ fn an_eager_restore_replaces_all_memory() {
     });
     let options = RestoreOptions { workers: 3, ..RestoreOptions::default() };
     let status = restore_from(&path, &ram, &vmm, options);
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     ram.check(|id, page| (sparse(id, page), 0));
     assert_eq!(vmm.asked(), ["load state", "resume"]);
     let all = || (0..2).flat_map(|id| (0..PAGES[id as usize]).map(move |page| sparse(id, page)));
@@ -62,7 +62,7 @@ fn an_increment_is_restored_with_its_base() {
     write_image(&one, &geometries, &base, 5, newer);
     let ram = Arc::new(Ram::new(&geometries));
     let status = restore_from(&one, &ram, &Vmm::willing(&ram), RestoreOptions::default());
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     ram.check(|id, page| match newer(id, page) {
         Page::Unchanged => (sparse(id, page), 0),
         kind => (kind, 5),
@@ -80,11 +80,14 @@ fn a_block_mismatch_is_refused_before_memory_changes() {
     let vmm = Vmm::willing(&ram);
     let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
     assert_eq!(status.phase, Phase::Failed);
-    assert_eq!(status.error, "block 1: length is 0x2bc000 in this VMM, and 0x258000 in the image");
+    assert_eq!(
+        status.error_text(),
+        "block 1: length is 0x2bc000 in this VMM, and 0x258000 in the image"
+    );
     assert_eq!((ram.allocated(0), vmm.asked().len()), (before, 0));
     assert!(ram.block(0).discarded.contains(3));
     let status = restore_from(&folder.path().join("none"), &ram, &vmm, RestoreOptions::default());
-    assert!(status.error.contains("none: cannot open it"), "{}", status.error);
+    assert!(status.error_text().contains("none: cannot open it"), "{}", status.error_text());
 }
 
 #[test]
@@ -105,7 +108,7 @@ fn a_damaged_page_leaves_the_memory_empty() {
     let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
     assert_eq!(status.phase, Phase::Failed);
     let expected = format!("image: block 0: page {:#x}, at byte {place:#x}: checksum", 1400);
-    assert!(status.error.contains(&expected), "{}", status.error);
+    assert!(status.error_text().contains(&expected), "{}", status.error_text());
     assert_eq!(vmm.asked(), Vec::<&str>::new());
     ram.check_empty(|_, page| page < 10);
 }
@@ -118,7 +121,7 @@ fn a_failed_state_load_leaves_the_memory_empty() {
         _ => Ok(()),
     });
     let status = restore_from(&path, &ram, &vmm, RestoreOptions::default());
-    assert!(status.error.contains("no such device"), "{}", status.error);
+    assert!(status.error_text().contains("no such device"), "{}", status.error_text());
     assert_eq!(vmm.asked(), ["load state"]);
     ram.check_empty(|_, _| false);
 }
@@ -202,7 +205,11 @@ fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
     let refused = new_job(&ram, &vmm, 0);
     refused.allow_populates();
     run(&refused, &order);
-    assert!(refused.status().error.contains("a guest runs here"), "{}", refused.status().error);
+    assert!(
+        refused.status().error_text().contains("a guest runs here"),
+        "{}",
+        refused.status().error_text()
+    );
     assert!(ram.block(0).discarded.contains(3) && !ram.allocated(0).is_empty());
     let job = new_job(&ram, &vmm, 0);
     run(&job, &order);

@@ -78,7 +78,7 @@ fn faults_are_answered_from_the_state_load_on() {
         restoring.join().unwrap();
     });
     let status = job.status();
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     ram.check(|id, page| (sparse(id, page), version(page)));
     assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
     let content: u64 = (0..2).map(|at| scattered(at).count() as u64).sum();
@@ -189,7 +189,7 @@ fn pages_touched_before_the_registration_are_restored() {
         Ok(())
     });
     let status = restore_from(&path, &ram, &vmm, lazy_options());
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     ram.check(|id, page| (sparse(id, page), 0));
 }
 
@@ -223,7 +223,7 @@ fn a_damaged_page_ends_a_running_guest() {
     let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
     let expected = format!("image: block 0: page {:#x}, at byte {place:#x}: checksum", 1900);
-    assert!(status.error.contains(&expected), "{}", status.error);
+    assert!(status.error_text().contains(&expected), "{}", status.error_text());
     assert_eq!(vmm.asked(), ["register faults", "load state", "resume", "unregister faults"]);
     // The lost guest keeps the pages that were placed, and the damaged page was not.
     assert!(!ram.allocated(0).is_empty());
@@ -250,7 +250,7 @@ fn a_damaged_page_in_the_state_load_leaves_the_memory_empty() {
     });
     let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("page 0x76c"), "{}", status.error);
+    assert!(status.error_text().contains("page 0x76c"), "{}", status.error_text());
     assert_eq!(vmm.asked(), ["register faults", "load state", "unregister faults"]);
     ram.check_empty(|_, _| false);
 }
@@ -299,8 +299,8 @@ fn assert_not_resumed(job: &Job, ram: &Ram, complete: &Receiver<bool>, reason: &
     let status = job.status();
     assert_eq!(status.phase, Phase::Failed);
     let expected = format!("resuming it failed: {reason}");
-    assert!(status.error.contains("the guest is here"), "{}", status.error);
-    assert!(status.error.contains(&expected), "{}", status.error);
+    assert!(status.error_text().contains("the guest is here"), "{}", status.error_text());
+    assert!(status.error_text().contains(&expected), "{}", status.error_text());
     ram.check(|_, _| (Page::Content, 0));
     assert_eq!(status.counters.remaining_pages, 0);
     // The job may end before a VMM that is late gets to this hook.
@@ -382,7 +382,7 @@ fn a_block_without_vmm_address_is_refused() {
     ram.block(0).backing.write(0, &[1]).unwrap();
     let vmm = Vmm::willing(&ram);
     let status = restore_from(&path, &ram, &vmm, lazy_options());
-    assert!(status.error.contains("block 0 has no vmm_address"), "{}", status.error);
+    assert!(status.error_text().contains("block 0 has no vmm_address"), "{}", status.error_text());
     assert_eq!((vmm.asked().len(), ram.allocated(0).len()), (0, 1));
 }
 
@@ -396,7 +396,7 @@ fn a_vmm_that_cannot_register_faults_keeps_its_memory() {
     });
     let status = restore_from(&path, &ram, &vmm, lazy_options());
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("no userfaultfd here"), "{}", status.error);
+    assert!(status.error_text().contains("no userfaultfd here"), "{}", status.error_text());
     assert_eq!(ram.allocated(0), before);
     assert!(vmm.asked().is_empty(), "{:?}", vmm.asked());
 }

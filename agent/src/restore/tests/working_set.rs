@@ -36,7 +36,7 @@ fn the_working_set_is_prefetched_by_the_next_restore() {
     let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
     let set = folder.path().join("set");
     let status = restore_from(&path, &ram, &touching(&ram), options_with(&set));
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     ram.check(|_, _| (Page::Content, 0));
     assert_eq!(status.counters.working_set_pages, 0);
     let bytes = std::fs::read(&set).unwrap();
@@ -57,7 +57,7 @@ fn the_working_set_is_prefetched_by_the_next_restore() {
         Ok(())
     });
     let status = restore_from(&path, &ram, &vmm, options_with(&set));
-    assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     assert_eq!((status.counters.working_set_pages, status.counters.faults), (6, 0));
     ram.check(|_, _| (Page::Content, 0));
     assert_eq!(std::fs::read(&set).unwrap(), bytes, "it is not written again");
@@ -87,15 +87,15 @@ fn a_useless_set_is_replaced_and_another_file_is_kept() {
         let status = restore_from(&path, &ram, &vmm, options_with(&set));
         assert_eq!(status.phase, Phase::Failed);
         assert!(
-            status.error.contains("working_set is")
-                && status.error.contains("not to be overwritten"),
+            status.error_text().contains("working_set is")
+                && status.error_text().contains("not to be overwritten"),
             "{}",
-            status.error
+            status.error_text()
         );
         assert_eq!((vmm.asked().len(), std::fs::read(&set).unwrap().as_slice()), (0, other));
     }
     let status = restore_from(&path, &ram, &touching(&ram), options_with(folder.path()));
-    assert!(status.error.contains("it is no working set"), "{}", status.error);
+    assert!(status.error_text().contains("it is no working set"), "{}", status.error_text());
 }
 
 #[test]
@@ -130,7 +130,11 @@ fn a_file_that_appears_during_the_restore_is_kept() {
     });
     let status = restore_from(&path, &ram, &vmm, options_with(&set));
     assert_eq!(status.phase, Phase::Completed);
-    assert!(status.error.contains("is not written: the file exists"), "{}", status.error);
+    assert!(
+        status.error_text().contains("is not written: the file exists"),
+        "{}",
+        status.error_text()
+    );
     assert_eq!(std::fs::read(&set).unwrap(), b"somebody's");
 }
 
@@ -155,7 +159,7 @@ fn a_path_that_cannot_be_written_is_refused() {
         let status = restore_from(&path, &ram, &vmm, options_with(&set));
         assert_eq!((status.phase, vmm.asked().len()), (Phase::Failed, 0));
         let expected = format!("working_set is {}: {why}", set.display());
-        assert!(status.error.contains(&expected), "{}", status.error);
+        assert!(status.error_text().contains(&expected), "{}", status.error_text());
     }
 }
 
@@ -169,7 +173,7 @@ fn a_set_of_no_pages_is_not_written() {
     let status = restore_from(&path, &ram, &Vmm::new(&ram, |_, _| Ok(())), options_with(&set));
     let expected =
         format!("working_set {} is not written: the guest waited for no page", set.display());
-    assert_eq!((status.phase, status.error), (Phase::Completed, expected));
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, expected.as_str()));
     assert!(!set.exists());
 }
 

@@ -162,18 +162,24 @@ pub struct JobStatus {
     pub counters: Counters,
     /// Why the job failed or is paused. While it runs: what an operator should know, such as why a
     /// waiting incoming migration refused a source, or what a guest in postcopy waits for. After it
-    /// completed: a warning about something else that failed. Empty if there is nothing to say.
-    pub error: String,
+    /// completed: a warning about something else that failed. `None` if there is nothing to say.
+    /// On the wire that is the empty text, so an empty sentence arrives as `None`.
+    pub error: Option<String>,
 }
 
 impl JobStatus {
+    /// The sentence of [`error`](Self::error), or an empty text if there is nothing to say.
+    pub fn error_text(&self) -> &str {
+        self.error.as_deref().unwrap_or_default()
+    }
+
     /// Adds the fields to a body.
     pub fn encode(&self, encoder: Encoder) -> Encoder {
         // Zero while it is not known.
         let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
         let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
         let encoder = encoder.u16(self.arrived.into()).u32(self.trackers.bits());
-        self.counters.encode(encoder).text(truncate_text(&self.error, MAX_SENTENCE))
+        self.counters.encode(encoder).text(truncate_text(self.error_text(), MAX_SENTENCE))
     }
 
     /// Reads the fields from a body.
@@ -189,9 +195,14 @@ impl JobStatus {
             arrived: flag(decoder, "arrived")?,
             trackers: Trackers::from_wire("trackers", decoder.u32("trackers")?)?,
             counters: Counters::decode(decoder)?,
-            error: decoder.text("error", MAX_SENTENCE)?.to_owned(),
+            error: decode_sentence(decoder.text("error", MAX_SENTENCE)?),
         })
     }
+}
+
+/// The empty text says nothing.
+fn decode_sentence(text: &str) -> Option<String> {
+    (!text.is_empty()).then(|| text.to_owned())
 }
 
 fn decode_guest(decoder: &mut Decoder<'_>) -> Result<Option<RunState>, DecodeError> {

@@ -348,7 +348,7 @@ fn a_status_survives_the_wire() {
         Counters { passes: 3, throttle_percent: 99, wire_bytes: u64::MAX, ..Counters::default() };
     let trackers = Trackers::HOOKS | Trackers::WRITE_PROTECT;
     for guest in [None, Some(RunState::Running), Some(RunState::Paused)] {
-        let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, "gone".into());
+        let (kind, phase, error) = (JobKind::Outgoing, Phase::Unconfirmed, Some("gone".into()));
         let status = JobStatus {
             job: 7,
             kind,
@@ -367,6 +367,16 @@ fn a_status_survives_the_wire() {
     let unknown = Encoder::new().u64(7).u32(1).u32(4).u32(3).finish();
     let error = JobStatus::decode(&mut Decoder::new(&unknown)).unwrap_err().to_string();
     assert_eq!(error, "guest is 0x3, allowed: 0 not known, 1 running, 2 paused");
+}
+
+#[test]
+fn an_error_that_says_nothing_is_the_empty_text_on_the_wire() {
+    let without = JobStatus { job: 7, ..JobStatus::default() };
+    let body = without.encode(Encoder::new()).finish();
+    let empty = JobStatus { error: Some(String::new()), ..without.clone() };
+    assert_eq!(empty.encode(Encoder::new()).finish(), body);
+    assert_eq!(JobStatus::decode(&mut Decoder::new(&body)).unwrap(), without);
+    assert_eq!(without.error_text(), "");
 }
 
 #[test]

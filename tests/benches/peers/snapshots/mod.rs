@@ -157,7 +157,7 @@ impl Vmm {
         let job = self.client.start_snapshot(path, options).unwrap().job;
         let status = self.client.wait(job, LIMIT).unwrap();
         let time = started.elapsed();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         Saved { time, processor: processor_time(agent) - before, status }
     }
 }

@@ -70,7 +70,7 @@ fn restore(
     wait_for("the guest to run", LIMIT, runs).unwrap();
     meanwhile();
     let status = vmm.client.wait(job, LIMIT).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     status
 }
 

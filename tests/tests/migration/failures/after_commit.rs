@@ -33,7 +33,7 @@ fn a_lost_commit_leaves_the_guest_unconfirmed_and_paused() {
         let _commit = scene.relay.until(is_commit);
         scene.kill_destination();
         let status = scene.source.wait(scene.outgoing);
-        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error_text());
         assert_stays_paused(&scene.source);
     }
 }
@@ -52,8 +52,8 @@ fn a_link_lost_after_the_commit_takes_force_to_resume() {
         assert!(source.client.cancel().is_err(), "after the commit point it is too late to cancel");
         relay.cut();
         let status = source.wait(outgoing);
-        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
-        assert!(status.error.contains("did not confirm"), "{}", status.error);
+        assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error_text());
+        assert!(status.error_text().contains("did not confirm"), "{}", status.error_text());
         assert_eq!(destination.wait(incoming).phase, Phase::Completed);
         assert_eq!(destination.vmm.resumes(), 1, "the guest runs at the destination");
 
@@ -76,9 +76,9 @@ fn a_link_lost_after_the_commit_takes_force_to_resume() {
         let status = source.client.status().unwrap();
         assert_eq!(status.phase, Phase::Failed);
         assert!(
-            status.error.starts_with("the guest was resumed here by force; before that: "),
+            status.error_text().starts_with("the guest was resumed here by force; before that: "),
             "{}",
-            status.error
+            status.error_text()
         );
     }
 }
@@ -87,7 +87,7 @@ fn a_link_lost_after_the_commit_takes_force_to_resume() {
 fn after_the_commit_nothing_runs_the_guest_at_the_source() {
     let mut scene = Scene::started(Wire::Unix, &passes(1));
     let status = scene.end();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Completed);
     wait_until("the guest to be gone", SOON, || scene.source.client.ownership() == Ownership::Gone)
         .unwrap();
@@ -142,7 +142,7 @@ fn a_killed_destination_agent_leaves_the_guest_there_or_nowhere() {
             let _record = scene.relay.until(|record| record.kind == held);
             scene.agent.kill();
             let status = scene.end();
-            assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error_text());
             assert_stays_paused(&scene.source);
             let there = &scene.there;
             wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();

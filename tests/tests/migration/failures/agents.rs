@@ -66,7 +66,7 @@ fn a_killed_destination_agent_leaves_the_guest_at_the_source() {
         let _record = scene.relay.until(is_there);
         scene.agent.kill();
         let status = scene.end();
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
         let FarScene { source, there, .. } = &scene;
         assert!(!source.vmm.is_paused());
         wait_until("the agent to be lost", SOON, || there.client.status().is_err()).unwrap();

@@ -16,7 +16,7 @@ fn a_cancel_before_the_commit_leaves_the_guest_running() {
         scene.source.client.cancel().unwrap();
         scene.relay.pass(record);
         let status = scene.end();
-        assert_eq!(status.phase, Phase::Cancelled, "{}", status.error);
+        assert_eq!(status.phase, Phase::Cancelled, "{}", status.error_text());
         assert!(!scene.source.vmm.is_paused());
         migrates_next_time(&scene.source);
     }

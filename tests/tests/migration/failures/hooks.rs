@@ -84,8 +84,8 @@ fn a_silent_hook_fails_the_job_and_the_guest_runs() {
                 &OutgoingOptions { policy, ..hasty(timeout) },
             );
             let status = scene.end();
-            assert_eq!(status.phase, Phase::Failed, "{name} {answered}: {}", status.error);
-            says(&status.error, &[&format!("\"{name}\"")])?;
+            assert_eq!(status.phase, Phase::Failed, "{name} {answered}: {}", status.error_text());
+            says(status.error_text(), &[&format!("\"{name}\"")])?;
             assert_eq!(
                 scene.source.vmm.is_paused(),
                 pauses && at != At::Pause,
@@ -111,9 +111,9 @@ fn a_silent_resume_here_fails_the_job_and_resumes_late() {
         let _state = scene.reach(|record| record.kind == Kind::State)?;
         scene.relay.cut();
         let status = scene.source.wait(scene.outgoing);
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
         // The status has the first error.
-        says(&status.error, &["closed"])?;
+        says(status.error_text(), &["closed"])?;
         assert_eq!(scene.source.client.ownership(), Ownership::Ours);
         scene.assert_destination_failed();
         drop(hold);
@@ -132,14 +132,14 @@ fn a_silent_resume_there_leaves_the_guest_to_the_destination() {
             let mut scene = Scene::started_between(*wire, filled(), destination, &hasty(timeout));
             let status = scene.end();
             // The source says why.
-            says(&status.error, &["\"resume\""])?;
-            assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error);
+            says(status.error_text(), &["\"resume\""])?;
+            assert_eq!(status.phase, Phase::Unconfirmed, "{}", status.error_text());
             let there = scene.destination().wait(scene.incoming);
             assert_eq!(there.phase, Phase::Failed);
             // An operator must be able to see at the destination that the guest has arrived.
             assert!(there.arrived, "{there:?}");
             for words in ["the guest is here", "resuming it failed", "\"resume\""] {
-                assert!(there.error.contains(words), "{}", there.error);
+                assert!(there.error_text().contains(words), "{}", there.error_text());
             }
             assert_stays_paused(&scene.source);
             drop(hold);
@@ -163,11 +163,11 @@ fn a_silent_stop_of_tracking_does_not_change_the_outcome() {
                 let _state = scene.reach(|record| record.kind == Kind::State)?;
                 scene.relay.cut();
                 let status = scene.assert_source_failed();
-                says(&status.error, &["closed"])?;
+                says(status.error_text(), &["closed"])?;
             } else {
                 let status = scene.end();
                 if status.phase != Phase::Completed {
-                    return Err(TooEarly(status.error));
+                    return Err(TooEarly(status.error_text().to_owned()));
                 }
                 assert_eq!(scene.destination().wait(scene.incoming).phase, Phase::Completed);
             }
@@ -188,10 +188,10 @@ fn a_failed_hook_fails_the_job_and_the_guest_runs() {
         source.vmm.on(at, || Err(HookError::new("the vCPU is stuck")));
         let mut scene = Scene::started_between(Wire::Unix, source, empty(), &passes(1));
         let status = scene.end();
-        assert!(status.error.contains("the vCPU is stuck"), "{}", status.error);
+        assert!(status.error_text().contains("the vCPU is stuck"), "{}", status.error_text());
         scene.assert_source_failed();
         let there = scene.assert_destination_failed();
-        assert!(there.error.contains("the vCPU is stuck"), "{}", there.error);
+        assert!(there.error_text().contains("the vCPU is stuck"), "{}", there.error_text());
         assert!(!lock(&scene.source.vmm.asked).tracking, "the tracker stays on");
         scene.source.vmm.off(at);
         migrates_next_time(&scene.source);
@@ -215,7 +215,7 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     let downtime_limit = Duration::from_secs(3600);
     scene.source.client.set_parameters(&OutgoingOptions { downtime_limit, ..options }).unwrap();
     let status = scene.end();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
 }
 
 #[test]
@@ -231,10 +231,10 @@ fn a_failed_load_fails_both_sides_and_the_guest_runs() {
                 Scene::started_between(Wire::Unix, filled(), destination, &hasty(timeout));
             let status = scene.end();
             // The source's error has the reason, too.
-            says(&status.error, &[words])?;
+            says(status.error_text(), &[words])?;
             scene.assert_source_failed();
             let there = scene.assert_destination_failed();
-            assert!(there.error.contains(words), "{}", there.error);
+            assert!(there.error_text().contains(words), "{}", there.error_text());
             drop(hold);
             scene.destination().vmm.off(At::LoadState);
             scene.assert_both_migrate_next_time();

@@ -56,7 +56,7 @@ fn one_cut_stream_of_several_fails_both_sides() {
             });
             scene.relay.cut_one(&record, part);
             let status = scene.end();
-            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
             scene.assert_source_failed();
             scene.assert_destination_failed();
             scene.assert_both_migrate_next_time();

@@ -32,8 +32,8 @@ impl Scene {
     /// Checks that the source's job failed, and that its guest runs.
     pub fn assert_source_failed(&self) -> JobStatus {
         let status = self.source.wait(self.outgoing);
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        assert!(!status.error.is_empty());
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
+        assert!(status.error.is_some());
         assert!(!self.source.vmm.is_paused(), "the guest is paused");
         assert_eq!(self.source.client.ownership(), Ownership::Ours);
         status
@@ -42,8 +42,8 @@ impl Scene {
     /// Checks that the destination's job failed, and that nothing runs there.
     pub fn assert_destination_failed(&self) -> JobStatus {
         let status = self.destination().wait(self.incoming);
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        assert!(!status.error.is_empty() && !status.arrived, "{status:?}");
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
+        assert!(status.error.is_some() && !status.arrived, "{status:?}");
         assert_eq!(self.destination().vmm.resumes(), 0);
         assert_ne!(self.destination().client.ownership(), Ownership::Ours);
         status
@@ -108,7 +108,7 @@ fn reach(
 ) -> Result<Passing, TooEarly> {
     let over = || source.client.status().unwrap().phase.is_final();
     let record = relay.until_unless(over, wanted);
-    record.ok_or_else(|| TooEarly(source.client.status().unwrap().error))
+    record.ok_or_else(|| TooEarly(source.client.status().unwrap().error_text().to_owned()))
 }
 
 /// Runs `test` for every moment and over every wire.

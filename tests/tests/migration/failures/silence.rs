@@ -37,10 +37,10 @@ fn a_peer_that_falls_silent_is_an_error_within_its_timeout() {
             // limit of the hand-over may end first.
             let words =
                 ["was silent for ", "did not take what was sent within", "hand-over was not done"];
-            says(&status.error, &words)?;
+            says(status.error_text(), &words)?;
             if moment != MOMENTS[0].0 {
                 let status = scene.assert_destination_failed();
-                says(&status.error, &["silent", "closed"])?;
+                says(status.error_text(), &["silent", "closed"])?;
             }
             migrates_next_time(&scene.source);
             Ok(())
@@ -62,7 +62,7 @@ fn a_peer_that_does_not_accept_is_an_error_in_time() {
             .job;
         let status = source.wait(outgoing);
         assert_eq!(status.phase, Phase::Failed);
-        assert!(status.error.contains(words), "{}", status.error);
+        assert!(status.error_text().contains(words), "{}", status.error_text());
         assert!(!source.vmm.is_paused());
     };
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -98,9 +98,9 @@ fn a_hanging_destination_agent_is_an_error_within_the_timeout() {
             scene.agent.freeze();
             scene.relay.pass(record);
             let status = scene.end();
-            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
             // On a busy machine the time limit of the hand-over may end first.
-            says(&status.error, &["silent", "hand-over was not done"])?;
+            says(status.error_text(), &["silent", "hand-over was not done"])?;
             assert!(!scene.source.vmm.is_paused());
             migrates_next_time(&scene.source);
             Ok(())
@@ -124,8 +124,9 @@ fn a_hanging_source_agent_is_given_up_and_the_guest_runs() {
             let outgoing = relay.send(&source.client, &passes(2));
             let over = || destination.client.status().unwrap().phase.is_final();
             let record = relay.until_unless(over, is_there);
-            let _record =
-                record.ok_or_else(|| TooEarly(destination.client.status().unwrap().error))?;
+            let _record = record.ok_or_else(|| {
+                TooEarly(destination.client.status().unwrap().error_text().to_owned())
+            })?;
             agent.freeze();
             // The VMM notices with its next request to the agent.
             let lost = source.client.wait(outgoing, SOON).unwrap_err();
@@ -155,7 +156,7 @@ fn a_peer_answering_byte_by_byte_keeps_no_guest_paused() {
             let status = scene.assert_source_failed();
             // On a busy machine the time limit of the hand-over may end first.
             says(
-                &status.error,
+                status.error_text(),
                 &["did not send a whole record within ", "hand-over was not done"],
             )?;
             scene.assert_destination_failed();
@@ -177,7 +178,7 @@ fn a_destination_killed_under_a_low_bandwidth_is_noticed() {
     wait_until("pages", SOON, || source.client.status().unwrap().counters.pages_sent > 2).unwrap();
     agent.kill();
     let status = source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
     assert!(status.counters.pages_sent < PAGES, "the job did not stop: {:?}", status.counters);
     migrates_next_time(&source);
 }
@@ -195,7 +196,7 @@ fn a_low_bandwidth_does_not_make_the_source_look_dead() {
     let incoming = destination.listen(&path, &options);
     let outgoing = source.send(&path, &OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..passes(1) });
     let status = source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(destination.wait(incoming).phase, Phase::Completed);
     assert_same(&source.ram, &destination.ram);
 }

@@ -23,16 +23,16 @@ fn a_truncated_file_fails_the_job_and_not_the_session() {
         scene.relay.pass(record);
         let status = scene.end();
         assert!(
-            status.error.contains("block 3") && status.error.contains("truncated"),
+            status.error_text().contains("block 3") && status.error_text().contains("truncated"),
             "{}",
-            status.error
+            status.error_text()
         );
         scene.assert_source_failed();
         let there = scene.assert_destination_failed();
         assert!(
-            there.error.contains("truncated"),
+            there.error_text().contains("truncated"),
             "the destination learns the reason: {}",
-            there.error
+            there.error_text()
         );
         // A discard of pages that the file no longer has succeeds, too.
         assert_eq!(scene.source.client.discard(&[ram.range(PAGES - 5, 5)], Punch::Yes).unwrap(), 5);

@@ -25,7 +25,7 @@ fn after_a_dead_vmm_the_agent_serves_the_next() {
         if moment != MOMENTS[0].0 {
             relay.pass(record);
             let status = relay.finish(&destination.client, incoming);
-            assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+            assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
             assert_eq!(destination.vmm.resumes(), 0);
         }
         migrates_next_time(&Attached::new(&agent.path, stamped()));

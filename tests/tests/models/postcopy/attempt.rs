@@ -203,7 +203,7 @@ impl Attempt<'_> {
     /// until its operator, who looked at both sides, resumes it by force.
     fn take_back(&mut self, incoming: u64) {
         let status = self.destination.client.wait(incoming, SOON).unwrap();
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
         assert!(!self.source.runs());
         assert_eq!(self.source.client.ownership(), Ownership::Relinquished);
         let mut operator = RawClient::connect(&self.source.agent.path);
@@ -278,7 +278,12 @@ impl Attempt<'_> {
                 self.cut || self.cancelled,
                 "nothing ended it: {status:?}, and the destination {there:?}"
             );
-            assert_eq!(status.phase, expected, "{}, and the destination {there:?}", status.error);
+            assert_eq!(
+                status.phase,
+                expected,
+                "{}, and the destination {there:?}",
+                status.error_text()
+            );
             // The destination's job has failed, unless the source never connected.
             let _ = self.destination.client.cancel();
             self.relay.cut_all();
@@ -286,13 +291,13 @@ impl Attempt<'_> {
             assert!(
                 self.source.runs(),
                 "what fails before the commit leaves the guest running: {}",
-                status.error
+                status.error_text()
             );
             assert!(!self.destination.runs());
             return Outcome::Stayed;
         }
         let status = self.destination.client.wait(incoming, SOON).unwrap();
-        assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
         self.at_destination();
         Outcome::Moved(Box::new(Moved { guest: self.guest.unwrap(), placed: self.missing }))
     }

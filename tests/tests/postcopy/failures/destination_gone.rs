@@ -91,7 +91,7 @@ fn after_a_dead_destination_vmm_force_takes_the_guest_back() {
         scene.relay.pump("the pause", || {
             source.seen().phase == Phase::PostcopyPaused && there.seen().phase.is_final()
         });
-        assert_eq!(there.seen().phase, Phase::Cancelled, "{}", there.seen().error);
+        assert_eq!(there.seen().phase, Phase::Cancelled, "{}", there.seen().error_text());
         drop(touch);
         let resumed = source.run("resume", &["--force"]);
         assert!(resumed.status.success(), "{resumed:?}");

@@ -47,7 +47,7 @@ fn a_waiting_resume_gets_its_memory_by_the_recovery() {
         let _request = scene.relay.until(|record| record.kind == Kind::Request);
         scene.relay.cut();
         let (source, _) = scene.assert_paused();
-        assert!(source.error.contains("did not confirm"), "{}", source.error);
+        assert!(source.error_text().contains("did not confirm"), "{}", source.error_text());
         assert!(found.try_recv().is_err(), "it waits");
         assert_goes_on(&mut scene);
         assert_eq!(found.recv().unwrap().unwrap(), stamp_of(WANTED));
@@ -70,9 +70,9 @@ fn a_resume_that_is_late_or_fails_does_not_lose_the_memory() {
         };
         let (_, destination) = scene.assert_paused();
         assert!(
-            destination.error.contains("resuming it failed: hook \"resume\""),
+            destination.error_text().contains("resuming it failed: hook \"resume\""),
             "{}",
-            destination.error
+            destination.error_text()
         );
         assert!(destination.arrived, "{destination:?}");
         assert_eq!(
@@ -99,7 +99,7 @@ fn a_load_that_waits_for_memory_of_a_silent_source_is_let_go() {
     let found = touches(&scene, At::LoadState);
     let _request = scene.relay.until(|record| record.kind == Kind::Request);
     let status = scene.destination.reaches(Phase::Failed);
-    assert!(status.error.contains("hook \"load state\""), "{}", status.error);
+    assert!(status.error_text().contains("hook \"load state\""), "{}", status.error_text());
     assert_eq!(found.recv_timeout(SOON).unwrap().unwrap(), 0, "the guest never runs here");
     let there = scene.destination.vmm.clone();
     wait_until("what was announced as missing to be taken back", SOON, || {

@@ -103,7 +103,7 @@ fn what_a_destination_claims_to_have_is_checked() {
         let lie = lie(truth.collect());
         tell(&mut scene, record, lie);
         let (source, _) = scene.assert_paused();
-        assert_says(&source.error, words);
+        assert_says(source.error_text(), words);
         assert!(touch.waits());
         // Drops the rest of this recovery.
         scene.relay.cut();
@@ -237,7 +237,7 @@ fn false_pages_pause_the_destination_until_recovered() {
         let record = answer.unwrap_or_else(|| scene.relay.until(is_there));
         tell(&mut scene, record, lie);
         let (_, destination) = scene.assert_paused();
-        assert_says(&destination.error, words);
+        assert_says(destination.error_text(), words);
         scene.recover();
         scene.assert_completes();
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
@@ -269,7 +269,7 @@ fn a_false_request_pauses_the_source_until_recovered() {
         let _end = scene.relay.until(|record| record.kind == Kind::End && record.stream == 0);
         tell(&mut scene, request, lie);
         let (source, _) = scene.assert_paused();
-        assert_says(&source.error, words);
+        assert_says(source.error_text(), words);
         scene.recover();
         scene.assert_completes();
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
@@ -323,7 +323,7 @@ fn a_false_report_of_the_destination_releases_nothing() {
             scene.relay.until(|record| record.kind == Kind::Discard && !record.to_destination);
         tell(&mut scene, said, lie.clone());
         let (source, _) = scene.assert_paused();
-        assert_says(&source.error, words);
+        assert_says(source.error_text(), words);
         assert_eq!(source.counters.released_pages, 0);
         let fast = OutgoingOptions { bandwidth: 0, ..slow.clone() };
         scene.source.client.set_parameters(&fast).unwrap();
@@ -383,8 +383,8 @@ fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
         let over = |phase: Phase| phase.is_final() || phase == Phase::PostcopyPaused;
         scene.relay.pump("the end", || over(source.seen().phase) && there.seen().phase.is_final());
         let status = there.seen();
-        assert_eq!(status.phase, Phase::Failed, "{}", status.error);
-        assert_says(&status.error, words);
+        assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
+        assert_says(status.error_text(), words);
         assert_eq!(there.vmm.resumes(), 0);
         super::scene::assert_not_registered(there);
         if at == Kind::Commit {
@@ -393,8 +393,8 @@ fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
             continue;
         }
         // The source has the reason, too.
-        assert_eq!(source.seen().phase, Phase::Failed, "{}", source.seen().error);
-        assert_says(&source.seen().error, words);
+        assert_eq!(source.seen().phase, Phase::Failed, "{}", source.seen().error_text());
+        assert_says(source.seen().error_text(), words);
         assert!(!source.vmm.is_paused());
         assert_eq!(source.client.ownership(), Ownership::Ours);
     }
@@ -419,7 +419,7 @@ fn a_lie_before_the_commit_fails_both_and_the_guest_runs() {
             .relay
             .pump("the end", || source.seen().phase.is_final() && there.seen().phase.is_final());
         assert_eq!(source.seen().phase, Phase::Failed);
-        assert_says(&source.seen().error, words);
+        assert_says(source.seen().error_text(), words);
         assert!(!source.vmm.is_paused());
         assert_eq!(there.vmm.resumes(), 0);
         super::scene::assert_not_registered(there);
@@ -439,7 +439,7 @@ fn a_destination_with_other_page_sizes_is_not_recovered() {
     let lie = Accept { host_pages: vec![2 << 20], ..accept }.encode();
     tell(&mut scene, record, about(Kind::Accept, 0, 0, 0, lie));
     let (source, _) = scene.assert_paused();
-    assert_says(&source.error, &["block 3", "0x200000 bytes", "0x1000 before"]);
+    assert_says(source.error_text(), &["block 3", "0x200000 bytes", "0x1000 before"]);
     assert_eq!(source.counters.released_pages, 0);
     scene.recover();
     scene.assert_completes();

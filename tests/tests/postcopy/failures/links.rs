@@ -76,9 +76,9 @@ fn any_lost_link_pauses_both_sides_until_recovered() {
                     assert!(
                         ["closed", "cut", "stream", "reset"]
                             .iter()
-                            .any(|word| status.error.contains(word)),
+                            .any(|word| status.error_text().contains(word)),
                         "{}",
-                        status.error
+                        status.error_text()
                     );
                 }
                 // These faults are answered without the source.

@@ -167,7 +167,7 @@ fn watching_tells_of_a_pause_without_a_terminal_too() {
     let touch = scene.until_cut();
     let mut line = String::new();
     BufReader::new(watch.stderr.take().unwrap()).read_line(&mut line).unwrap();
-    let said = format!("job {} is paused: {}", scene.outgoing, scene.source.seen().error);
+    let said = format!("job {} is paused: {}", scene.outgoing, scene.source.seen().error_text());
     assert!(line.contains(&said), "{line}");
     scene.recover();
     scene.assert_completes();

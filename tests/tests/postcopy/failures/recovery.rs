@@ -66,7 +66,7 @@ fn an_unreachable_destination_leaves_it_paused() {
         for address in ["unix:/nonexistent/stream", "tcp:127.0.0.1:1"] {
             scene.source.client.recover(Some(address), &OutgoingOptions::default()).unwrap();
             let status = scene.source.reaches(Phase::PostcopyPaused);
-            assert!(status.error.contains(address), "{}", status.error);
+            assert!(status.error_text().contains(address), "{}", status.error_text());
             // The same by an operator, who gets the error at once.
             let output = run(scene.source.agent.socket(), "recover", &["--address", address]);
             assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -97,7 +97,7 @@ fn a_silent_destination_leaves_it_paused() {
     scene.recover();
     let _hello = scene.relay.until(|record| record.kind == Kind::Hello);
     let status = scene.source.reaches(Phase::PostcopyPaused);
-    assert!(status.error.contains("silent for "), "{}", status.error);
+    assert!(status.error_text().contains("silent for "), "{}", status.error_text());
     scene.relay.cut();
     scene.recover();
     scene.assert_completes();

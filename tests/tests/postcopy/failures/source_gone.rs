@@ -74,7 +74,7 @@ fn an_agent_that_takes_it_up_pauses_like_the_first() {
     let nowhere = "unix:/nonexistent/stream";
     scene.source.client.recover(Some(nowhere), &OutgoingOptions::default()).unwrap();
     let status = scene.source.reaches(Phase::PostcopyPaused);
-    assert!(status.error.contains(nowhere), "{}", status.error);
+    assert!(status.error_text().contains(nowhere), "{}", status.error_text());
     let refused = scene.source.client.cancel().unwrap_err().to_string();
     assert!(refused.contains("too late to cancel"), "{refused}");
     // Now this agent has the job, and an operator may give it another address.

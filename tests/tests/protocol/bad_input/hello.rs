@@ -78,7 +78,7 @@ fn many_wrong_sources_do_not_delay_the_right_one() {
     let options = OutgoingOptions { peer_timeout: Duration::from_secs(5), ..passes(1) };
     let outgoing = source.send(&scene.path(), &options);
     let status = source.wait(outgoing);
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(scene.destination.wait(job).phase, Phase::Completed);
     drop(crowd);
 }
@@ -186,14 +186,19 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         );
         // The job continues to wait, and its operator reads why the source was refused.
         let mut status = scene.destination.client.status().unwrap();
-        let noted = |status: &JobStatus| words.iter().all(|word| status.error.contains(word));
+        let noted =
+            |status: &JobStatus| words.iter().all(|word| status.error_text().contains(word));
         wait_until("the note", SOON, || {
             status = scene.destination.client.status().unwrap();
             noted(&status)
         })
-        .unwrap_or_else(|_| panic!("{words:?} is missing in: {}", status.error));
+        .unwrap_or_else(|_| panic!("{words:?} is missing in: {}", status.error_text()));
         assert_eq!((status.job, status.phase), (job, Phase::Connecting));
-        assert!(status.error.contains(own), "\"{own}\" is missing in: {}", status.error);
+        assert!(
+            status.error_text().contains(own),
+            "\"{own}\" is missing in: {}",
+            status.error_text()
+        );
         for word in words {
             assert!(sentence.contains(word), "\"{word}\" is missing in: {sentence}");
         }
@@ -201,7 +206,7 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
     scene.assert_takes_a_guest(job);
     assert_eq!(
         scene.destination.client.status().unwrap().error,
-        "",
+        None,
         "what is over is not told any more"
     );
 }
@@ -251,7 +256,7 @@ fn a_source_that_does_not_fit_ends_a_job_that_has_one_socket() {
     assert!(sentence.contains("0 blocks"), "{sentence}");
     let status = scene.destination.wait(job.unwrap().job);
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("this side 1"), "{}", status.error);
+    assert!(status.error_text().contains("this side 1"), "{}", status.error_text());
 }
 
 #[test]

@@ -23,9 +23,13 @@ fn assert_fails(words: &[&str], what: impl FnOnce(&mut FakeSource)) {
     // Read to the end. The source may have closed the connection itself.
     let _ = source.stream.shutdown(std::net::Shutdown::Write);
     let status = scene.destination.wait(job);
-    assert_eq!(status.phase, Phase::Failed, "{}", status.error);
+    assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
     for word in words {
-        assert!(status.error.contains(word), "\"{word}\" is missing in: {}", status.error);
+        assert!(
+            status.error_text().contains(word),
+            "\"{word}\" is missing in: {}",
+            status.error_text()
+        );
     }
     assert_eq!(scene.destination.vmm.resumes(), 0);
     assert!(lock(&scene.destination.vmm.asked).state.is_empty());
@@ -183,7 +187,7 @@ fn a_source_that_never_commits_gets_no_guest_running() {
     drop(source);
     let status = scene.destination.wait(job);
     assert_eq!(status.phase, Phase::Failed);
-    assert!(status.error.contains("closed the connection"), "{}", status.error);
+    assert!(status.error_text().contains("closed the connection"), "{}", status.error_text());
     assert_eq!(scene.destination.vmm.resumes(), 0);
     scene.assert_takes_a_guest(scene.listen());
 }

@@ -141,12 +141,12 @@ fn a_hook_answer_without_its_descriptor_fails_by_name() {
         };
         if descriptors == 3 {
             assert_eq!(status.phase, Phase::Failed);
-            let named = status.error.contains("hook \"save state\"")
-                && status.error.contains("(RLIMIT_NOFILE)");
-            assert!(named, "{}", status.error);
+            let named = status.error_text().contains("hook \"save state\"")
+                && status.error_text().contains("(RLIMIT_NOFILE)");
+            assert!(named, "{}", status.error_text());
             agent.process().limit_descriptors(1024).unwrap();
         } else {
-            assert_eq!((status.phase, status.error.as_str()), (Phase::Completed, ""));
+            assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
         }
     }
 }
