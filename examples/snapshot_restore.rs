@@ -215,7 +215,7 @@ fn saved(name: &str, report: &Value, image: &Path) -> Result<Table, Error> {
 fn restored_table(name: &str, report: &Value) -> Table {
     println!("{name}:");
     let mut table = Table::default();
-    table.row("the guest was ready after", time(report, "running_us"));
+    table.row("the guest was ready after", time(report, "time_to_run_us"));
     table.row("all of its memory was there after", time(report, "total_us"));
     table.row("pages restored", pages(number(report, "pages_restored")));
     table.row("of them read ahead by the working set", pages(number(report, "working_set_pages")));

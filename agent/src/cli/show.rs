@@ -133,7 +133,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
             ("from the image", bytes(counters.image_bytes)),
             ("remaining", pages(counters.remaining_pages)),
             ("working set", pages(counters.working_set_pages)),
-            ("guest ready after", time(counters.running_us)),
+            ("guest ready after", time(counters.time_to_run_us)),
             ("total", time(counters.total_us)),
         ],
     });
@@ -178,8 +178,8 @@ fn fault_lines(status: &JobStatus) -> Vec<(&'static str, String)> {
         let released = ("released here", pages(counters.released_pages));
         lines.extend((status.kind == JobKind::Outgoing).then_some(released));
     }
-    if counters.paused_us > 0 {
-        lines.push(("without connection", time(counters.paused_us)));
+    if counters.disconnected_us > 0 {
+        lines.push(("without connection", time(counters.disconnected_us)));
     }
     lines
 }

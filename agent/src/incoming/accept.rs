@@ -134,7 +134,7 @@ impl<'a> PendingHandshakes<'a> {
                 match check_session(self.job, self.wanted, &mine) {
                     Ok(offer) => {
                         let accepted = establish(self.job, offer, mine)?;
-                        let busy = JobError::State("another source connected first".into());
+                        let busy = JobError::Protocol("another source connected first".into());
                         others.into_iter().for_each(|other| self.reject(other, &busy));
                         return Ok(Some(accepted));
                     }
@@ -277,7 +277,7 @@ mod tests {
 
     #[test]
     fn the_status_names_a_refused_source_unless_a_postcopy_is_paused() {
-        let refused = JobError::State("it has other blocks".into());
+        let refused = JobError::Protocol("it has other blocks".into());
         for (wanted, told) in
             [(ExpectedSource::Guest, true), (ExpectedSource::Session([7; 16]), false)]
         {

@@ -24,14 +24,14 @@ impl ExpectedSource {
     fn check(self, hello: &Hello) -> Result<(), JobError> {
         let recovers = hello.flags & HELLO_RECOVER != 0;
         match self {
-            Self::Guest if recovers => {
-                Err(JobError::State("no migration is paused here that could be recovered".into()))
-            }
+            Self::Guest if recovers => Err(JobError::Protocol(
+                "no migration is paused here that could be recovered".into(),
+            )),
             Self::Session(session) if !recovers || hello.session != session => Err(
-                JobError::State("a migration is paused here, and this is not its source".into()),
+                JobError::Protocol("a migration is paused here, and this is not its source".into()),
             ),
             // Without postcopy the source would not answer requests for missing pages.
-            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::State(
+            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::Protocol(
                 "a postcopy is paused here, and its source does not offer that any more".into(),
             )),
             _ => Ok(()),

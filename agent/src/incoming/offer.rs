@@ -90,7 +90,9 @@ pub fn check_session(
     let hellos = || streams.iter().filter_map(|one| one.hello.as_ref());
     let features = hellos().fold(u64::MAX, |all, hello| all & hello.features);
     let primary = hellos().min_by_key(|hello| hello.stream);
-    let Some(primary) = primary.cloned() else { return Err(JobError::State("no stream".into())) };
+    let Some(primary) = primary.cloned() else {
+        return Err(JobError::Protocol("no stream".into()));
+    };
     compare_tables(&primary.blocks, job.memory.table())?;
     check_writable(job)?;
     check_postcopy(job, features, wanted)?;

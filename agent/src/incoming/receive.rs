@@ -99,11 +99,11 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                     received.claimed = end.claimed;
                     received.state = end.state;
                 } else if end.postcopy != received.postcopy {
-                    failure = Some(JobError::State(
+                    failure = Some(JobError::Protocol(
                         "one stream says that postcopy follows, another that it does not".into(),
                     ));
                 } else if end.guest != received.guest {
-                    failure = Some(JobError::State(
+                    failure = Some(JobError::Protocol(
                         "one stream says that the guest stays paused, another that it runs".into(),
                     ));
                 } else if let Err(error) = super::compare(&end.claimed, &end.counted) {
@@ -111,7 +111,7 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
                 }
             }
             Err(error) => {
-                let consequence = |error: &JobError| matches!(error, JobError::State(text) if text == OTHER_FAILED);
+                let consequence = |error: &JobError| matches!(error, JobError::OtherStreamFailed);
                 if failure.as_ref().is_none_or(consequence) {
                     failure = Some(error);
                 }
@@ -121,11 +121,9 @@ fn combine(results: Vec<Result<StreamEnd, JobError>>) -> Result<Received, JobErr
     match (failure, received) {
         (None, Some(received)) => Ok(received),
         (Some(error), _) => Err(error),
-        (None, None) => Err(JobError::State("no stream".into())),
+        (None, None) => Err(JobError::Protocol("no stream".into())),
     }
 }
-
-const OTHER_FAILED: &str = "another stream failed";
 
 fn sum(one: &Totals, other: &Totals) -> Totals {
     Totals {
@@ -200,7 +198,7 @@ impl<'a> Stream<'a> {
                         0 => false,
                         1 if self.may_postcopy => true,
                         number => {
-                            return Err(JobError::State(format!(
+                            return Err(JobError::Protocol(format!(
                                 "end with number {number}, allowed: 0, and 1 with postcopy"
                             )));
                         }
@@ -335,11 +333,7 @@ impl Barrier {
     }
 
     fn check(&self) -> Result<(), JobError> {
-        if self.failed.load(Ordering::Relaxed) {
-            Err(JobError::State(OTHER_FAILED.into()))
-        } else {
-            Ok(())
-        }
+        if self.failed.load(Ordering::Relaxed) { Err(JobError::OtherStreamFailed) } else { Ok(()) }
     }
 }
 

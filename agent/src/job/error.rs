@@ -2,8 +2,8 @@
 
 //! How a job ends if it does not complete.
 //!
-//! The first variants are the ends of the job itself: what became of the guest, and who wanted it
-//! so. The others carry the error of the room where the job failed, unchanged.
+//! The first variants say why the job ended and what became of the guest. The others carry the
+//! error of the room where the job failed, unchanged.
 
 use crate::cancel::CancelError;
 use crate::hooks::HookError;
@@ -29,11 +29,11 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// The VMM or an operator cancelled the job, or the VMM is gone.
-    #[error("the VMM or an operator asked for it, or the VMM is gone")]
+    #[error("cancelled by the VMM or an operator, or because the VMM is gone")]
     Cancelled,
     /// The VMM's connection ended before the guest, or its image, was handed over.
     #[error(
-        "the connection to the VMM ended: nothing is handed over that it may not want any more"
+        "the connection to the VMM ended, so the job stopped before it handed over the guest or named the image"
     )]
     VmmGone,
     /// The VMM has another agent now, or none.
@@ -41,8 +41,8 @@ pub enum JobError {
     Replaced(#[from] Replaced),
     /// The commit was sent and never confirmed (`one-owner`).
     #[error(
-        "ownership of the guest was handed over, but the destination did not confirm that it runs: the guest is paused \
-         here; look at both sides before you resume it by force"
+        "ownership of the guest was handed over, and the destination did not confirm that the guest runs there: the guest \
+         is paused here; look at both sides before you resume it by force"
     )]
     Unconfirmed {
         /// What happened.
@@ -51,8 +51,8 @@ pub enum JobError {
     },
     /// The guest was handed over in postcopy, and its memory was not all sent.
     #[error(
-        "the guest was handed over, and not all of its memory was sent: if it runs at the destination, it waits there for what is \
-         missing; look at both sides before you resume it here by force"
+        "the guest was handed over, and not all of its memory was sent: if the guest runs at the destination, it waits there for \
+         the missing memory; look at both sides before you resume it here by force"
     )]
     Stranded {
         /// What happened last.
@@ -60,13 +60,12 @@ pub enum JobError {
         source: Box<JobError>,
     },
     /// Nobody will recover a paused postcopy.
-    #[error("it was given up: the agent ends, or the guest is resumed by force")]
+    #[error("the job was given up: the agent ends, or the guest is resumed by force")]
     Abandoned,
     /// The hand-over of the paused guest took too long.
     #[error(
-        "the hand-over was not done within {limit:.1?}, which is as long as the guest may be paused for it \
-         (peer_timeout, two hook_timeout, and ten times what the transfer should take at the measured bandwidth, \
-         or what it takes at 1 MiB/s where none was measured): it runs on here"
+        "the hand-over took longer than {limit:.1?}, which is the limit that follows from peer_timeout, hook_timeout \
+         and the measured bandwidth: the guest continues here"
     )]
     StopTooLong {
         /// How long it may be paused.
@@ -88,9 +87,18 @@ pub enum JobError {
     /// The peer said why.
     #[error("the peer failed: {0}")]
     Peer(RemoteError),
-    /// The job cannot go on from where it is.
+    /// The VMM's state is not what its pieces say, or does not fit.
     #[error("state of the VMM: {0}")]
     State(String),
+    /// The peer says something that does not fit what it said before, or what this side does.
+    #[error("{0}")]
+    Protocol(String),
+    /// The job cannot continue from where it is.
+    #[error("{0}")]
+    Stuck(String),
+    /// Another stream of the job failed first. That one reports the reason.
+    #[error("another stream failed")]
+    OtherStreamFailed,
     /// The kernel refused something.
     #[error("cannot {what}")]
     Io {
@@ -214,7 +222,7 @@ impl JobError {
         move |source| Self::Io { what, source }
     }
 
-    /// What the peer is told. It learns nothing of this side's blocks that it does not know.
+    /// What the peer is told. The message contains no value of this side's block table.
     pub fn to_remote(&self) -> RemoteError {
         let code = match self {
             Self::Cancelled | Self::Replaced(_) | Self::VmmGone => ErrorCode::State,

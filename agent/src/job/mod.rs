@@ -192,10 +192,17 @@ impl Job {
         state.status.error = Some(error);
     }
 
-    /// Enters a phase, and announces the status.
+    /// Enters a phase, and announces the status. Does nothing if the job has ended: a request that
+    /// was accepted just before the end must not make it run again.
     pub fn enter(&self, phase: Phase) {
+        let mut state = self.state();
+        if state.status.phase.is_final() {
+            log::debug!("job {} has ended, and does not enter {}", self.id, phase.name());
+            return;
+        }
+        state.status.phase = phase;
+        drop(state);
         log::info!("job {}: {}", self.id, phase.name());
-        self.state().status.phase = phase;
         self.entered.notify_all();
         self.announce();
     }
@@ -243,7 +250,7 @@ impl Job {
 
     /// Pauses a postcopy that lost its connections, or could not connect again. It waits until it
     /// is recovered.
-    pub fn pause(&self, why: &JobError) {
+    pub fn suspend_postcopy(&self, why: &JobError) {
         let why = crate::error::chain(why);
         log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
         self.state().status.error = Some(why);
@@ -252,7 +259,7 @@ impl Job {
     }
 
     /// Continues a postcopy whose connections are back.
-    pub fn unpause(&self) {
+    pub fn continue_postcopy(&self) {
         self.state().status.error = None;
         self.live.disconnected.stop();
         self.enter(Phase::Postcopy);
@@ -426,6 +433,16 @@ mod tests {
         assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");
         let other = ended(CaptureError::Protection { id: 3, source: Errno::INVAL }.into());
         assert!(other.starts_with("block 3"), "{other}");
+    }
+
+    #[test]
+    fn an_ended_job_enters_no_other_phase() {
+        let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
+        let (options, notify) = ((&OutgoingOptions::default()).into(), notifier().unwrap());
+        let job = Job::new(1, JobKind::Outgoing, memory, hooks, options, notify).unwrap();
+        job.finish(Err(JobError::Abandoned));
+        job.enter(Phase::Recovering);
+        assert_eq!(job.phase(), Phase::Failed);
     }
 
     #[test]

@@ -59,8 +59,8 @@ impl Recovery {
         lock(&self.state)
     }
 
-    /// Posts a request. Returns false if the job is not paused, or another request waits.
-    /// [`RecoveryRequest::Abandon`] is always accepted.
+    /// Posts a request. Returns false if the job is not paused, was told to give up, or another
+    /// request waits. [`RecoveryRequest::Abandon`] is always accepted.
     pub fn request(&self, request: RecoveryRequest) -> bool {
         self.request_after(request, || ())
     }
@@ -71,7 +71,7 @@ impl Recovery {
         let mut state = self.state();
         if matches!(request, RecoveryRequest::Abandon) {
             state.abandoned = true;
-        } else if !state.paused || state.request.is_some() {
+        } else if state.abandoned || !state.paused || state.request.is_some() {
             return false;
         } else {
             before();
@@ -137,6 +137,8 @@ mod tests {
         for _ in 0..2 {
             recovery.pause();
             assert!(matches!(recovery.take(), Some(RecoveryRequest::Abandon)));
+            let unwanted = || panic!("the job ends and must not be changed");
+            assert!(!recovery.request_after(RecoveryRequest::Connect(None), unwanted));
         }
     }
 }

@@ -5,7 +5,7 @@
 //! After a discard the VMM tells the agent before the guest uses the pages again. Memory that the
 //! guest frees and uses again without notice is in [`super::freed`], by the same steps.
 //!
-//! Three laws of docs/invariants.md hold here. `never-read`: after [`GuestMemory::discard`]
+//! Three rules of docs/invariants.md hold here. `never-read`: after [`GuestMemory::discard`]
 //! returns, nobody reads the pages until they are populated. `discard-cannot-fail`: a discard of
 //! pages that exist cannot fail. `round-safely`: a discard covers whole units only, and a populate
 //! rounds outward.

@@ -76,7 +76,7 @@ pub struct MissingPages {
     missing: Arc<HostPageSet>,
     /// Host pages that the guest waits for.
     requested: Vec<MappedBitmap>,
-    /// Discarded host pages whose last fault woke its threads only. See
+    /// Discarded host pages whose last fault was answered by a wake, without placing zero. See
     /// [`MissingPages::may_be_stale`].
     touched: Vec<MappedBitmap>,
     /// Host pages that were discarded while they were missing, and are not yet announced to the
@@ -290,7 +290,7 @@ impl MissingPages {
                 let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
                 let placed =
                     self.placer.place(at, run, &content[start..start + run.bytes() as usize]);
-                placed.map_err(|error| self.give_back(at, word, taken, error))?;
+                placed.map_err(|error| self.return_unplaced(at, word, taken, error))?;
             }
             used += u64::from(taken.count_ones());
             self.finish_placed(at, word, taken);
@@ -314,7 +314,7 @@ impl MissingPages {
             return Ok(0);
         }
         let placed = self.placer.place(at, PageRange::new(host_page, 1), content);
-        placed.map_err(|error| self.give_back(at, word, bit, error))?;
+        placed.map_err(|error| self.return_unplaced(at, word, bit, error))?;
         self.finish_placed(at, word, bit);
         self.notify_if_complete(missing.unit());
         Ok(missing.unit())
@@ -341,7 +341,7 @@ impl MissingPages {
             for run in runs_of_word(word * WORD_BITS, waited_for) {
                 for host_page in run.first..run.end() {
                     let placed = self.placer.place_zero(at, host_page);
-                    placed.map_err(|failed| self.give_back(at, word, taken, failed))?;
+                    placed.map_err(|failed| self.return_unplaced(at, word, taken, failed))?;
                 }
             }
             used += u64::from(taken.count_ones()) * missing.unit();
@@ -352,9 +352,12 @@ impl MissingPages {
     }
 
     /// Makes those host pages of word `word` missing again that were taken and not placed: the one
-    /// that failed, and those after it. Call this before leaving the fence.
-    fn give_back(&self, at: usize, word: u64, taken: u64, failed: Failed) -> PlaceError {
-        self.missing.add(at, word, taken & !word_mask(0, failed.0 - word * WORD_BITS));
+    /// that failed, and those after it. Those before it are placed. Call this before leaving the
+    /// fence.
+    fn return_unplaced(&self, at: usize, word: u64, taken: u64, failed: Failed) -> PlaceError {
+        let placed = word_mask(0, failed.0 - word * WORD_BITS);
+        self.missing.add(at, word, taken & !placed);
+        self.finish_placed(at, word, taken & placed);
         self.placer.failed(at)(failed)
     }
 

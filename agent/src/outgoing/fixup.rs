@@ -33,7 +33,7 @@
 //! interleaving is right.
 
 use super::migration::Migration;
-use super::sender::PassView;
+use super::sender::SendContext;
 use crate::job::{JobError, add, micros};
 use crate::memory::MemoryError;
 use crate::memory::{Block, GuestMemory};
@@ -44,7 +44,7 @@ use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use std::time::Instant;
 
-/// A value that [`GuestMemory::changes`] never has while no change is being made.
+/// An odd value: [`GuestMemory::changes`] is even whenever nothing is changing.
 const NEVER: u64 = u64::MAX;
 
 /// The dirty pages, and the discards that were announced to the destination.
@@ -241,7 +241,7 @@ impl Migration {
             return Ok(());
         }
         LogTracker.sync(&job.memory, &self.dirty.pages)?;
-        let view = PassView { job: &job, limiter: &job.limiter, send_zeros: true };
+        let view = SendContext { job: &job, limiter: &job.limiter, send_zeros: true };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             self.streams.senders[0].send_known_holes(&view, block, self.dirty.pages.block(at))?;
         }

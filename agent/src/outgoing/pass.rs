@@ -11,7 +11,7 @@
 
 use super::fixup::DirtyState;
 use super::migration::Migration;
-use super::sender::{PageSender, PassView};
+use super::sender::{PageSender, SendContext};
 use crate::job::{JobError, get};
 use crate::memory::MemoryError;
 use crate::memory::host_page_set::words_of;
@@ -67,7 +67,7 @@ impl Chunks {
 
 /// What all workers of a pass share.
 struct Pass<'a> {
-    view: PassView<'a>,
+    view: SendContext<'a>,
     chunks: Chunks,
     dirty: &'a DirtyState,
     lazy: Option<&'a LazyClear>,
@@ -87,7 +87,7 @@ impl Migration {
         self.send_discards()?;
 
         let pass = Pass {
-            view: PassView { job: &job, limiter: &job.limiter, send_zeros: number > 0 },
+            view: SendContext { job: &job, limiter: &job.limiter, send_zeros: number > 0 },
             chunks: Chunks::new(&job.memory),
             dirty: &self.dirty,
             lazy: self.trackers.lazy_clear(),

@@ -48,7 +48,7 @@ pub struct PageSender {
 
 /// What a worker must know about the pass.
 #[derive(Debug, Clone, Copy)]
-pub struct PassView<'a> {
+pub struct SendContext<'a> {
     /// The job.
     pub job: &'a Job,
     /// The bandwidth limit that all streams share.
@@ -68,7 +68,7 @@ struct TakenWord {
 impl TakenWord {
     /// Takes the dirty bits of a word, and leaves out discarded pages (`never-read` and
     /// `clear-then-read`).
-    fn take(pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
+    fn take(pass: &SendContext<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
         let taken = dirty.take_word(word);
         add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
         let discarded = block.discarded.word(word) & taken;
@@ -113,7 +113,7 @@ impl PageSender {
     /// # Errors
     /// If the file cannot be read or the stream is broken.
     pub fn queue_dirty_word(
-        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
+        &mut self, pass: &SendContext<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
         word: u64,
     ) -> Result<(), JobError> {
         // `never-read`: publish the word first, and look at the discard marks and the known holes
@@ -130,7 +130,7 @@ impl PageSender {
     /// # Errors
     /// If the file cannot be read or the stream is broken.
     pub fn queue_missing_pages(
-        &mut self, pass: &PassView<'_>, (at, block): (usize, &Block), word: u64, pages: u64,
+        &mut self, pass: &SendContext<'_>, (at, block): (usize, &Block), word: u64, pages: u64,
     ) -> Result<(), JobError> {
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let discarded = block.discarded.word(word) & pages;
@@ -144,7 +144,7 @@ impl PageSender {
     /// Queues the pages `send` of a word, which the caller has taken. Pages that were freed and are
     /// still holes are queued as zero, and not read.
     fn send_word(
-        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
+        &mut self, pass: &SendContext<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
     ) -> Result<(), JobError> {
         let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
@@ -163,7 +163,7 @@ impl PageSender {
     /// # Errors
     /// If the file cannot be examined, or the stream is broken.
     pub fn send_known_holes(
-        &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap,
+        &mut self, pass: &SendContext<'_>, block: &Block, dirty: &MappedBitmap,
     ) -> Result<(), JobError> {
         for (word, pages) in dirty.nonzero_words(block.all()) {
             let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
@@ -178,7 +178,7 @@ impl PageSender {
     /// Reads the pages `send` of a word and queues their records. `reading` is dropped as soon as
     /// the pages are read.
     fn read_word(
-        &mut self, pass: &PassView<'_>, block: &Block, word: u64, send: u64, stray: u64,
+        &mut self, pass: &SendContext<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
     ) -> Result<(), JobError> {
         if self.buffer.is_empty() {
@@ -201,7 +201,7 @@ impl PageSender {
     /// Takes the dirty pages of word `word` of the block, which lie in a hole. They are queued as
     /// zero, and not read.
     pub fn queue_hole(
-        &mut self, pass: &PassView<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
+        &mut self, pass: &SendContext<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
     ) {
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
@@ -210,7 +210,8 @@ impl PageSender {
     /// Queues records for the pages `send` of a word. Their bytes lie in the buffer from `start`
     /// on, one page after another.
     fn queue_word(
-        &mut self, pass: &PassView<'_>, block: u32, first: u64, send: u64, stray: u64, start: usize,
+        &mut self, pass: &SendContext<'_>, block: u32, first: u64, send: u64, stray: u64,
+        start: usize,
     ) {
         // Bit n of `dense` stands for the n-th page that was read. Spread the bits to the places of
         // these pages in the word.
@@ -269,7 +270,7 @@ impl PageSender {
     /// Queues the zero pages `zero` of a word. Those that are also in `stray` are flagged, and
     /// counted as stray.
     fn queue_zero_pages(
-        &mut self, pass: &PassView<'_>, block: u32, first: u64, zero: u64, stray: u64,
+        &mut self, pass: &SendContext<'_>, block: u32, first: u64, zero: u64, stray: u64,
     ) {
         add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
         add(&pass.job.live.stray_pages, u64::from((zero & stray).count_ones()));
@@ -314,7 +315,7 @@ impl PageSender {
     ///
     /// # Errors
     /// If the stream is broken or the job cancelled.
-    pub fn flush(&mut self, pass: &PassView<'_>) -> Result<(), JobError> {
+    pub fn flush(&mut self, pass: &SendContext<'_>) -> Result<(), JobError> {
         self.end_zeros();
         self.filled = 0;
         if self.queue.is_empty() {
@@ -330,7 +331,7 @@ impl PageSender {
 
     /// Sends as many queued records as the limit allows at once, from the record at `from` on.
     /// Returns the index of the next record.
-    fn send_queued(&mut self, pass: &PassView<'_>, from: usize) -> Result<usize, JobError> {
+    fn send_queued(&mut self, pass: &SendContext<'_>, from: usize) -> Result<usize, JobError> {
         let most = pass.limiter.max_pages_per_send().saturating_mul(PAGE_SIZE + RECORD_SIZE as u64);
         let (mut bytes, mut to) = (0, from);
         for (header, payload) in &self.queue[from..] {
@@ -360,7 +361,7 @@ impl PageSender {
     ///
     /// # Errors
     /// If the stream is broken.
-    pub fn end_pass(&mut self, pass: &PassView<'_>, number: u64) -> Result<(), JobError> {
+    pub fn end_pass(&mut self, pass: &SendContext<'_>, number: u64) -> Result<(), JobError> {
         self.flush(pass)?;
         self.totals.passes += 1;
         self.write(pass.job, RecordHeader::plain(Kind::PassEnd, number, 0), &[])

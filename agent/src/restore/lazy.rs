@@ -75,12 +75,12 @@ pub fn restore(
     let (whole, outcome) = lazy_restore.run(record.as_mut(), workers, || {
         state.load(job)?;
         if !missing_pages.finish_load() {
-            return Err(JobError::State(
+            return Err(JobError::Stuck(
                 "a page that the VMM touched as it loaded its state was not restored".into(),
             ));
         }
         if lazy_restore.has_ended() {
-            return Err(JobError::State(
+            return Err(JobError::Stuck(
                 "the guest was not resumed, because its memory cannot be restored".into(),
             ));
         }

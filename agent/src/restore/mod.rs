@@ -58,7 +58,7 @@ pub struct RestorePlan {
     /// The options of the request.
     pub options: RestoreOptions,
     /// An operator asked for the restore, not the VMM. The agent asks the VMM before it starts.
-    pub asks_first: bool,
+    pub needs_vmm_consent: bool,
     /// From which moment on a discard is about the memory that is being restored.
     pub record_discards: RecordDiscards,
     /// The changes since the last image. The restore ends this record, since it replaces the
@@ -86,7 +86,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     };
     // The VMM gives up its guest when it agrees. So the agent asks only after it has made all
     // checks that it can make without changing memory.
-    if order.asks_first {
+    if order.needs_vmm_consent {
         ask_vmm(job, order)?;
     }
     order.checkpoint.end("a guest was restored");
@@ -161,7 +161,7 @@ fn resume_guest(job: &Job, guest: RunState, ours: &mut bool) -> Result<(), JobEr
     let resumed = job.hooks.ask(&resume, job.hook_timeout);
     resumed.map_err(|source| JobError::NotResumed { source })?;
     let running = micros(job.elapsed());
-    job.count(|counters| counters.running_us = running);
+    job.count(|counters| counters.time_to_run_us = running);
     Ok(())
 }
 

@@ -107,17 +107,17 @@ impl SharedSession {
         if role < request.required_role() {
             let sentence = match request {
                 Request::Hello { .. } => {
-                    "features: bit 0, fence, is for the connection that owns the memory, and another one does"
+                    "features: bit 0, fence, is for the VMM, and another connection is the VMM's"
                 }
                 Request::StartSnapshot { .. } => {
-                    "mode is stopped, which only the VMM can ask for: it has stopped its guest then; paused stops it for as long as it takes"
+                    "mode is stopped, which only the VMM can ask for, after it has stopped its guest; use mode paused"
                 }
-                _ => "only the connection that owns the memory may do this, and another one does",
+                _ => "only the VMM may send this, and another connection is the VMM's",
             };
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
-        // A VMM that gave this agent up has sent this before. It has done by itself what it asked
-        // for, and its guest may use by now what it discarded then.
+        // The VMM sent this request before it gave this agent up, and has done the work itself
+        // since. Its guest may use by now what the request discards.
         if role == Role::Vmm && !matches!(request, Request::Hello { .. }) {
             let current = self.lock().memory.current.clone();
             current.check().map_err(|replaced| RemoteError::new(ErrorCode::State, replaced))?;
@@ -170,15 +170,15 @@ impl SharedSession {
         Ok(process)
     }
 
-    /// A VMM that comes back to this process believes that nobody reads or writes its memory any
-    /// more for the connection before: waits until the job of that one has ended. A guest that was
-    /// handed over is elsewhere, and its job goes on.
+    /// Waits until the job of the VMM's previous connection has ended. A VMM that comes back to
+    /// this process relies on that: that job must not read or write its memory any more. If the
+    /// guest was handed over, it is elsewhere, and the job continues.
     fn wait_for_last_job(&self) -> Result<(), RemoteError> {
         let last = self.lock().previous.job().filter(|job| job.cancel.is_cancelled()).cloned();
         match last {
             Some(job) if !job.wait_until_final(LAST_JOB_TIMEOUT) => {
                 let sentence = format!(
-                    "job {} of the VMM's connection before is still ending: try again, or use another agent",
+                    "job {} of the VMM's previous connection is still ending: try again, or use another agent",
                     job.id
                 );
                 Err(RemoteError::new(ErrorCode::Busy, sentence))

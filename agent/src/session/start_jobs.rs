@@ -79,7 +79,7 @@ impl SharedSession {
         let (recovery, request) = match (&job, given) {
             (SessionJob::Incoming(_), None) => {
                 let sentence = format!(
-                    "job {id} is the destination's: it listens where it did, and goes on when the source is recovered; give an address to have it listen there, too"
+                    "this side of job {id} is the destination, which still listens: recover the source; give an address here to listen there, too"
                 );
                 return Err(RemoteError::new(ErrorCode::State, sentence));
             }
@@ -102,7 +102,7 @@ impl SharedSession {
             }
         };
         if !recovery.request_after(request, leave) {
-            let sentence = format!("job {id} is being recovered, or was asked to already");
+            let sentence = format!("job {id} is being recovered, or has ended");
             return Err(RemoteError::new(ErrorCode::Busy, sentence));
         }
         Ok(Success::Started(JobStarted { job: id, address: shown }))
@@ -161,7 +161,10 @@ impl Session {
         self.check_idle("a job cannot be started")?;
         self.check_guest_is_here()?;
         if self.memory.blocks().is_empty() {
-            return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
+            return Err(RemoteError::new(
+                ErrorCode::State,
+                "there is no memory: no VMM is connected, or it has added no blocks",
+            ));
         }
         if !self.hooks.are_set() {
             let sentence = "the VMM has set no socket for hooks (SET_BACKEND_REQ_FD): the guest could not be paused or resumed";
@@ -230,7 +233,7 @@ impl Session {
         self.check_takes_jobs()?;
         self.check_idle("no job is paused")?;
         if session == [0; 16] || role == Role::Operator {
-            let sentence = "no job is paused here; one that another agent began can be taken up by the VMM alone, which knows its session";
+            let sentence = "no job is paused here; only the VMM can continue a migration that another agent began (Client::recover)";
             return Err(RemoteError::new(ErrorCode::NotFound, sentence));
         }
         let Some(address) = address else {
@@ -238,7 +241,10 @@ impl Session {
             return Err(RemoteError::new(ErrorCode::Invalid, sentence));
         };
         if self.memory.blocks().is_empty() {
-            return Err(RemoteError::new(ErrorCode::State, "there is no memory: add blocks first"));
+            return Err(RemoteError::new(
+                ErrorCode::State,
+                "there is no memory: no VMM is connected, or it has added no blocks",
+            ));
         }
         let mode = if options.mode.may_postcopy() { options.mode } else { Mode::Postcopy };
         let urgent_streams = options.urgent_streams.clamp(1, MAX_STREAMS - 1);
@@ -289,12 +295,12 @@ impl Session {
             check_path("working_set", &options.working_set)?;
         }
         let job = self.new_job(JobKind::Restore, (&options).into())?;
-        let asks_first = role == Role::Operator;
-        if !asks_first {
+        let needs_vmm_consent = role == Role::Operator;
+        if !needs_vmm_consent {
             // The guest is not here yet, so the VMM must not change what it will hold.
             job.start_refusing_populates();
         }
-        let before = match asks_first {
+        let before = match needs_vmm_consent {
             true => RecordDiscards::FromPause,
             false => RecordDiscards::SinceRequest(
                 DiscardsSinceRequest::start(&self.memory).map_err(|error| invalid(&error))?,
@@ -303,7 +309,7 @@ impl Session {
         let order = RestorePlan {
             path: path.into(),
             options,
-            asks_first,
+            needs_vmm_consent,
             record_discards: before,
             checkpoint: self.checkpoint.clone(),
         };

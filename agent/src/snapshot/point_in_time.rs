@@ -10,7 +10,7 @@
 use super::changes::Changes;
 use super::prepare::Prepared;
 use super::protect::WriteWatch;
-use super::watch_state::Mode;
+use super::watch_state::WriteFaultAction;
 use crate::image::ImageWriter;
 use crate::job::{Job, JobError};
 use crate::memory::copy_before_write::CopyBeforeWrite;
@@ -65,7 +65,7 @@ impl PointInTime {
             Ok::<_, JobError>(copier.clone())
         })?;
         if let Some(mode) = &mut mode {
-            **mode = Mode::CopyBeforeWrite(copier.clone());
+            **mode = WriteFaultAction::CopyBeforeWrite(copier.clone());
         }
         drop(mode);
         Ok(Self { job: job.clone(), discarded: prepared.discarded, copier })

@@ -14,7 +14,7 @@
 
 use super::prepare::Prepared;
 use super::protect_ordering;
-use super::watch_state::{Mode, WatchState};
+use super::watch_state::{WatchState, WriteFaultAction};
 use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
@@ -100,7 +100,7 @@ impl WriteWatch {
         self.shared.protection.clone()
     }
 
-    /// Fails if faults are not handled as they should be.
+    /// Fails if the thread that handles the faults has ended with an error.
     ///
     /// # Errors
     /// If that is so. The log says why.
@@ -109,7 +109,7 @@ impl WriteWatch {
     }
 
     /// No fault is handled while the guard is held.
-    pub fn hold_faults(&self) -> MutexGuard<'_, Mode> {
+    pub fn hold_faults(&self) -> MutexGuard<'_, WriteFaultAction> {
         self.shared.mode()
     }
 

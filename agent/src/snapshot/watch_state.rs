@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What a write to a protected page means.
 #[derive(Debug)]
-pub enum Mode {
+pub enum WriteFaultAction {
     /// Before the instant: the write may happen, and is noted.
     Ahead,
     /// After the instant: the page is captured before the write.
@@ -27,7 +27,7 @@ pub struct WatchState {
     /// The protection.
     pub protection: Arc<Protection>,
     /// Held while faults are handled.
-    mode: Mutex<Mode>,
+    mode: Mutex<WriteFaultAction>,
     /// Host pages that are certainly protected, before the instant.
     pub ahead: Vec<BlockHostPages>,
     /// Faults are not handled as they should be, so there must be no instant.
@@ -37,12 +37,12 @@ pub struct WatchState {
 impl WatchState {
     /// No page is protected, and the instant has not come.
     pub fn new(protection: Arc<Protection>, ahead: Vec<BlockHostPages>) -> Self {
-        let (mode, failed) = (Mutex::new(Mode::Ahead), AtomicBool::new(false));
+        let (mode, failed) = (Mutex::new(WriteFaultAction::Ahead), AtomicBool::new(false));
         Self { protection, mode, ahead, failed }
     }
 
     /// What a fault means now. It does not change while the guard is held.
-    pub fn mode(&self) -> MutexGuard<'_, Mode> {
+    pub fn mode(&self) -> MutexGuard<'_, WriteFaultAction> {
         lock(&self.mode)
     }
 

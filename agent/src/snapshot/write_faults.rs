@@ -13,7 +13,7 @@
 //! for a buffer, and the guest waits with it. After the hook timeout without a free buffer the
 //! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
-use super::watch_state::{Mode, WatchState};
+use super::watch_state::{WatchState, WriteFaultAction};
 use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::PageBuffer;
@@ -139,10 +139,12 @@ fn run_writer(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
 
 /// Before the instant there is no snapshot to fail, so the error is only logged. The job meets the
 /// same problem when it protects the next page, and reports it.
-fn fail(mode: &Mode, error: CaptureError) {
+fn fail(mode: &WriteFaultAction, error: CaptureError) {
     match mode {
-        Mode::Ahead => log::warn!("cannot handle a write fault: {}", crate::error::chain(&error)),
-        Mode::CopyBeforeWrite(copier) => copier.fail(error),
+        WriteFaultAction::Ahead => {
+            log::warn!("cannot handle a write fault: {}", crate::error::chain(&error))
+        }
+        WriteFaultAction::CopyBeforeWrite(copier) => copier.fail(error),
     }
 }
 
@@ -165,7 +167,7 @@ fn handle_faults(
                 fail(&mode, error);
             }
             // Faults are counted and timed only from the instant on.
-            if let Mode::CopyBeforeWrite(_) = *mode {
+            if let WriteFaultAction::CopyBeforeWrite(_) = *mode {
                 job.live.latency.record(since.elapsed());
             }
         }
@@ -174,11 +176,11 @@ fn handle_faults(
 }
 
 fn handle_fault(
-    job: &Job, shared: &WatchState, mode: &Mode, page: (usize, u64), buffers: &Buffers,
+    job: &Job, shared: &WatchState, mode: &WriteFaultAction, page: (usize, u64), buffers: &Buffers,
 ) -> Result<(), CaptureError> {
     let copier = match mode {
-        Mode::Ahead => return shared.allow_write(page),
-        Mode::CopyBeforeWrite(copier) => copier,
+        WriteFaultAction::Ahead => return shared.allow_write(page),
+        WriteFaultAction::CopyBeforeWrite(copier) => copier,
     };
     let pool = buffers.of_block[page.0];
     let BufferPool { free, to_free } = &buffers.pools[pool];
@@ -265,7 +267,7 @@ mod tests {
             } else {
                 copier.fail(CaptureError::Panicked);
             }
-            let mode = Mode::CopyBeforeWrite(copier.clone());
+            let mode = WriteFaultAction::CopyBeforeWrite(copier.clone());
             handle_fault(&job, &shared, &mode, (0, 3), &buffers).unwrap();
             // The reason must not be that the disk is too slow.
             let why = copier.check().unwrap_err();

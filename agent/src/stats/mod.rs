@@ -59,7 +59,7 @@ pub struct LiveCounters {
     pub working_set_pages: AtomicU64,
     /// The time that faults waited.
     pub latency: Latency,
-    /// See [`Counters::paused_us`].
+    /// See [`Counters::disconnected_us`].
     pub disconnected: Stopwatch,
 }
 
@@ -91,7 +91,7 @@ impl LiveCounters {
         counters.fault_p90_us = p90;
         counters.fault_p99_us = p99;
         counters.fault_max_us = max;
-        counters.paused_us = self.disconnected.micros();
+        counters.disconnected_us = self.disconnected.micros();
     }
 }
 

@@ -79,10 +79,10 @@ impl std::fmt::Display for Report {
             if counters.passes > 0 {
                 write!(formatter, ", {} passes", counters.passes)?;
             }
-            if counters.running_us > 0 {
-                let ready = milliseconds(counters.running_us);
+            if counters.time_to_run_us > 0 {
+                let ready = milliseconds(counters.time_to_run_us);
                 write!(formatter, ", the guest was ready after {ready:.1} ms")?;
-            } else {
+            } else if self.named.contains_key("downtime_us") {
                 let paused = milliseconds(counters.downtime_us);
                 write!(formatter, ", the guest was paused for {paused:.1} ms")?;
             }

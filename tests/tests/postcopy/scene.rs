@@ -229,6 +229,6 @@ pub fn plausible(status: &JobStatus) {
     ];
     assert!(latencies.is_sorted(), "{counters:?}");
     assert!(counters.fault_max_us <= counters.total_us, "{counters:?}");
-    assert!(counters.paused_us <= counters.total_us, "{counters:?}");
+    assert!(counters.disconnected_us <= counters.total_us, "{counters:?}");
     assert!(counters.faults > 0 || counters.fault_max_us == 0, "{counters:?}");
 }

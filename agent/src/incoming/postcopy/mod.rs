@@ -120,7 +120,7 @@ impl PostcopyGuest {
                 job.enter(Phase::Loading);
                 load(&job, received)?;
                 if !self.missing_pages.finish_load() {
-                    return Err(JobError::State(
+                    return Err(JobError::Stuck(
                         "the connections broke while the VMM loaded its state".into(),
                     ));
                 }

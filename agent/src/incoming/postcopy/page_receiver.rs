@@ -206,7 +206,7 @@ fn report_until_complete(
                 let message = format!(
                     "the source says that it sent everything, and {left} pages have not come"
                 );
-                return Err(JobError::State(message));
+                return Err(JobError::Protocol(message));
             }
         }
         let moment = if group.acknowledge { ACKNOWLEDGE } else { LONGEST_WAIT };

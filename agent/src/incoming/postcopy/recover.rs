@@ -45,7 +45,7 @@ impl PostcopyGuest {
                 return Err(why);
             }
             self.job.recovery.pause();
-            self.job.pause(&why);
+            self.job.suspend_postcopy(&why);
             *accepted = self.wait()?;
             self.job.recovery.resume();
             self.job.enter(Phase::Recovering);
@@ -87,7 +87,7 @@ impl PostcopyGuest {
         accepted.send_accept(&self.job)?;
         self.send_received(accepted)?;
         self.requests.connect(&self.job, &self.missing_pages, &accepted.urgent);
-        self.job.unpause();
+        self.job.continue_postcopy();
         PageReceiver::new(&self.job, &self.missing_pages, accepted).run(|_, _| Ok(()))
     }
 

@@ -20,7 +20,7 @@
 
 use super::super::connect::{ERROR_EXCHANGE_TIMEOUT, Primary, SessionId, Streams, Urgent};
 use super::super::job::OutgoingJob;
-use super::super::sender::{PageSender, PassView};
+use super::super::sender::{PageSender, SendContext};
 use crate::event::Event;
 use crate::job::{JobError, add};
 use crate::lock::lock;
@@ -77,8 +77,8 @@ struct StreamGroup<'a> {
     pushing: AtomicUsize,
     /// Readable when no stream pushes any more.
     pushed: Event,
-    bulk: PassView<'a>,
-    urgent: PassView<'a>,
+    bulk: SendContext<'a>,
+    urgent: SendContext<'a>,
 }
 
 impl StreamGroup<'_> {
@@ -146,7 +146,7 @@ impl PostcopySource {
     pub fn serve(
         &self, streams: &mut Streams, before: impl FnOnce(&mut Primary) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let view = |limiter| PassView { job: &self.job, limiter, send_zeros: true };
+        let view = |limiter| SendContext { job: &self.job, limiter, send_zeros: true };
         self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;
@@ -262,7 +262,7 @@ impl PostcopySource {
 
     /// Queues host pages, given as words and their bits. Returns the number of pages.
     fn send(
-        &self, view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block),
+        &self, view: &SendContext<'_>, sender: &mut PageSender, (at, block): (usize, &Block),
         taken: &mut Vec<(u64, u64)>,
     ) -> Result<u64, JobError> {
         let host_pages = self.missing.block(at);
@@ -433,7 +433,7 @@ impl PostcopySource {
 /// Queues all pages of a host page one after another on one stream, because the destination places
 /// them together.
 fn send_host_page(
-    view: &PassView<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
+    view: &SendContext<'_>, sender: &mut PageSender, (at, block): (usize, &Block), pages: PageRange,
 ) -> Result<(), JobError> {
     for (word, mask) in words_of(pages) {
         sender.queue_missing_pages(view, (at, block), word, mask)?;

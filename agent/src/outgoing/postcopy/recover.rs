@@ -68,7 +68,7 @@ impl PostcopySource {
             // Close the connections, so that the destination sees their end.
             self.job.cancel.clear_sockets();
             self.job.recovery.pause();
-            self.job.pause(&why);
+            self.job.suspend_postcopy(&why);
             match self.wait() {
                 Ok(address) => self.address = address.or(self.address.take()),
                 // Report the failure that led here, not that the job was given up.
@@ -98,7 +98,7 @@ impl PostcopySource {
     fn reconnect_and_send(&mut self) -> Result<(), JobError> {
         self.job.enter(Phase::Recovering);
         let Some(address) = &self.address else {
-            return Err(JobError::State(
+            return Err(JobError::Stuck(
                 "the destination's address is not known: recover with one".into(),
             ));
         };
@@ -117,7 +117,7 @@ impl PostcopySource {
         }
         self.release_received()?;
         self.job.set_remaining(&self.missing);
-        self.job.unpause();
+        self.job.continue_postcopy();
         self.serve(&mut streams, |_| Ok(()))
     }
 

@@ -38,12 +38,12 @@ fn socket(fd: impl Into<OwnedFd>) -> StreamSocket {
 /// Returns what `send` sends: kind, flags and pages of each record, and the totals. Checks the
 /// content.
 fn sent(
-    job: &Job, send: impl FnOnce(&mut PageSender, &PassView<'_>, &GuestMemory),
+    job: &Job, send: impl FnOnce(&mut PageSender, &SendContext<'_>, &GuestMemory),
 ) -> (Vec<(Kind, u16, u64, u64)>, Totals) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut sender = PageSender::new(0, socket(ours), None);
     let limiter = Limiter::new(0);
-    let view = PassView { job, limiter: &limiter, send_zeros: true };
+    let view = SendContext { job, limiter: &limiter, send_zeros: true };
     send(&mut sender, &view, &job.memory);
     sender.flush(&view).unwrap();
     sender.socket().end_sending();
@@ -123,7 +123,7 @@ fn without_a_limit_all_records_go_in_one_write() {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let mut sender = PageSender::new(0, socket(ours), None);
     let limiter = Limiter::new(0);
-    let view = PassView { job: &job, limiter: &limiter, send_zeros: true };
+    let view = SendContext { job: &job, limiter: &limiter, send_zeros: true };
     sender.queue_missing_pages(&view, (0, &job.memory.blocks()[0]), 0, bits(&[2, 5, 8])).unwrap();
     sender.flush(&view).unwrap();
     sender.socket().end_sending();

@@ -46,7 +46,7 @@ fn an_eager_restore_replaces_all_memory() {
     );
     assert_eq!(found, (count(Page::Content), count(Page::Zero), count(Page::Discarded), 0));
     assert_eq!(counters.image_bytes, count(Page::Content) * PAGE_SIZE);
-    assert!(counters.running_us > 0);
+    assert!(counters.time_to_run_us > 0);
 }
 
 #[test]
@@ -201,7 +201,7 @@ fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
         }
         _ => Ok(()),
     });
-    let order = RestorePlan { asks_first: true, ..plan(&path, RestoreOptions::default()) };
+    let order = RestorePlan { needs_vmm_consent: true, ..plan(&path, RestoreOptions::default()) };
     let refused = new_job(&ram, &vmm, 0);
     refused.allow_populates();
     run(&refused, &order);

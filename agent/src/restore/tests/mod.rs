@@ -328,7 +328,7 @@ fn plan(path: impl Into<PathBuf>, options: RestoreOptions) -> RestorePlan {
     RestorePlan {
         path: path.into(),
         options,
-        asks_first: false,
+        needs_vmm_consent: false,
         record_discards: RecordDiscards::FromPause,
         checkpoint: Default::default(),
     }

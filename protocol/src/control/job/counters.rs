@@ -98,7 +98,7 @@ counters! {
     /// Postcopy: pages that the source freed because the destination has them.
     released_pages: Outgoing,
     /// Postcopy: microseconds without a connection.
-    paused_us: Outgoing | Incoming,
+    disconnected_us: Outgoing | Incoming,
     /// Microseconds from reading a fault or write fault to answering it, for half of them.
     fault_p50_us: Incoming | Snapshot | Restore,
     /// The same for 90 of 100.
@@ -117,7 +117,7 @@ counters! {
     working_set_pages: Restore,
     /// Microseconds from the request until the VMM confirmed that the guest runs, or is loaded and
     /// stays paused.
-    running_us: Restore,
+    time_to_run_us: Restore,
 }
 
 #[cfg(test)]

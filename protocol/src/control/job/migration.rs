@@ -168,7 +168,7 @@ pub struct OutgoingOptions {
     /// Whether the guest may run at the destination before its memory is there.
     pub mode: Mode,
     /// With [`Mode::Hybrid`]: passes over running memory after which it switches to postcopy,
-    /// whether it converges or not; 0 for never.
+    /// unless the rest fits the downtime limit by then; 0 for never.
     pub switch_after: u32,
     /// With postcopy: connections for the pages that the guest waits for, in addition to
     /// [`OutgoingOptions::streams`]. At least 1, and together at most [`MAX_STREAMS`].

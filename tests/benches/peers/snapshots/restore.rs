@@ -65,7 +65,7 @@ fn restore(
     let job = vmm.client.start_restore(path, options).unwrap().job;
     let runs = || {
         let status = vmm.client.status().unwrap();
-        (status.counters.running_us > 0 || status.phase.is_final()).then_some(())
+        (status.counters.time_to_run_us > 0 || status.phase.is_final()).then_some(())
     };
     wait_for("the guest to run", LIMIT, runs).unwrap();
     meanwhile();
@@ -173,7 +173,7 @@ impl How {
     fn load(self, vmm: &Vmm, file: &Path, target: &Image) -> f64 {
         let seconds = match self {
             Self::Pageferry => {
-                restore(vmm, file, &RestoreOptions::default(), || ()).counters.running_us as f64
+                restore(vmm, file, &RestoreOptions::default(), || ()).counters.time_to_run_us as f64
                     / 1e6
             }
             Self::Floor { threads } => return floor(file, target, threads),
@@ -220,7 +220,7 @@ pub fn lazy(bench: &Bench, table: &mut Table) {
                     ..RestoreOptions::default()
                 };
                 let counters = restore(&vmm, &path, &options, touch).counters;
-                runs[pass].push(counters.running_us as f64 / 1e3);
+                runs[pass].push(counters.time_to_run_us as f64 / 1e3);
                 loaded[pass].push(counters.total_us as f64 / 1e3);
                 faults[pass].push(counters.faults as f64);
             }

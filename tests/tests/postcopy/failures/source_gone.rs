@@ -52,7 +52,7 @@ fn killed_source_agents_are_followed_by_others_that_go_on() {
         let output = run(scene.source.agent.socket(), "recover", &["--address", &address]);
         assert_eq!(output.status.code(), Some(1));
         let said = String::from_utf8(output.stderr).unwrap();
-        assert!(said.contains("taken up by the VMM alone"), "{said}");
+        assert!(said.contains("only the VMM can continue"), "{said}");
         recover(&scene);
         scene.assert_completes();
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));
