@@ -63,6 +63,7 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
             "paused here, or at the destination (unconfirmed)"
         }
         (JobKind::Incoming, _) if !status.arrived => "at the source",
+        (JobKind::Restore, _) if status.counters.time_to_run_us == 0 => "in the image",
         _ => "here",
     };
     format!("{place}, run state {}", guest.name())

@@ -253,7 +253,13 @@ impl Job {
     pub fn suspend_postcopy(&self, why: &JobError) {
         let why = crate::error::chain(why);
         log::error!("job {} is paused in postcopy, to be recovered: {why}", self.id);
-        self.state().status.error = Some(why);
+        let mut state = self.state();
+        if !state.status.phase.is_final() {
+            // Together with the phase: otherwise a note could replace the reason.
+            state.status.error = Some(why);
+            state.status.phase = Phase::PostcopyPaused;
+        }
+        drop(state);
         self.live.disconnected.start();
         self.enter(Phase::PostcopyPaused);
     }
@@ -433,6 +439,32 @@ mod tests {
         assert!(gone.starts_with("the VMM is gone: cannot read"), "{gone}");
         let other = ended(CaptureError::Protection { id: 3, source: Errno::INVAL }.into());
         assert!(other.starts_with("block 3"), "{other}");
+    }
+
+    /// The window is a few instructions wide, so it takes many pauses to meet it.
+    #[test]
+    fn a_note_does_not_replace_the_reason_of_a_pause() {
+        const PAUSES: u64 = 3_000;
+        let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
+        let (options, notify) = ((&OutgoingOptions::default()).into(), notifier().unwrap());
+        let job = Job::new(1, JobKind::Incoming, memory, hooks, options, notify).unwrap();
+        let (done, mut lost) = (std::sync::atomic::AtomicBool::new(false), 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    job.note("the guest waits");
+                    job.note("");
+                }
+            });
+            for _ in 0..PAUSES {
+                job.continue_postcopy();
+                job.suspend_postcopy(&JobError::Abandoned);
+                let reason = job.status().error;
+                lost += u64::from(reason.is_none_or(|reason| !reason.contains("given up")));
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(lost, 0, "pauses without their reason");
     }
 
     #[test]

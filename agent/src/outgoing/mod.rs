@@ -144,6 +144,7 @@ impl Migration {
         self.sync()?;
         self.expect_state_and_pages(stop, &state);
         self.run_pass()?;
+        self.job.count(|counters| counters.remaining_pages = 0);
         // The discards and frees that came during the last pass.
         self.send_discards()?;
         self.send_late_frees()?;

@@ -110,7 +110,7 @@ impl SharedSession {
 }
 
 impl Session {
-    /// The common part of the next job.
+    /// The common part of the next job. It has its number once [`Session::run_job`] succeeds.
     pub(super) fn new_job(
         &mut self, kind: JobKind, options: CommonOptions,
     ) -> Result<Arc<Job>, RemoteError> {
@@ -123,9 +123,7 @@ impl Session {
             options,
             self.notify.clone(),
         );
-        let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
-        self.jobs = id;
-        Ok(Arc::new(job))
+        Ok(Arc::new(job.map_err(no_job)?.tracked_by(self.trackers.declared)))
     }
 
     /// Makes `job` the job of this session, and calls `run` on a new thread.
@@ -151,6 +149,7 @@ impl Session {
         let thread = thread.map_err(|error| {
             RemoteError::new(ErrorCode::System, format!("cannot start a thread: {error}"))
         })?;
+        self.jobs = job.id;
         self.job = Some((job, Some(thread)));
         Ok(())
     }

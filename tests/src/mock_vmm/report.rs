@@ -205,6 +205,13 @@ pub fn show(bar: &ProgressBar, status: &JobStatus) {
         ));
         return;
     }
+    if counters.image_bytes > 0 {
+        let moved = counters.pages_saved + counters.pages_restored;
+        bar.set_length((moved + counters.remaining_pages).max(1));
+        bar.set_position(moved);
+        bar.set_message(format!("{} MiB of the image", counters.image_bytes >> 20));
+        return;
+    }
     bar.set_message(format!(
         "pass {}, {} MiB sent at {} MiB/s, {} pages/s dirtied",
         counters.passes,
