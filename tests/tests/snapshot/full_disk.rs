@@ -79,16 +79,20 @@ fn space_for_the_pages_only_leaves_no_file() {
     let Some(tmpfs) = require::tmpfs() else { return };
     let host = Host::cramped(tmpfs, ROOM);
     let guest = Guest::full(&host, PAGES);
+    let empty = host.images.free();
+    // A job closes its image a moment after it has ended. Only then is the space free.
+    let wait_until_empty =
+        || wait_until("an empty file system", SOON, || host.images.free() == empty).unwrap();
     for options in snapshot_modes() {
         let chain = guest.saved(&host, "whole", &options);
         guest.check(&chain);
         let states = chain.newest().layout().states();
         drop(chain);
-        let free = host.images.free();
+        let needed = empty - host.images.free();
         std::fs::remove_file(host.images.seen("whole")).unwrap();
-        let needed = host.images.free() - free;
         // States, checksums of extents, contents, state of the VMM, header.
         for short in 1..=5 {
+            wait_until_empty();
             host.images.fill(needed - short * PAGE_SIZE);
             let status = guest.wait(guest.snapshot(&host.images.path("whole"), &options));
             assert_failed(&status, &["image", FULL]);
@@ -99,10 +103,12 @@ fn space_for_the_pages_only_leaves_no_file() {
             assert_eq!(host.images.files(), ["ballast"]);
             host.images.relieve();
         }
+        wait_until_empty();
         host.images.fill(needed);
         guest.check(&guest.saved(&host, "whole", &options));
         std::fs::remove_file(host.images.seen("whole")).unwrap();
         host.images.relieve();
+        wait_until_empty();
     }
 }
 
