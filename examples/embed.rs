@@ -4,8 +4,9 @@
 //!
 //! This program is two VMMs in one process, each with an agent of its own. It migrates a guest from
 //! the first to the second: `cargo run --example embed`
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
+use pageferry_client::error::chain;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, HookThread, Hooks, IncomingOptions, LogBitmap,
     OutgoingOptions, Phase, Punch, RunState, StatePiece, Target, Trackers,
@@ -79,10 +80,18 @@ fn attach(
     Ok((client, channel.spawn(vm)?, child))
 }
 
-fn main() -> Result<ExitCode, Box<dyn Error>> {
+fn main() -> ExitCode {
     if std::env::args().nth(1).as_deref() == Some("agent") {
-        return Ok(pageferry_agent::cli::main_from(std::env::args_os()));
+        return pageferry_agent::cli::main_from(std::env::args_os());
     }
+    run().unwrap_or_else(|error| {
+        // An error prints only what failed. The chain also says why.
+        eprintln!("{}", chain(&*error));
+        ExitCode::FAILURE
+    })
+}
+
+fn run() -> Result<ExitCode, Box<dyn Error>> {
     let (here, there) = (guest_memory()?, guest_memory()?);
     let (source, source_hooks, mut source_agent) = attach(Vm { runs: true, register: 42 }, &here)?;
     let (destination, destination_hooks, mut destination_agent) =

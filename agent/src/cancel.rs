@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Cancelling a job wherever it waits, and its commit point (`one-owner`).
+//! Cancelling a job wherever it waits, and its commit point
+//! ([`one-owner`](crate::invariants#one-owner)).
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`].
 //! [`Cancel::cancel`] shuts the sockets down and makes the descriptor readable, so every wait ends
@@ -195,7 +196,8 @@ impl Cancel {
         }
     }
 
-    /// The commit point (`one-owner`): from here on the job cannot be cancelled.
+    /// The commit point ([`one-owner`](crate::invariants#one-owner)): from here on the job cannot
+    /// be cancelled.
     ///
     /// # Errors
     /// If the job was cancelled before.

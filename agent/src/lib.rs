@@ -23,7 +23,10 @@
 //! - [`server`], [`reactor`]: the control socket and its connections;
 //! - [`lock`]: locks that outlive a panic;
 //! - [`waiting`]: which code may wait;
-//! - [`cli`]: the command line.
+//! - [`cli`]: the command line;
+//! - [`invariants`]: the rules that the documentation cites by name.
+//!
+//! The library is that of the program `pageferry`. Only [`cli::main_from`] is a stable interface.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -49,4 +52,9 @@ pub mod tracking;
 pub mod transport;
 pub mod waiting;
 
-pub use pageferry_protocol::error;
+pub use pageferry_protocol::{error, invariants};
+
+/// Compiles the example of the crate's README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

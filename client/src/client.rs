@@ -189,6 +189,7 @@ impl Client {
     }
 
     /// The dirty log. A thread that writes guest memory marks the pages here *after* the write.
+    /// Its pages count from guest physical address 0, over all blocks.
     pub fn log(&self) -> &Arc<DirtyLog> {
         &self.memory().log
     }
@@ -204,7 +205,7 @@ impl Client {
         self.memory().block(id).map(|block| Arc::clone(&block.discarded))
     }
 
-    /// Whether the guest is this VMM's to run (`one-owner`).
+    /// Whether the guest is this VMM's to run ([`one-owner`](crate::invariants#one-owner)).
     pub fn ownership(&self) -> Ownership {
         self.inner.ownership.lock().ownership()
     }
@@ -219,7 +220,8 @@ impl Client {
     /// If the agent may still send the commit, or bring another guest into this memory, the client
     /// first gives it up and kills it, as [`Client::reattach_socket`] does. A commit may be on its
     /// way until then, so look at the destination *after* that. If in doubt, call
-    /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` has the order.
+    /// [`Client::end_agent`], look, and then call this; `docs/postcopy.md` in the repository
+    /// has the order.
     ///
     /// # Errors
     /// [`Error::AgentStillRunning`] if that agent has not exited within

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Errors of the client library.
+//! Errors of the client library, and [`chain`], which prints them with their causes.
 //!
-//! None of them stops the guest (`vmm-survives`). Before the switchover, an error means that a
-//! migration does not happen, never that the guest is lost.
+//! None of them stops the guest ([`vmm-survives`](crate::invariants#vmm-survives)). Before the
+//! switchover, an error means that a migration does not happen, never that the guest is lost.
 
 use crate::ownership::Ownership;
 use pageferry_protocol::control::SocketError;
@@ -17,7 +17,23 @@ use rustix::io::Errno;
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use pageferry_protocol::error::chain;
+
 /// An error of the client library.
+///
+/// Printed with `{error}` it says only what failed. Why is its
+/// [source](std::error::Error::source), as is usual for errors in Rust. [`chain`] prints both in
+/// one line, and escapes control characters, since names come from files and peers:
+///
+/// ```
+/// use pageferry_client::error::chain;
+/// use pageferry_client::{Client, Config};
+///
+/// let error = Client::connect("/nowhere/socket".as_ref(), Config::default()).unwrap_err();
+/// assert_eq!(error.to_string(), "cannot connect to the agent at /nowhere/socket");
+/// let whole = "cannot connect to the agent at /nowhere/socket: No such file or directory (os error 2)";
+/// assert_eq!(chain(&error), whole);
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The agent died, hung, or broke the protocol. It stays lost until

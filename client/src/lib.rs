@@ -53,8 +53,8 @@
 //!
 //! | declared | what the VMM does for it |
 //! | --- | --- |
-//! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; `tracking::kvm` (feature `kvm`) does it for KVM's dirty log |
-//! | [`Trackers::WRITE_PROTECT`] | sets `BlockSpec::vmm_address`; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
+//! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; [`tracking::kvm`] (feature `kvm`) does it for KVM's dirty log |
+//! | [`Trackers::WRITE_PROTECT`] | sets [`BlockSpec::vmm_address`]; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
 //! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, also the vCPUs |
 //!
 //! # Snapshots and restore
@@ -84,37 +84,53 @@
 //! # Ok(()) }
 //! ```
 //!
-//! # Where things are
+//! # Errors
 //!
-//! Names such as `one-owner` are the rules that `docs/invariants.md` explains.
+//! An [`Error`] prints only what failed, and keeps why as its [source](std::error::Error::source).
+//! [`error::chain`] prints it with all its causes in one line.
 //!
-//! Talking to an agent:
+//! # Features
 //!
-//! - `client`, `config`, `spawn`: connecting, and a new agent after a lost one;
-//! - `session`, `control`, `link`: requests and answers; giving an agent up;
-//! - `agent_process`: the process of an agent, and making sure that it has exited;
-//! - `heartbeat`, `timeouts`, `deadline`: finding an agent that hangs; `retry`: waiting for a job
-//!   that is in the way.
+//! | feature | default | what it adds |
+//! | --- | --- | --- |
+//! | `vm-memory` | yes | [`Client::add_guest_memory`], and [`LogBitmap`] with [`AttachLog`]: guest memory of the `vm-memory` crate, whose devices mark the dirty log |
+//! | `kvm` | no | [`tracking::kvm`]: KVM's dirty log as a tracker |
 //!
-//! What a VMM does with it:
+//! Without `vm-memory`, a VMM adds its memory with [`Client::add_block`].
 //!
-//! - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory;
-//! - `discards`: discard, free and populate, with an agent and without;
-//! - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
-//!   the guest;
-//! - `jobs`: migrations, snapshots, restores; `page_stream`: migrations over the VMM's own
-//!   transport;
-//! - `hooks`: requests of the agent to the VMM; `ownership`: who may run the guest.
+//! # Rules
 //!
-//! Memory:
-//!
-//! - `memory`, `block`, `memfd`: what survives the agent;
-//! - `missing_pages`, `poison`: pages that are still missing while the guest runs;
-//! - `watched_writes`: pages that a background snapshot has not saved yet;
-//! - `registration`: the userfaultfd registration that both need.
-//!
-//! `threads`, `stop`, `sync`: threads that never end silently, ending them, and locks. `error`:
-//! errors.
+//! Names such as [`one-owner`](invariants#one-owner) in this documentation are rules, which [`invariants`] explains.
+
+// Where things are.
+//
+// Talking to an agent:
+//
+// - `client`, `config`, `spawn`: connecting, and a new agent after a lost one;
+// - `session`, `control`, `link`: requests and answers; giving an agent up;
+// - `agent_process`: the process of an agent, and making sure that it has exited;
+// - `heartbeat`, `timeouts`, `deadline`: finding an agent that hangs; `retry`: waiting for a job
+//   that is in the way.
+//
+// What a VMM does with it:
+//
+// - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory;
+// - `discards`: discard, free and populate, with an agent and without;
+// - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
+//   the guest;
+// - `jobs`: migrations, snapshots, restores; `page_stream`: migrations over the VMM's own
+//   transport;
+// - `hooks`: requests of the agent to the VMM; `ownership`: who may run the guest.
+//
+// Memory:
+//
+// - `memory`, `block`, `memfd`: what survives the agent;
+// - `missing_pages`, `poison`: pages that are still missing while the guest runs;
+// - `watched_writes`: pages that a background snapshot has not saved yet;
+// - `registration`: the userfaultfd registration that both need.
+//
+// `threads`, `stop`, `sync`: threads that never end silently, ending them, and locks. `error`:
+// errors.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -126,7 +142,7 @@ mod config;
 mod control;
 mod deadline;
 mod discards;
-mod error;
+pub mod error;
 #[cfg(feature = "vm-memory")]
 mod guest_memory;
 mod heartbeat;
@@ -170,8 +186,14 @@ pub use pageferry_protocol::control::job::{
 };
 pub use pageferry_protocol::control::reply::{ErrorCode, JobStarted};
 pub use pageferry_protocol::control::request::BlockRange;
+pub use pageferry_protocol::invariants;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;
 #[cfg(feature = "vm-memory")]
 pub use vm_memory_bitmap::{AttachLog, LogBitmap, LogSlice};
+
+/// Compiles the example of the crate's README.
+#[cfg(all(doctest, feature = "vm-memory"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

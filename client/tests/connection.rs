@@ -346,7 +346,7 @@ fn settings_made_without_an_agent_reach_the_next() {
     let short = client
         .add_block(pageferry_client::BlockSpec { fd_offset: PAGE, ..spec(3, 0x90000, &high) })
         .unwrap_err();
-    let short = pageferry_protocol::error::chain(&short);
+    let short = pageferry_client::error::chain(&short);
     assert_eq!(
         short,
         "block 3: file of 0x2000 bytes is shorter than fd_offset 0x1000 + length 0x2000"
@@ -354,7 +354,7 @@ fn settings_made_without_an_agent_reach_the_next() {
     let append = written(2);
     rustix::fs::fcntl_setfl(&append, rustix::fs::OFlags::APPEND).unwrap();
     let append = client.add_block(spec(3, 0x90000, &append)).unwrap_err();
-    assert!(pageferry_protocol::error::chain(&append).contains("O_APPEND"), "{append}");
+    assert!(pageferry_client::error::chain(&append).contains("O_APPEND"), "{append}");
     client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
     assert_eq!(client.trackers(), Trackers::LOG_IS_COMPLETE);
     assert!(matches!(client.set_trackers(Trackers::default()), Err(Error::EmptyTrackers)));

@@ -5,7 +5,8 @@
 use std::error::Error;
 use std::fmt::Write;
 
-/// An error and its causes in one sentence. Control characters are escaped.
+/// An error and its causes in one sentence: `what failed: why: why`. Control characters are
+/// escaped.
 pub fn chain(error: &dyn Error) -> String {
     let mut sentence = error.to_string();
     let mut cause = error.source();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Image files of guests. `docs/image.md` and [`pageferry_protocol::image`] describe the format.
+//! Image files of guests. [`pageferry_protocol::image`], and `docs/image.md` in the repository,
+//! describe the format.
 //!
 //! - [`bytes`]: reads and writes at an offset, and where a file has data;
 //! - [`new_file`]: creating a file atomically;

@@ -8,14 +8,15 @@
 //! - [`offer`]: whether the guest of a source fits this VMM;
 //! - [`receive`]: reads the streams, with a barrier after each pass;
 //! - [`decompress`]: decompresses pages;
-//! - [`place`]: places pages into the files (`never-populate` and `same-memory`);
+//! - [`place`]: places pages into the files ([`never-populate`](crate::invariants#never-populate)
+//!   and [`same-memory`](crate::invariants#same-memory));
 //! - [`postcopy`]: the guest runs first, and its memory follows;
 //! - [`error`]: why the destination refuses what arrives;
 //! - this file: the phases.
 //!
 //! In precopy the agent receives all passes, compares the totals, has the VMM load its state, waits
-//! for the commit, and has the VMM resume the guest (`one-owner`). If it fails before the commit,
-//! it tells the source why, and the guest continues there.
+//! for the commit, and has the VMM resume the guest ([`one-owner`](crate::invariants#one-owner)).
+//! If it fails before the commit, it tells the source why, and the guest continues there.
 
 pub mod accept;
 pub mod decompress;

@@ -3,9 +3,10 @@
 //! Placing pages into the files of the guest's memory.
 //!
 //! The destination starts from holes, and a page is allocated only when its content comes
-//! (`never-populate`). A page that turns zero or is discarded later becomes a hole again
-//! (`same-memory`). The bitmap `received` has the pages that may hold content. A zero or a discard
-//! of any other page needs no system call.
+//! ([`never-populate`](crate::invariants#never-populate)). A page that turns zero or is discarded
+//! later becomes a hole again ([`same-memory`](crate::invariants#same-memory)). The bitmap
+//! `received` has the pages that may hold content. A zero or a discard of any other page needs no
+//! system call.
 //!
 //! # Huge pages
 //!

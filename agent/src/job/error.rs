@@ -39,7 +39,7 @@ pub enum JobError {
     /// The VMM has another agent now, or none.
     #[error(transparent)]
     Replaced(#[from] Replaced),
-    /// The commit was sent and never confirmed (`one-owner`).
+    /// The commit was sent and never confirmed ([`one-owner`](crate::invariants#one-owner)).
     #[error(
         "ownership of the guest was handed over, and the destination did not confirm that the guest runs there: the guest \
          is paused here; look at both sides before you resume it by force"

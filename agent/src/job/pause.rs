@@ -4,7 +4,7 @@
 //!
 //! [`PausedGuest::pause`] has the VMM pause the guest. The guest stays paused until
 //! [`PausedGuest::resume`] or the drop, so a job that fails resumes it, too. If the guest was
-//! handed over, it is not resumed here (`one-owner`).
+//! handed over, it is not resumed here ([`one-owner`](crate::invariants#one-owner)).
 //!
 //! A guest that its operator had paused before stays paused afterwards. The VMM keeps that run
 //! state, so a resume hook only asks for the state before the pause.

@@ -3,8 +3,9 @@
 //! The memory file of a block.
 //!
 //! The agent never maps guest memory here. It reads with `pread`: a hole reads as zero and is not
-//! allocated (`never-populate`), a truncated file is a short read instead of SIGBUS
-//! (`vmm-survives`), and there is no page fault.
+//! allocated ([`never-populate`](crate::invariants#never-populate)), a truncated file is a short
+//! read instead of SIGBUS ([`vmm-survives`](crate::invariants#vmm-survives)), and there is no page
+//! fault.
 
 use super::extents::DataRuns;
 use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};

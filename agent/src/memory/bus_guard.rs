@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The SIGBUS guard: survives a file that shrinks under a mapping (`vmm-survives`).
+//! The SIGBUS guard: survives a file that shrinks under a mapping
+//! ([`vmm-survives`](crate::invariants#vmm-survives)).
 //!
 //! The agent maps files that belong to the VMM: the dirty log, discard bitmaps, the fence word, and
 //! host pages on hugetlbfs. If the VMM truncates such a file, the next access raises SIGBUS. Then

@@ -18,8 +18,9 @@
 //!   it removes the protection, and the guest writes. So no write happens before the page is read.
 //! - A **discard** has marked the page. It captures what is pending, as a worker does, and waits
 //!   for all threads that took pages of the range before. Only then is the page freed and the
-//!   discard acknowledged, so nobody reads the page later (`never-read`). A populate has nothing to
-//!   capture: a page that was discarded at the instant is not pending, and is saved as discarded.
+//!   discard acknowledged, so nobody reads the page later
+//!   ([`never-read`](crate::invariants#never-read)). A populate has nothing to capture: a page that
+//!   was discarded at the instant is not pending, and is saved as discarded.
 //!
 //! Discards set their marks, and the instant collects the pending pages, under one lock
 //! ([`GuestMemory::marking`](super::GuestMemory::marking)). So a discard either comes before the
@@ -377,7 +378,8 @@ impl CopyBeforeWrite {
     }
 
     /// A discard of `range` has set its marks: captures what is pending of the range. A discard
-    /// cannot fail (`discard-cannot-fail`), so an error here fails the snapshot instead.
+    /// cannot fail ([`discard-cannot-fail`](crate::invariants#discard-cannot-fail)), so an error
+    /// here fails the snapshot instead.
     pub(super) fn copy_before_discard(&self, readers: &Readers, at: usize, range: PageRange) {
         let host_pages = self.pending.block(at).covering(range);
         // Most discards are of pages that are not pending. They cost nothing here.

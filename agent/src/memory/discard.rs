@@ -5,10 +5,11 @@
 //! After a discard the VMM tells the agent before the guest uses the pages again. Memory that the
 //! guest frees and uses again without notice is in [`super::freed`], by the same steps.
 //!
-//! Three rules of docs/invariants.md hold here. `never-read`: after [`GuestMemory::discard`]
-//! returns, nobody reads the pages until they are populated. `discard-cannot-fail`: a discard of
-//! pages that exist cannot fail. `round-safely`: a discard covers whole units only, and a populate
-//! rounds outward.
+//! Three rules hold here. [`never-read`](crate::invariants#never-read): after
+//! [`GuestMemory::discard`] returns, nobody reads the pages until they are populated.
+//! [`discard-cannot-fail`](crate::invariants#discard-cannot-fail): a discard of pages that exist
+//! cannot fail. [`round-safely`](crate::invariants#round-safely): a discard covers whole units
+//! only, and a populate rounds outward.
 //!
 //! # Order
 //!
@@ -261,8 +262,9 @@ pub(super) fn merged(ranges: &[Checked]) -> impl Iterator<Item = Checked> + '_ {
     })
 }
 
-/// Frees the backing of pages that are marked. A discard cannot fail (`discard-cannot-fail`): if
-/// the file system cannot punch, the pages stay allocated, unsettled and discarded.
+/// Frees the backing of pages that are marked. A discard cannot fail
+/// ([`discard-cannot-fail`](crate::invariants#discard-cannot-fail)): if the file system cannot
+/// punch, the pages stay allocated, unsettled and discarded.
 fn punch_marked(block: &Block, range: PageRange) {
     match block.backing.punch(range) {
         Ok(freed) if block.backing.tells_holes() => {

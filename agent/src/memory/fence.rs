@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The fence: keeps a discard away from pages that a worker is reading, without a lock in the
-//! worker's loop (`never-read` and `clear-then-read`).
+//! worker's loop ([`never-read`](crate::invariants#never-read) and
+//! [`clear-then-read`](crate::invariants#clear-then-read)).
 //!
 //! A worker publishes the word of pages that it is about to read, and then looks whether the pages
 //! are discarded. A discard marks the pages, and then looks which workers are reading. Both put a

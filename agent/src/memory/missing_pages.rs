@@ -19,14 +19,16 @@
 //!   now.
 //! - An **arrival** publishes the page in the fence, takes it, then places the content, atomically
 //!   for the threads that wait. It places a zero page only if the page is requested, so that
-//!   nothing is allocated that the guest does not touch (`never-populate`).
+//!   nothing is allocated that the guest does not touch
+//!   ([`never-populate`](crate::invariants#never-populate)).
 //! - A **discard** marks the page as discarded and takes it. It waits for arrivals that took it
 //!   before (the fence), and takes it once more. It waits for the faults that were read before, and
 //!   frees the page, once more if faults were handled meanwhile. Then it wakes the threads that
 //!   requested the page: they touch it again, and the new fault is answered with zero. Content that
 //!   the source still sends is thrown away. So a discarded page never gets its stale bytes back
-//!   (`never-read`). And no earlier fault fills the hole again, even if its touch was served in the
-//!   meantime; see `may_be_stale` for the VMM that punches the page by itself.
+//!   ([`never-read`](crate::invariants#never-read)). And no earlier fault fills the hole again,
+//!   even if its touch was served in the meantime; see `may_be_stale` for the VMM that punches the
+//!   page by itself.
 //! - A **free** does the same without the mark: the page is a hole then, and ordinary memory from
 //!   the next touch on.
 //! - A **failed arrival** makes the page missing again before it leaves the fence, so a discard
@@ -249,9 +251,10 @@ impl MissingPages {
     /// another thread at that moment, the thread returns at once, and its fault can still be read.
     /// In an ordinary page this does no harm, since the page is present. But the VMM may have
     /// punched a discarded page in the meantime, and the agent does not see that. To place zero
-    /// would then allocate a page that nobody touches (`never-populate`). To only wake the threads
-    /// would never end. So the first fault of a hole wakes them, and the second one places zero: a
-    /// thread that waits touches the page again, and a stale fault does not come twice.
+    /// would then allocate a page that nobody touches
+    /// ([`never-populate`](crate::invariants#never-populate)). To only wake the threads would never
+    /// end. So the first fault of a hole wakes them, and the second one places zero: a thread that
+    /// waits touches the page again, and a stale fault does not come twice.
     fn may_be_stale(&self, at: usize, host_page: u64) -> bool {
         let block = &self.blocks[at];
         let pages = self.missing.block(at).pages(PageRange::new(host_page, 1));

@@ -15,9 +15,12 @@
 //!
 //! Discards and their order with readers:
 //!
-//! - [`fence`]: keeps discards away from pages that a worker is reading (`never-read` and
-//!   `clear-then-read`);
-//! - [`discard`]: discard and populate (`never-read`, `discard-cannot-fail` and `round-safely`);
+//! - [`fence`]: keeps discards away from pages that a worker is reading
+//!   ([`never-read`](crate::invariants#never-read) and
+//!   [`clear-then-read`](crate::invariants#clear-then-read));
+//! - [`discard`]: discard and populate ([`never-read`](crate::invariants#never-read),
+//!   [`discard-cannot-fail`](crate::invariants#discard-cannot-fail) and
+//!   [`round-safely`](crate::invariants#round-safely));
 //! - [`freed`]: memory that the guest frees and uses again without notice;
 //! - [`recorded_discards`]: what the VMM has discarded and freed while a job fills the memory;
 //! - [`discard_recorder`]: starts and ends that record;
@@ -43,7 +46,8 @@
 //! - [`zero`]: finds zero pages;
 //! - [`huge`]: writes to hugetlbfs, which needs a mapping;
 //! - [`small_pages`]: places single pages on a tmpfs that hands out huge pages;
-//! - [`bus_guard`]: survives a file that shrinks under a mapping (`vmm-survives`);
+//! - [`bus_guard`]: survives a file that shrinks under a mapping
+//!   ([`vmm-survives`](crate::invariants#vmm-survives));
 //! - [`error`]: what can go wrong with the memory.
 
 pub mod backing;

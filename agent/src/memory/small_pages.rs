@@ -5,7 +5,7 @@
 //! A `write` of one page into a hole normally allocates one page. But a tmpfs that is mounted with
 //! `huge=always` or `huge=within_size` allocates a huge page, and so does a memfd while
 //! `/sys/kernel/mm/transparent_hugepage/shmem_enabled` says so: 2 MiB, where the source may have
-//! had 4 KiB (`never-populate`).
+//! had 4 KiB ([`never-populate`](crate::invariants#never-populate)).
 //!
 //! `UFFDIO_COPY` allocates single pages on all shared memory. So the agent maps the block,
 //! registers the mapping with a userfaultfd of its own, and places pages by `UFFDIO_COPY`. It never

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Syncing the trackers, and clearing discarded pages from the dirty bitmap (`fix-up-after-sync`).
+//! Syncing the trackers, and clearing discarded pages from the dirty bitmap
+//! ([`fix-up-after-sync`](crate::invariants#fix-up-after-sync)).
 //!
 //! # On dirty bits of discarded pages
 //!
@@ -234,7 +235,7 @@ impl Migration {
 
     /// Sends the pages that the VMM freed since the last sync as zero. The guest is paused, and its
     /// last pass has arrived. Without this the destination would keep pages that are holes here
-    /// (`never-populate`).
+    /// ([`never-populate`](crate::invariants#never-populate)).
     pub(super) fn send_late_frees(&mut self) -> Result<(), JobError> {
         let job = self.job.clone();
         if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The hand-over of the stopped guest, with the commit point (`one-owner`).
+//! The hand-over of the stopped guest, with the commit point
+//! ([`one-owner`](crate::invariants#one-owner)).
 //!
 //! While the guest is paused, the source sends the VMM's state and the totals, and waits until the
 //! destination has loaded the state. Then it has its VMM relinquish the guest, sends the commit,

@@ -58,7 +58,7 @@ impl Migration {
     }
 
     /// Leaves the VMM as it was before. The guest itself is resumed by the drop of its
-    /// [`PausedGuest`], if it still belongs here.
+    /// [`PausedGuest`](crate::job::pause::PausedGuest), if it still belongs here.
     pub(super) fn clean_up(&mut self) {
         let timeout = self.job.hook_timeout;
         if std::mem::take(&mut self.throttled)

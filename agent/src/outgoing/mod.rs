@@ -7,13 +7,17 @@
 //! - [`job`]: the job, as the session and the threads see it;
 //! - [`migration`]: what a running migration owns;
 //! - [`connect`]: connects the streams, and the handshake;
-//! - [`fixup`]: syncs the trackers, and clears discarded pages (`fix-up-after-sync`);
+//! - [`fixup`]: syncs the trackers, and clears discarded pages
+//!   ([`fix-up-after-sync`](crate::invariants#fix-up-after-sync));
 //! - [`pass`]: one walk of all workers over the dirty pages;
-//! - [`sender`]: reads pages and sends them in batches (`never-read` and `clear-then-read`);
+//! - [`sender`]: reads pages and sends them in batches
+//!   ([`never-read`](crate::invariants#never-read) and
+//!   [`clear-then-read`](crate::invariants#clear-then-read));
 //! - [`compress`]: compresses pages, if the operator wants that;
 //! - [`converge`]: decides when to stop the guest;
 //! - [`stop`]: how long the guest may be paused for it;
-//! - [`handover`]: sends the stopped guest, with the commit point (`one-owner`);
+//! - [`handover`]: sends the stopped guest, with the commit point
+//!   ([`one-owner`](crate::invariants#one-owner));
 //! - [`postcopy`]: the guest moves first, and its memory follows;
 //! - [`error`]: why a source does not migrate its guest.
 //!

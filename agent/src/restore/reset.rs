@@ -3,9 +3,10 @@
 //! Resetting the memory: before a restore, and after a restore that failed.
 //!
 //! A restore starts with empty memory, whatever the memory held before: all blocks are made holes.
-//! So it allocates no page that has no content in the image (`never-populate`). The discard marks
-//! become those of the image. The pages that the VMM discards after it asked for the restore stay
-//! discarded, in any case.
+//! So it allocates no page that has no content in the image
+//! ([`never-populate`](crate::invariants#never-populate)). The discard marks become those of the
+//! image. The pages that the VMM discards after it asked for the restore stay discarded, in any
+//! case.
 //!
 //! If the restore fails before the guest has the memory, [`ResetGuard`] makes all blocks holes
 //! again on drop, and brings back the discard marks from before the request.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Resume by force: the guest was handed over, and the destination did not confirm that it runs
-//! there (`one-owner`).
+//! there ([`one-owner`](crate::invariants#one-owner)).
 //!
 //! The agent cannot know whether the guest runs at the destination. So only an operator may decide,
 //! who has looked at both sides. The steps:

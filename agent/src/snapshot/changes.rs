@@ -10,8 +10,8 @@
 //! checkpoint is as before.
 //!
 //! If the sync of a tracker does not clear, the pages are cleared right after the sync
-//! (`clear-then-read`: none of them is read yet). This happens once while the guest runs, so that
-//! little is left for the pause.
+//! ([`clear-then-read`](crate::invariants#clear-then-read): none of them is read yet). This happens
+//! once while the guest runs, so that little is left for the pause.
 //!
 //! While a background snapshot watches writes, it has the mappings that write-protect scanning
 //! needs. So that tracker is suspended, and reports all pages afterwards. The next increment then

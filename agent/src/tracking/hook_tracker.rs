@@ -54,10 +54,11 @@ impl Tracker for HookTracker {
 }
 
 /// Clears pages in a tracker whose sync does not clear them. A worker calls this for a chunk right
-/// before it reads there for the first time (`clear-then-read`).
+/// before it reads there for the first time
+/// ([`clear-then-read`](crate::invariants#clear-then-read)).
 ///
 /// Exactly the given pages are cleared and no others, so no write to a neighbour is lost
-/// (`round-safely`).
+/// ([`round-safely`](crate::invariants#round-safely)).
 #[derive(Debug)]
 pub struct LazyClear {
     hooks: Arc<Hooks>,
@@ -166,8 +167,9 @@ mod tests {
         assert_eq!(asked, expected);
     }
 
-    /// No page is cleared that is not set in the bitmap (`round-safely`), and no page that is set
-    /// is left out (`clear-then-read`).
+    /// No page is cleared that is not set in the bitmap
+    /// ([`round-safely`](crate::invariants#round-safely)), and no page that is set is left out
+    /// ([`clear-then-read`](crate::invariants#clear-then-read)).
     #[test]
     fn lazy_clear_clears_exactly_the_set_pages() {
         let pages = 3 * MAX_CLEAR_PAGES + 200;

@@ -5,8 +5,9 @@
 //! The VMM registers its mapping for asynchronous write protection and passes its
 //! `/proc/self/pagemap`. One `PAGEMAP_SCAN` reports the pages that were written since they were
 //! last protected, and protects them again. The kernel does both for each page in one step, so a
-//! write is reported by this scan or by the next one (`clear-then-read`). A scan allocates page
-//! tables in the VMM, and never a page (`never-populate`).
+//! write is reported by this scan or by the next one
+//! ([`clear-then-read`](crate::invariants#clear-then-read)). A scan allocates page tables in the
+//! VMM, and never a page ([`never-populate`](crate::invariants#never-populate)).
 //!
 //! For the kernel, a page is "written" if it is not protected. So a scan may report pages that were
 //! not written, and these are at worst sent once more:

@@ -5,8 +5,9 @@
 //! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits the
 //! plain log into two steps. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM and is
 //! reported again. [`KvmDirtyLog::clear`] clears its bit and protects it. The agent clears right
-//! before it reads (`clear-then-read`), chunk by chunk, and clears discarded ranges after the sync
-//! (`fix-up-after-sync`).
+//! before it reads ([`clear-then-read`](crate::invariants#clear-then-read)), chunk by chunk, and
+//! clears discarded ranges after the sync
+//! ([`fix-up-after-sync`](crate::invariants#fix-up-after-sync)).
 //!
 //! `KVM_DIRTY_LOG_INITIALLY_SET` is not used. With it the log starts as all ones, and every page
 //! that is not cleared is reported at every sync. That includes holes, which no pass touches, and

@@ -8,8 +8,9 @@
 //! - `kvm` (feature `kvm`): KVM's dirty log, fetched on the sync hook and cleared lazily on the
 //!   clear hook;
 //! - [`uffd`]: write protection of the mappings of the VMM, which the agent scans from its own
-//!   process;
-//! - `declared`: what the VMM has declared; `active`: what an agent has started.
+//!   process.
+
+// `declared`: what the VMM has declared; `active`: what an agent has started.
 
 pub(crate) mod active;
 pub(crate) mod declared;

@@ -45,7 +45,8 @@ pub enum Hook {
     /// runs, unless its operator had paused it. A guest that a job has brought runs, unless
     /// `paused` says otherwise.
     Resume {
-        /// An operator forces it although the guest was given up (`one-owner`).
+        /// An operator forces it although the guest was given up
+        /// ([`one-owner`](crate::invariants#one-owner)).
         force: bool,
         /// A guest that a job has brought stays paused. Says nothing about a guest that never left:
         /// its VMM knows the run state.
@@ -87,7 +88,7 @@ pub enum Hook {
         pieces: Vec<PieceSize>,
     },
     /// The agent is about to give the guest up. From the answer on, the VMM must not resume the
-    /// guest by itself, even if it loses the agent (`one-owner`).
+    /// guest by itself, even if it loses the agent ([`one-owner`](crate::invariants#one-owner)).
     Relinquish {
         /// Lets another agent recover a postcopy that this one leaves behind; zeroes if there will
         /// be none.

@@ -157,8 +157,7 @@ reply_fields! {
     }
 }
 
-/// Answer to the requests that start a job, and to
-/// [`Request::Recover`](super::request::Request::Recover).
+/// Answer to the requests that start a job, or recover one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobStarted {
     /// Number of the job.

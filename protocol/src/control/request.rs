@@ -152,8 +152,9 @@ pub enum Request {
         /// Time between two of them.
         interval: Duration,
     },
-    /// Has the VMM resume the guest after a commit that was never confirmed (`one-owner`). Only for
-    /// an operator who has looked at both sides.
+    /// Has the VMM resume the guest after a commit that was never confirmed
+    /// ([`one-owner`](crate::invariants#one-owner)). Only for an operator who has looked at both
+    /// sides.
     Resume {
         /// Must be true: the operator knows that the guest does not run at the destination.
         force: bool,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Images: the memory of a guest and the state of its VMM in a file. `docs/image.md` describes the
-//! file byte by byte.
+//! Images: the memory of a guest and the state of its VMM in a file. `docs/image.md` in the
+//! repository describes the file byte by byte.
 //!
 //! - [`header`]: the first 4 KiB, which locate all other parts and check them;
 //! - [`layout`]: the offsets of pages and sections, which follow from the blocks alone;

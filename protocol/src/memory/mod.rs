@@ -2,7 +2,8 @@
 
 //! Pages, page ranges and blocks: the units that everything else is counted in.
 //!
-//! - [`range`]: [`PageRange`] and the rounding of discards and populates (`round-safely`);
+//! - [`range`]: [`PageRange`] and the rounding of discards and populates
+//!   ([`round-safely`](crate::invariants#round-safely));
 //! - [`mod@file`]: what the file under guest memory must be;
 //! - [`geometry`]: what a block is and when a set of blocks is valid.
 

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Ranges of pages within one block, and how byte ranges become page ranges.
+//! Ranges of pages, and how byte ranges within a block become page ranges.
 //!
-//! `round-safely` is kept here. A discard rounds *inward*: a page that it covers only in part is
-//! still in use. A populate rounds *outward*: a page that it covers in part becomes safe to use.
+//! [`round-safely`](crate::invariants#round-safely) is kept here. A discard rounds *inward*: a page
+//! that it covers only in part is still in use. A populate rounds *outward*: a page that it covers
+//! in part becomes safe to use.
 
 use super::{PAGE_SHIFT, PAGE_SIZE};
 
-/// A run of pages within one block: `count` pages from page index `first`, which is relative to the
-/// block.
+/// A run of pages: `count` pages from page number `first`.
+///
+/// Where page 0 is depends on the use. In most places it is the first page of a block. In the
+/// [dirty log](crate::shm::DirtyLog) it is the page at guest physical address 0, so page numbers
+/// are `gpa / 4096` there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageRange {
-    /// Index of the first page, relative to the start of the block.
+    /// Number of the first page.
     pub first: u64,
     /// Number of pages; may be zero.
     pub count: u64,
@@ -94,8 +98,8 @@ impl PageRange {
         }
     }
 
-    /// The whole units of `unit` bytes that lie inside `offset..offset + length` (`round-safely`:
-    /// discards).
+    /// The whole units of `unit` bytes that lie inside `offset..offset + length`
+    /// ([`round-safely`](crate::invariants#round-safely): discards).
     ///
     /// `unit` is a power of two and a multiple of the page size: a block's discard granularity.
     /// Where the block ends before a unit does, the rest of the block counts as a whole unit. The
@@ -115,7 +119,7 @@ impl PageRange {
     }
 
     /// The units of `unit` bytes that touch `offset..offset + length`, cut at the end of the block
-    /// (`round-safely`: populates).
+    /// ([`round-safely`](crate::invariants#round-safely): populates).
     ///
     /// # Errors
     /// If the bytes are not inside a block of `block_length` bytes.

@@ -8,8 +8,9 @@
 //! sets a bit while another takes the word, the bit is either in the taken word or still in the
 //! bitmap.
 //!
-//! - [`Bitmap::take_word`] is sequentially consistent: `clear-then-read` needs the take before the
-//!   read of the page that follows.
+//! - [`Bitmap::take_word`] is sequentially consistent:
+//!   [`clear-then-read`](crate::invariants#clear-then-read) needs the take before the read of the
+//!   page that follows.
 //! - A thread that sets a bit releases what it wrote before.
 //! - A scan skips words that it loads as zero. A thread that must see a bit has to be ordered after
 //!   its setter by other means: the pause of the guest, or the next pass.

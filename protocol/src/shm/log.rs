@@ -9,7 +9,7 @@
 //!
 //! In little-endian 64-bit words that is bit `page % 64` of word `page / 64`, so one atomic
 //! operation handles 64 pages. A writer of guest memory sets the bit *after* the write. A migration
-//! takes the bit *before* it reads (`clear-then-read`).
+//! takes the bit *before* it reads ([`clear-then-read`](crate::invariants#clear-then-read)).
 
 use super::bitmap::WORD_BITS;
 use super::{Bitmap, MappedBitmap, MappedWords, MappingError};
@@ -53,6 +53,17 @@ impl DirtyLog {
     }
 
     /// Marks guest pages as dirty. Call it after the write. Pages outside the log are not marked.
+    ///
+    /// Page numbers count from guest physical address 0 (`gpa / 4096`), not from the start of a
+    /// block:
+    ///
+    /// ```
+    /// # use pageferry_protocol::{memory::PageRange, shm::DirtyLog};
+    /// # fn write(log: &DirtyLog, gpa: u64, length: u64) {
+    /// let first = gpa / 4096;
+    /// log.mark(PageRange::new(first, (gpa + length).div_ceil(4096) - first));
+    /// # }
+    /// ```
     pub fn mark(&self, pages: PageRange) {
         self.bits.set(pages);
     }

@@ -4,7 +4,7 @@
 //! nothing but the bytes.
 //!
 //! Everything on a stream, in both directions, is a *record*: a header of 32 bytes and a payload.
-//! See `docs/page-stream.md`.
+//! See `docs/page-stream.md` in the repository.
 //!
 //! - [`record`]: the header, its limits and its checksum;
 //! - [`hello`]: how a stream opens: versions, features, the block table;

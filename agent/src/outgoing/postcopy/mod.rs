@@ -5,7 +5,7 @@
 //! - [`remaining`]: finds the pages that remain when the guest stops, and announces them;
 //! - [`page_sender`]: sends these pages on all streams until the destination has all of them;
 //! - [`recover`]: sends the rest after a lost connection;
-//! - this file: the phases, and the commit point (`one-owner`).
+//! - this file: the phases, and the commit point ([`one-owner`](crate::invariants#one-owner)).
 //!
 //! 1. The guest is paused. The source sends its state and announces the pages that remain.
 //! 2. The source answers requests. This begins before the commit, because the destination's VMM may
