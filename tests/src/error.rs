@@ -26,6 +26,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// Options that do not go together.
+    #[error(transparent)]
+    Usage(#[from] pageferry_agent::cli::UsageError),
     /// An error of the client library, or of the agent through it.
     #[error(transparent)]
     Client(#[from] pageferry_client::Error),

@@ -4,25 +4,34 @@
 //!
 //! - [`run_agent`]: the agent itself;
 //! - [`log_writer`], [`log_limit`]: its log;
-//! - [`operator`]: requests to a running agent;
+//! - [`operator`]: the operator's commands, one function each;
+//! - [`agent_connection`]: requests to a running agent, and its events;
+//! - [`watch`]: watches a job until it ends;
 //! - [`snapshot`]: the arguments of snapshots and restores;
 //! - [`image`]: tools for image files, which need no agent;
-//! - [`show`]: prints a job, on a terminal and as JSON.
+//! - [`show`]: the status of a job as a table, as JSON and as a sentence;
+//! - [`progress`]: the progress of a job, on a terminal, as lines and as JSON;
+//! - [`exit`]: the exit codes.
 //!
 //! This room may print to standard output and standard error.
 #![allow(clippy::print_stderr)]
 
+pub mod agent_connection;
+pub mod exit;
 pub mod image;
 pub mod log_limit;
 pub mod log_writer;
 pub mod operator;
+pub mod progress;
 pub mod run_agent;
 pub mod show;
 pub mod snapshot;
+pub mod watch;
 
 use clap::{Args, Parser, Subcommand};
+use exit::Exit;
 use pageferry_protocol::control::job::{
-    Compression, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions, ResumePolicy,
+    Compression, MAX_STREAMS, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions, ResumePolicy,
 };
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -32,7 +41,7 @@ use std::time::Duration;
 
 /// Moves and saves the memory of running virtual machines, outside of the VMM.
 #[derive(Debug, Parser)]
-#[command(name = "pageferry", version, about, max_term_width = 100)]
+#[command(name = "pageferry", version, about, max_term_width = 100, after_help = exit::HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -44,10 +53,10 @@ enum Command {
     Agent(AgentArgs),
     /// Show the state of the current or last job.
     Status(OperatorArgs),
-    /// Show a job's progress until it ends. The exit status is 0 only if it completed.
-    Watch(OperatorArgs),
+    /// Show a job's progress until it ends. Ctrl-C ends the command, not the job.
+    Watch(WatchArgs),
     /// Migrate the guest to another agent, which must be listening, and watch. Ctrl-C ends the
-    /// watching, not the job: use cancel to end the job.
+    /// command, not the job; a second Ctrl-C cancels the job.
     Migrate(MigrateArgs),
     /// Save the guest to an image, and watch.
     Snapshot(snapshot::SnapshotCommand),
@@ -90,11 +99,31 @@ pub struct OperatorArgs {
     pub json: bool,
 }
 
+/// A job that is watched.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    #[command(flatten)]
+    pause: PauseArgs,
+}
+
+/// What happens if a postcopy loses its connections.
+#[derive(Debug, Args)]
+pub struct PauseArgs {
+    /// If the postcopy is paused, end with exit code 3. Otherwise the command waits until somebody
+    /// recovers it.
+    #[arg(long)]
+    no_wait: bool,
+}
+
 /// A migration.
 #[derive(Debug, Args)]
 pub struct MigrateArgs {
     #[command(flatten)]
     operator: OperatorArgs,
+    #[command(flatten)]
+    pause: PauseArgs,
     /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS")]
     to: String,
@@ -148,24 +177,51 @@ pub struct OutgoingArgs {
     /// guest may take this time, two hook timeouts, and ten times the transfer that must come
     /// before it at the measured bandwidth (or once that transfer at 1 MiB/s if none was measured).
     /// If it takes longer, the guest goes on here.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_timeout)]
     pub peer_timeout: Duration,
     /// Longest time that the VMM may take to answer a hook.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
     pub hook_timeout: Duration,
 }
 
-impl From<OutgoingArgs> for OutgoingOptions {
-    fn from(args: OutgoingArgs) -> Self {
-        Self {
+/// Options on the command line that do not go together.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(String);
+
+impl TryFrom<OutgoingArgs> for OutgoingOptions {
+    type Error = UsageError;
+
+    fn try_from(args: OutgoingArgs) -> Result<Self, UsageError> {
+        let hybrid = args.mode == Mode::Hybrid;
+        let policy = args.policy.unwrap_or(match hybrid {
+            true => NonConvergence::Postcopy,
+            false => NonConvergence::KeepGoing,
+        });
+        let refused = |sentence: &str| Err(UsageError(sentence.to_owned()));
+        if args.switch_after != 0 && !hybrid {
+            return refused("--switch-after needs --mode hybrid");
+        }
+        if policy == NonConvergence::Postcopy && !hybrid {
+            return refused("--policy postcopy needs --mode hybrid");
+        }
+        if args.release && !args.mode.may_postcopy() {
+            return refused("--release needs --mode postcopy or --mode hybrid");
+        }
+        let (streams, urgent) = (args.streams, args.urgent_streams);
+        if args.mode.may_postcopy() && streams + urgent > MAX_STREAMS {
+            return Err(UsageError(format!(
+                "--streams {streams} and --urgent-streams {urgent} are {} connections: \
+                 at most {MAX_STREAMS} are allowed",
+                streams + urgent
+            )));
+        }
+        Ok(Self {
             streams: args.streams,
             downtime_limit: args.downtime_limit,
             bandwidth: args.bandwidth,
             max_passes: args.max_passes,
-            policy: args.policy.unwrap_or(match args.mode {
-                Mode::Hybrid => NonConvergence::Postcopy,
-                _ => NonConvergence::KeepGoing,
-            }),
+            policy,
             compression: args.compress,
             mode: args.mode,
             switch_after: args.switch_after,
@@ -174,7 +230,7 @@ impl From<OutgoingArgs> for OutgoingOptions {
             resume: args.resume,
             peer_timeout: args.peer_timeout,
             hook_timeout: args.hook_timeout,
-        }
+        })
     }
 }
 
@@ -216,6 +272,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let number: f64 =
         digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
     Duration::try_from_secs_f64(number * unit).map_err(|error| format!("\"{text}\": {error}"))
+}
+
+/// Reads the longest time that something may take: as [`parse_duration`], but at least a
+/// microsecond and at most a day.
+///
+/// # Errors
+/// If the text is malformed or the time not allowed. The error says what is allowed.
+pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(24 * 3600);
+    match parse_duration(text)? {
+        time if (Duration::from_micros(1)..=LONGEST).contains(&time) => Ok(time),
+        _ => Err(format!("\"{text}\": write a time from 1us to 24h")),
+    }
 }
 
 /// Reads a number of bytes, with K, M, G or T for powers of 1024.
@@ -338,8 +407,10 @@ where
     let outcome = match cli.command {
         Command::Agent(args) => run_agent::run(&args),
         Command::Status(args) => operator::status(&args),
-        Command::Watch(args) => operator::watch(&args),
-        Command::Migrate(args) => operator::migrate(&args.operator, &args.to, &args.options.into()),
+        Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
+        Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {
+            operator::migrate(&args.operator, &args.to, args.pause.no_wait, options)
+        }),
         Command::Snapshot(args) => operator::snapshot(args),
         Command::Restore(args) => operator::restore(args),
         Command::Cancel(args) => operator::cancel(&args),
@@ -351,10 +422,14 @@ where
     if let Some(end) = log_end {
         end.finish();
     }
-    outcome.unwrap_or_else(|error| {
+    let exit = outcome.unwrap_or_else(|error| {
+        if exit::is_closed_pipe(&*error) {
+            return Exit::NoReader;
+        }
         eprintln!("pageferry: {}", crate::error::chain(&*error));
-        ExitCode::FAILURE
-    })
+        if error.is::<UsageError>() { Exit::BadInput } else { Exit::Failed }
+    });
+    exit.into()
 }
 
 #[cfg(test)]
@@ -396,6 +471,29 @@ mod tests {
                 "{wrong}"
             );
         }
+    }
+
+    #[test]
+    fn options_that_do_not_go_together_are_refused_by_their_flags() {
+        for (arguments, sentence) in [
+            ("--switch-after 3", "--switch-after needs --mode hybrid"),
+            ("--policy postcopy", "--policy postcopy needs --mode hybrid"),
+            ("--release", "--release needs --mode postcopy or --mode hybrid"),
+            (
+                "--mode postcopy --streams 60 --urgent-streams 5",
+                "--streams 60 and --urgent-streams 5 are 65 connections: at most 64 are allowed",
+            ),
+        ] {
+            let all = ["pageferry", "migrate", "--socket", "/a", "--to", "unix:/b"];
+            let all = all.into_iter().chain(arguments.split(' '));
+            let Command::Migrate(args) = Cli::try_parse_from(all).unwrap().command else {
+                panic!("{arguments}")
+            };
+            let refused = OutgoingOptions::try_from(args.options).unwrap_err();
+            assert_eq!(refused.to_string(), sentence);
+        }
+        assert!(parse_timeout("0s").unwrap_err().contains("1us to 24h"));
+        assert!(parse_timeout("25h").unwrap_err().contains("1us to 24h"));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! ends.
 
 use super::AgentArgs;
+use super::exit::Exit;
 use crate::server::Server;
 use crate::transport::unix_socket::not_connected;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -14,7 +15,6 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::process::ExitCode;
 
 /// Raises the limit of open descriptors to the hard limit. Each block, stream and connection needs
 /// descriptors, and 509 blocks alone come close to the usual soft limit of 1024.
@@ -32,9 +32,6 @@ fn is_ignored(signal: i32) -> bool {
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
     ignored >> (signal - 1) & 1 == 1
 }
-
-/// Exit code for a wrong command line, the same as clap's.
-const BAD_INPUT: u8 = 2;
 
 /// The connection to the VMM that this process has inherited as its standard input.
 fn inherited() -> Result<OwnedFd, String> {
@@ -61,12 +58,12 @@ fn inherited() -> Result<OwnedFd, String> {
 ///
 /// # Errors
 /// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
-pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
+pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
     let inherited = match args.stdin.then(inherited).transpose() {
         Ok(inherited) => inherited,
         Err(sentence) => {
             eprintln!("pageferry: {sentence}");
-            return Ok(ExitCode::from(BAD_INPUT));
+            return Ok(Exit::BadInput);
         }
     };
     raise_descriptor_limit();
@@ -87,5 +84,5 @@ pub fn run(args: &AgentArgs) -> Result<ExitCode, Box<dyn Error>> {
         server.inherit(socket)?;
     }
     server.run()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Done)
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Prints the status of a job: as a table, as JSON, or as a progress bar.
+//! Formats the status of a job: as a table, as JSON, or as a sentence about its failure.
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
-use std::time::Duration;
+use std::path::Path;
 
 /// The status of a job as a JSON object: its kind, its phase, its error, and the counters of its
 /// kind.
@@ -210,135 +209,84 @@ pub fn done(what: &str, json: bool) -> io::Result<()> {
     if json { writeln!(out, "{}", json!({ "status": what })) } else { writeln!(out, "{what}") }
 }
 
-/// The progress of a job: a bar on a terminal, or a JSON object a line.
-#[derive(Debug)]
-pub struct Progress {
-    bar: Option<ProgressBar>,
-    /// The last printed error of a job that continues or is paused.
-    printed_error: Option<String>,
-}
-
-impl Progress {
-    /// Progress that shows nothing yet. Without a terminal the bar is hidden.
-    pub fn new(json: bool) -> Self {
-        let bar = || {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-            // The template is a constant. If it were wrong, the bar would have the default style.
-            if let Ok(style) =
-                ProgressStyle::with_template("{prefix:24} {bar:30} {percent:>3}% {msg}")
-            {
-                bar.set_style(style);
-            }
-            bar.enable_steady_tick(Duration::from_millis(200));
-            bar
-        };
-        Self { bar: (!json).then(bar), printed_error: None }
-    }
-
-    /// Shows a status. With JSON, the final one is left to [`Progress::end`].
-    ///
-    /// # Errors
-    /// If the output cannot be written.
-    pub fn show(&mut self, status: &JobStatus) -> io::Result<()> {
-        let counters = &status.counters;
-        let Some(bar) = &self.bar else {
-            return if status.phase.is_final() { Ok(()) } else { print(status, true) };
-        };
-        if status.phase.is_final() {
-            self.printed_error = None;
-        } else if status.error != self.printed_error {
-            // The operator may have to act, and the bar is hidden without a terminal. So the error
-            // gets its own line.
-            let state = if status.phase == Phase::PostcopyPaused { " is paused" } else { "" };
-            if let Some(error) = &status.error {
-                bar.suspend(|| writeln!(io::stderr(), "job {}{state}: {error}", status.job))?;
-            }
-            self.printed_error.clone_from(&status.error);
+/// What an operator is told about a job that did not complete: why, and what to do. `socket` is the
+/// path of its agent.
+pub fn failure(status: &JobStatus, socket: &Path) -> String {
+    let (job, kind, socket) = (status.job, status.kind.name(), shell_word(socket));
+    let is_gone = status.error_text().starts_with("the VMM is gone");
+    let (how, advice) = match (status.kind, status.phase) {
+        (_, Phase::Idle) => return "no job was started yet".into(),
+        (_, Phase::PostcopyPaused) => {
+            ("is paused", format!("to recover it: pageferry recover --socket {socket}"))
         }
-        bar.set_length(counters.pass_pages.max(1));
-        bar.set_position(counters.pass_pages_done.min(counters.pass_pages));
-        if status.phase.is_postcopy() {
-            self.show_postcopy(bar, status);
-            return Ok(());
-        }
-        if matches!(status.kind, JobKind::Snapshot | JobKind::Restore) {
-            show_image(bar, status);
-            return Ok(());
-        }
-        bar.set_prefix(format!("{}, pass {}", status.phase.name(), counters.passes));
-        bar.set_message(format!(
-            "{} sent, {}/s, expected downtime {}",
-            bytes(counters.wire_bytes),
-            bytes(counters.bandwidth),
-            time(counters.expected_downtime_us)
-        ));
-        Ok(())
-    }
-
-    /// Shows the progress of a postcopy: pages that are no longer missing, of all pages.
-    fn show_postcopy(&self, bar: &ProgressBar, status: &JobStatus) {
-        let counters = &status.counters;
-        let done = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
-        bar.set_length((done + counters.remaining_pages).max(1));
-        bar.set_position(done);
-        bar.set_prefix(status.phase.name());
-        bar.set_message(match status.phase {
-            Phase::PostcopyPaused => {
-                format!("the guest waits; recover it: {}", status.error_text())
-            }
-            _ => format!(
-                "{} remain, {} requested, {} pushed",
-                bytes(counters.remaining_pages * PAGE_SIZE),
-                bytes(counters.requested_pages * PAGE_SIZE),
-                bytes(counters.pushed_pages * PAGE_SIZE)
+        (_, Phase::Unconfirmed) => (
+            "is unconfirmed",
+            format!(
+                "docs/postcopy.md, \"When the source is unconfirmed\", says what to check before: \
+                 pageferry resume --socket {socket} --force"
             ),
-        });
-    }
-
-    /// Removes the bar and prints the final status.
-    ///
-    /// # Errors
-    /// If the output cannot be written.
-    pub fn end(&mut self, status: &JobStatus) -> io::Result<()> {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-        print(status, self.bar.is_none())
-    }
+        ),
+        (kind, Phase::Cancelled) => ("was cancelled", outcome_for_guest(kind, status.arrived)),
+        (kind, _) if !is_gone => ("failed", outcome_for_guest(kind, status.arrived)),
+        _ => ("failed", String::new()),
+    };
+    let separator = if advice.is_empty() { "" } else { "; " };
+    format!("job {job} ({kind}) {how}: {}{separator}{advice}", status.error_text())
 }
 
-/// Pages of a snapshot or a restore that are done. A restore does not count the zero pages of an
-/// image, which are holes from the start.
-fn done_of_image(status: &JobStatus) -> u64 {
-    let counters = &status.counters;
-    let zero = if status.kind == JobKind::Restore { 0 } else { counters.zero_pages };
-    counters.pages_saved + counters.pages_restored + zero + counters.dropped_pages
+/// What became of the guest of a job that failed or was cancelled.
+fn outcome_for_guest(kind: JobKind, arrived: bool) -> String {
+    match kind {
+        JobKind::Outgoing => "the guest is here, as it was before the migration",
+        JobKind::Incoming if arrived => "the guest has arrived, and belongs to this VMM",
+        JobKind::Incoming => "the guest has not arrived, and is at its source",
+        JobKind::Snapshot => "there is no new image, and the guest is as it was before",
+        JobKind::Restore | JobKind::None => "",
+    }
+    .to_owned()
 }
 
-/// The progress of a snapshot or a restore.
-fn show_image(bar: &ProgressBar, status: &JobStatus) {
-    let (counters, done) = (&status.counters, done_of_image(status));
-    bar.set_length((done + counters.remaining_pages).max(1));
-    bar.set_position(done);
-    bar.set_prefix(status.phase.name());
-    let micros = counters.total_us.max(1);
-    let rate = u128::from(counters.image_bytes) * 1_000_000 / u128::from(micros);
-    bar.set_message(format!("{}, {}/s", bytes(counters.image_bytes), bytes(rate as u64)));
+/// A path as a shell reads it back.
+pub fn shell_word(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"/._-+:@%,=".contains(&byte);
+    if !text.is_empty() && text.bytes().all(plain) {
+        return text.into_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_protocol::control::job::Counters;
 
     #[test]
-    fn zero_pages_count_in_a_snapshot_and_not_in_a_restore() {
-        let counters = Counters { zero_pages: 500, ..Counters::default() };
-        let saved = Counters { pages_saved: 3, ..counters };
-        let restored = Counters { pages_restored: 3, dropped_pages: 2, ..counters };
-        let status = |kind, counters| JobStatus { kind, counters, ..JobStatus::default() };
-        assert_eq!(done_of_image(&status(JobKind::Snapshot, saved)), 503);
-        assert_eq!(done_of_image(&status(JobKind::Restore, restored)), 5);
+    fn paths_are_quoted_where_a_shell_needs_it() {
+        assert_eq!(shell_word("/run/vm1.sock".as_ref()), "/run/vm1.sock");
+        assert_eq!(shell_word("/run/vm 1's".as_ref()), r"'/run/vm 1'\''s'");
+    }
+
+    #[test]
+    fn failure_says_why_and_what_to_do() {
+        let status = |kind, phase| {
+            let error = Some("the disk is full".into());
+            failure(
+                &JobStatus { job: 3, kind, phase, error, ..JobStatus::default() },
+                "/a".as_ref(),
+            )
+        };
+        assert_eq!(
+            status(JobKind::Snapshot, Phase::Failed),
+            "job 3 (snapshot) failed: the disk is full; there is no new image, and the guest is as \
+             it was before"
+        );
+        assert!(
+            status(JobKind::Outgoing, Phase::PostcopyPaused)
+                .ends_with("to recover it: pageferry recover --socket /a")
+        );
+        assert!(
+            status(JobKind::Outgoing, Phase::Unconfirmed).contains("resume --socket /a --force")
+        );
     }
 
     #[test]

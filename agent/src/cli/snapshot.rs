@@ -2,7 +2,7 @@
 
 //! The arguments of `snapshot` and `restore` on the command line.
 
-use super::{OperatorArgs, parse_bandwidth, parse_duration, parse_resume};
+use super::{OperatorArgs, parse_bandwidth, parse_resume, parse_timeout};
 use clap::Args;
 use pageferry_protocol::control::job::{
     RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
@@ -89,7 +89,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "BYTES_PER_S", default_value = "0", value_parser = parse_bandwidth)]
     pub bandwidth: u64,
     /// Longest time that the VMM may take to answer a hook.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
     pub hook_timeout: Duration,
 }
 

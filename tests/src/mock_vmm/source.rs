@@ -79,7 +79,7 @@ pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
 
 /// Starts the job of the options. `None` if an operator is to start one.
 fn start(vmm: &MockVmm, arguments: &SourceArgs) -> Result<Option<u64>, Error> {
-    let outgoing: OutgoingOptions = arguments.outgoing.clone().into();
+    let outgoing: OutgoingOptions = arguments.outgoing.clone().try_into()?;
     if let Some(target) = &arguments.to {
         return vmm.start_outgoing(target, &outgoing).map(Some);
     }

@@ -3,8 +3,12 @@
 //! The command line for operators.
 //!
 //! - [`operator`]: migrations, and their errors;
+//! - [`outcomes`]: exit codes, and what goes to standard output and standard error;
+//! - [`pty`]: a terminal of 80 columns;
 //! - [`image`]: images: info, verify, merge and map.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod image;
 mod operator;
+mod outcomes;
+mod pty;

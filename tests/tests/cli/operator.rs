@@ -179,8 +179,9 @@ fn bad_targets_and_times_are_named() {
     assert!(!source.vmm.vmm.is_paused());
     let output = source.run("migrate", &["--to", &control, "--peer-timeout", "1e9s"]);
     let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(2));
     assert!(
-        error.contains("peer_timeout is 1000000000 s, allowed: 1 microsecond to 24 hours"),
+        error.contains("--peer-timeout") && error.contains("write a time from 1us to 24h"),
         "{error}"
     );
 }
@@ -207,6 +208,6 @@ fn a_reader_that_goes_away_is_no_panic() {
     let output =
         source.command("status", &[]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     let output = output.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    assert!(!text(&output.stderr).contains("panicked"), "{output:?}");
+    assert_eq!(output.status.code(), Some(141), "as after SIGPIPE");
+    assert!(output.stderr.is_empty(), "{output:?}");
 }

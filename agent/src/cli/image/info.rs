@@ -6,6 +6,7 @@
 //! that a terminal would take for a command are escaped.
 
 use super::{ImageArgs, Outcome, absolute, counted, text_of};
+use crate::cli::exit::Exit;
 use crate::cli::show;
 use crate::error::chain as sentence;
 use crate::image::chain::{base_path, images};
@@ -16,7 +17,6 @@ use pageferry_protocol::image::id_text;
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
-use std::process::ExitCode;
 
 /// Shows an image and the images that it builds on. If one of those cannot be opened, the image is
 /// still shown, and the error with it.
@@ -36,7 +36,7 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
         }
     }
     opened?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Done)
 }
 
 /// The bytes that the file takes on the disk; 0 if the kernel does not say.

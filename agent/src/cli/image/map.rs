@@ -7,6 +7,7 @@
 //! block fits the given number of lines.
 
 use super::{ImageArgs, Outcome, absolute, info, text_of};
+use crate::cli::exit::Exit;
 use crate::cli::show;
 use crate::image::map_picture::{Colour, MAX_WIDTH, Picture, Tally, View, pages_per_cell};
 use crate::image::new_file::{FileKind, write_new};
@@ -17,7 +18,6 @@ use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
-use std::process::ExitCode;
 
 /// Columns of the address before each row.
 const LABEL: usize = 18;
@@ -81,7 +81,7 @@ fn draw(args: &MapArgs, view: &View<'_>) -> Outcome {
     let mut out = io::stdout().lock();
     if args.image.json {
         writeln!(out, "{}", to_json(args, view, picture.as_ref()))?;
-        return Ok(ExitCode::SUCCESS);
+        return Ok(Exit::Done);
     }
     let coloured = picture.is_some() || is_coloured();
     if let Some((file, picture)) = &picture {
@@ -109,7 +109,7 @@ fn draw(args: &MapArgs, view: &View<'_>) -> Outcome {
                 .try_for_each(|line| writeln!(out, "{line}"))?;
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Done)
 }
 
 fn write_picture(

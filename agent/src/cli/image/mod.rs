@@ -9,6 +9,7 @@
 pub mod info;
 pub mod map;
 
+use super::exit::Exit;
 use super::show;
 use crate::error::chain as sentence;
 use crate::image::ImageError;
@@ -23,9 +24,8 @@ use serde_json::json;
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
-type Outcome = Result<ExitCode, Box<dyn Error>>;
+type Outcome = Result<Exit, Box<dyn Error>>;
 
 /// Most errors that `verify --all` lists.
 const MOST_ERRORS: usize = 100;
@@ -165,7 +165,7 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
             )?;
         }
     }
-    Ok(if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if errors.is_empty() { Exit::Done } else { Exit::Failed })
 }
 
 /// The status in the JSON object. "unreadable" differs from "damaged": a program that deletes
@@ -208,7 +208,7 @@ fn run_merge(args: &MergeArgs) -> Outcome {
             into.display()
         )?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(Exit::Done)
 }
 
 /// A count with its noun, such as "1 image" or "3 images".

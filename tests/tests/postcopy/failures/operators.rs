@@ -167,8 +167,14 @@ fn watching_tells_of_a_pause_without_a_terminal_too() {
     let touch = scene.until_cut();
     let mut line = String::new();
     BufReader::new(watch.stderr.take().unwrap()).read_line(&mut line).unwrap();
-    let said = format!("job {} is paused: {}", scene.outgoing, scene.source.seen().error_text());
+    let said = format!(
+        "job {} (outgoing) is paused: {}",
+        scene.outgoing,
+        scene.source.seen().error_text()
+    );
     assert!(line.contains(&said), "{line}");
+    let socket = scene.source.agent.socket().display().to_string();
+    assert!(line.contains(&format!("pageferry recover --socket {socket}")), "{line}");
     scene.recover();
     scene.assert_completes();
     assert_eq!(touch.found().unwrap(), stamp_of(WANTED));

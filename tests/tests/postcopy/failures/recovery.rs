@@ -69,9 +69,9 @@ fn an_unreachable_destination_leaves_it_paused() {
             assert!(status.error_text().contains(address), "{}", status.error_text());
             // The same by an operator, who gets the error at once.
             let output = run(scene.source.agent.socket(), "recover", &["--address", address]);
-            assert_eq!(output.status.code(), Some(1), "{output:?}");
-            let said = String::from_utf8(output.stdout).unwrap();
-            assert!(said.contains("postcopy-paused") && said.contains(address), "{said}");
+            assert_eq!(output.status.code(), Some(3), "{output:?}");
+            let said = String::from_utf8(output.stderr).unwrap();
+            assert!(said.contains("is paused") && said.contains(address), "{said}");
         }
         assert!(touch.waits());
         scene
