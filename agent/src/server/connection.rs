@@ -259,7 +259,9 @@ impl Connection {
     fn answer_native(&mut self, frame: Frame) -> Frame {
         let Frame { request: code, body, fds, .. } = frame;
         let request = Request::decode(code, &body);
+        // A subscription that comes with descriptors is refused below.
         if let Some(Ok(Request::Subscribe { interval })) = &request
+            && fds.is_empty()
             && let Err(error) = self.subscribe(*interval)
         {
             return refused_subscription(code, &error);

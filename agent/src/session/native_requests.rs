@@ -76,6 +76,7 @@ impl SharedSession {
         let answer = match request {
             Some(Ok(request)) => check_hello(&request, &fds)
                 .and_then(|()| self.check_sender(role, &request))
+                .and_then(|()| check_takes_fds(&request, &fds))
                 .and_then(|()| match request {
                     Request::Hello { version_min, version_max, features, agent } => {
                         self.hello((version_min, version_max), features, agent, fds, &mut sent)
@@ -364,4 +365,30 @@ impl Session {
 fn check_hello(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError> {
     let Request::Hello { features, .. } = request else { return Ok(()) };
     check_fds("hello", fds, usize::from(features & FEATURE_FENCE != 0))
+}
+
+/// Refuses descriptors that came with a request which takes none, such as those of another request
+/// whose code the sender got wrong. The other requests check their descriptors by themselves.
+fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError> {
+    let name = match request {
+        Request::RemoveBlock { .. } => "remove block",
+        Request::Discard { .. } => "discard",
+        Request::Free { .. } => "free",
+        Request::Populate { .. } => "populate",
+        Request::Cancel => "cancel",
+        Request::SetParameters { .. } => "set parameters",
+        Request::QueryStatus => "query status",
+        Request::Subscribe { .. } => "subscribe",
+        Request::Resume { .. } => "resume",
+        Request::StartPostcopy => "start postcopy",
+        Request::Recover { .. } => "recover",
+        Request::Hello { .. }
+        | Request::AddBlock { .. }
+        | Request::SetTrackers { .. }
+        | Request::StartOutgoing { .. }
+        | Request::StartIncoming { .. }
+        | Request::StartSnapshot { .. }
+        | Request::StartRestore { .. } => return Ok(()),
+    };
+    check_fds(name, fds, 0)
 }
