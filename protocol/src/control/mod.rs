@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The socket between a VMM and its agent.
+//! The socket between a VMM and its agent. docs/control.md describes it byte by byte, and a test
+//! compares the two.
 //!
 //! Frames:
 //!

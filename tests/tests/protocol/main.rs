@@ -4,11 +4,13 @@
 //!
 //! - [`bad_input`]: requests and records that are wrong;
 //! - [`socket`]: the agent's sockets, and clients that make others wait;
+//! - [`raw_control`]: the control protocol from raw bytes, as docs/control.md says;
 //! - [`stock_frontend`]: a vhost-user front-end that knows nothing of pageferry.
 //!
 //! `decoders.rs`, beside this file, is a program of its own, because it counts its allocations.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod bad_input;
+mod raw_control;
 mod socket;
 mod stock_frontend;
