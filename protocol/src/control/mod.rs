@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The socket between a VMM and its agent. docs/control.md describes it byte by byte, and a test
-//! compares the two.
+//! The socket between a VMM and its agent. `docs/control.md` in the repository describes it
+//! byte by byte, and a test compares the two.
 //!
 //! Frames:
 //!
 //! - [`codec`]: reading and printing bodies field by field, with errors that name the field;
 //! - [`frame`]: the header of vhost-user, and the limits of a frame;
 //! - [`socket`]: sending and receiving frames with file descriptors over a UNIX stream socket;
-//! - `receive`: the system call that receives, with descriptors and the process of the sender;
 //! - [`unix_path`]: which paths sockets may have, and connecting to one.
 //!
 //! From the VMM or an operator to the agent:
 //!
-//! - [`request`]: pageferry's own requests; `ranges`: many ranges of memory in one request;
+//! - [`request`]: pageferry's own requests;
 //! - [`role`]: which connections may send a request;
 //! - [`reply`]: answers to requests, and errors as they travel;
 //! - [`job`]: the options and the status of a job;
@@ -30,7 +29,9 @@ pub mod frame;
 pub mod hook;
 pub mod hook_reply;
 pub mod job;
+// Many ranges of memory in one request.
 mod ranges;
+// The system call that receives, with descriptors and the process of the sender.
 mod receive;
 pub mod reply;
 pub mod request;

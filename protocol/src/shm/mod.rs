@@ -5,7 +5,6 @@
 //! - [`bitmap`]: [`Bitmap`], one bit per page, for any number of threads and processes at once;
 //! - [`mapping`]: [`MappedWords`], the memory under a bitmap: anonymous, or a memfd that the VMM
 //!   shares;
-//! - `touched`: which words were ever set, so that empty ones are skipped;
 //! - [`log`]: [`DirtyLog`], the bitmap over guest physical pages in the log layout of vhost;
 //! - [`fence`]: which agent is the current one.
 
@@ -13,6 +12,7 @@ pub mod bitmap;
 pub mod fence;
 pub mod log;
 pub mod mapping;
+// Which words were ever set, so that empty ones are skipped.
 mod touched;
 
 pub use bitmap::Bitmap;

@@ -9,13 +9,12 @@
 //!
 //! Numbers and layouts: `linux/userfaultfd.h`; semantics:
 //! `Documentation/admin-guide/mm/userfaultfd.rst`, and `ioctl_userfaultfd(2)`.
-//!
-//! - `abi`: the numbers and layouts of the kernel;
-//! - `open`: opening one, and the handshake;
-//! - `descriptor`: registering, placing, protecting, and reading faults.
 
+// The numbers and layouts of the kernel.
 mod abi;
+// Registering, placing, protecting, and reading faults.
 mod descriptor;
+// Opening one, and the handshake.
 mod open;
 
 pub use abi::{AddressRange, feature};

@@ -4,12 +4,12 @@
 //!
 //! - [`migration`]: options of a migration;
 //! - [`image`]: options of a snapshot and of a restore;
-//! - `fields`: what these have in common on the wire;
 //! - [`run_state`]: whether a guest runs, and whether it is resumed where it arrives;
 //! - [`status`]: the kind, the phase and the status of a job;
 //! - [`counters`]: the counters of a job.
 
 pub mod counters;
+// What the options have in common on the wire.
 mod fields;
 pub mod image;
 pub mod migration;
