@@ -7,7 +7,7 @@
 //! has the same.
 //!
 //! A job belongs to the agent, and goes on without the command. So Ctrl-C does not end it at once:
-//! the command says how to watch and cancel the job, and ends after [`GRACE`]. A second Ctrl-C in
+//! the command says how to watch and cancel the job, and ends after `GRACE`. A second Ctrl-C in
 //! that time cancels the job.
 
 use super::agent_connection::{AgentConnection, Event};
