@@ -12,8 +12,11 @@ use pageferry_tests::deadline::wait_for;
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;
 use pageferry_tests::scenario::SOON;
+use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Offsets of counters in the status.
 const PAGES_SENT: usize = 34;
@@ -25,14 +28,14 @@ pub struct Pair {
     pub source: Vmm,
     pub destination: Vmm,
     // Dropped last: their VMMs leave first.
-    _hosts: [Host; 2],
+    hosts: [Host; 2],
 }
 
 impl Pair {
     pub fn new() -> Self {
         let hosts = [Host::start(), Host::start()];
         let (source, destination) = (Vmm::with_guest(&hosts[0]), Vmm::attach(&hosts[1]));
-        Self { source, destination, _hosts: hosts }
+        Self { source, destination, hosts }
     }
 
     /// Migrates over a pair of sockets. Returns how it ended at the source and at the destination.
@@ -149,6 +152,74 @@ fn a_postcopy_that_lost_its_wire_is_recovered() {
     assert_eq!(destination.ram.pages(), source.ram.pages());
     let unregistered = destination.hooked().last(hook::UNREGISTER_FAULTS);
     assert_eq!(unregistered[8..], 1u32.to_le_bytes(), "all memory is here");
+}
+
+#[test]
+fn the_next_agent_continues_a_postcopy_of_one_that_died() {
+    if !require::uffd() {
+        return;
+    }
+    let mut pair = Pair::new();
+    (1..61).for_each(|page| pair.source.ram.write(page, page as u8));
+    let wire = pair.start_postcopy();
+    pair.destination.wait_for_phase(phase::POSTCOPY);
+    let session = pair.source.hooked().last(hook::RELINQUISH)[8..24].to_vec();
+    pair.hosts[0].kill();
+    pair.destination.wait_for_phase(phase::POSTCOPY_PAUSED);
+
+    let host = Host::start();
+    let next = Vmm::attach_with(&host, Arc::clone(&pair.source.ram), 2);
+    let options = outgoing().with(outgoing_at::MODE, &[1]);
+    let recover = |session: &[u8]| Body::new().raw(session).text(wire.address()).raw(&options.0);
+    // Without the session nothing is known of it, and only the VMM may name one.
+    let unknown = next.ask(code::RECOVER, &recover(&[0; 16]), &[]).unwrap_err();
+    assert_eq!(unknown.0, 4, "{unknown:?}");
+    let operator = ask(&host.connect(), code::RECOVER, &recover(&session), &[]).unwrap_err();
+    assert_eq!(operator.0, 4, "{operator:?}");
+    assert_eq!(next.start(code::RECOVER, &recover(&session), &[]).0, 1);
+    for side in [&next, &pair.destination] {
+        let ended = side.end();
+        assert_eq!(ended.phase, phase::COMPLETED, "{ended:?}");
+    }
+    assert_eq!(pair.destination.ram.pages(), next.ram.pages());
+    assert!(next.hooked().codes().is_empty(), "the guest left before this agent came");
+}
+
+#[test]
+fn writes_through_the_mapping_are_scanned() {
+    if !require::uffd() {
+        return;
+    }
+    let pair = Pair::new();
+    let source = &pair.source;
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    source.ask(code::SET_TRACKERS, &Body::new().u32(3), &[pagemap.as_fd()]).unwrap();
+    let ended = std::thread::scope(|scope| {
+        // A vCPU: it runs until the hook pauses it, and marks nothing.
+        scope.spawn(|| {
+            let started = Instant::now();
+            for count in (1..=u8::MAX).cycle() {
+                let hooked = source.hooked();
+                if hooked.paused || started.elapsed() > SOON {
+                    break;
+                }
+                source.ram.store(9, count);
+                // The hook thread needs the lock, too.
+                drop(hooked);
+                std::thread::sleep(Duration::from_micros(10));
+            }
+        });
+        pair.migrate(&outgoing())
+    });
+    assert!(ended.iter().all(|status| status.phase == phase::COMPLETED), "{ended:?}");
+    assert_eq!(pair.destination.ram.pages(), source.ram.pages());
+    let called = source.hooked().called.clone();
+    let sources = |hook: u32| -> Vec<u32> {
+        called.iter().filter(|(code, _)| *code == hook).map(|(_, body)| u32_at(body, 8)).collect()
+    };
+    // Each tracker has a hook of its own.
+    assert_eq!(sources(hook::START_TRACKING), [1, 2]);
+    assert_eq!(sources(hook::STOP_TRACKING), [1, 2]);
 }
 
 #[test]

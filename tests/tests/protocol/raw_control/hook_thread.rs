@@ -64,7 +64,11 @@ pub struct Hooked {
     pub tracked: BTreeSet<u64>,
     /// Until it is throttled, the guest writes this many pages between two syncs.
     pub writes: u64,
+    /// This VMM answers events, too, which nobody asked for.
+    pub answers_events: bool,
     registered: Option<Userfaultfd>,
+    /// The mappings while the agent scans them.
+    scanned: Option<Userfaultfd>,
 }
 
 impl Hooked {
@@ -96,7 +100,11 @@ pub fn run(socket: &Frames, ram: &Ram, hooked: &Mutex<Hooked>) {
         assert!(sequence > last, "{sequence} after {last}");
         last = sequence;
         if frame.code == code::EVENT {
-            lock(hooked).events.push(Status::read(&frame.body[8..]));
+            let mut hooked = lock(hooked);
+            hooked.events.push(Status::read(&frame.body[8..]));
+            if hooked.answers_events {
+                socket.send(frame.code, ANSWER, &Body::new().u64(sequence).u32(0).0, &[]);
+            }
             continue;
         }
         let instead = {
@@ -187,7 +195,20 @@ fn succeed(
             lock(hooked).tracked.retain(|page| !is_set(*page));
         }
         code::THROTTLE => lock(hooked).writes = 0,
-        code::START_TRACKING | code::STOP_TRACKING | code::RELINQUISH | code::PREPARE_RESTORE => {}
+        // Bit 0, the VMM's own tracker, is always on here.
+        code::START_TRACKING if u32_at(body, 8) & 2 != 0 => {
+            let features =
+                feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
+            let uffd = register(ram, features, RegisterMode::WriteProtect);
+            lock(hooked).scanned = Some(uffd);
+        }
+        code::STOP_TRACKING if u32_at(body, 8) & 2 != 0 => {
+            if let Some(uffd) = lock(hooked).scanned.take() {
+                unregister(ram, &uffd);
+            }
+        }
+        code::START_TRACKING | code::STOP_TRACKING => {}
+        code::RELINQUISH | code::PREPARE_RESTORE => {}
         other => panic!("hook {other:#x} is not in the document"),
     }
     answer(sequence, &success, &[]);

@@ -149,8 +149,11 @@ fn bytes_that_are_no_answer_fail_the_hook() {
     assert_eq!((sent.phase, received.phase), (phase::COMPLETED, phase::COMPLETED), "{sent:?}");
     assert_eq!((sent.guest, received.guest), (2, 2), "paused by its operator");
     assert!(pair.destination.paused());
-    // The answer to another hook does not count as the answer to this one.
-    let (_, [sent, received]) = migrate_with(hook::PAUSE, Instead::AfterAnother, &outgoing());
+    // Nor does the answer to another hook, or to an event, count as the answer to this one.
+    let pair = Pair::new();
+    pair.source.hooked().answers_events = true;
+    pair.source.hooked().instead.insert(hook::PAUSE, Instead::AfterAnother);
+    let [sent, received] = pair.migrate(&outgoing());
     assert_eq!((sent.phase, received.phase), (phase::COMPLETED, phase::COMPLETED), "{sent:?}");
 }
 
@@ -247,6 +250,8 @@ fn a_vmm_that_cannot_register_faults_gets_no_postcopy() {
             assert_failed(&destination.end(), words);
             let codes = destination.hooked().codes();
             assert_eq!(codes.last(), Some(&hook::UNREGISTER_FAULTS), "{codes:x?}");
+            let unregister = destination.hooked().last(hook::UNREGISTER_FAULTS);
+            assert_eq!(unregister[8..], [0; 4], "not complete");
         }
     }
     // All memory is here, so the last hook may fail.

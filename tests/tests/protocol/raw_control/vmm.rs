@@ -66,6 +66,11 @@ impl Host {
         Frames::new(UnixStream::connect(self.agent.socket()).unwrap())
     }
 
+    /// Kills the agent at once.
+    pub fn kill(&mut self) {
+        self.agent.process().kill().unwrap();
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -169,6 +174,13 @@ impl Ram {
             .collect()
     }
 
+    /// Writes a page as a vCPU does, which marks nothing.
+    pub fn store(&self, page: u64, byte: u8) {
+        let offset = (page * PAGE) as usize;
+        let word = self.mapping.get_atomic_ref::<AtomicU64>(offset).unwrap();
+        word.store(byte.into(), Ordering::Relaxed);
+    }
+
     /// Reads the first byte of a page as a vCPU does, which waits if the page is missing.
     pub fn touch(&self, page: u64) -> u8 {
         let offset = (page * PAGE) as usize;
@@ -215,12 +227,17 @@ pub fn hello(number: u64) -> Body {
 impl Vmm {
     /// Hands over everything but the trackers.
     pub fn attach(host: &Host) -> Self {
-        let (control, ram, fence) = (host.connect(), Arc::new(Ram::new()), Fence::new());
+        Self::attach_with(host, Arc::new(Ram::new()), 1)
+    }
+
+    /// The same, with this memory, as agent `number` of the VMM.
+    pub fn attach_with(host: &Host, ram: Arc<Ram>, number: u64) -> Self {
+        let (control, fence) = (host.connect(), Fence::new());
         // The VMM before may not have left yet: its connection has ended, but not its job.
         let (_, pidfd) =
-            ask_frame(&control, code::HELLO, &hello(1), &[fence.file.as_fd()]).unwrap();
+            ask_frame(&control, code::HELLO, &hello(number), &[fence.file.as_fd()]).unwrap();
         assert_eq!(pidfd.len(), 1, "a pidfd");
-        fence.admit(1);
+        fence.admit(number);
         let log = Body::new().u64(PAGE).u64(0);
         control.send(code::SET_LOG_BASE, ASK, &log.0, &[ram.log.as_fd()]);
         let answer = control.receive().unwrap();
