@@ -100,7 +100,8 @@
 //!
 //! # Rules
 //!
-//! Names such as [`one-owner`](invariants#one-owner) in this documentation are rules, which [`invariants`] explains.
+//! Names such as [`one-owner`](invariants#one-owner) in this documentation are rules, which
+//! [`invariants`] explains.
 
 // Where things are.
 //

@@ -3,8 +3,8 @@
 //! Watches a job until it ends, and says how it ended.
 //!
 //! The result of a job that completed goes to standard output. If it did not complete, the last
-//! line on standard error says why, and what to do. With `--json` the last object on standard output
-//! has the same.
+//! line on standard error says why, and what to do. With `--json` the last object on standard
+//! output has the same.
 //!
 //! A job belongs to the agent, and goes on without the command. So Ctrl-C does not end it at once:
 //! the command says how to watch and cancel the job, and ends after `GRACE`. A second Ctrl-C in

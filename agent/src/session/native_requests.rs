@@ -24,6 +24,7 @@ use pageferry_protocol::control::request::{
 };
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::memory::BlockGeometry;
+use rustix::fs::OFlags;
 use rustix::process::PidfdFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -220,6 +221,7 @@ impl SharedSession {
                 self.lock().start_snapshot(path, options, &fds)
             }
             Request::StartRestore { path, options } => {
+                check_opens(&path)?;
                 self.lock().start_restore(role, &path, options, &fds)
             }
             Request::Recover { session, address, options } => {
@@ -358,6 +360,16 @@ impl Session {
             _ => Err(RemoteError::new(ErrorCode::NotFound, "no outgoing migration is running")),
         }
     }
+}
+
+/// Refuses an image that cannot be opened, before anything is given up for it.
+fn check_opens(path: &str) -> Result<(), RemoteError> {
+    may_wait("open an image");
+    // Does not wait for the other end of a pipe.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map(drop).map_err(|errno| {
+        RemoteError::new(ErrorCode::Invalid, format!("path: cannot open {path}: {errno}"))
+    })
 }
 
 /// Refuses a hello with a wrong number of descriptors. This comes before all else that is wrong

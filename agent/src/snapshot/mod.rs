@@ -120,10 +120,10 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 fn capture(
     job: &Arc<Job>, plan: &SnapshotPlan, writer: &Arc<ImageWriter>, changes: &mut Changes,
 ) -> Result<Saved, JobError> {
-    job.enter(Phase::Protecting);
     changes.sync(job)?;
     let mut watch = match plan.options.mode {
         SnapshotMode::Background => {
+            job.enter(Phase::Protecting);
             changes.suspend();
             Some(WriteWatch::begin(job)?)
         }

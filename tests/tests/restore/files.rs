@@ -183,11 +183,8 @@ fn other_files_are_refused_by_name_and_no_memory_is_touched() {
             (fifo.clone(), ""),
             (folder.clone(), ""),
             ("/dev/zero".into(), ""),
-            (socket.clone(), ""),
             (zeroes.clone(), "not an image of pageferry"),
             (text.clone(), "not an image of pageferry"),
-            (host.images.path("nothing"), "cannot open it: No such file"),
-            (path.join("below"), "cannot open it: Not a directory"),
         ] {
             assert_failed(
                 &guest.restored(&path, &options),
@@ -195,6 +192,16 @@ fn other_files_are_refused_by_name_and_no_memory_is_touched() {
             );
             assert!(guest.bytes() == before, "{}", path.display());
             assert_eq!(guest.vmm.resumes(), 0);
+        }
+        // A file that does not open is refused before a job starts.
+        for (path, why) in [
+            (socket.clone(), ""),
+            (host.images.path("nothing"), "No such file"),
+            (path.join("below"), "Not a directory"),
+        ] {
+            let refused = guest.client.start_restore(&path, &options).unwrap_err().to_string();
+            let expected = format!("path: cannot open {}: {why}", path.display());
+            assert!(refused.contains(&expected), "{refused}");
         }
     }
     assert_restores(&guest, &path, &bytes, &eager());
@@ -207,10 +214,8 @@ fn an_image_that_the_agent_may_not_read_is_refused_by_name() {
     rustix::fs::chmod(&path, Mode::empty()).unwrap();
     let guest = Guest::new(&host, PAGES);
     for options in restore_modes() {
-        assert_failed(
-            &guest.restored(&path, &options),
-            &["image1: cannot open it: Permission denied"],
-        );
+        let refused = guest.client.start_restore(&path, &options).unwrap_err().to_string();
+        assert!(refused.contains("image1: Permission denied"), "{refused}");
     }
     rustix::fs::chmod(&path, Mode::RUSR).unwrap();
     assert_restores(&guest, &path, &bytes, &eager());

@@ -51,7 +51,7 @@ fn adopt(job: &Arc<OutgoingJob>, session: SessionId, address: Address) -> Result
         HostPageSet::empty(job.memory.blocks(), &host_pages)?,
         None,
     );
-    match source.reconnect_and_send() {
+    match source.reconnect_and_send(None) {
         Ok(()) => Ok(()),
         Err(error) => source.recover(error),
     }
@@ -69,12 +69,12 @@ impl PostcopySource {
             self.job.cancel.clear_sockets();
             self.job.recovery.pause();
             self.job.suspend_postcopy(&why);
-            match self.wait() {
-                Ok(address) => self.address = address.or(self.address.take()),
+            let given = match self.wait() {
+                Ok(address) => address,
                 // Report the failure that led here, not that the job was given up.
                 Err(_) => return Err(JobError::Stranded { source: Box::new(why) }),
-            }
-            match self.reconnect_and_send() {
+            };
+            match self.reconnect_and_send(given) {
                 Ok(()) => return Ok(()),
                 Err(error) => why = error,
             }
@@ -94,21 +94,24 @@ impl PostcopySource {
         }
     }
 
-    /// Connects, and sends what the destination is missing.
-    fn reconnect_and_send(&mut self) -> Result<(), JobError> {
+    /// Connects to `given`, or else to the address of the last connection, and sends what the
+    /// destination is missing. An address is kept once the destination has answered there, so a
+    /// wrong one does not stick.
+    fn reconnect_and_send(&mut self, given: Option<Address>) -> Result<(), JobError> {
         self.job.enter(Phase::Recovering);
-        let Some(address) = &self.address else {
+        let Some(address) = given.or(self.address.clone()) else {
             return Err(JobError::Stuck(
                 "the destination's address is not known: recover with one".into(),
             ));
         };
-        let mut streams = reconnect(&self.job, address, self.session)?;
+        let mut streams = reconnect(&self.job, &address, self.session)?;
         match self.read_received(&mut streams) {
             Ok(missing) => {
                 if self.kept.is_none() {
                     self.kept = Some(missing.try_clone()?);
                 }
                 self.missing = Arc::new(missing);
+                self.address = Some(address);
             }
             Err(error) => {
                 streams.send_error(&error.to_remote());
