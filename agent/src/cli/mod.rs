@@ -9,6 +9,8 @@
 //! - [`watch`]: watches a job until it ends;
 //! - [`snapshot`]: the arguments of snapshots and restores;
 //! - [`image`]: tools for image files, which need no agent;
+//! - [`check`]: what this machine offers;
+//! - [`manual`]: man pages, and completions for shells;
 //! - [`show`]: the status of a job as a table, as JSON and as a sentence;
 //! - [`progress`]: the progress of a job, on a terminal, as lines and as JSON;
 //! - [`exit`]: the exit codes.
@@ -17,10 +19,12 @@
 #![allow(clippy::print_stderr)]
 
 pub mod agent_connection;
+pub mod check;
 pub mod exit;
 pub mod image;
 pub mod log_limit;
 pub mod log_writer;
+pub mod manual;
 pub mod operator;
 pub mod progress;
 pub mod run_agent;
@@ -28,7 +32,7 @@ pub mod show;
 pub mod snapshot;
 pub mod watch;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use exit::Exit;
 use pageferry_protocol::control::job::{
     Compression, MAX_STREAMS, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions, ResumePolicy,
@@ -73,6 +77,12 @@ enum Command {
     /// Show, check and merge images of guests. This needs no agent.
     #[command(subcommand)]
     Image(image::ImageCommand),
+    /// Show what this machine offers, and which mode each lack rules out. This needs no agent.
+    Check(check::CheckArgs),
+    /// Write the man pages of all commands into a folder.
+    Man(manual::ManArgs),
+    /// Print the completions for a shell.
+    Completions(manual::CompletionsArgs),
 }
 
 /// How the agent is reached.
@@ -418,6 +428,9 @@ where
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),
         Command::Resume(args) => operator::resume(&args.operator, args.force),
         Command::Image(command) => image::run(&command),
+        Command::Check(args) => check::run(&args),
+        Command::Man(args) => manual::write_man_pages(Cli::command(), &args),
+        Command::Completions(args) => manual::print_completions(Cli::command(), &args),
     };
     if let Some(end) = log_end {
         end.finish();
@@ -498,7 +511,6 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 }

@@ -112,7 +112,7 @@ impl Progress {
 fn bar() -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     // The template is a constant. If it were wrong, the bar would have the default style.
-    if let Ok(style) = ProgressStyle::with_template("{prefix} {bar:12} {percent:>3}% {msg}") {
+    if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {percent:>3}% {msg}") {
         bar.set_style(style);
     }
     bar.enable_steady_tick(Duration::from_millis(200));
@@ -301,15 +301,17 @@ mod tests {
     fn longest_line_fits_80_columns() {
         let mut meter = Meter::default();
         let counters = Counters {
-            requested_pages: 1 << 40,
-            remaining_pages: 1 << 40,
-            wire_bytes: 1_234_567 << 40,
-            total_us: 360_000_000_000,
+            requested_pages: 1 << 31,
+            remaining_pages: 1 << 31,
+            // 8 TiB in ten hours.
+            wire_bytes: 8 << 40,
+            total_us: 36_000_000_000,
             ..Counters::default()
         };
         let longest = status(JobKind::Outgoing, Phase::PostcopyPaused, counters);
         meter.add(Instant::now(), &longest);
-        let line = format!("{} {:12} 100% {}", phase_name(&longest), "", meter.sentence(&longest));
+        // The bar takes what is left.
+        let line = format!("{}  100% {}", phase_name(&longest), meter.sentence(&longest));
         assert!(line.len() <= 80, "{} columns: {line}", line.len());
     }
 }

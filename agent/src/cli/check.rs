@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `pageferry check`: what this machine offers, and what each lack rules out.
+//!
+//! Everything is tried as this user, in this process: a right that the VMM's user has may be missing
+//! here, and the other way round.
+
+use super::exit::Exit;
+use crate::tracking::pagemap::Pagemap;
+use clap::Args;
+use pageferry_protocol::userfault::{Userfaultfd, feature};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::fs::{File, read_to_string};
+use std::io::{self, Write};
+
+/// The oldest version of Linux on which the agent runs.
+const KERNEL: (u32, u32) = (6, 7);
+
+/// The output of `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// Print a JSON array with one object for each thing that was tried.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One thing that was tried.
+struct Finding {
+    name: &'static str,
+    /// What was found, or why it is missing.
+    found: Result<String, String>,
+    /// What is not possible without it.
+    rules_out: &'static str,
+}
+
+/// `pageferry check`
+///
+/// # Errors
+/// If the output cannot be written.
+pub fn run(args: &CheckArgs) -> Result<Exit, Box<dyn Error>> {
+    let findings = findings();
+    let mut out = io::stdout().lock();
+    if args.json {
+        let objects: Vec<Value> = findings.iter().map(to_json).collect();
+        writeln!(out, "{}", Value::Array(objects))?;
+        return Ok(Exit::Done);
+    }
+    for Finding { name, found, rules_out } in &findings {
+        match found {
+            Ok(detail) => writeln!(out, "{name:20} yes  {detail}")?,
+            Err(why) => {
+                writeln!(out, "{name:20} no   {why}")?;
+                writeln!(out, "{:20}      without it: {rules_out}", "")?;
+            }
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn to_json(finding: &Finding) -> Value {
+    let (available, detail) = match &finding.found {
+        Ok(detail) => (true, detail),
+        Err(why) => (false, why),
+    };
+    let rules_out = (!available).then_some(finding.rules_out);
+    json!({ "name": finding.name, "available": available, "detail": detail, "rules_out": rules_out })
+}
+
+fn findings() -> Vec<Finding> {
+    vec![
+        Finding { name: "kernel", found: kernel(), rules_out: "everything" },
+        Finding {
+            name: "userfaultfd",
+            found: userfaultfd(feature::MISSING_SHMEM),
+            rules_out: "postcopy, hybrid, lazy restore, background snapshots and write-protect \
+                        scanning, if the VMM has the same rights; precopy with another tracker \
+                        and paused snapshots work",
+        },
+        Finding {
+            name: "missing on hugetlb",
+            found: userfaultfd(feature::MISSING_HUGETLBFS),
+            rules_out: "postcopy and lazy restore of memory on hugetlbfs",
+        },
+        Finding {
+            name: "write protection",
+            found: userfaultfd(feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED),
+            rules_out: "background snapshots",
+        },
+        Finding {
+            name: "asynchronous wp",
+            found: userfaultfd(feature::WP_ASYNC),
+            rules_out: "write-protect scanning (Trackers::WRITE_PROTECT)",
+        },
+        Finding {
+            name: "poison",
+            found: userfaultfd(feature::POISON),
+            rules_out: "a lost agent cannot mark the pages that are lost with it",
+        },
+        Finding {
+            name: "PAGEMAP_SCAN",
+            found: pagemap_scan(),
+            rules_out: "write-protect scanning (Trackers::WRITE_PROTECT)",
+        },
+        Finding { name: "hugetlb pool", found: hugetlb(), rules_out: "guest memory on hugetlbfs" },
+        Finding {
+            name: "shmem huge pages",
+            found: shmem_huge_pages(),
+            rules_out: "nothing; guests in a memfd may run slower",
+        },
+        Finding { name: "kvm", found: kvm(), rules_out: "guests under KVM" },
+    ]
+}
+
+fn kernel() -> Result<String, String> {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) >= KERNEL => Ok(format!("Linux {release}")),
+        _ => Err(format!("Linux {release}; needed is {}.{} or later", KERNEL.0, KERNEL.1)),
+    }
+}
+
+/// Opens a userfaultfd with these features, and says by which right.
+fn userfaultfd(features: u64) -> Result<String, String> {
+    Userfaultfd::open(features).map_err(|error| crate::error::chain(&error))?;
+    let allowed = read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
+    let status = read_to_string("/proc/self/status").unwrap_or_default();
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = capabilities.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    /// `CAP_SYS_PTRACE` of `linux/capability.h`.
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    Ok(match (allowed.trim(), capabilities) {
+        ("1", _) => "by sysctl vm.unprivileged_userfaultfd=1",
+        (_, Some(mask)) if mask & CAP_SYS_PTRACE != 0 => "by CAP_SYS_PTRACE",
+        _ => "by /dev/userfaultfd",
+    }
+    .to_owned())
+}
+
+fn pagemap_scan() -> Result<String, String> {
+    let file = File::open("/proc/self/pagemap").map_err(|error| error.to_string())?;
+    Pagemap::new(file.into()).map_err(|error| crate::error::chain(&error))?;
+    Ok("the kernel scans /proc/self/pagemap".to_owned())
+}
+
+/// The sizes of the pools of huge pages that have pages.
+fn hugetlb() -> Result<String, String> {
+    const FOLDER: &str = "/sys/kernel/mm/hugepages";
+    let sizes = std::fs::read_dir(FOLDER).map_err(|error| format!("{FOLDER}: {error}"))?;
+    let mut pools: Vec<String> = sizes
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let name = entry.file_name().into_string().ok()?;
+            let size = name.strip_prefix("hugepages-")?.to_owned();
+            let number = |file: &str| read_to_string(entry.path().join(file)).ok();
+            let (all, free) = (number("nr_hugepages")?, number("free_hugepages")?);
+            (all.trim() != "0").then(|| format!("{} of {} of {size}", free.trim(), all.trim()))
+        })
+        .collect();
+    pools.sort();
+    match pools.is_empty() {
+        true => Err("no huge pages are reserved (/proc/sys/vm/nr_hugepages)".to_owned()),
+        false => Ok(format!("free: {}", pools.join(", "))),
+    }
+}
+
+fn shmem_huge_pages() -> Result<String, String> {
+    const FILE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+    let modes = read_to_string(FILE).map_err(|error| format!("{FILE}: {error}"))?;
+    let chosen = modes.split(['[', ']']).nth(1).unwrap_or("unknown");
+    match chosen {
+        "never" | "deny" => Err(format!("shmem_enabled is {chosen}")),
+        chosen => Ok(format!("shmem_enabled is {chosen}")),
+    }
+}
+
+fn kvm() -> Result<String, String> {
+    let opened = File::options().read(true).write(true).open("/dev/kvm");
+    opened.map(|_| "/dev/kvm opens".to_owned()).map_err(|error| format!("/dev/kvm: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finding_says_what_was_found_or_what_is_ruled_out() {
+        let findings = findings();
+        assert!(findings.iter().any(|finding| finding.name == "kernel" && finding.found.is_ok()));
+        for finding in &findings {
+            let object = to_json(finding);
+            assert!(!object["detail"].as_str().unwrap().is_empty(), "{object}");
+            let available = object["available"].as_bool().unwrap();
+            assert_eq!(object["rules_out"].is_null(), available, "{object}");
+        }
+    }
+}
