@@ -4,11 +4,13 @@
 //!
 //! - [`operator`]: migrations, and their errors;
 //! - [`outcomes`]: exit codes, and what goes to standard output and standard error;
+//! - [`manual`]: man pages, completions, and `check`;
 //! - [`pty`]: a terminal of 80 columns;
 //! - [`image`]: images: info, verify, merge and map.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod image;
+mod manual;
 mod operator;
 mod outcomes;
 mod pty;
