@@ -2,8 +2,8 @@
 
 //! `pageferry check`: what this machine offers, and what each lack rules out.
 //!
-//! Everything is tried as this user, in this process: a right that the VMM's user has may be missing
-//! here, and the other way round.
+//! Everything is tried as this user, in this process: a right that the VMM's user has may be
+//! missing here, and the other way round.
 
 use super::exit::Exit;
 use crate::tracking::pagemap::Pagemap;
