@@ -6,6 +6,7 @@
 use super::registry::NewBlock;
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
+use super::start_jobs::check_path;
 use super::{Session, check_fds, invalid, take_fds};
 use crate::job::TooLate;
 use crate::memory::current::CurrentAgent;
@@ -221,8 +222,11 @@ impl SharedSession {
                 self.lock().start_snapshot(path, options, &fds)
             }
             Request::StartRestore { path, options } => {
+                check_fds("start restore", &fds, 0)?;
+                // Before it is opened: a relative path is another file here than for the sender.
+                check_path("path", &path)?;
                 check_opens(&path)?;
-                self.lock().start_restore(role, &path, options, &fds)
+                self.lock().start_restore(role, &path, options)
             }
             Request::Recover { session, address, options } => {
                 self.recover(role, session, &address, options)

@@ -283,13 +283,12 @@ impl Session {
         Ok(Success::Started(reply))
     }
 
-    /// Starts to restore a guest.
+    /// Starts to restore a guest. The caller has checked that the image at `path` opens, which can
+    /// wait.
     pub(super) fn start_restore(
-        &mut self, role: Role, path: &str, options: RestoreOptions, fds: &[OwnedFd],
+        &mut self, role: Role, path: &str, options: RestoreOptions,
     ) -> Answer {
         self.check_can_start()?;
-        check_fds("start restore", fds, 0)?;
-        check_path("path", path)?;
         if !options.working_set.is_empty() {
             check_path("working_set", &options.working_set)?;
         }
@@ -360,7 +359,7 @@ fn listen_at(address: &Address) -> Result<Listener, RemoteError> {
 }
 
 /// Refuses a relative path: it would be another file here than for the sender.
-fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
+pub(super) fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
     if path.starts_with('/') && !path.contains('\0') {
         return Ok(());
     }

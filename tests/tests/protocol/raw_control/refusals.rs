@@ -372,6 +372,13 @@ fn values_that_are_not_allowed_are_refused_by_field() {
         ),
         (
             code::START_RESTORE,
+            with_options("/nowhere/image", &bodies::restore(0)),
+            &[],
+            error::INVALID,
+            "cannot open /nowhere/image",
+        ),
+        (
+            code::START_RESTORE,
             with_options("x", &bodies::restore(0)),
             &[],
             error::INVALID,
