@@ -101,10 +101,9 @@ impl Block {
         BlockAdded { host_page_size: self.file.host_page_size, sealed: self.file.sealed }
     }
 
-    /// The unit of discards and populates in bytes, here and in the agent. A part of a host page
-    /// cannot be freed.
+    /// The unit of discards and populates in bytes, here and in the agent.
     pub(crate) fn discard_unit(&self) -> u64 {
-        self.geometry.granularity.max(self.file.host_page_size)
+        self.geometry.discard_unit(self.file.host_page_size)
     }
 
     /// The whole units inside `range`, for a discard (`round-safely`).

@@ -67,11 +67,9 @@ impl Block {
         PageRange::new(0, self.geometry.pages())
     }
 
-    /// The unit of discards and populates in bytes: at least a host page. A part of a host page
-    /// cannot be freed. And a tracker that reports host pages could not tell a write beside such a
-    /// part from a stray write into it.
+    /// The unit of discards and populates in bytes.
     pub fn discard_unit(&self) -> u64 {
-        self.geometry.granularity.max(self.backing.host_page_size())
+        self.geometry.discard_unit(self.backing.host_page_size())
     }
 
     /// The block's pages as guest physical pages: its part of the dirty log.

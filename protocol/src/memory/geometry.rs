@@ -48,6 +48,13 @@ impl BlockGeometry {
     pub fn first_log_page(&self) -> u64 {
         pages_in(self.gpa)
     }
+
+    /// The unit of discards and populates in bytes, for a file with host pages of `host_page_size`
+    /// bytes. A part of a host page cannot be freed. And a tracker that reports host pages could
+    /// not tell a write beside such a part from a stray write into it.
+    pub fn discard_unit(&self, host_page_size: u64) -> u64 {
+        self.granularity.max(host_page_size)
+    }
 }
 
 /// Why a block or a set of blocks is not valid.

@@ -10,9 +10,11 @@ use super::{PAGE_SHIFT, PAGE_SIZE};
 
 /// A run of pages: `count` pages from page number `first`.
 ///
-/// Where page 0 is depends on the use. In most places it is the first page of a block. In the
-/// [dirty log](crate::shm::DirtyLog) it is the page at guest physical address 0, so page numbers
-/// are `gpa / 4096` there.
+/// Where page 0 is depends on the use:
+///
+/// - in a bitmap of discarded pages, page 0 is the first page of the block;
+/// - in the [dirty log](crate::shm::DirtyLog), page 0 is the page at guest physical address 0, so
+///   [`DirtyLog::mark`](crate::shm::DirtyLog::mark) wants page numbers `gpa / 4096`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageRange {
     /// Number of the first page.
@@ -68,7 +70,7 @@ impl PageRange {
         self.count == 0
     }
 
-    /// Offset of the first byte within the block.
+    /// Offset of the first byte in bytes from page 0.
     pub const fn offset(&self) -> u64 {
         self.first << PAGE_SHIFT
     }
@@ -90,7 +92,7 @@ impl PageRange {
         PageRange::new(first, end.saturating_sub(first))
     }
 
-    /// True if the range lies within a block of `block_pages` pages.
+    /// True if all pages of the range are below page `block_pages`.
     pub const fn fits(&self, block_pages: u64) -> bool {
         match self.first.checked_add(self.count) {
             Some(end) => end <= block_pages,
