@@ -10,14 +10,34 @@ use crate::block::{Block, BlockAdded, BlockSpec};
 use crate::client::Client;
 use crate::error::Error;
 use crate::retry::retry_while_busy;
-use crate::session::LostAgent;
+use crate::session::{LostAgent, Session};
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::{BLOCK_DISCARDED, Request};
-use pageferry_protocol::memory::BlockGeometry;
+use pageferry_protocol::error::chain;
+use pageferry_protocol::memory::PAGE_SIZE;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Longest time that a removal waits for the job that it has cancelled.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A region of guest memory, as the memory table of vhost-user describes it, or a VMM's list of
+/// memory slots. [`Client::add_blocks`] makes a block of it.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryRegion<'a> {
+    /// Guest physical address of the first byte; a multiple of 4096.
+    pub gpa: u64,
+    /// Length in bytes; a multiple of 4096.
+    pub length: u64,
+    /// Address at which the VMM has the region mapped; 0 if it has not. See
+    /// [`BlockSpec::vmm_address`].
+    pub vmm_address: u64,
+    /// The file that holds the memory. See [`BlockSpec::memory`].
+    pub memory: BorrowedFd<'a>,
+    /// Where the region begins in that file, in bytes.
+    pub fd_offset: u64,
+}
 
 impl Client {
     /// Adds a block of guest memory. Without an agent, the client keeps it for the next one.
@@ -26,30 +46,85 @@ impl Client {
     /// If the block is not valid, overlaps another, or lies outside the dirty log or its file; or
     /// the agent refuses it, as it does while a job runs.
     pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
-        let geometry = BlockGeometry {
-            id: spec.id,
-            name: spec.name.to_owned(),
-            gpa: spec.gpa,
-            length: spec.length,
-            granularity: spec.granularity,
-        };
         // Locked to the end: a new agent gets the block from `reattach` or from here, and never
         // from both.
         let mut session = self.session();
-        self.memory().reserve(&geometry)?;
-        let flags = if spec.discarded { BLOCK_DISCARDED } else { 0 };
-        let added = Block::new(geometry, &spec).and_then(|block| {
-            let added = match session.control.add_block(&block, flags) {
-                Err(Error::AgentLost { .. }) => block.added(),
-                sent => sent?,
-            };
-            self.memory().insert(std::sync::Arc::new(block));
-            Ok(added)
-        });
-        if added.is_err() {
-            self.memory().forget(spec.id);
+        let block = self.memory().add(&spec)?;
+        self.send_block(&mut session, &block, spec.discarded)
+    }
+
+    /// Adds a list of regions as blocks: all of them, or none. Returns their ids in the order of
+    /// the list.
+    ///
+    /// The blocks get the lowest ids that are not in use, in the order of their guest physical
+    /// addresses: 0, 1, ... in the first call. A block is named `ram@` and its address in
+    /// hexadecimal. Its granularity is its host page size, and it starts as populated. A block
+    /// needs the same id at both ends of a migration. So a destination whose memory was plugged in
+    /// later at the source makes the same calls, or uses [`Client::add_block`].
+    ///
+    /// A VMM with vhost-user devices has this list already: it is the memory table that it sends
+    /// to its back-ends (`VHOST_USER_SET_MEM_TABLE`), with `userspace_addr` as
+    /// [`MemoryRegion::vmm_address`] and `mmap_offset` as [`MemoryRegion::fd_offset`].
+    ///
+    /// # Errors
+    /// As for [`Client::add_block`].
+    pub fn add_blocks(&self, regions: &[MemoryRegion<'_>]) -> Result<Vec<u32>, Error> {
+        let mut order: Vec<usize> = (0..regions.len()).collect();
+        order.sort_by_key(|at| regions[*at].gpa);
+        let mut session = self.session();
+        let mut ids = vec![0; regions.len()];
+        for (at, id) in order.into_iter().zip(self.memory().unused_ids(regions.len())) {
+            ids[at] = id;
         }
-        added
+        // All are checked before the agent gets the first.
+        let mut blocks = Vec::new();
+        for (region, id) in regions.iter().zip(&ids) {
+            match self.memory().add(&region.spec(*id, &format!("ram@{:#x}", region.gpa))) {
+                Ok(block) => blocks.push(block),
+                Err(error) => {
+                    blocks.iter().for_each(|block| self.memory().forget(block.geometry.id));
+                    return Err(error);
+                }
+            }
+        }
+        for (sent, block) in blocks.iter().enumerate() {
+            if let Err(error) = self.send_block(&mut session, block, false) {
+                let (sent, rest) = blocks.split_at(sent);
+                rest.iter().for_each(|block| self.memory().forget(block.geometry.id));
+                drop(session);
+                self.take_back(sent);
+                return Err(error);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Hands a block to the agent. If the agent refuses it, the client forgets it.
+    ///
+    /// The client has the block already. So it knows every block that the agent knows, and a hook
+    /// of a job that starts right after the agent has added the block finds it.
+    fn send_block(
+        &self, session: &mut Session, block: &Block, discarded: bool,
+    ) -> Result<BlockAdded, Error> {
+        let flags = if discarded { BLOCK_DISCARDED } else { 0 };
+        match session.control.add_block(block, flags) {
+            Err(Error::AgentLost { .. }) => Ok(block.added()),
+            Err(refused) => {
+                self.memory().forget(block.geometry.id);
+                Err(refused)
+            }
+            added => added,
+        }
+    }
+
+    /// Removes blocks that were added together with one that the agent has refused. Nothing uses
+    /// them yet. A job that was started in between is of no use without the rest.
+    fn take_back(&self, blocks: &[Arc<Block>]) {
+        for block in blocks {
+            if let Err(error) = self.remove_block(block.geometry.id) {
+                log::warn!("block {} stays: {}", block.geometry.name, chain(&error));
+            }
+        }
     }
 
     /// Removes a block. If a job runs, whoever started it, this cancels it and waits for its end; a
@@ -97,5 +172,13 @@ impl Client {
             self.memory().forget(id);
             Ok(())
         })
+    }
+}
+
+impl<'a> MemoryRegion<'a> {
+    fn spec(&self, id: u32, name: &'a str) -> BlockSpec<'a> {
+        let Self { gpa, length, vmm_address, memory, fd_offset } = *self;
+        let (granularity, discarded) = (PAGE_SIZE, false);
+        BlockSpec { id, name, gpa, length, memory, fd_offset, vmm_address, granularity, discarded }
     }
 }

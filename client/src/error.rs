@@ -138,6 +138,44 @@ pub enum Error {
         /// [`Config::log_covers`](crate::Config::log_covers), rounded up.
         covers: u64,
     },
+    /// The mapping of the block would end after the address space.
+    #[error("block {id}: vmm_address {vmm_address:#x} + length {length:#x} overflows")]
+    MappingOverflow {
+        /// The block.
+        id: u32,
+        /// Its address in the VMM.
+        vmm_address: u64,
+        /// Its length in bytes.
+        length: u64,
+    },
+    /// Another block is mapped there.
+    #[error(
+        "block {id}: vmm_address {vmm_address:#x} + length {length:#x} overlaps the mapping of block {other}"
+    )]
+    MappingOverlap {
+        /// The block.
+        id: u32,
+        /// Its address in the VMM.
+        vmm_address: u64,
+        /// Its length in bytes.
+        length: u64,
+        /// The block that it overlaps.
+        other: u32,
+    },
+    /// A part of a range of addresses is not guest memory.
+    #[error("{what} address {address:#x} + {length:#x}: {gap:#x} + {gap_length:#x} is in no block")]
+    NoBlock {
+        /// `guest` or `host`.
+        what: &'static str,
+        /// The first address.
+        address: u64,
+        /// The length in bytes.
+        length: u64,
+        /// The first address that is in no block.
+        gap: u64,
+        /// How many bytes from there are in no block.
+        gap_length: u64,
+    },
     /// The region of guest memory has no file, so it cannot be shared with the agent.
     #[error("region at {gpa:#x} + {length:#x} has no file")]
     RegionWithoutFile {

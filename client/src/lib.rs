@@ -96,7 +96,8 @@
 //! | `vm-memory` | yes | [`Client::add_guest_memory`], and [`LogBitmap`] with [`AttachLog`]: guest memory of the `vm-memory` crate, whose devices mark the dirty log |
 //! | `kvm` | no | [`tracking::kvm`]: KVM's dirty log as a tracker |
 //!
-//! Without `vm-memory`, a VMM adds its memory with [`Client::add_block`].
+//! Without `vm-memory`, a VMM adds its memory with [`Client::add_blocks`], from a list such as the
+//! memory table of vhost-user, or with [`Client::add_block`].
 //!
 //! # Rules
 //!
@@ -115,7 +116,8 @@
 //
 // What a VMM does with it:
 //
-// - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory;
+// - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory; `addresses`: from
+//   addresses to ranges of blocks;
 // - `discards`: discard, free and populate, with an agent and without;
 // - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
 //   the guest;
@@ -135,6 +137,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+mod addresses;
 mod agent_process;
 mod block;
 mod blocks;
@@ -171,6 +174,7 @@ mod vm_memory_bitmap;
 mod watched_writes;
 
 pub use block::{BlockAdded, BlockSpec};
+pub use blocks::MemoryRegion;
 pub use client::Client;
 pub use config::Config;
 pub use discards::Punch;

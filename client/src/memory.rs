@@ -8,10 +8,12 @@
 //! The lock of the session comes before this lock. A thread holds this one only to look something
 //! up or to insert it, and never while it waits. So the hook channel may take it at any time.
 
-use crate::block::Block;
+use crate::addresses::AddressMap;
+use crate::block::{Block, BlockSpec};
 use crate::error::Error;
 use crate::memfd::sealed_memfd;
 use crate::sync::lock;
+use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
 use std::collections::BTreeMap;
@@ -33,6 +35,9 @@ struct Blocks {
     /// Checks each new block against the others.
     table: BlockTable,
     by_id: BTreeMap<u32, Arc<Block>>,
+    by_gpa: AddressMap,
+    /// Those that are mapped.
+    by_vmm_address: AddressMap,
 }
 
 impl Memory {
@@ -70,26 +75,90 @@ impl Memory {
         self.blocks().by_id.values().cloned().collect()
     }
 
-    /// Checks a new block against the log and the other blocks, and reserves its id and range.
-    pub(crate) fn reserve(&self, geometry: &BlockGeometry) -> Result<(), Error> {
-        self.blocks().table.insert(geometry.clone(), MAX_MEM_SLOTS)?;
-        let BlockGeometry { id, gpa, length, .. } = *geometry;
-        if gpa + length > self.covers {
-            self.forget(id);
-            return Err(Error::OutsideLog { id, gpa, length, covers: self.covers });
-        }
-        Ok(())
+    /// The ranges of blocks at these guest physical addresses.
+    pub(crate) fn guest_ranges(&self, gpa: u64, length: u64) -> Result<Vec<BlockRange>, Error> {
+        self.blocks().by_gpa.ranges(gpa, length).map_err(|gap| gap.error("guest", gpa, length))
     }
 
-    /// Inserts a block that was reserved.
-    pub(crate) fn insert(&self, block: Arc<Block>) {
-        self.blocks().by_id.insert(block.geometry.id, block);
+    /// The ranges of blocks at these addresses of the VMM.
+    pub(crate) fn host_ranges(&self, address: u64, length: u64) -> Result<Vec<BlockRange>, Error> {
+        let ranges = self.blocks().by_vmm_address.ranges(address, length);
+        ranges.map_err(|gap| gap.error("host", address, length))
     }
 
-    /// Removes the block and its reservation.
+    /// The `count` lowest ids that no block has.
+    pub(crate) fn unused_ids(&self, count: usize) -> Vec<u32> {
+        let blocks = self.blocks();
+        (0..=u32::MAX).filter(|id| !blocks.by_id.contains_key(id)).take(count).collect()
+    }
+
+    /// Checks a new block against the log, its file and the other blocks, and adds it. The caller
+    /// has locked the session.
+    pub(crate) fn add(&self, spec: &BlockSpec<'_>) -> Result<Arc<Block>, Error> {
+        let geometry = BlockGeometry {
+            id: spec.id,
+            name: spec.name.to_owned(),
+            gpa: spec.gpa,
+            length: spec.length,
+            granularity: spec.granularity,
+        };
+        self.blocks().reserve(&geometry, spec.vmm_address, self.covers)?;
+        // Without the lock: this asks the kernel.
+        let block = match Block::new(geometry, spec) {
+            Ok(block) => Arc::new(block),
+            Err(error) => {
+                self.forget(spec.id);
+                return Err(error);
+            }
+        };
+        self.blocks().by_id.insert(spec.id, Arc::clone(&block));
+        Ok(block)
+    }
+
+    /// Removes the block.
     pub(crate) fn forget(&self, id: u32) {
         let mut blocks = self.blocks();
         blocks.table.remove(id);
         blocks.by_id.remove(&id);
+        blocks.by_gpa.remove(id);
+        blocks.by_vmm_address.remove(id);
+    }
+}
+
+impl Blocks {
+    /// Reserves the id, the name and the addresses of a block. Changes nothing if they are taken.
+    fn reserve(
+        &mut self, geometry: &BlockGeometry, vmm_address: u64, covers: u64,
+    ) -> Result<(), Error> {
+        let BlockGeometry { id, gpa, length, .. } = *geometry;
+        self.table.insert(geometry.clone(), MAX_MEM_SLOTS)?;
+        let checked = if gpa + length > covers {
+            Err(Error::OutsideLog { id, gpa, length, covers })
+        } else {
+            self.check_mapping(id, vmm_address, length)
+        };
+        if let Err(error) = checked {
+            self.table.remove(id);
+            return Err(error);
+        }
+        self.by_gpa.insert(gpa, length, id);
+        if vmm_address != 0 {
+            self.by_vmm_address.insert(vmm_address, length, id);
+        }
+        Ok(())
+    }
+
+    /// An address of the VMM belongs to one block at most: a fault there must have one meaning.
+    fn check_mapping(&self, id: u32, vmm_address: u64, length: u64) -> Result<(), Error> {
+        if vmm_address == 0 {
+            return Ok(());
+        }
+        if vmm_address.checked_add(length).is_none() {
+            return Err(Error::MappingOverflow { id, vmm_address, length });
+        }
+        match self.by_vmm_address.overlapping(vmm_address, length) {
+            Some(other) => Err(Error::MappingOverlap { id, vmm_address, length, other }),
+            None => Ok(()),
+        }
     }
 }
