@@ -77,6 +77,8 @@ struct State {
     remaining: Option<Arc<HostPageSet>>,
     /// A failure that does not end the job.
     warning: Option<String>,
+    /// The phase in which the job ended. A resume by force changes the phase afterwards.
+    ended_as: Option<Phase>,
 }
 
 impl Job {
@@ -105,6 +107,7 @@ impl Job {
                 populates_refused: false,
                 remaining: None,
                 warning: None,
+                ended_as: None,
             }),
             entered: Condvar::new(),
             notify,
@@ -141,6 +144,11 @@ impl Job {
     /// The phase of the job.
     pub fn phase(&self) -> Phase {
         self.state().status.phase
+    }
+
+    /// The phase in which the job ended; `None` if it has not.
+    pub fn ended_as(&self) -> Option<Phase> {
+        self.state().ended_as
     }
 
     /// Checks that the job may continue.
@@ -201,6 +209,7 @@ impl Job {
             return;
         }
         state.status.phase = phase;
+        state.ended_as = phase.is_final().then_some(phase);
         drop(state);
         log::info!("job {}: {}", self.id, phase.name());
         self.entered.notify_all();

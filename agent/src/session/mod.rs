@@ -8,6 +8,7 @@
 //! - `session_job`: the job of a session, by its kind;
 //! - [`resume`]: resumes a guest by force after it was handed over;
 //! - [`registry`]: adds and removes blocks, and sets the dirty log;
+//! - [`sample`]: what metrics say about the session;
 //! - [`shared`]: the lock by which the threads of all connections share the session;
 //! - this file: [`Session`], the state that the lock protects.
 //!
@@ -22,6 +23,7 @@
 pub mod native_requests;
 pub mod registry;
 pub mod resume;
+pub mod sample;
 mod session_job;
 pub mod shared;
 pub mod start_jobs;
@@ -32,6 +34,7 @@ use crate::hooks::Hooks;
 use crate::job::{Job, RecoveryRequest, TooLate};
 use crate::memory::GuestMemory;
 use crate::session::shared::DeferredDrop;
+use crate::stats::totals::JobTotals;
 use crate::tracking::TrackerChoice;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::waiting::may_wait;
@@ -59,6 +62,8 @@ pub struct Session {
     previous: PreviousJob,
     /// Number of the last job; 0 if there was none.
     jobs: u64,
+    /// The sums over the jobs that have left the session.
+    totals: JobTotals,
     notify: Arc<Event>,
     vhost_user: vhost_user::Features,
     /// True once the agent is ending.
@@ -102,6 +107,7 @@ impl Session {
             job: None,
             previous: PreviousJob::None,
             jobs: 0,
+            totals: JobTotals::default(),
             notify,
             vhost_user: vhost_user::Features::default(),
             stopping: false,
@@ -130,6 +136,7 @@ impl Session {
     /// can still be queried.
     fn retire_job(&mut self) {
         if let Some((job, thread)) = self.job.take() {
+            self.count_job(&job);
             let ended = PreviousJob::Ended(Box::new(job.status()));
             self.retired.push(DeferredDrop::Job(job, thread));
             self.forget_previous(ended);
@@ -148,6 +155,7 @@ impl Session {
     }
 
     fn forget_previous(&mut self, ended: PreviousJob) {
+        self.count_previous();
         if let PreviousJob::Ending(job, thread) = std::mem::replace(&mut self.previous, ended) {
             self.retired.push(DeferredDrop::Job(job, thread));
         }
@@ -156,12 +164,16 @@ impl Session {
     /// The session of the next VMM, after [`Session::end`]. It continues to count the jobs.
     pub fn next_session(&mut self) -> Self {
         let before = match self.job.take() {
-            Some((job, thread)) => PreviousJob::Ending(job, thread),
+            Some((job, thread)) => {
+                self.count_previous();
+                PreviousJob::Ending(job, thread)
+            }
             None => std::mem::take(&mut self.previous),
         };
         let mut next = Self {
             previous: before,
             jobs: self.jobs,
+            totals: self.totals,
             stopping: self.stopping,
             ..Self::new(self.notify.clone())
         };

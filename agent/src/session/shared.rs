@@ -152,6 +152,11 @@ impl SharedSession {
         self.state().owner.as_ref().is_some_and(|owner| owner.connection == connection)
     }
 
+    /// True if a connection owns the memory.
+    pub(super) fn has_owner(&self) -> bool {
+        self.state().owner.is_some()
+    }
+
     /// To be called when the other side has closed a connection. A request of it may still be
     /// running. If it is the connection of the VMM, this cancels the job now, because that request
     /// may be waiting for the job.

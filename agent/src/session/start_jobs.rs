@@ -132,6 +132,9 @@ impl Session {
     ) -> Result<(), RemoteError> {
         let (common, before, last_vmms) =
             (job.common().clone(), self.job.take(), self.previous.job().cloned());
+        if let Some((before, _)) = &before {
+            self.count_job(before);
+        }
         let run = move || {
             let _ended = Ended(&common);
             // This job has ended, and its thread is about to end.

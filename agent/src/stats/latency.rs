@@ -8,6 +8,8 @@
 //!
 //! The table has a fixed size, with room for more faults than a guest has vCPUs. If two waiting
 //! faults fall on the same place of the table, the second one is not timed.
+//!
+//! The buckets are narrow, for percentiles. Metrics get few and wide ones ([`Latency::waits`]).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,12 +21,53 @@ const PRECISION: u32 = 5;
 /// Number of buckets: for times up to 2^40 us, which are twelve days.
 const BUCKETS: usize = ((40 - PRECISION as usize) + 1) << PRECISION;
 
+/// Upper bound of the first wide bucket: 2^5 us, which are 32 us.
+const FIRST_WIDE: u32 = 5;
+/// Upper bound of the last wide bucket that has one: 2^24 us, which are 17 s.
+const LAST_WIDE: u32 = 24;
+/// Number of wide buckets. The last one has no upper bound.
+const WIDE_BUCKETS: usize = (LAST_WIDE - FIRST_WIDE) as usize + 2;
+
+/// The times that faults waited, in wide buckets: each is twice as wide as the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FaultWaits {
+    counts: [u64; WIDE_BUCKETS],
+    sum: Duration,
+}
+
+impl FaultWaits {
+    /// Adds the times of another job.
+    pub fn add(&mut self, other: &Self) {
+        self.counts.iter_mut().zip(other.counts).for_each(|(sum, count)| *sum += count);
+        self.sum += other.sum;
+    }
+
+    /// The sum of all times.
+    pub fn sum(&self) -> Duration {
+        self.sum
+    }
+
+    /// The upper bound of each bucket in seconds, the last one infinite, and the number of times in
+    /// it.
+    pub fn buckets(&self) -> [(f64, u64); WIDE_BUCKETS] {
+        std::array::from_fn(|index| {
+            let bound = match index + 1 {
+                WIDE_BUCKETS => f64::INFINITY,
+                _ => (1u64 << (FIRST_WIDE as usize + index)) as f64 / 1e6,
+            };
+            (bound, self.counts[index])
+        })
+    }
+}
+
 /// The histogram, and the table of waiting faults.
 #[derive(Debug)]
 pub struct Latency {
     start: Instant,
     waiting: Box<[Waiting]>,
     buckets: Box<[AtomicU64]>,
+    /// The sum of all times, in microseconds.
+    sum: AtomicU64,
     /// The longest time, in microseconds.
     max: AtomicU64,
 }
@@ -44,6 +87,7 @@ impl Default for Latency {
             start: Instant::now(),
             waiting: (0..PLACES).map(|_| Waiting::default()).collect(),
             buckets: (0..BUCKETS).map(|_| AtomicU64::new(0)).collect(),
+            sum: AtomicU64::new(0),
             max: AtomicU64::new(0),
         }
     }
@@ -92,7 +136,22 @@ impl Latency {
     pub fn record(&self, time: Duration) {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.buckets[bucket(micros)].fetch_add(1, Ordering::Relaxed);
+        self.sum.fetch_add(micros, Ordering::Relaxed);
         self.max.fetch_max(micros, Ordering::Relaxed);
+    }
+
+    /// All times so far, in wide buckets.
+    pub fn waits(&self) -> FaultWaits {
+        let sum = Duration::from_micros(self.sum.load(Ordering::Relaxed));
+        let mut waits = FaultWaits { sum, ..FaultWaits::default() };
+        for (index, bucket) in self.buckets.iter().enumerate() {
+            // A narrow bucket is within one wide bucket, because it ends at a power of two, or
+            // before.
+            let bits = u64::BITS - upper_bound(index).leading_zeros();
+            let wide = (bits.saturating_sub(FIRST_WIDE) as usize).min(WIDE_BUCKETS - 1);
+            waits.counts[wide] += bucket.load(Ordering::Relaxed);
+        }
+        waits
     }
 
     /// The 50th, 90th and 99th percentile and the maximum, in microseconds. All are zero if there
@@ -156,6 +215,25 @@ mod tests {
                 prop_assert!(found >= exact && found - exact <= exact / 32, "{}: {} for {}", percent, found, exact);
             }
         }
+    }
+
+    #[test]
+    fn a_wide_bucket_has_the_times_below_its_bound() {
+        let latency = Latency::default();
+        for micros in [0, 31, 32, 63, 64, 1 << 20, (1 << 24) - 1, 1 << 24, 1 << 41] {
+            latency.record(Duration::from_micros(micros));
+        }
+        let mut waits = latency.waits();
+        let found: Vec<_> = waits.buckets().into_iter().filter(|(_, count)| *count > 0).collect();
+        let (second, last) = (1048576e-6, 16777216e-6);
+        let expected =
+            [(32e-6, 2), (64e-6, 2), (128e-6, 1), (2.0 * second, 1), (last, 1), (f64::INFINITY, 2)];
+        assert_eq!(found, expected);
+        let sum = waits.sum();
+        assert!(sum > Duration::from_micros(1 << 41));
+        waits.add(&latency.waits());
+        assert_eq!(waits.sum(), 2 * sum);
+        assert_eq!(waits.buckets()[0].1, 4);
     }
 
     #[test]

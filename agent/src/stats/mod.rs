@@ -4,10 +4,12 @@
 //!
 //! - [`latency`]: a histogram of the time that faults wait;
 //! - [`stopwatch`]: the time that something lasts;
+//! - [`totals`]: the sums over all jobs of the agent;
 //! - this file: the plain counters.
 
 pub mod latency;
 pub mod stopwatch;
+pub mod totals;
 
 use latency::Latency;
 use pageferry_protocol::control::job::Counters;

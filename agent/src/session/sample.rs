@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What metrics say about the session: read in one step, as the answer to a status query is.
+
+use super::session_job::SessionJob;
+use super::shared::SharedSession;
+use super::{PreviousJob, Session};
+use crate::job::Job;
+use crate::memory::GuestMemory;
+use crate::stats::totals::{JobPart, JobTotals};
+use pageferry_protocol::control::job::{JobStatus, Phase};
+use std::sync::Arc;
+
+/// The session at one moment.
+#[derive(Debug, Clone)]
+pub struct SessionSample {
+    /// True if a VMM is connected.
+    pub vmm_connected: bool,
+    /// The status of the job that runs or ran last.
+    pub status: JobStatus,
+    /// The sums over all jobs, with the jobs that run.
+    pub totals: JobTotals,
+    /// The memory of the guest.
+    pub memory: Arc<GuestMemory>,
+}
+
+impl SharedSession {
+    /// The session now. Holds the lock for about as long as a status query.
+    pub fn sample(&self) -> SessionSample {
+        let vmm_connected = self.has_owner();
+        let session = self.lock();
+        let mut totals = session.totals;
+        let current = session.job.as_ref().map(|(job, _)| job);
+        for job in current.into_iter().chain(session.previous.job()) {
+            totals.add(&part(job, job.ended_as()));
+        }
+        let (status, memory) = (session.reported_status(), session.memory.clone());
+        SessionSample { vmm_connected, status, totals, memory }
+    }
+}
+
+impl Session {
+    /// Adds a job to the totals. To be called once, when the job leaves the session.
+    pub(super) fn count_job(&mut self, job: &SessionJob) {
+        // A job that leaves before it has ended was cancelled: its VMM is gone, and so is the next
+        // one.
+        let outcome = job.ended_as().unwrap_or(Phase::Cancelled);
+        self.totals.add(&part(job, Some(outcome)));
+    }
+
+    /// Adds the last job of the previous VMM to the totals, if it is still in the session. It is
+    /// about to leave.
+    pub(super) fn count_previous(&mut self) {
+        if let PreviousJob::Ending(job, _) = &self.previous {
+            let job = job.clone();
+            self.count_job(&job);
+        }
+    }
+}
+
+fn part(job: &Job, outcome: Option<Phase>) -> JobPart {
+    let counters = job.status().counters;
+    JobPart { kind: job.kind, outcome, counters, fault_waits: job.live.latency.waits() }
+}
