@@ -21,6 +21,7 @@
 //! - [`transport`]: addresses, sockets, records, the bandwidth limit;
 //! - [`session`]: the requests of a VMM and of operators;
 //! - [`server`], [`reactor`]: the control socket and its connections;
+//! - [`metrics`]: metrics for Prometheus, over HTTP;
 //! - [`lock`]: locks that outlive a panic;
 //! - [`waiting`]: which code may wait;
 //! - [`cli`]: the command line;
@@ -39,6 +40,7 @@ pub mod incoming;
 pub mod job;
 pub mod lock;
 pub mod memory;
+pub mod metrics;
 pub mod missing_faults;
 pub mod outgoing;
 pub mod priority;

@@ -32,6 +32,7 @@ pub mod show;
 pub mod snapshot;
 pub mod watch;
 
+use crate::transport::Address;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use exit::Exit;
 use pageferry_protocol::control::job::{
@@ -96,6 +97,10 @@ pub struct AgentArgs {
     /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
     #[arg(long)]
     pub stdin: bool,
+    /// Serve metrics over HTTP at this address, under /metrics, for Prometheus. A UNIX socket gets
+    /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
+    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]
+    pub metrics: Option<Address>,
 }
 
 /// The agent to talk to.

@@ -10,6 +10,7 @@ use super::AgentArgs;
 use super::exit::Exit;
 use crate::server::Server;
 use crate::transport::unix_socket::not_connected;
+use crate::transport::{Address, Listener};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
@@ -54,6 +55,12 @@ fn inherited() -> Result<OwnedFd, String> {
     }
 }
 
+/// Listens for scrapes of the metrics.
+fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
+    let listening = crate::metrics::address::listen(address);
+    listening.map_err(|error| format!("--metrics: {}", crate::error::chain(&error)))
+}
+
 /// Runs the agent until the inherited connection ends or a signal is received.
 ///
 /// # Errors
@@ -67,6 +74,7 @@ pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
         }
     };
     raise_descriptor_limit();
+    let metrics = args.metrics.as_ref().map(listen_for_metrics).transpose()?;
     let mut server = Server::new()?;
     let (signals, wake) = UnixStream::pair()?;
     let ends = [SIGINT, SIGTERM, SIGHUP];
@@ -82,6 +90,10 @@ pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
     }
     if let Some(socket) = inherited {
         server.inherit(socket)?;
+    }
+    if let Some(listener) = metrics {
+        log::info!("metrics on {}", listener.address());
+        server.serve_metrics(listener)?;
     }
     server.run()?;
     Ok(Exit::Done)

@@ -4,7 +4,9 @@
 
 use crate::event::Event;
 use crate::lock::lock;
+use crate::metrics::Sample;
 use crate::session::shared::SharedSession;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Shared by the threads of the connections and the reactor's thread.
@@ -16,11 +18,13 @@ pub(super) struct Hub {
     pub(super) notify: Arc<Event>,
     /// Tokens of connections whose threads have ended.
     ended: Mutex<Vec<u64>>,
+    /// Number of connections.
+    connections: AtomicUsize,
 }
 
 impl Hub {
     pub(super) fn new(session: SharedSession, notify: Arc<Event>) -> Self {
-        Self { session, notify, ended: Mutex::default() }
+        Self { session, notify, ended: Mutex::default(), connections: AtomicUsize::new(0) }
     }
 
     /// Reports to the reactor that the thread of a connection ends.
@@ -32,5 +36,16 @@ impl Hub {
     /// Takes the tokens of the connections whose threads have ended.
     pub(super) fn take_ended(&self) -> Vec<u64> {
         std::mem::take(&mut *lock(&self.ended))
+    }
+
+    /// Sets the number of connections, for metrics.
+    pub(super) fn set_connections(&self, count: usize) {
+        self.connections.store(count, Ordering::Relaxed);
+    }
+
+    /// What metrics say about this agent now.
+    pub(super) fn sample(&self) -> Sample {
+        let connections = self.connections.load(Ordering::Relaxed);
+        Sample { connections, session: self.session.sample() }
     }
 }

@@ -27,9 +27,11 @@
 mod connection;
 mod hub;
 
+use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
-use crate::transport::backoff::{self, Backoff};
+use crate::transport::Listener;
+use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
@@ -79,6 +81,8 @@ pub struct Server {
     signals: Option<OwnedFd>,
     /// True once a signal was received.
     stopping: bool,
+    /// Answers scrapes of the metrics, on a thread of its own.
+    metrics: Option<MetricsServer>,
 }
 
 impl Server {
@@ -103,6 +107,7 @@ impl Server {
             inherited: None,
             signals: None,
             stopping: false,
+            metrics: None,
         })
     }
 
@@ -115,6 +120,16 @@ impl Server {
         listener.set_nonblocking()?;
         self.reactor.add(listener.as_fd(), LISTENER)?;
         self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Answers scrapes of the metrics on `listener`, until the server ends.
+    ///
+    /// # Errors
+    /// If the kernel refuses a thread or a descriptor.
+    pub fn serve_metrics(&mut self, listener: Listener) -> io::Result<()> {
+        let hub = self.hub.clone();
+        self.metrics = Some(MetricsServer::start(listener, move || hub.sample())?);
         Ok(())
     }
 
@@ -145,6 +160,8 @@ impl Server {
     /// If the reactor fails.
     pub fn run(&mut self) -> io::Result<()> {
         let outcome = self.serve();
+        // The session gives its jobs away to wait for them, so a scrape would miss them.
+        self.metrics = None;
         self.hub.session.stop_and_join();
         self.end_connections();
         outcome
@@ -326,6 +343,7 @@ impl Server {
             Ok(thread) => {
                 self.next_token += 1;
                 self.connections.insert(token, (state, thread));
+                self.hub.set_connections(self.connections.len());
                 Ok(token)
             }
             Err(error) => {
@@ -353,6 +371,7 @@ impl Server {
                 self.reactor.remove(connection.socket.as_fd());
             }
         }
+        self.hub.set_connections(self.connections.len());
     }
 
     /// Ends all connections: each answers its current request and sends the last event. After
@@ -388,10 +407,4 @@ impl Server {
 fn max_connections() -> usize {
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     usize::try_from(descriptors / 4).unwrap_or(MAX_CONNECTIONS).clamp(2, MAX_CONNECTIONS)
-}
-
-/// True if the connection was closed before it was accepted, or there was none.
-fn is_momentary(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
-    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
 }

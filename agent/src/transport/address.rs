@@ -12,11 +12,12 @@
 
 use super::error::TransportError;
 use super::resolve::{resolve, resolve_for};
-use super::unix_path::UnixPathListener;
+use super::unix_path::{MODE_USER, UnixPathListener};
 use crate::cancel::Cancel;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::unix_path::socket_address;
 use rustix::event::PollFlags;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::addr::SocketAddrArg;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -116,6 +117,14 @@ impl Address {
     /// # Errors
     /// If the address is in use, or does not belong to this host.
     pub fn listen(&self) -> Result<Listener, TransportError> {
+        self.listen_with_mode(MODE_USER)
+    }
+
+    /// Like [`Address::listen`], with another mode of the path of a UNIX socket.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn listen_with_mode(&self, mode: Mode) -> Result<Listener, TransportError> {
         may_wait("listen");
         let failed = |address: String| {
             move |source| TransportError::Connect { what: "listen on", address, source }
@@ -123,7 +132,7 @@ impl Address {
         match self {
             Self::Unix(path) => {
                 let address = format!("unix:{}", path.display());
-                let socket = UnixPathListener::bind(path)
+                let socket = UnixPathListener::bind_with_mode(path, mode)
                     .map_err(|error| failed(address.clone())(error.into()))?;
                 Ok(Listener { socket: Listening::Unix(socket), address })
             }
@@ -195,6 +204,14 @@ impl Listener {
     /// The address on which it listens, with the port that the kernel chose.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Makes [`Listener::accept`] return at once if there is no connection.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn set_nonblocking(&self) -> std::io::Result<()> {
+        Ok(rustix::io::ioctl_fionbio(self, true)?)
     }
 
     /// Accepts the next connection; waits if there is none.

@@ -46,6 +46,12 @@ impl Backoff {
     }
 }
 
+/// True if the connection was closed before it was accepted, or there was none.
+pub fn is_momentary(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
+    matches!(error.kind(), ConnectionAborted | Interrupted | WouldBlock)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

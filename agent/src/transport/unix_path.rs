@@ -26,7 +26,7 @@ use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -119,6 +119,11 @@ impl Inode {
     }
 }
 
+/// The mode of a socket to which only its user and root may connect.
+pub const MODE_USER: Mode = Mode::from_raw_mode(0o600);
+/// The mode of a socket to which the group of its file may connect, too.
+pub const MODE_GROUP: Mode = Mode::from_raw_mode(0o660);
+
 impl UnixPathListener {
     /// Listens on `path`, which gets mode 0600. A stale socket at `path` is replaced.
     ///
@@ -126,6 +131,14 @@ impl UnixPathListener {
     /// If the path is in use or is not a socket, or the kernel refuses. Then the path is unchanged,
     /// except that a stale socket may be gone.
     pub fn bind(path: &Path) -> Result<Self, UnixPathError> {
+        Self::bind_with_mode(path, MODE_USER)
+    }
+
+    /// Like [`UnixPathListener::bind`], with another mode of the path.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bind_with_mode(path: &Path, mode: Mode) -> Result<Self, UnixPathError> {
         may_wait("listen on a path");
         let address = socket_address(path)?;
         let folder = folder_of(path);
@@ -143,10 +156,14 @@ impl UnixPathListener {
                     let made = rustix::fs::lstat(path)
                         .map_err(kernel("look at the socket that was just bound"))?;
                     let made = Self { socket, path: path.to_owned(), inode: Inode::of(&made) };
-                    if let Err(errno) = rustix::net::listen(&made.socket, BACKLOG) {
+                    let moded = if mode == MODE_USER { Ok(()) } else { set_mode(path, mode) };
+                    let listens = moded.and_then(|()| {
+                        rustix::net::listen(&made.socket, BACKLOG).map_err(kernel("listen"))
+                    });
+                    if let Err(error) = listens {
                         // The drop of `made` removes the path. It needs the lock for that.
                         drop(lock);
-                        return Err(kernel("listen")(errno));
+                        return Err(error);
                     }
                     return Ok(made);
                 }
@@ -238,9 +255,23 @@ fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
     )?;
     // The path gets the mode that the socket has when it is bound. So there is no moment at which
     // another user may connect. The umask would have the same effect, but all threads share it.
-    rustix::fs::fchmod(&socket, Mode::from_raw_mode(0o600))?;
+    rustix::fs::fchmod(&socket, MODE_USER)?;
     rustix::net::bind(&socket, address)?;
     Ok(socket)
+}
+
+/// Sets the mode of a socket that was just bound. The mode at the bind is cut by the umask, so it
+/// cannot let anybody else in. A link that was put at the path meanwhile is not followed.
+fn set_mode(path: &Path, mode: Mode) -> Result<(), UnixPathError> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let bound = rustix::fs::open(path, flags, Mode::empty());
+    let bound = bound.map_err(kernel("look at the socket that was just bound"))?;
+    let stat = rustix::fs::fstat(&bound).map_err(kernel("look at the socket"))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+        return Err(UnixPathError::InUse(path.to_owned()));
+    }
+    let bound = format!("/proc/self/fd/{}", bound.as_raw_fd());
+    rustix::fs::chmod(bound, mode).map_err(kernel("set the mode of the socket"))
 }
 
 /// Refuses everything except a stale socket, and a path that does not exist.
