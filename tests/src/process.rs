@@ -277,8 +277,19 @@ impl AgentProcess {
     /// # Errors
     /// If it does not listen.
     pub fn start(command: &mut Command, directory: &Path, name: &str) -> Result<Self, Error> {
+        Self::start_with(command, directory, name, &[])
+    }
+
+    /// Like [`AgentProcess::start`], with `more` arguments of the agent.
+    ///
+    /// # Errors
+    /// If it does not listen.
+    pub fn start_with(
+        command: &mut Command, directory: &Path, name: &str, more: &[&str],
+    ) -> Result<Self, Error> {
         let socket = directory.join(format!("{name}.sock"));
-        let mut process = Process::spawn(name, command.arg("agent").arg("--socket").arg(&socket))?;
+        let command = command.arg("agent").arg("--socket").arg(&socket).args(more);
+        let mut process = Process::spawn(name, command)?;
         let listening = wait_until(&format!("{name} listening"), PATIENCE, || {
             process.has_ended() || UnixStream::connect(&socket).is_ok()
         });

@@ -14,7 +14,7 @@
 //! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what
 //!   travels between agents;
 //! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
-//!   addresses that a user writes;
+//!   addresses that a user writes; [`scrape`](mod@scrape): HTTP requests for the metrics;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
 
 pub mod address;
@@ -23,6 +23,7 @@ pub mod hammer;
 pub mod heap;
 pub mod image;
 pub mod memory;
+pub mod scrape;
 pub mod stream;
 
 pub use hammer::hammer;
@@ -39,7 +40,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -64,6 +65,7 @@ pub const TARGETS: [Target; 16] = [
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
     Target { name: "range", run: memory::range, seeds: memory::range_seeds },
     Target { name: "address", run: address::address, seeds: address::address_seeds },
+    Target { name: "scrape", run: scrape::scrape, seeds: scrape::scrape_seeds },
 ];
 
 /// The first byte, which chooses among several decoders, and the rest.

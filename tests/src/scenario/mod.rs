@@ -12,6 +12,7 @@
 //!   with a folder for images; [`image_guest`]: a VMM that uses them;
 //! - [`moments`]: guests that write all the time, and random moments at which a process is killed;
 //!   [`vmm_process`]: a VMM that can be killed;
+//! - [`scrape`]: the metrics of an agent;
 //! - [`timing`]: timeouts of tests.
 //!
 //! Functions here panic on an error, and so fail the test.
@@ -31,6 +32,7 @@ pub mod moments;
 pub mod ram;
 pub mod raw_client;
 pub mod relay;
+pub mod scrape;
 pub mod scripted_vmm;
 pub mod side;
 pub mod timing;
@@ -43,6 +45,7 @@ pub use mock_side::MockSide;
 pub use ram::{Ram, Touch, assert_same};
 pub use raw_client::RawClient;
 pub use relay::{Passing, Relay, WIRES, Wire, read_record};
+pub use scrape::Scrape;
 pub use scripted_vmm::{Asked, At, KvmLog, ScriptedHooks, ScriptedVmm};
 pub use side::{Attached, Side, arrives_at, config, migrates_next_time, moves_to, passes};
 pub use timing::{SOON, TooEarly, at_once, says, with_more_time};
