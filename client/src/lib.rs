@@ -53,7 +53,7 @@
 //!
 //! | declared | what the VMM does for it |
 //! | --- | --- |
-//! | [`Trackers::HOOKS`] | answers the hooks to start, sync, clear and stop; [`tracking::kvm`] (feature `kvm`) does it for KVM's dirty log |
+//! | [`Trackers::HOOKS`] | returns its own [`Tracker`] from [`Hooks::tracker`]; [`tracking::kvm`] (feature `kvm`) is one, over KVM's dirty log |
 //! | [`Trackers::WRITE_PROTECT`] | sets [`BlockSpec::vmm_address`]; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
 //! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, also the vCPUs |
 //!
@@ -179,7 +179,7 @@ pub use client::Client;
 pub use config::Config;
 pub use discards::Punch;
 pub use error::{Error, PathError};
-pub use hooks::{ClearPages, Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
+pub use hooks::{Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
 pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
@@ -195,6 +195,7 @@ pub use pageferry_protocol::invariants;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;
+pub use tracking::{ClearPages, Tracker};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory_bitmap::{AttachLog, LogBitmap, LogSlice};
 

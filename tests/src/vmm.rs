@@ -53,41 +53,14 @@ pub enum Fault {
     Never,
 }
 
-/// A tracker that the VMM itself reads when the agent calls its hooks, such as KVM's dirty log.
-pub trait HookTracker: Send {
-    /// Starts it.
-    ///
-    /// # Errors
-    /// If it does not start.
-    fn start(&mut self) -> Result<(), HookError>;
-
-    /// Stops it.
-    ///
-    /// # Errors
-    /// If it does not stop.
-    fn stop(&mut self) -> Result<(), HookError>;
-
-    /// Marks its dirty pages in the log.
-    ///
-    /// # Errors
-    /// If it cannot be read.
-    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError>;
-
-    /// Clears pages in it.
-    ///
-    /// # Errors
-    /// If it cannot be changed.
-    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError>;
-}
-
 /// Which tracker reports the guest's writes, besides the shared log.
 #[derive(Default)]
 pub enum Tracker {
     /// No other tracker: the guest marks the log itself.
     #[default]
     Log,
-    /// A tracker that the VMM reads.
-    Hooks(Box<dyn HookTracker>),
+    /// A tracker of the VMM's own.
+    Hooks(Box<dyn pageferry_client::Tracker + Send>),
     /// The agent scans the VMM's mapping.
     WriteProtect,
 }
@@ -226,36 +199,8 @@ impl Hooks for VmmHooks {
         Ok(())
     }
 
-    fn start_tracking(&mut self) -> Result<(), HookError> {
-        self.0.called(HookName::StartTracking)?;
-        match &mut *lock(&self.0.tracker) {
-            Tracker::Hooks(tracker) => tracker.start(),
-            _ => Ok(()),
-        }
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), HookError> {
-        self.0.called(HookName::StopTracking)?;
-        match &mut *lock(&self.0.tracker) {
-            Tracker::Hooks(tracker) => tracker.stop(),
-            _ => Ok(()),
-        }
-    }
-
-    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        self.0.called(HookName::SyncTracker)?;
-        match &mut *lock(&self.0.tracker) {
-            Tracker::Hooks(tracker) => tracker.sync(log),
-            _ => Ok(()),
-        }
-    }
-
-    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        self.0.called(HookName::ClearTracker)?;
-        match &mut *lock(&self.0.tracker) {
-            Tracker::Hooks(tracker) => tracker.clear(pages),
-            _ => Ok(()),
-        }
+    fn tracker(&mut self) -> Option<&mut dyn pageferry_client::Tracker> {
+        Some(self)
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
@@ -324,6 +269,41 @@ impl Hooks for VmmHooks {
 
     fn agent_lost(&mut self, ownership: Ownership) {
         lock(&self.0.record).agent_lost = Some(ownership);
+    }
+}
+
+/// The tracker of a mock VMM: its calls are recorded and fail like those of hooks.
+impl pageferry_client::Tracker for VmmHooks {
+    fn start(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::StartTracking)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.start(),
+            _ => Ok(()),
+        }
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        self.0.called(HookName::StopTracking)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.stop(),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.0.called(HookName::SyncTracker)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.sync(log),
+            _ => Ok(()),
+        }
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.0.called(HookName::ClearTracker)?;
+        match &mut *lock(&self.0.tracker) {
+            Tracker::Hooks(tracker) => tracker.clear(pages),
+            _ => Ok(()),
+        }
     }
 }
 

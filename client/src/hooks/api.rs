@@ -4,8 +4,8 @@
 
 use super::error::HookError;
 use crate::ownership::Ownership;
+use crate::tracking::Tracker;
 use pageferry_protocol::control::job::{JobStatus, RunState};
-use pageferry_protocol::shm::DirtyLog;
 use std::path::Path;
 
 /// A named piece of the state of the VMM, such as a device.
@@ -15,19 +15,6 @@ pub struct StatePiece {
     pub name: String,
     /// In any format.
     pub bytes: Vec<u8>,
-}
-
-/// Pages to clear in the VMM's tracker.
-#[derive(Debug, Clone, Copy)]
-pub struct ClearPages<'a> {
-    /// The block.
-    pub block: u32,
-    /// First page within the block; a multiple of 64.
-    pub first: u64,
-    /// One bit per page from `first`: the pages to clear. No bit after the end of the block is set.
-    pub bitmap: &'a [u64],
-    /// The page `first` as a page number in the guest, which is its position in the dirty log.
-    pub log_first_page: u64,
 }
 
 /// What a VMM does for its agent. The hooks for the run state, pausing, resuming and the state have
@@ -95,42 +82,27 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// Starts the VMM's own tracker. Called only for [`Trackers::HOOKS`](crate::Trackers::HOOKS). A
-    /// tracker that is already on starts anew.
+    /// The VMM's own tracker. Called only for [`Trackers::HOOKS`](crate::Trackers::HOOKS), each time
+    /// that the agent starts, syncs, clears or stops it. With KVM's dirty log
+    /// ([`tracking::kvm`](crate::tracking::kvm), feature `kvm`) this is all that the VMM writes:
     ///
-    /// # Errors
-    /// If it does not start. The default fails, since a VMM that declares a tracker must have one.
-    /// The migration fails.
-    fn start_tracking(&mut self) -> Result<(), HookError> {
-        Err(no_tracker("start_tracking"))
-    }
-
-    /// Stops the VMM's own tracker. Also called when the agent that started it is lost.
+    /// ```
+    /// # #[cfg(feature = "kvm")]
+    /// # mod vmm {
+    /// # use pageferry_client::{Tracker, tracking::kvm::KvmDirtyLog};
+    /// # struct Vmm { dirty_log: KvmDirtyLog }
+    /// # impl Vmm {
+    /// fn tracker(&mut self) -> Option<&mut dyn Tracker> {
+    ///     Some(&mut self.dirty_log)
+    /// }
+    /// # }
+    /// # }
+    /// ```
     ///
-    /// # Errors
-    /// If it does not stop.
-    fn stop_tracking(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    /// Marks in `log` the pages that the VMM's own tracker reports as dirty. Called only for
-    /// [`Trackers::HOOKS`](crate::Trackers::HOOKS).
-    ///
-    /// # Errors
-    /// If the tracker cannot be read. The default fails. The migration fails.
-    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        let _ = log;
-        Err(no_tracker("sync_tracker"))
-    }
-
-    /// Clears pages in the VMM's own tracker, so that their next write is reported. That must hold
-    /// when this returns. The default is for a tracker that each sync clears.
-    ///
-    /// # Errors
-    /// If the tracker cannot be changed; the migration fails.
-    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        let _ = pages;
-        Ok(())
+    /// The default is `None`. A migration that needs the tracker then fails, since a VMM that
+    /// declares one must have it.
+    fn tracker(&mut self) -> Option<&mut dyn Tracker> {
+        None
     }
 
     /// Throttles the guest by `percent` of its time, 0 to 99. 0 ends the throttle.
@@ -262,11 +234,4 @@ pub trait Hooks: Send {
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
     }
-}
-
-/// Why the default of a tracker hook fails: every write of the guest would be lost.
-fn no_tracker(hook: &str) -> HookError {
-    HookError::new(format!(
-        "this VMM declared Trackers::HOOKS, a tracker of its own, and does not implement Hooks::{hook}"
-    ))
 }

@@ -7,10 +7,12 @@
 //! hook that returns a result fails with [`ErrorCode::Panicked`] and the message. That fails the
 //! job, and the agent then has the guest resumed. The VMM is told by [`Hooks::hook_panicked`].
 
-use super::api::{ClearPages, Hooks, StatePiece};
+use super::api::{Hooks, StatePiece};
 use super::error::HookError;
+use super::trackers::{stop_tracker, tracker};
 use crate::ownership::Ownership;
 use crate::threads::catch_panic;
+use crate::tracking::{ClearPages, Tracker};
 use pageferry_protocol::control::job::{JobStatus, RunState};
 use pageferry_protocol::shm::DirtyLog;
 use std::path::Path;
@@ -63,20 +65,9 @@ impl Hooks for CatchPanics<'_> {
         self.call("resume", |hooks| hooks.resume())
     }
 
-    fn start_tracking(&mut self) -> Result<(), HookError> {
-        self.call("start tracking", |hooks| hooks.start_tracking())
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), HookError> {
-        self.call("stop tracking", |hooks| hooks.stop_tracking())
-    }
-
-    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        self.call("sync tracker", |hooks| hooks.sync_tracker(log))
-    }
-
-    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        self.call("clear tracker", |hooks| hooks.clear_tracker(pages))
+    /// Panics of `Hooks::tracker` itself are caught with those of the tracker.
+    fn tracker(&mut self) -> Option<&mut dyn Tracker> {
+        Some(self)
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
@@ -124,6 +115,24 @@ impl Hooks for CatchPanics<'_> {
     }
 }
 
+impl Tracker for CatchPanics<'_> {
+    fn start(&mut self) -> Result<(), HookError> {
+        self.call("start tracking", |hooks| tracker(hooks)?.start())
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        self.call("stop tracking", stop_tracker)
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.call("sync tracker", |hooks| tracker(hooks)?.sync(log))
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.call("clear tracker", |hooks| tracker(hooks)?.clear(pages))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     /// The names of the hooks in a source file, in order.
@@ -140,8 +149,9 @@ mod tests {
     #[test]
     fn every_hook_is_passed_on() {
         let guarded = hooks(include_str!("catch_panics.rs"));
+        let sources = [include_str!("api.rs"), include_str!("../tracking/tracker.rs")];
         // That one is how the VMM hears of a panic, and nobody else calls it.
-        let all = hooks(include_str!("api.rs")).into_iter().filter(|name| *name != "hook_panicked");
+        let all = sources.into_iter().flat_map(hooks).filter(|name| *name != "hook_panicked");
         let missing: Vec<_> = all.filter(|name| !guarded.contains(name)).collect();
         assert!(missing.is_empty(), "not passed on to the VMM: {missing:?}");
     }

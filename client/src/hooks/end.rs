@@ -18,6 +18,7 @@ use super::api::Hooks;
 use super::context::HookContext;
 use super::guest::restore_run_state;
 use super::memory::give_up_missing_pages;
+use super::trackers::stop_tracker;
 use crate::link::Link;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
@@ -63,7 +64,7 @@ fn resume_guest(context: &HookContext, hooks: &mut dyn Hooks) {
 /// Stops the VMM's tracker and the throttle that this agent has started. Nobody else would.
 fn stop_tracking(context: &HookContext, hooks: &mut dyn Hooks) {
     let (tracking, link) = (&context.tracking, context.link.id);
-    if let Err(error) = tracking.agent_lost(link, || hooks.stop_tracking()) {
+    if let Err(error) = tracking.agent_lost(link, || stop_tracker(hooks)) {
         log::warn!("the agent is lost, and the VMM's tracker stays on: {error}");
     }
     if let Err(error) = tracking.lift_throttle(link, || hooks.throttle(0)) {

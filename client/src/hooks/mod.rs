@@ -23,7 +23,7 @@ mod memory;
 mod state_file;
 mod trackers;
 
-pub use api::{ClearPages, Hooks, StatePiece};
+pub use api::{Hooks, StatePiece};
 pub use channel::{Dispatch, HookChannel, HookThread};
 pub(crate) use context::HookContext;
 pub use error::HookError;

@@ -3,9 +3,8 @@
 //! What an agent has started beside a running guest and has not stopped yet.
 //!
 //! Three things must not outlive the agent that asked for them: the VMM's own tracker
-//! ([`Hooks::start_tracking`](crate::Hooks::start_tracking)), the registration of the mappings for
-//! write-protect scanning, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)). The
-//! trackers cost the guest a fault for each page that it writes, and the registration excludes
+//! ([`Tracker`](crate::tracking::Tracker)), the registration of the mappings for write-protect
+//! scanning, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)). The trackers cost the guest a fault for each page that it writes, and the registration excludes
 //! every other userfaultfd.
 //!
 //! A mapping can be registered with only one userfaultfd at a time. Scanning

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! KVM's dirty log as a tracker: what the client does on the sync and clear hooks of the agent.
+//! KVM's dirty log as a [`Tracker`].
 //!
 //! The log is used with manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`), which splits the
 //! plain log into two steps. [`KvmDirtyLog::sync`] only reads: a page stays dirty in KVM and is
@@ -19,6 +19,8 @@
 //! 4.117, 7.18.
 #![allow(unsafe_code)]
 
+use super::tracker::{ClearPages, Tracker};
+use crate::hooks::HookError;
 use crate::sync::lock;
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
@@ -340,6 +342,25 @@ impl KvmDirtyLog {
         unsafe { call(&self.vm, CLEAR_DIRTY_LOG, (&raw mut request).cast()) }
             .map(drop)
             .map_err(|source| KvmLogError::Clear { slot: slot.slot, first, pages, source })
+    }
+}
+
+/// The agent uses the log by [`Hooks::tracker`](crate::Hooks::tracker).
+impl Tracker for KvmDirtyLog {
+    fn start(&mut self) -> Result<(), HookError> {
+        Ok(Self::start(self)?)
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        Ok(Self::stop(self)?)
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        Ok(Self::sync(self, log)?)
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        Ok(Self::clear(self, pages.log_first_page, pages.bitmap)?)
     }
 }
 

@@ -6,7 +6,7 @@ use super::*;
 use pageferry_client::{
     ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus,
 };
-use pageferry_client::{Ownership, RunState, StatePiece, Target};
+use pageferry_client::{Ownership, RunState, StatePiece, Target, Tracker};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -49,21 +49,8 @@ impl Hooks for Vmm {
     fn resume(&mut self) -> Result<(), HookError> {
         self.called("resume")
     }
-    fn start_tracking(&mut self) -> Result<(), HookError> {
-        self.called("start")
-    }
-    fn stop_tracking(&mut self) -> Result<(), HookError> {
-        self.called("stop")
-    }
-    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        log.mark(PageRange::new(5, 1));
-        self.called("sync")
-    }
-    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        self.called(format!(
-            "clear {} {} {:x?} {:#x}",
-            pages.block, pages.first, pages.bitmap, pages.log_first_page
-        ))
+    fn tracker(&mut self) -> Option<&mut dyn Tracker> {
+        Some(self)
     }
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
         self.called(format!("throttle {percent}"))
@@ -93,6 +80,25 @@ impl Hooks for Vmm {
     }
     fn agent_lost(&mut self, ownership: Ownership) {
         self.called(format!("lost {ownership:?}")).unwrap();
+    }
+}
+
+impl Tracker for Vmm {
+    fn start(&mut self) -> Result<(), HookError> {
+        self.called("start")
+    }
+    fn stop(&mut self) -> Result<(), HookError> {
+        self.called("stop")
+    }
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        log.mark(PageRange::new(5, 1));
+        self.called("sync")
+    }
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.called(format!(
+            "clear {} {} {:x?} {:#x}",
+            pages.block, pages.first, pages.bitmap, pages.log_first_page
+        ))
     }
 }
 

@@ -18,7 +18,7 @@ use pageferry_tests::guest::{Guest, IdleGuest};
 use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::usage::Usage;
-use pageferry_tests::vmm::{HookTracker, MockVmm, Tracker};
+use pageferry_tests::vmm::{MockVmm, Tracker};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -331,9 +331,7 @@ fn run(
             Kind::Kvm => {
                 let log = kvm.as_ref().map(KvmGuest::dirty_log).transpose();
                 let log = log.map_err(|error| Error::Memory(error.to_string()))?;
-                Ok(log.map_or(Tracker::Log, |log| {
-                    Tracker::Hooks(Box::new(log) as Box<dyn HookTracker>)
-                }))
+                Ok(log.map_or(Tracker::Log, |log| Tracker::Hooks(Box::new(log))))
             }
         }
     })?;

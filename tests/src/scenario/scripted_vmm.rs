@@ -5,6 +5,7 @@
 use super::lock;
 use pageferry_client::{
     ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, RunState, StatePiece,
+    Tracker,
 };
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
@@ -177,44 +178,13 @@ impl Hooks for ScriptedHooks {
         Ok(())
     }
 
-    fn start_tracking(&mut self) -> Result<(), HookError> {
-        self.0.run(At::StartTracking)?;
-        lock(&self.0.asked).tracking = true;
-        Ok(())
-    }
-
-    fn stop_tracking(&mut self) -> Result<(), HookError> {
-        self.0.run(At::StopTracking)?;
-        let mut asked = lock(&self.0.asked);
-        asked.tracking = false;
-        asked.stops_of_tracking += 1;
-        Ok(())
+    fn tracker(&mut self) -> Option<&mut dyn Tracker> {
+        Some(self)
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
         self.0.run(At::Throttle)?;
         lock(&self.0.asked).throttle = percent;
-        Ok(())
-    }
-
-    fn sync_tracker(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        self.0.run(At::Sync)?;
-        for page in &lock(&self.0.kvm).dirty {
-            log.mark(PageRange::new(*page, 1));
-        }
-        Ok(())
-    }
-
-    fn clear_tracker(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        self.0.run(At::Clear)?;
-        let set = |bit: &u64| pages.bitmap[(*bit / 64) as usize] >> (*bit % 64) & 1 == 1;
-        let bits = (0..pages.bitmap.len() as u64 * 64).filter(set);
-        let given: BTreeSet<u64> = bits.map(|bit| pages.log_first_page + bit).collect();
-        let mut kvm = lock(&self.0.kvm);
-        match lock(&self.0.on_clear).as_mut() {
-            Some(on_clear) => on_clear(&mut kvm, &given),
-            None => kvm.dirty.retain(|page| !given.contains(page)),
-        }
         Ok(())
     }
 
@@ -261,5 +231,42 @@ impl Hooks for ScriptedHooks {
     fn event(&mut self, status: &JobStatus) {
         // The handling of an event cannot fail.
         let _ = self.0.run(At::phase(status.phase));
+    }
+}
+
+impl Tracker for ScriptedHooks {
+    fn start(&mut self) -> Result<(), HookError> {
+        self.0.run(At::StartTracking)?;
+        lock(&self.0.asked).tracking = true;
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        self.0.run(At::StopTracking)?;
+        let mut asked = lock(&self.0.asked);
+        asked.tracking = false;
+        asked.stops_of_tracking += 1;
+        Ok(())
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.0.run(At::Sync)?;
+        for page in &lock(&self.0.kvm).dirty {
+            log.mark(PageRange::new(*page, 1));
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        self.0.run(At::Clear)?;
+        let set = |bit: &u64| pages.bitmap[(*bit / 64) as usize] >> (*bit % 64) & 1 == 1;
+        let bits = (0..pages.bitmap.len() as u64 * 64).filter(set);
+        let given: BTreeSet<u64> = bits.map(|bit| pages.log_first_page + bit).collect();
+        let mut kvm = lock(&self.0.kvm);
+        match lock(&self.0.on_clear).as_mut() {
+            Some(on_clear) => on_clear(&mut kvm, &given),
+            None => kvm.dirty.retain(|page| !given.contains(page)),
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,7 @@ use pageferry_client::{
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::require;
-use pageferry_tests::vmm::{Fault, HookName, HookTracker, PATIENCE, Tracker};
+use pageferry_tests::vmm::{Fault, HookName, PATIENCE, Tracker};
 
 fn range(first: u64, count: u64) -> [BlockRange; 1] {
     [BlockRange { block: 0, offset: first * PAGE_SIZE, length: count * PAGE_SIZE }]
@@ -232,7 +232,7 @@ fn what_changes_the_memory_or_the_trackers_ends_the_chain() {
 /// A tracker that only fails.
 struct Failing;
 
-impl HookTracker for Failing {
+impl pageferry_client::Tracker for Failing {
     fn start(&mut self) -> Result<(), HookError> {
         Ok(())
     }

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The KVM guest as a guest of the mock VMM, and its dirty log as a tracker that the VMM reads.
+//! The KVM guest as a guest of the mock VMM.
 
 use super::{GuestError, KvmGuest};
 use crate::Error;
 use crate::guest::Guest;
-use crate::vmm::HookTracker;
-use pageferry_client::tracking::kvm::KvmDirtyLog;
-use pageferry_client::{ClearPages, DirtyLog, HookError, StatePiece};
+use pageferry_client::StatePiece;
 
 /// Name of the state piece with the vCPU's registers.
 const PIECE: &str = "vcpu0";
@@ -40,23 +38,5 @@ impl Guest for KvmGuest {
         let piece = state.iter().find(|piece| piece.name == PIECE);
         let missing = || Error::State { name: PIECE.into(), reason: "missing".into() };
         Ok(self.load(&piece.ok_or_else(missing)?.bytes)?)
-    }
-}
-
-impl HookTracker for KvmDirtyLog {
-    fn start(&mut self) -> Result<(), HookError> {
-        Ok(Self::start(self)?)
-    }
-
-    fn stop(&mut self) -> Result<(), HookError> {
-        Ok(Self::stop(self)?)
-    }
-
-    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
-        Ok(Self::sync(self, log)?)
-    }
-
-    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
-        Ok(Self::clear(self, pages.log_first_page, pages.bitmap)?)
     }
 }
