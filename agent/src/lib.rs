@@ -23,6 +23,7 @@
 //! - [`server`], [`reactor`]: the control socket and its connections;
 //! - [`metrics`]: metrics for Prometheus, over HTTP;
 //! - [`lock`]: locks that outlive a panic;
+//! - [`vm_name`]: the name of the VM, for people;
 //! - [`waiting`]: which code may wait;
 //! - [`cli`]: the command line;
 //! - [`invariants`]: the rules that the documentation cites by name.
@@ -52,6 +53,7 @@ pub mod snapshot;
 pub mod stats;
 pub mod tracking;
 pub mod transport;
+pub mod vm_name;
 pub mod waiting;
 
 pub use pageferry_protocol::{error, invariants};

@@ -84,7 +84,8 @@ impl Client {
         let ownership = Arc::new(SharedOwnership::new());
         let (missing, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
         let timeouts = Timeouts::new(&config, &ownership, &writes);
-        let (mut control, hooks) = Control::open(socket, &fence, &ownership, timeouts.clone())?;
+        let (mut control, hooks) =
+            Control::open(socket, &config.name, &fence, &ownership, timeouts.clone())?;
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;
         control.set_attached();
         let link = Arc::clone(control.link());
@@ -164,10 +165,11 @@ impl Client {
     /// [`Error::AgentStillRunning`] if the old process has not exited within
     /// [`Config::request_timeout`]. The client then has no agent.
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
-        let Inner { memory, fence, ownership, timeouts, .. } = &*self.inner;
+        let Inner { config, memory, fence, ownership, timeouts, .. } = &*self.inner;
         let mut session = self.session();
         session.control.retire("the VMM attached another");
-        let (mut control, hooks) = Control::open(socket, fence, ownership, timeouts.clone())?;
+        let (mut control, hooks) =
+            Control::open(socket, &config.name, fence, ownership, timeouts.clone())?;
         let link = Arc::clone(control.link());
         if let Err(error) = session.end_predecessors(link.process()) {
             control.retire("the agent before has not ended");

@@ -3,6 +3,7 @@
 //! How a client is set up.
 
 use crate::error::Error;
+use pageferry_protocol::control::request::MAX_VM_NAME;
 use std::time::Duration;
 
 /// Shortest duration in a [`Config`]. With less, threads of the client would do nothing but look at
@@ -11,6 +12,9 @@ const SHORTEST: Duration = Duration::from_millis(1);
 /// How a client is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
+    /// Name of the VM, for people: in the status and the log of the agent. Empty if it has none. At
+    /// most 128 bytes, without control characters.
+    pub name: String,
     /// Guest physical address space that the dirty log covers, in bytes from address zero. No block
     /// can lie outside. The default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs
     /// memory only where guest pages are dirty.
@@ -42,6 +46,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            name: String::new(),
             log_covers: 4 << 40,
             request_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(3),
@@ -51,12 +56,15 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Refuses times that are too short.
+    /// Refuses a name that the agent would refuse, and times that are too short.
     ///
     /// # Errors
     /// Which one, and what is allowed.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let Config { request_timeout, stall_timeout, heartbeat, log_covers: _ } = *self;
+        let Config { ref name, request_timeout, stall_timeout, heartbeat, log_covers: _ } = *self;
+        if name.len() > MAX_VM_NAME || name.chars().any(char::is_control) {
+            return Err(Error::VmName { name: name.clone() });
+        }
         let times = [
             ("request_timeout", request_timeout),
             ("stall_timeout", stall_timeout),
@@ -74,6 +82,16 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_is_not_for_people_is_refused() {
+        let named = |name: &str| Config { name: name.into(), ..Config::default() }.check();
+        named("vm 1").unwrap();
+        for wrong in ["vm\n1", &"n".repeat(129)] {
+            let error = named(wrong).unwrap_err().to_string();
+            assert!(error.contains("1 to 128 bytes without control characters"), "{error}");
+        }
+    }
 
     #[test]
     fn times_that_are_too_short_are_refused_by_name() {

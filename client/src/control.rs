@@ -64,7 +64,8 @@ impl Control {
     /// Opens the connection with a hello. Afterwards the process of the agent is known. The agent
     /// has nothing of the guest yet; see [`Control::hand_over`].
     pub(crate) fn open(
-        socket: OwnedFd, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>, timeouts: Timeouts,
+        socket: OwnedFd, name: &str, fence: &Arc<Fence>, ownership: &Arc<SharedOwnership>,
+        timeouts: Timeouts,
     ) -> Result<(Self, HookEnds), Error> {
         let (ours, agents) = socket_pair()?;
         let duplicate = |fd: &OwnedFd| fd.try_clone().map_err(Error::io("duplicate a socket"));
@@ -77,17 +78,18 @@ impl Control {
             max_ranges: MAX_RANGES,
             lost: None,
         };
-        control.hello()?;
+        control.hello(name)?;
         Ok((control, HookEnds { ours, agents }))
     }
 
-    fn hello(&mut self) -> Result<(), Error> {
+    fn hello(&mut self, name: &str) -> Result<(), Error> {
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
         let hello = Request::Hello {
             version_min,
             version_max,
             features: FEATURE_FENCE,
             agent: self.link.id,
+            name: name.to_owned(),
         };
         let asked = |errno| Error::kernel("ask for the sender of a message")(errno);
         self.socket.report_sender(true).map_err(asked)?;

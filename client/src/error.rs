@@ -64,6 +64,12 @@ pub enum Error {
         /// The shortest that is allowed.
         shortest: Duration,
     },
+    /// The name of the VM in the configuration is not allowed.
+    #[error("name is {name:?}, allowed are 1 to 128 bytes without control characters, or no name")]
+    VmName {
+        /// What it is.
+        name: String,
+    },
     /// The agent refused the request.
     #[error("the agent refused ({code:?}): {sentence}")]
     Refused {

@@ -6,7 +6,8 @@ use crate::client::Client;
 use crate::error::{Error, PathError};
 use crate::ownership::{Migration, Ownership};
 use pageferry_protocol::control::job::{
-    IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, RestoreOptions, SnapshotOptions,
+    IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions,
+    SnapshotOptions,
 };
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
@@ -197,14 +198,13 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes the limits of the job that runs: for an outgoing migration all options that can
-    /// change later; for a snapshot ([`SnapshotOptions`]) or a restore ([`RestoreOptions`]) only
-    /// the bandwidth. Other options are ignored.
+    /// Changes options of the job that runs. What is `None` stays as it is. A snapshot and a restore
+    /// have only the bandwidth.
     ///
     /// # Errors
     /// If no such job runs, a value is not allowed, or the agent is lost.
-    pub fn set_parameters(&self, options: &OutgoingOptions) -> Result<(), Error> {
-        let request = Request::SetParameters { options: options.clone() };
+    pub fn set_parameters(&self, parameters: &Parameters) -> Result<(), Error> {
+        let request = Request::SetParameters { parameters: *parameters };
         self.session().control.request(&request, &[], |_| Ok(()))
     }
 

@@ -66,7 +66,7 @@
 //!
 //! [`Client::start_restore`] fills the memory of a VMM that has no guest, or that gives its guest
 //! up. Otherwise it is like an incoming migration: load state, resume. A restore that an operator
-//! asks for comes by [`Hooks::prepare_restore`], and is refused unless the VMM allows it. A VMM
+//! asks for comes by [`Hooks::accept_guest`], and is refused unless the VMM allows it. A VMM
 //! whose guest has moved away needs a new agent ([`Client::reattach`]) before it takes another
 //! guest.
 //!
@@ -184,10 +184,11 @@ pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::Trackers;
+pub use pageferry_protocol::control::hook::GuestOrigin;
 pub use pageferry_protocol::control::job::{
     Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,
-    NonConvergence, NotUtf8, OutgoingOptions, Phase, RestoreMode, RestoreOptions, ResumePolicy,
-    RunState, SnapshotMode, SnapshotOptions,
+    NonConvergence, NotUtf8, OutgoingOptions, Parameters, Phase, RestoreMode, RestoreOptions,
+    ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::reply::{ErrorCode, JobStarted};
 pub use pageferry_protocol::control::request::BlockRange;

@@ -16,8 +16,8 @@
 //!    ^  ^------ resume ---------'                          |
 //!    |                                                     |
 //!    +-- resume ---- Awaiting <---- start incoming --------+--- (from any)
-//!                       ^---------- start restore ---------+--- (from any; if an operator
-//!                                                          starts it, not from Relinquished)
+//!                       ^---------- start restore ---------+--- (if an operator starts
+//!                                                          either: not from Relinquished)
 //!    take by force, resume by force: Ours from any
 //! ```
 //!
@@ -109,7 +109,7 @@ pub(crate) enum Forbidden {
     #[error("ownership is {0:?}: the guest is not this VMM's to save")]
     NotOursToSave(Ownership),
     #[error(
-        "ownership is Relinquished: the guest that was given up may have to run here again; resume it by force before another is restored"
+        "ownership is Relinquished: the guest that was given up may have to run here again; resume it by force before another comes here"
     )]
     GuestMayReturn,
     #[error("ownership is {0:?}: this agent was not asked for an incoming migration or a restore")]
@@ -185,9 +185,9 @@ impl StateMachine {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// The VMM has allowed a restore. Refused if the agent was replaced meanwhile: the next agent
-    /// may already bring another guest.
-    pub(crate) fn allow_restore(&mut self, link: u64) -> Result<(), Forbidden> {
+    /// The VMM gives its guest up for another. Refused if the agent was replaced meanwhile: the
+    /// next agent may already bring another guest.
+    pub(crate) fn give_up(&mut self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         self.set_awaiting(link);
         Ok(())
@@ -235,10 +235,10 @@ impl StateMachine {
         }
     }
 
-    /// The agent asks, for an operator, whether a guest may be restored here. Call it before the
+    /// The agent asks, for an operator, whether another guest may come here. Call it before the
     /// VMM is asked, which then decides. Refused while our guest may have to run here again: it
     /// would be lost everywhere.
-    pub(crate) fn prepare_restore(&self, link: u64) -> Result<(), Forbidden> {
+    pub(crate) fn check_may_give_up(&self, link: u64) -> Result<(), Forbidden> {
         self.check_current(link)?;
         match self.ownership {
             Ownership::Ours | Ownership::Gone | Ownership::Awaiting => Ok(()),

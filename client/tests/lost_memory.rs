@@ -10,7 +10,7 @@ use pageferry_client::{
     OutgoingOptions, Ownership, Phase, RestoreOptions, RunState, SnapshotMode, SnapshotOptions,
     StatePiece, Target,
 };
-use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::{decode_hook_reply, decode_state_reply};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::control::request::{MAX_RANGES, Request};
@@ -173,7 +173,12 @@ fn awaited_guest_finds_no_lost_page_of_the_one_before() {
 #[test]
 fn restored_guest_finds_no_lost_page_of_the_one_before() {
     let Some((mut attached, ram)) = lost() else { return };
-    assert_eq!(attached.hook(&Hook::PrepareRestore { path: "/images/golden".into() }), Ok(()));
+    assert_eq!(
+        attached.hook(&Hook::AcceptGuest {
+            origin: GuestOrigin::Image { path: "/images/golden".into() }
+        }),
+        Ok(())
+    );
     assert_forgotten(&mut attached, &ram);
     attached.lose_agent();
 }

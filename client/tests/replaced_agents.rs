@@ -10,7 +10,7 @@ use pageferry_client::{
     Dispatch, HookError, Hooks, IncomingOptions, JobStatus, Ownership, Phase, StatePiece, Target,
     Trackers,
 };
-use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::decode_hook_reply;
 use pageferry_protocol::control::job::{JobKind, RunState};
 use std::time::{Duration, Instant};
@@ -128,7 +128,7 @@ fn beginnings() -> [Hook; 12] {
         Hook::WatchWrites,
         Hook::RegisterFaults,
         Hook::LoadState { pieces: Vec::new() },
-        Hook::PrepareRestore { path: "/images/golden".into() },
+        Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/images/golden".into() } },
         RELINQUISH,
         Hook::Throttle { percent: 30 },
         Hook::SaveState,

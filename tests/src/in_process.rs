@@ -3,6 +3,7 @@
 //! An agent on a thread of this process, for tests that start hundreds of them.
 
 use pageferry_agent::server::Server;
+use pageferry_agent::vm_name::VmName;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -21,7 +22,7 @@ impl InProcessAgent {
     /// If the kernel refuses.
     pub fn start() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
-        let mut server = Server::new()?;
+        let mut server = Server::new(VmName::default())?;
         server.inherit(theirs.into())?;
         let thread =
             std::thread::Builder::new().name("agent".into()).spawn(move || server.run())?;

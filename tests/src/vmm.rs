@@ -10,8 +10,8 @@ use crate::guest::{Guest, IdleGuest};
 use crate::memory::TestMemory;
 use crate::usage::Usage;
 use pageferry_client::{
-    ClearPages, Client, Config, DirtyLog, HookChannel, HookError, HookThread, Hooks, JobStatus,
-    Ownership, Phase, StatePiece, Target, Trackers,
+    ClearPages, Client, Config, DirtyLog, GuestOrigin, HookChannel, HookError, HookThread, Hooks,
+    JobStatus, Ownership, Phase, StatePiece, Target, Trackers,
 };
 use pageferry_client::{
     IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions,
@@ -234,11 +234,10 @@ impl Hooks for VmmHooks {
         Ok(())
     }
 
-    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         if !lock(&self.0.record).takes_restores {
             return Err(HookError::new(format!(
-                "this VMM does not wait for a guest, such as {}",
-                image.display()
+                "this VMM does not wait for a guest, such as {origin}"
             )));
         }
         Ok(self.0.stop()?)

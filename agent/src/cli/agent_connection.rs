@@ -55,7 +55,8 @@ impl AgentConnection {
             socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
         let mut agent = Self { socket: socket.into(), path: path.to_owned() };
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
-        let hello = Request::Hello { version_min, version_max, features: 0, agent: 0 };
+        let name = String::new();
+        let hello = Request::Hello { version_min, version_max, features: 0, agent: 0, name };
         agent.ask(&hello, HelloReply::decode)?;
         Ok(agent)
     }

@@ -3,7 +3,7 @@
 //! The command line: `pageferry agent`, and the operator's subcommands.
 //!
 //! - [`run_agent`]: the agent itself;
-//! - [`log_writer`], [`log_limit`]: its log;
+//! - [`log_writer`], [`log_limit`], [`log_line`]: its log;
 //! - [`operator`]: the operator's commands, one function each;
 //! - [`agent_connection`]: requests to a running agent, and its events;
 //! - [`watch`]: watches a job until it ends;
@@ -11,6 +11,7 @@
 //! - [`image`]: tools for image files, which need no agent;
 //! - [`check`]: what this machine offers;
 //! - [`manual`]: man pages, and completions for shells;
+//! - [`show_agent`]: what an agent serves, as a table and as JSON;
 //! - [`show`]: the status of a job as a table, as JSON and as a sentence;
 //! - [`progress`]: the progress of a job, on a terminal, as lines and as JSON;
 //! - [`exit`]: the exit codes.
@@ -23,21 +24,26 @@ pub mod check;
 pub mod exit;
 pub mod image;
 pub mod log_limit;
+pub mod log_line;
 pub mod log_writer;
 pub mod manual;
 pub mod operator;
 pub mod progress;
 pub mod run_agent;
 pub mod show;
+pub mod show_agent;
 pub mod snapshot;
 pub mod watch;
 
 use crate::transport::Address;
+use crate::vm_name::VmName;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use exit::Exit;
 use pageferry_protocol::control::job::{
-    Compression, MAX_STREAMS, MIN_BANDWIDTH, Mode, NonConvergence, OutgoingOptions, ResumePolicy,
+    Compression, IncomingOptions, MAX_STREAMS, MIN_BANDWIDTH, Mode, NonConvergence,
+    OutgoingOptions, Parameters, ResumePolicy,
 };
+use pageferry_protocol::control::request::MAX_VM_NAME;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,17 +62,22 @@ struct Cli {
 enum Command {
     /// Serve one VMM: take its memory, and migrate, save or restore its guest when asked.
     Agent(AgentArgs),
-    /// Show the state of the current or last job.
+    /// Show the VM, its memory, and the current or last job.
     Status(OperatorArgs),
     /// Show a job's progress until it ends. Ctrl-C ends the command, not the job.
     Watch(WatchArgs),
     /// Migrate the guest to another agent, which must be listening, and watch. Ctrl-C ends the
     /// command, not the job; a second Ctrl-C cancels the job.
     Migrate(MigrateArgs),
+    /// Wait for a guest that migrates here, in a VMM that allows it, and watch. Ctrl-C ends the
+    /// command, not the job; a second Ctrl-C cancels the job.
+    Listen(ListenArgs),
     /// Save the guest to an image, and watch.
     Snapshot(snapshot::SnapshotCommand),
     /// Restore a guest from an image, in a VMM that allows it, and watch.
     Restore(snapshot::RestoreCommand),
+    /// Change options of the running job.
+    Set(SetArgs),
     /// Cancel the running job. A guest that is here goes on as before the job.
     Cancel(OperatorArgs),
     /// Switch the running migration, which must have mode hybrid, to postcopy.
@@ -94,6 +105,9 @@ pub struct AgentArgs {
     /// there, the agent refuses to start. At most 107 bytes.
     #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
     pub socket: Option<PathBuf>,
+    /// Name of the VM in the log, the status and the metrics. Otherwise the VMM may give one.
+    #[arg(long, value_parser = parse_name)]
+    pub name: Option<String>,
     /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
     #[arg(long)]
     pub stdin: bool,
@@ -249,6 +263,80 @@ impl TryFrom<OutgoingArgs> for OutgoingOptions {
     }
 }
 
+/// A guest that migrates here.
+#[derive(Debug, Args)]
+pub struct ListenArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    #[command(flatten)]
+    pause: PauseArgs,
+    /// Where to listen: tcp:HOST:PORT or unix:PATH. Port 0 lets the kernel choose; the command says
+    /// which port it is.
+    #[arg(value_name = "ADDRESS")]
+    address: String,
+    /// Whether the guest runs here.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
+          help = "Whether the guest runs here: auto, if it ran at its source; never, it stays paused")]
+    resume: ResumePolicy,
+    /// Longest silence of the source once it is connected.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_timeout)]
+    peer_timeout: Duration,
+    /// Longest time that the VMM may take to answer a hook.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
+    hook_timeout: Duration,
+}
+
+impl From<&ListenArgs> for IncomingOptions {
+    fn from(args: &ListenArgs) -> Self {
+        let &ListenArgs { resume, peer_timeout, hook_timeout, .. } = args;
+        Self { resume, peer_timeout, hook_timeout }
+    }
+}
+
+/// Changes of the running job. What is not given stays as it is.
+#[derive(Debug, Args)]
+pub struct SetArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    #[command(flatten)]
+    changes: ChangeArgs,
+}
+
+/// At least one change.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct ChangeArgs {
+    /// Limit in bytes per second, at least 64K, with K, M, G or T. 0 is no limit. A snapshot and a
+    /// restore have it, too.
+    #[arg(long, value_name = "BYTES_PER_S", value_parser = parse_bandwidth)]
+    bandwidth: Option<u64>,
+    /// Longest pause of the guest for the last pass.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    downtime_limit: Option<Duration>,
+    /// Passes after which the policy decides. 0 is no limit.
+    #[arg(long, value_name = "PASSES")]
+    max_passes: Option<u32>,
+    /// What to do if the passes do not converge.
+    #[arg(long, value_name = "POLICY", value_parser = parse_policy,
+          help = "What to do if the passes do not converge: keep-going, throttle, stop, fail, or postcopy in mode hybrid")]
+    policy: Option<NonConvergence>,
+    /// In mode hybrid: switch to postcopy after this many passes. 0 is never.
+    #[arg(long, value_name = "PASSES")]
+    switch_after: Option<u32>,
+    /// Least throttle of the guest in percent of its time, from the next pass on. The policy may
+    /// throttle more.
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=99))]
+    throttle: Option<u32>,
+}
+
+impl From<&ChangeArgs> for Parameters {
+    fn from(args: &ChangeArgs) -> Self {
+        let &ChangeArgs { bandwidth, downtime_limit, max_passes, policy, switch_after, throttle } =
+            args;
+        Self { bandwidth, downtime_limit, max_passes, policy, switch_after, throttle }
+    }
+}
+
 /// A paused postcopy.
 #[derive(Debug, Args)]
 pub struct RecoverArgs {
@@ -334,6 +422,14 @@ pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Reads the name of a VM.
+fn parse_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > MAX_VM_NAME || text.chars().any(char::is_control) {
+        return Err(format!("{text:?}: write 1 to {MAX_VM_NAME} bytes without control characters"));
+    }
+    Ok(text.to_owned())
+}
+
 fn parse_policy(text: &str) -> Result<NonConvergence, String> {
     let found = NonConvergence::NAMES.iter().find(|(name, _)| *name == text);
     found
@@ -401,6 +497,13 @@ where
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
     let mut log_end = None;
     let limit = log_limit::Limit::default();
+    let vm_name = match &cli.command {
+        Command::Agent(AgentArgs { name: Some(name), .. }) => VmName::of_operator(name.clone()),
+        _ => VmName::default(),
+    };
+    if matches!(cli.command, Command::Agent(_)) {
+        log_line::name_the_vm(&mut logger, vm_name.clone());
+    }
     if matches!(cli.command, Command::Agent(_))
         && let Ok((writer, end)) = log_writer::LogWriter::start(std::io::stderr(), limit.clone())
     {
@@ -420,7 +523,7 @@ where
         log::warn!("a file that reaches its size limit will end this process: {error}");
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent::run(&args),
+        Command::Agent(args) => run_agent::run(&args, vm_name),
         Command::Status(args) => operator::status(&args),
         Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
         Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {
@@ -428,6 +531,10 @@ where
         }),
         Command::Snapshot(args) => operator::snapshot(args),
         Command::Restore(args) => operator::restore(args),
+        Command::Listen(args) => {
+            operator::listen(&args.operator, &args.address, args.pause.no_wait, (&args).into())
+        }
+        Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
         Command::Cancel(args) => operator::cancel(&args),
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),

@@ -10,9 +10,11 @@ use super::agent_connection::AgentConnection;
 use super::exit::Exit;
 use super::progress::Output;
 use super::show;
+use super::show_agent;
 use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use super::watch::{Interrupts, OnInterrupt, OnPause, Watching, watch};
-use pageferry_protocol::control::job::{JobStatus, OutgoingOptions};
+use pageferry_protocol::control::AgentInfo;
+use pageferry_protocol::control::job::{IncomingOptions, JobStatus, OutgoingOptions, Parameters};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
 use std::error::Error;
@@ -34,9 +36,10 @@ fn address_from_root(address: &str) -> std::io::Result<String> {
 /// # Errors
 /// If the agent does not answer.
 pub fn status(args: &OperatorArgs) -> Outcome {
-    let status =
-        AgentConnection::open(&args.socket)?.ask(&Request::QueryStatus, JobStatus::decode)?;
-    show::print(&status, args.json)?;
+    let mut agent = AgentConnection::open(&args.socket)?;
+    let info = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
+    let status = agent.ask(&Request::QueryStatus, JobStatus::decode)?;
+    show_agent::print(&info, &status, args.json)?;
     Ok(Exit::Done)
 }
 
@@ -67,6 +70,29 @@ pub fn migrate(
     start(args, &request, on_pause)
 }
 
+/// `pageferry listen`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn listen(
+    args: &OperatorArgs, address: &str, no_wait: bool, options: IncomingOptions,
+) -> Outcome {
+    let on_pause = if no_wait { OnPause::End } else { OnPause::Wait };
+    let request = Request::StartIncoming { listen: address_from_root(address)?, options };
+    start(args, &request, on_pause)
+}
+
+/// `pageferry set`
+///
+/// # Errors
+/// If the agent does not answer, or refuses.
+pub fn set(args: &OperatorArgs, parameters: Parameters) -> Outcome {
+    let request = Request::SetParameters { parameters };
+    AgentConnection::open(&args.socket)?.ask(&request, |_| Ok(()))?;
+    show::done("changed", args.json)?;
+    Ok(Exit::Done)
+}
+
 /// `pageferry snapshot`
 ///
 /// # Errors
@@ -93,6 +119,9 @@ fn start(args: &OperatorArgs, request: &Request, on_pause: OnPause) -> Outcome {
     let mut interrupts = Interrupts::catch()?;
     let mut agent = AgentConnection::open(&args.socket)?;
     let started = agent.ask(request, JobStarted::decode)?;
+    if let Request::StartIncoming { .. } = request {
+        show::listening(&started, args.json)?;
+    }
     let watching = Watching {
         job: Some(started.job),
         output: if args.json { Output::Json } else { Output::StandardError },

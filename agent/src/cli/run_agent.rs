@@ -11,6 +11,7 @@ use super::exit::Exit;
 use crate::server::Server;
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
+use crate::vm_name::VmName;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
@@ -65,7 +66,7 @@ fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
 ///
 /// # Errors
 /// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
-pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
+pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
     let inherited = match args.stdin.then(inherited).transpose() {
         Ok(inherited) => inherited,
         Err(sentence) => {
@@ -75,7 +76,7 @@ pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
     };
     raise_descriptor_limit();
     let metrics = args.metrics.as_ref().map(listen_for_metrics).transpose()?;
-    let mut server = Server::new()?;
+    let mut server = Server::new(vm_name)?;
     let (signals, wake) = UnixStream::pair()?;
     let ends = [SIGINT, SIGTERM, SIGHUP];
     for signal in ends.into_iter().filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP)) {

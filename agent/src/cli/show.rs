@@ -3,6 +3,7 @@
 //! Formats the status of a job: as a table, as JSON, or as a sentence about its failure.
 
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
+use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
@@ -192,12 +193,14 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json {
         writeln!(out, "{}", Value::Object(to_json(status)))
-    } else if status.phase == Phase::Idle {
-        writeln!(out, "no job was started yet")?;
-        writeln!(out, "{:18} {}", "trackers", status.trackers)
     } else {
-        table(status).iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))
+        table(status).iter().try_for_each(|line| write_line(&mut out, line))
     }
+}
+
+/// Writes a line of a table.
+pub(super) fn write_line(out: &mut impl Write, line: &(&str, String)) -> io::Result<()> {
+    writeln!(out, "{:18} {}", line.0, line.1)
 }
 
 /// Prints the outcome of a request.
@@ -207,6 +210,19 @@ pub fn print(status: &JobStatus, json: bool) -> io::Result<()> {
 pub fn done(what: &str, json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json { writeln!(out, "{}", json!({ "status": what })) } else { writeln!(out, "{what}") }
+}
+
+/// Says where a job listens. Port 0 has become the port that the kernel chose.
+///
+/// # Errors
+/// If the output cannot be written.
+pub fn listening(started: &JobStarted, json: bool) -> io::Result<()> {
+    let JobStarted { job, address } = started;
+    if json {
+        writeln!(io::stdout().lock(), "{}", json!({ "job": job, "listening": address }))
+    } else {
+        writeln!(io::stderr().lock(), "job {job} listens at {address}")
+    }
 }
 
 /// What an operator is told about a job that did not complete: why, and what to do. `socket` is the

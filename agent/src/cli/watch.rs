@@ -135,7 +135,12 @@ pub fn watch(
             }
         };
         match watching.job {
-            Some(job) if status.job < job => continue,
+            Some(job) if status.job < job => {
+                return Err(format!(
+                    "job {job} ended before its end was seen: its VMM is gone, and another is here"
+                )
+                .into());
+            }
             // The job ended, and the next one started, between two events.
             Some(job) if status.job > job => {
                 let next = status.job;

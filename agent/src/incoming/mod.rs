@@ -36,7 +36,7 @@ use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, Transp
 use accept::Source;
 use job::IncomingJob;
 use offer::Accepted;
-use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{Phase, RunState};
 use pageferry_protocol::stream::answer::encode_error;
 use pageferry_protocol::stream::payload::Totals;
@@ -51,18 +51,34 @@ use std::time::Duration;
 /// gets the error.
 const DRAIN: Duration = Duration::from_millis(500);
 
-/// Waits for a guest on `source`, receives it, and ends the job.
-pub fn run(job: &Arc<IncomingJob>, source: Source) {
-    let outcome = receive_guest(job, source);
+/// How a guest is received.
+#[derive(Debug)]
+pub struct IncomingPlan {
+    /// Where the guest comes from.
+    pub source: Source,
+    /// An operator started the job, not the VMM: the address at which it listens. The agent asks
+    /// the VMM before it changes memory.
+    pub consent_for: Option<String>,
+}
+
+/// Waits for a guest, receives it, and ends the job.
+pub fn run(job: &Arc<IncomingJob>, plan: IncomingPlan) {
+    let outcome = receive_guest(job, plan);
     job.finish(outcome);
 }
 
-fn receive_guest(job: &Arc<IncomingJob>, source: Source) -> Result<(), JobError> {
+fn receive_guest(job: &Arc<IncomingJob>, plan: IncomingPlan) -> Result<(), JobError> {
+    let IncomingPlan { source, consent_for } = plan;
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
     // The status named the sources that were refused before. That is over.
     job.note("");
-    let outcome = receive_on(job, &mut accepted, listener);
+    // A source is here, and its guest fits: only now the VMM gives its own guest up.
+    let consent = match consent_for {
+        Some(address) => job.ask_consent(GuestOrigin::Migration { address }),
+        None => Ok(()),
+    };
+    let outcome = consent.and_then(|()| receive_on(job, &mut accepted, listener));
     if let Err(error) = &outcome {
         send_error(&mut accepted, error);
     }

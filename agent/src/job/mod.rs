@@ -2,6 +2,7 @@
 
 //! What all jobs share.
 //!
+//! - [`consent`]: whether the VMM takes a guest that an operator wants to bring;
 //! - [`deadline`]: the time by which a hand-over must be done;
 //! - [`error`]: how a job ends if it does not complete;
 //! - [`options`]: the options that all kinds of jobs have;
@@ -12,8 +13,9 @@
 //! What only an outgoing or only an incoming migration has is in [`crate::outgoing::job`] and
 //! [`crate::incoming::job`].
 
+pub mod consent;
 pub mod deadline;
-pub mod error;
+mod error;
 pub mod options;
 pub mod pause;
 pub mod recovery;

@@ -179,7 +179,10 @@ mod tests {
     use crate::session::shared::SharedSession;
 
     fn exposition() -> Exposition {
-        let session = SharedSession::new(crate::job::notifier().unwrap()).unwrap().sample();
+        let session =
+            SharedSession::new(crate::job::notifier().unwrap(), crate::vm_name::VmName::default())
+                .unwrap()
+                .sample();
         let sample = Sample { connections: 3, session };
         Exposition { sample, discarded_bytes: 8192, started: UNIX_EPOCH }
     }

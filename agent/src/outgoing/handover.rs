@@ -191,9 +191,7 @@ mod tests {
     use crate::job::{Job, notifier};
     use crate::memory::test_support::memory;
     use crate::outgoing::connect::Streams;
-    use crate::outgoing::converge::PassMeasurements;
-    use crate::outgoing::fixup::DirtyState;
-    use crate::tracking::{TrackerChoice, Trackers};
+    use crate::tracking::TrackerChoice;
     use crate::transport::{RecordReader, RecordWriter, StreamSocket};
     use pageferry_protocol::control::job::{JobKind, OutgoingOptions};
     use std::sync::Arc;
@@ -215,20 +213,11 @@ mod tests {
         let streams =
             Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages: Vec::new() };
         let choice = TrackerChoice::default();
-        let mut measurements = PassMeasurements::default();
-        measurements.record_pass(1024, 4 << 20, Duration::from_secs(1));
-        let mut dirty = DirtyState::new(&job.memory).unwrap();
-        dirty.remaining = pages;
-        Migration {
-            trackers: Trackers::new(&choice, &job.hooks, Duration::ZERO, &job.stop),
-            session: SessionId::default(),
-            address: None,
-            throttled: false,
-            streams,
-            dirty,
-            measurements,
-            job,
-        }
+        let session = SessionId::default();
+        let mut migration = Migration::new(&job, session, None, streams, &choice).unwrap();
+        migration.measurements.record_pass(1024, 4 << 20, Duration::from_secs(1));
+        migration.dirty.remaining = pages;
+        migration
     }
 
     #[test]

@@ -7,9 +7,9 @@
 
 use crate::job::{Job, Recovery, get};
 use crate::lock::lock;
-use pageferry_protocol::control::job::{Mode, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{Mode, OutgoingOptions, Parameters, Phase};
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// The job of an outgoing migration. Dereferences to what all jobs have.
@@ -17,6 +17,8 @@ use std::sync::{Arc, Mutex};
 pub struct OutgoingJob {
     job: Arc<Job>,
     options: Mutex<OutgoingOptions>,
+    /// See [`Parameters::throttle`].
+    least_throttle: AtomicU32,
     /// True if an operator asked for the switch to postcopy.
     postcopy_requested: AtomicBool,
     /// True if another agent began the migration.
@@ -42,6 +44,7 @@ impl OutgoingJob {
         Ok(Self {
             job,
             options: Mutex::new(options),
+            least_throttle: AtomicU32::new(0),
             postcopy_requested: AtomicBool::new(false),
             adopted: false,
             recovery: Recovery::new()?,
@@ -66,20 +69,26 @@ impl OutgoingJob {
         lock(&self.options).clone()
     }
 
-    /// Changes the options that can be changed while the migration runs.
-    pub fn set_parameters(&self, new: &OutgoingOptions) {
+    /// Changes options while the migration runs.
+    pub fn set_parameters(&self, new: &Parameters) {
         let mut options = lock(&self.options);
-        let OutgoingOptions { downtime_limit, bandwidth, max_passes, policy, switch_after, .. } =
-            *new;
-        *options = OutgoingOptions {
-            downtime_limit,
-            bandwidth,
-            max_passes,
-            policy,
-            switch_after,
-            ..options.clone()
-        };
-        self.limiter.set_rate(bandwidth);
+        let change = |field: &mut u32, new: Option<u32>| *field = new.unwrap_or(*field);
+        change(&mut options.max_passes, new.max_passes);
+        change(&mut options.switch_after, new.switch_after);
+        options.downtime_limit = new.downtime_limit.unwrap_or(options.downtime_limit);
+        options.policy = new.policy.unwrap_or(options.policy);
+        if let Some(bandwidth) = new.bandwidth {
+            options.bandwidth = bandwidth;
+            self.limiter.set_rate(bandwidth);
+        }
+        if let Some(throttle) = new.throttle {
+            self.least_throttle.store(throttle, Ordering::Relaxed);
+        }
+    }
+
+    /// The least throttle of the guest that an operator has asked for, in percent.
+    pub fn least_throttle(&self) -> u32 {
+        self.least_throttle.load(Ordering::Relaxed)
     }
 
     /// Asks for the switch to postcopy after the current pass. Returns false if the mode is not
@@ -137,25 +146,32 @@ mod tests {
     }
 
     #[test]
-    fn only_parameters_are_changed() {
-        let job = OutgoingJob::new(common(), OutgoingOptions::default()).unwrap();
+    fn only_what_is_set_is_changed() {
+        let started = OutgoingOptions { streams: 3, max_passes: 7, ..OutgoingOptions::default() };
+        let job = OutgoingJob::new(common(), started.clone()).unwrap();
+        job.set_parameters(&Parameters::default());
+        assert_eq!(job.options(), started);
+        job.set_parameters(&Parameters { throttle: Some(40), ..Parameters::bandwidth(1 << 20) });
+        let limited = OutgoingOptions { bandwidth: 1 << 20, ..started };
+        assert_eq!((job.options(), job.least_throttle()), (limited.clone(), 40));
+        let all = Parameters {
+            bandwidth: Some(0),
+            downtime_limit: Some(Duration::from_millis(7)),
+            max_passes: Some(3),
+            policy: Some(NonConvergence::Fail),
+            switch_after: Some(2),
+            throttle: Some(0),
+        };
+        job.set_parameters(&all);
         let changed = OutgoingOptions {
+            bandwidth: 0,
             downtime_limit: Duration::from_millis(7),
-            bandwidth: 1 << 20,
             max_passes: 3,
             policy: NonConvergence::Fail,
             switch_after: 2,
-            ..OutgoingOptions::default()
+            ..limited
         };
-        job.set_parameters(&OutgoingOptions {
-            streams: 9,
-            mode: Mode::Postcopy,
-            release: true,
-            peer_timeout: Duration::from_secs(1),
-            hook_timeout: Duration::from_secs(2),
-            ..changed.clone()
-        });
-        assert_eq!(job.options(), changed);
+        assert_eq!((job.options(), job.least_throttle()), (changed, 0));
     }
 
     #[test]

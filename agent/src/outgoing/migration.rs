@@ -24,7 +24,10 @@ pub(super) struct Migration {
     pub(super) trackers: Trackers,
     pub(super) dirty: DirtyState,
     pub(super) measurements: PassMeasurements,
-    pub(super) throttled: bool,
+    /// Percent by which the policy wants the guest to be throttled.
+    pub(super) policy_throttle: u32,
+    /// Percent that the VMM was asked for last.
+    throttle: u32,
 }
 
 impl Migration {
@@ -41,13 +44,18 @@ impl Migration {
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
             dirty: DirtyState::new(&job.memory)?,
             measurements: PassMeasurements::default(),
-            throttled: false,
+            policy_throttle: 0,
+            throttle: 0,
         })
     }
 
-    /// Asks the VMM to throttle its guest.
-    pub(super) fn throttle(&mut self, percent: u32) -> Result<(), JobError> {
-        self.throttled = true;
+    /// Asks the VMM to throttle its guest as the policy and the operator want, if that changed.
+    pub(super) fn update_throttle(&mut self) -> Result<(), JobError> {
+        let percent = self.policy_throttle.max(self.job.least_throttle());
+        if percent == self.throttle {
+            return Ok(());
+        }
+        self.throttle = percent;
         match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.hook_timeout) {
             Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
             // A VMM that cannot throttle its guest is as good as one that was not asked.
@@ -61,7 +69,7 @@ impl Migration {
     /// [`PausedGuest`](crate::job::pause::PausedGuest), if it still belongs here.
     pub(super) fn clean_up(&mut self) {
         let timeout = self.job.hook_timeout;
-        if std::mem::take(&mut self.throttled)
+        if std::mem::take(&mut self.throttle) != 0
             && let Err(error) = self.job.hooks.undo(&Hook::Throttle { percent: 0 }, timeout)
         {
             log::warn!("the guest stays throttled: {}", crate::error::chain(&error));

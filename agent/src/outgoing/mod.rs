@@ -99,6 +99,7 @@ impl Migration {
         self.start_tracking()?;
         self.job.enter(Phase::Passes);
         loop {
+            self.update_throttle()?;
             self.run_pass()?;
             self.sync()?;
             let next = self.measurements.decide(&self.job.options(), self.dirty.remaining());
@@ -111,7 +112,7 @@ impl Migration {
                 converge::Next::Stop => return Ok(AfterPasses::HandOver),
                 converge::Next::Postcopy => return Ok(AfterPasses::Postcopy),
                 converge::Next::Pass => {}
-                converge::Next::Throttle(percent) => self.throttle(percent)?,
+                converge::Next::Throttle(percent) => self.policy_throttle = percent,
             }
             self.wait_before_next_pass()?;
         }

@@ -37,7 +37,7 @@ use crate::image::Image;
 use crate::job::{Job, JobError, micros};
 use crate::memory::MemoryError;
 use crate::tracking::checkpoint::SharedCheckpoint;
-use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
     Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,
 };
@@ -66,6 +66,14 @@ pub struct RestorePlan {
     pub checkpoint: SharedCheckpoint,
 }
 
+impl RestorePlan {
+    /// No tracker sees what the job writes.
+    fn end_checkpoint(&self) {
+        self.checkpoint.end("a restore was started");
+        self.checkpoint.stop_idle();
+    }
+}
+
 /// Restores a guest and ends the job.
 pub fn run(job: &Arc<Job>, order: &RestorePlan) {
     let outcome = restore(job, order);
@@ -82,15 +90,17 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.set_guest_state(state.guest);
     let plan = match order.options.mode {
         RestoreMode::Eager => None,
-        RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
+        RestoreMode::Lazy => {
+            // The plan tries out a registration that an idle tracker would be in the way of.
+            order.end_checkpoint();
+            Some(lazy::plan(job, &source, &order.options)?)
+        }
     };
-    // The VMM gives up its guest when it agrees. So the agent asks only after it has made all
-    // checks that it can make without changing memory.
     if order.needs_vmm_consent {
-        ask_vmm(job, order)?;
+        let path = order.path.to_string_lossy().into_owned();
+        job.ask_consent(GuestOrigin::Image { path })?;
     }
-    order.checkpoint.end("a guest was restored");
-    order.checkpoint.stop_idle();
+    order.end_checkpoint();
     let started;
     let discards = match &order.record_discards {
         RecordDiscards::SinceRequest(discards) => discards,
@@ -104,16 +114,6 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         None => eager::restore(job, &source, &state, guard, order.options.workers),
         Some(plan) => lazy::restore(job, &source, &state, guard, plan, order.options.workers),
     }
-}
-
-/// Asks the VMM for permission: it may have a guest that it wants to keep.
-fn ask_vmm(job: &Job, order: &RestorePlan) -> Result<(), JobError> {
-    let path = order.path.to_string_lossy().into_owned();
-    job.hooks.ask(&Hook::PrepareRestore { path }, job.hook_timeout)?;
-    job.cancel.check()?;
-    // The VMM has given up its guest. It must not populate memory that is about to be replaced.
-    job.refuse_populates();
-    Ok(())
 }
 
 /// The state for the VMM. The agent reads and checks all of it before it changes memory.

@@ -33,6 +33,7 @@ use crate::session::shared::SharedSession;
 use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
+use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
 use hub::Hub;
@@ -86,15 +87,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server that does not listen yet.
+    /// A server that does not listen yet, and serves the VM of this name.
     ///
     /// # Errors
     /// If the kernel refuses a descriptor.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(vm_name: VmName) -> io::Result<Self> {
         let mut reactor = Reactor::new()?;
         let notify = crate::job::notifier()?;
         reactor.add(notify.as_fd(), NOTIFY)?;
-        let session = SharedSession::new(notify.clone())?;
+        let session = SharedSession::new(notify.clone(), vm_name)?;
         Ok(Self {
             reactor,
             listener: None,

@@ -5,6 +5,7 @@
 //! - [`vhost_user`]: the requests of vhost-user, by which any front-end can hand over its memory;
 //! - [`native_requests`]: pageferry's requests;
 //! - [`start_jobs`]: the requests that start or recover jobs;
+//! - `agent_info`: what the agent serves, for operators;
 //! - `session_job`: the job of a session, by its kind;
 //! - [`resume`]: resumes a guest by force after it was handed over;
 //! - [`registry`]: adds and removes blocks, and sets the dirty log;
@@ -20,6 +21,7 @@
 //! method of [`SharedSession`](shared::SharedSession). It locks the session, releases the lock,
 //! waits, and locks again.
 
+mod agent_info;
 pub mod native_requests;
 pub mod registry;
 pub mod resume;
@@ -37,6 +39,7 @@ use crate::session::shared::DeferredDrop;
 use crate::stats::totals::JobTotals;
 use crate::tracking::TrackerChoice;
 use crate::tracking::checkpoint::SharedCheckpoint;
+use crate::vm_name::VmName;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
@@ -58,6 +61,9 @@ pub struct Session {
     checkpoint: SharedCheckpoint,
     /// The job that runs or ran last, and its thread.
     job: Option<(SessionJob, Option<JoinHandle<()>>)>,
+    /// Process id of the VMM; `None` while no VMM is connected, or its process is not known.
+    vmm_pid: Option<u32>,
+    vm_name: VmName,
     /// The last job of the previous VMM. Operators can still query how it ended.
     previous: PreviousJob,
     /// Number of the last job; 0 if there was none.
@@ -97,7 +103,7 @@ impl PreviousJob {
 
 impl Session {
     /// A session without memory, whose jobs wake `notify`.
-    pub fn new(notify: Arc<Event>) -> Self {
+    pub fn new(notify: Arc<Event>, vm_name: VmName) -> Self {
         Self {
             memory: Arc::default(),
             hooks: Arc::new(Hooks::new(None)),
@@ -105,6 +111,8 @@ impl Session {
             trackers: TrackerChoice::default(),
             checkpoint: SharedCheckpoint::default(),
             job: None,
+            vmm_pid: None,
+            vm_name,
             previous: PreviousJob::None,
             jobs: 0,
             totals: JobTotals::default(),
@@ -121,7 +129,8 @@ impl Session {
         self.job.as_ref().map_or_else(JobStatus::default, |(job, _)| job.status())
     }
 
-    /// The status to report. If this VMM has had no job yet, it is that of the previous VMM's job.
+    /// The status to report. If this VMM has had no job yet, it is that of the previous VMM's job,
+    /// unless that job had ended before this VMM connected.
     pub fn reported_status(&self) -> JobStatus {
         let status = match (&self.job, &self.previous) {
             (None, PreviousJob::Ending(job, _)) => job.status(),
@@ -170,15 +179,25 @@ impl Session {
             }
             None => std::mem::take(&mut self.previous),
         };
+        self.vm_name.set_by_vmm(String::new());
         let mut next = Self {
             previous: before,
             jobs: self.jobs,
             totals: self.totals,
             stopping: self.stopping,
-            ..Self::new(self.notify.clone())
+            ..Self::new(self.notify.clone(), self.vm_name.clone())
         };
         next.job_changed();
         next
+    }
+
+    /// A VMM has connected, and owns the memory from now on. The last job of the previous VMM is
+    /// none of its own.
+    fn begin(&mut self, vmm_pid: Option<u32>) {
+        self.vmm_pid = vmm_pid;
+        if let PreviousJob::Ended(_) = self.previous {
+            self.previous = PreviousJob::None;
+        }
     }
 
     /// The running job.

@@ -13,10 +13,9 @@ use crate::memory::current::CurrentAgent;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
-use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
-use pageferry_protocol::control::job::{JobKind, JobStatus, Mode, NonConvergence, OutgoingOptions};
+use pageferry_protocol::control::job::{JobKind, JobStatus, Mode, NonConvergence, Parameters};
 use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
@@ -24,6 +23,7 @@ use pageferry_protocol::control::request::{
     BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, MAX_RANGES, Request,
 };
 use pageferry_protocol::control::role::Role;
+use pageferry_protocol::control::{AgentInfo, Trackers};
 use pageferry_protocol::memory::BlockGeometry;
 use rustix::fs::OFlags;
 use rustix::process::PidfdFlags;
@@ -49,6 +49,8 @@ pub(super) enum Success {
     Started(JobStarted),
     /// For a query of the status.
     Status(Box<JobStatus>),
+    /// For a query of what the agent serves.
+    Agent(AgentInfo),
 }
 
 impl Success {
@@ -60,6 +62,7 @@ impl Success {
             Self::Ranges(reply) => reply.encode(encoder),
             Self::Started(reply) => reply.encode(encoder),
             Self::Status(status) => status.encode(encoder),
+            Self::Agent(info) => info.encode(encoder),
         }
     }
 }
@@ -80,8 +83,13 @@ impl SharedSession {
                 .and_then(|()| self.check_sender(role, &request))
                 .and_then(|()| check_takes_fds(&request, &fds))
                 .and_then(|()| match request {
-                    Request::Hello { version_min, version_max, features, agent } => {
-                        self.hello((version_min, version_max), features, agent, fds, &mut sent)
+                    Request::Hello { version_min, version_max, features, agent, name } => {
+                        let answer =
+                            self.hello((version_min, version_max), features, agent, fds, &mut sent);
+                        if answer.is_ok() && features & FEATURE_FENCE != 0 {
+                            self.lock().vm_name.set_by_vmm(name);
+                        }
+                        answer
                     }
                     request => self.answer(role, request, fds),
                 }),
@@ -109,13 +117,17 @@ impl SharedSession {
     fn check_sender(&self, role: Role, request: &Request) -> Result<(), RemoteError> {
         if role < request.required_role() {
             let sentence = match request {
-                Request::Hello { .. } => {
-                    "features: bit 0, fence, is for the VMM, and another connection is the VMM's"
-                }
                 Request::StartSnapshot { .. } => {
                     "mode is stopped, which only the VMM can ask for, after it has stopped its guest; use mode paused"
+                        .to_owned()
                 }
-                _ => "only the VMM may send this, and another connection is the VMM's",
+                _ => {
+                    let vmm = self.lock().vmm();
+                    format!(
+                        "only the VMM may send this, and this agent serves {vmm}, on another connection: \
+                         an agent serves one VMM, so start another agent for another VMM"
+                    )
+                }
             };
             return Err(RemoteError::new(ErrorCode::Denied, sentence));
         }
@@ -206,14 +218,15 @@ impl SharedSession {
                 self.lock().start_outgoing(&target, options, fds)
             }
             Request::StartIncoming { listen, options } => {
-                self.start_incoming(&listen, &options, fds)
+                self.start_incoming(role, &listen, &options, fds)
             }
             Request::Cancel => self.lock().cancel(),
-            Request::SetParameters { options } => self.lock().set_parameters(&options),
+            Request::SetParameters { parameters } => self.lock().set_parameters(&parameters),
             Request::QueryStatus => {
                 let status = self.lock().reported_status();
                 Ok(Success::Status(Box::new(status)))
             }
+            Request::QueryAgent => Ok(Success::Agent(self.agent_info())),
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -326,26 +339,47 @@ impl Session {
         Ok(Success::Done)
     }
 
-    fn set_parameters(&mut self, options: &OutgoingOptions) -> Answer {
+    fn set_parameters(&mut self, parameters: &Parameters) -> Answer {
+        let refused = |sentence: String| Err(RemoteError::new(ErrorCode::Invalid, sentence));
         match self.operator_job() {
-            Some(SessionJob::Snapshot(job) | SessionJob::Restore(job)) => {
-                job.limiter.set_rate(options.bandwidth);
+            Some(job @ (SessionJob::Snapshot(_) | SessionJob::Restore(_))) => {
+                if let Some(name) = parameters.only_for_migrations().next() {
+                    let (id, kind) = (job.id, job.kind.name());
+                    return refused(format!(
+                        "{name}: job {id} is a {kind}, of which only the bandwidth can be changed"
+                    ));
+                }
+                if let Some(bandwidth) = parameters.bandwidth {
+                    job.limiter.set_rate(bandwidth);
+                }
                 Ok(Success::Done)
             }
             Some(SessionJob::Outgoing(job)) => {
-                let mode = job.options().mode;
-                if options.policy == NonConvergence::Postcopy && mode != Mode::Hybrid {
-                    let sentence = format!(
-                        "policy is postcopy, and the mode of job {} is {}: it takes hybrid",
-                        job.id,
-                        mode.name()
-                    );
-                    return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+                let (id, mode) = (job.id, job.options().mode);
+                if parameters.policy == Some(NonConvergence::Postcopy) && mode != Mode::Hybrid {
+                    let mode = mode.name();
+                    return refused(format!(
+                        "policy is postcopy, and the mode of job {id} is {mode}: it takes hybrid"
+                    ));
                 }
-                job.set_parameters(options);
+                if parameters.switch_after.is_some_and(|passes| passes != 0) && mode != Mode::Hybrid
+                {
+                    let mode = mode.name();
+                    return refused(format!(
+                        "switch to postcopy: the mode of job {id} is {mode}, and this takes hybrid"
+                    ));
+                }
+                job.set_parameters(parameters);
                 Ok(Success::Done)
             }
-            _ => Err(RemoteError::new(ErrorCode::NotFound, "no job with parameters is running")),
+            Some(SessionJob::Incoming(job)) => {
+                let sentence = format!(
+                    "job {} is an incoming migration: its parameters are those of its source",
+                    job.id
+                );
+                Err(RemoteError::new(ErrorCode::State, sentence))
+            }
+            None => Err(RemoteError::new(ErrorCode::NotFound, "no job is running")),
         }
     }
 
@@ -394,6 +428,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         Request::Cancel => "cancel",
         Request::SetParameters { .. } => "set parameters",
         Request::QueryStatus => "query status",
+        Request::QueryAgent => "query agent",
         Request::Subscribe { .. } => "subscribe",
         Request::Resume { .. } => "resume",
         Request::StartPostcopy => "start postcopy",

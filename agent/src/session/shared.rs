@@ -21,6 +21,7 @@ use crate::event::Event;
 use crate::lock::lock;
 use crate::session::join;
 use crate::session::session_job::SessionJob;
+use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use pageferry_protocol::control::role::Role;
 use std::fmt;
@@ -102,8 +103,8 @@ impl SharedSession {
     ///
     /// # Errors
     /// If the kernel refuses a thread.
-    pub fn new(notify: Arc<Event>) -> std::io::Result<Self> {
-        let state = Mutex::new(State { session: Session::new(notify), owner: None });
+    pub fn new(notify: Arc<Event>, vm_name: VmName) -> std::io::Result<Self> {
+        let state = Mutex::new(State { session: Session::new(notify, vm_name), owner: None });
         Ok(Self { state, released: Condvar::new(), drop_thread: DropThread::start()? })
     }
 
@@ -138,6 +139,7 @@ impl SharedSession {
                 state = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
             if state.owner.is_none() {
+                state.session.begin(process_of(socket));
                 state.owner = Some(Owner { connection, socket: socket.clone() });
             }
         }
@@ -195,6 +197,12 @@ impl SharedSession {
             join(&job, thread);
         }
     }
+}
+
+/// The process that has opened the other end of a connection, if the kernel says.
+fn process_of(socket: &OwnedFd) -> Option<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(socket).ok()?;
+    u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
 }
 
 /// A value that the session does not use any more. To drop it may join a thread or free a guest's
@@ -275,7 +283,8 @@ mod tests {
 
     /// A session of one block.
     fn session() -> SharedSession {
-        let session = SharedSession::new(crate::job::notifier().unwrap()).unwrap();
+        let session =
+            SharedSession::new(crate::job::notifier().unwrap(), VmName::default()).unwrap();
         let memfd = |size| {
             let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
             rustix::fs::ftruncate(&fd, size).unwrap();
@@ -374,8 +383,13 @@ mod tests {
         session.connection_ended(1);
         let fence = rustix::fs::memfd_create("fence", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&fence, FENCE_BYTES).unwrap();
-        let hello =
-            Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent: 2 };
+        let hello = Request::Hello {
+            version_min: 1,
+            version_max: 1,
+            features: FEATURE_FENCE,
+            agent: 2,
+            name: String::new(),
+        };
         std::thread::scope(|scope| {
             let back = scope.spawn(|| {
                 let code = ask(&session, Role::Vmm, &hello, vec![fence]);

@@ -11,6 +11,7 @@ use super::native_requests::{Answer, Success};
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::{Session, check_fds, invalid};
+use crate::incoming::IncomingPlan;
 use crate::incoming::accept::Source;
 use crate::incoming::job::IncomingJob;
 use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
@@ -34,7 +35,7 @@ use std::time::Duration;
 impl SharedSession {
     /// Starts to wait for a guest.
     pub(super) fn start_incoming(
-        &self, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>,
+        &self, role: Role, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>,
     ) -> Answer {
         self.lock().check_can_start()?;
         let source = match socket_of(listen, fds)? {
@@ -50,14 +51,18 @@ impl SharedSession {
         session.check_can_start()?;
         let job = session.new_job(JobKind::Incoming, options.into())?;
         let job = IncomingJob::new(job, options.clone()).map_err(no_job)?;
-        // The guest is not here yet, so the VMM must not change what it will hold.
-        job.start_refusing_populates();
+        let consent_for = (role == Role::Operator).then(|| address.clone());
+        if consent_for.is_none() {
+            // The guest is not here yet, so the VMM must not change what it will hold.
+            job.start_refusing_populates();
+        }
         // No tracker sees what the job writes.
-        session.end_checkpoint("a guest came by a migration");
+        session.end_checkpoint("an incoming migration was started");
         let (checkpoint, job) = (session.checkpoint.clone(), Arc::new(job));
+        let plan = IncomingPlan { source, consent_for };
         session.run_job(SessionJob::Incoming(job.clone()), move || {
             checkpoint.stop_idle();
-            crate::incoming::run(&job, source);
+            crate::incoming::run(&job, plan);
         })?;
         Ok(Success::Started(JobStarted { job: session.jobs, address }))
     }

@@ -5,8 +5,8 @@
 use super::error::HookError;
 use crate::ownership::Ownership;
 use crate::tracking::Tracker;
+use pageferry_protocol::control::hook::GuestOrigin;
 use pageferry_protocol::control::job::{JobStatus, RunState};
-use std::path::Path;
 
 /// A named piece of the state of the VMM, such as a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,32 +126,31 @@ pub trait Hooks: Send {
     /// Loads the state that was saved at the source or for the image; the pieces come in the same
     /// order. All memory is here, or, in postcopy and lazy restore ([`Hooks::memory_pending`]),
     /// arrives when it is accessed. The guest does not run yet. Called only for an incoming
-    /// migration or a restore that this client started or that [`Hooks::prepare_restore`] allowed.
+    /// migration or a restore that this client started or that [`Hooks::accept_guest`] allowed.
     ///
     /// # Errors
     /// If the state does not fit. The migration fails and the guest continues at the source, or the
     /// restore fails.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError>;
 
-    /// An operator wants to fill the memory of this VMM from `image`, an absolute path. That
-    /// destroys the content of the memory. Before it returns success, the VMM must have stopped its
-    /// guest, if it has one, together with everything that writes its memory, and must forget its
-    /// state.
+    /// An operator wants to bring another guest into the memory of this VMM: by a restore, or by a
+    /// migration whose source is connected and fits. That destroys the content of the memory.
+    /// Before it returns success, the VMM must have stopped its guest, if it has one, together with
+    /// everything that writes its memory, and must forget its state.
     ///
     /// Afterwards the guest no longer belongs to this VMM, as after
-    /// [`Client::start_restore`](crate::Client::start_restore): [`Ownership::Awaiting`]. The
-    /// restored guest arrives by [`Hooks::load_state`] and runs by [`Hooks::resume`].
+    /// [`Client::start_restore`](crate::Client::start_restore): [`Ownership::Awaiting`]. The other
+    /// guest arrives by [`Hooks::load_state`] and runs by [`Hooks::resume`].
     ///
-    /// If the restore fails, there is no guest. The same holds if this hook misses its deadline, or
-    /// the job is cancelled meanwhile: then the guest was given up for nothing, the end of the job
-    /// comes by [`Hooks::event`], and the VMM has to start over. Not called while a guest that was
-    /// given up may have to run here again ([`Ownership::Relinquished`]).
+    /// If the job fails, there is no guest here. The same holds if this hook misses its deadline,
+    /// or the job is cancelled meanwhile: then the guest was given up for nothing, the end of the
+    /// job comes by [`Hooks::event`], and the VMM has to start over. Not called while a guest that
+    /// was given up may have to run here again ([`Ownership::Relinquished`]).
     ///
     /// # Errors
     /// If the VMM does not allow it. The default refuses. Nothing changes then.
-    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
-        let _ = image;
-        Err(HookError::new("this VMM takes no restore from an operator"))
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        Err(HookError::new(format!("this VMM takes no guest that an operator brings: {origin}")))
     }
 
     /// From now on, until [`Hooks::memory_complete`], pages of the guest may be missing. An access

@@ -13,9 +13,9 @@ use super::trackers::{stop_tracker, tracker};
 use crate::ownership::Ownership;
 use crate::threads::catch_panic;
 use crate::tracking::{ClearPages, Tracker};
+use pageferry_protocol::control::hook::GuestOrigin;
 use pageferry_protocol::control::job::{JobStatus, RunState};
 use pageferry_protocol::shm::DirtyLog;
-use std::path::Path;
 
 #[cfg(doc)]
 use pageferry_protocol::control::reply::ErrorCode;
@@ -82,8 +82,8 @@ impl Hooks for CatchPanics<'_> {
         self.call("load state", |hooks| hooks.load_state(state))
     }
 
-    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
-        self.call("prepare restore", |hooks| hooks.prepare_restore(image))
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.call("accept guest", |hooks| hooks.accept_guest(origin))
     }
 
     fn memory_pending(&mut self) -> Result<(), HookError> {

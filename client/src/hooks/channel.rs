@@ -32,7 +32,6 @@ use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -231,9 +230,7 @@ impl HookChannel {
                 guest::resume(context, &mut self.paused, force, paused, hooks)
             }
             Hook::LoadState { pieces } => guest::load_state(context, pieces, fds, hooks),
-            Hook::PrepareRestore { path } => {
-                guest::prepare_restore(context, Path::new(&path), hooks)
-            }
+            Hook::AcceptGuest { origin } => guest::accept_guest(context, &origin, hooks),
             Hook::StartTracking { sources } => trackers::start(context, sources, hooks),
             Hook::StopTracking { sources } => trackers::stop(context, sources, hooks),
             Hook::SyncTracker => trackers::sync(context, hooks),

@@ -12,13 +12,13 @@ use super::state_file::{read_pieces, write_pieces};
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, WatchedSockets};
 use crate::ownership::ResumeAction;
+use pageferry_protocol::control::hook::GuestOrigin;
 use pageferry_protocol::control::hook_reply::SavedState;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::error::chain;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 /// Pauses the guest. `watch` gets a heartbeat that cuts the link if the agent hangs meanwhile.
@@ -120,16 +120,16 @@ pub(super) fn load_state(
     read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
 }
 
-/// Asks the VMM whether an operator may have a guest restored here. Ownership changes before the
-/// answer is sent, as when the VMM itself starts a restore.
-pub(super) fn prepare_restore(
-    context: &HookContext, image: &Path, hooks: &mut dyn Hooks,
+/// Asks the VMM whether an operator may bring another guest here. Ownership changes before the
+/// answer is sent, as when the VMM itself starts the job.
+pub(super) fn accept_guest(
+    context: &HookContext, origin: &GuestOrigin, hooks: &mut dyn Hooks,
 ) -> Reply<()> {
     let _guest_hooks = context.ownership.lock_guest_hooks();
     let link = context.link.id;
-    context.ownership.lock().prepare_restore(link).map_err(forbidden)?;
-    hooks.prepare_restore(image).map_err(failed)?;
-    context.ownership.lock().allow_restore(link).map_err(forbidden)?;
+    context.ownership.lock().check_may_give_up(link).map_err(forbidden)?;
+    hooks.accept_guest(origin).map_err(failed)?;
+    context.ownership.lock().give_up(link).map_err(forbidden)?;
     context.missing.forget_lost();
     Ok(())
 }

@@ -215,7 +215,7 @@ fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() 
     for before in all() {
         let mut machine = before;
         let kept = machine.begin_start(LINK);
-        machine.allow_restore(LINK).unwrap();
+        machine.give_up(LINK).unwrap();
         let allowed = machine;
         machine.start_refused(kept);
         assert_eq!(machine, allowed, "{before:?}");
@@ -307,10 +307,10 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
     for before in all() {
         let mut machine = before;
         let allowed = before.ownership != Ownership::Relinquished;
-        assert_eq!(machine.prepare_restore(LINK).is_ok(), allowed, "{before:?}");
+        assert_eq!(machine.check_may_give_up(LINK).is_ok(), allowed, "{before:?}");
         assert_eq!(machine, before, "the VMM is still to be asked");
         if allowed {
-            machine.allow_restore(LINK).unwrap();
+            machine.give_up(LINK).unwrap();
             assert!(
                 machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(),
                 "{before:?}"
@@ -392,7 +392,7 @@ fn a_pause_that_failed_counts_as_not_paused_and_is_undone_like_one_that_did_not(
 #[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut machine = StateMachine::new();
-    machine.allow_restore(LINK).unwrap();
+    machine.give_up(LINK).unwrap();
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, false);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
@@ -451,7 +451,7 @@ fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
     for before in all().filter(|before| before.pause.link() != Some(OTHER)) {
         for paused in [false, true] {
             let mut machine = before;
-            machine.allow_restore(LINK).unwrap();
+            machine.give_up(LINK).unwrap();
             let goal = if paused { STAY } else { RUN };
             assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
             assert_eq!(machine.ownership(), Ownership::Ours);
@@ -473,9 +473,9 @@ fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
         let mut machine = StateMachine { agent: OTHER, ..before };
         let kept = machine;
         assert_eq!(machine.pause(LINK), Err(Forbidden::Replaced));
-        assert_eq!(machine.prepare_restore(LINK), Err(Forbidden::Replaced));
+        assert_eq!(machine.check_may_give_up(LINK), Err(Forbidden::Replaced));
         assert_eq!(
-            machine.allow_restore(LINK),
+            machine.give_up(LINK),
             Err(Forbidden::Replaced),
             "the VMM was asked before it was replaced"
         );

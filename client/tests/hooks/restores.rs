@@ -5,42 +5,42 @@
 use crate::support::*;
 use crate::*;
 use pageferry_client::{Ownership, Phase};
-use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::decode_hook_reply;
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::reply::ErrorCode;
 
 /// The hook for an operator's restore.
-fn prepare_restore() -> Hook {
-    Hook::PrepareRestore { path: "/images/golden".into() }
+fn accept_guest() -> Hook {
+    Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/images/golden".into() } }
 }
 
 #[test]
 fn allowed_restore_makes_the_guest_awaited() {
     let mut attached = Attached::new(Vmm::default());
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
-    assert_eq!(attached.hook(&prepare_restore()), Ok(()));
+    assert_eq!(attached.hook(&accept_guest()), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Awaiting);
     assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::State, "there is nothing to save");
     attached.agent.send_hook(&event(JobKind::Restore, Phase::Cancelled), Vec::new());
-    assert_eq!(attached.hook(&prepare_restore()), Ok(()), "another attempt");
+    assert_eq!(attached.hook(&accept_guest()), Ok(()), "another attempt");
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Ours);
     let expected = [
         "pause",
-        "prepare restore /images/golden",
+        "accept the image /images/golden",
         "event cancelled",
-        "prepare restore /images/golden",
+        "accept the image /images/golden",
         "resume",
     ];
     assert_eq!(attached.calls(), expected);
 
-    assert_eq!(attached.hook(&prepare_restore()), Ok(()));
+    assert_eq!(attached.hook(&accept_guest()), Ok(()));
     let (client, vmm) = attached.lose_agent();
     assert_eq!(client.ownership(), Ownership::Awaiting);
     assert_eq!(
         vmm.calls(),
-        ["prepare restore /images/golden", "lost Awaiting"],
+        ["accept the image /images/golden", "lost Awaiting"],
         "no half-restored guest runs"
     );
 }
@@ -49,11 +49,11 @@ fn allowed_restore_makes_the_guest_awaited() {
 fn restore_that_the_vmm_refuses_changes_nothing() {
     let mut attached = Attached::new(Vmm { fails: "prepare", ..Vmm::default() });
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
-    let error = attached.hook(&prepare_restore()).unwrap_err();
+    let error = attached.hook(&accept_guest()).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
     assert_eq!(attached.client.ownership(), Ownership::Ours);
     let (_client, vmm) = attached.lose_agent();
-    assert_eq!(vmm.calls(), ["pause", "prepare restore /images/golden", "resume", "lost Ours"]);
+    assert_eq!(vmm.calls(), ["pause", "accept the image /images/golden", "resume", "lost Ours"]);
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn restore_over_a_relinquished_guest_is_refused_without_a_hook() {
     for hook in [Hook::Pause, Hook::Relinquish { session: [0; 16], release: false }] {
         assert_eq!(attached.hook(&hook), Ok(()), "{}", hook.name());
     }
-    assert_eq!(attached.refused(&prepare_restore()), ErrorCode::State);
+    assert_eq!(attached.refused(&accept_guest()), ErrorCode::State);
     assert_eq!(
         (attached.calls(), attached.client.ownership()),
         (vec!["pause".to_owned()], Ownership::Relinquished)
@@ -74,7 +74,7 @@ fn restore_over_a_relinquished_guest_is_refused_without_a_hook() {
 #[test]
 fn vmm_without_a_restore_hook_refuses_operators() {
     let (client, mut channel, mut agent) = connected();
-    agent.send_hook(&prepare_restore(), Vec::new());
+    agent.send_hook(&accept_guest(), Vec::new());
     channel.dispatch(&mut Least).unwrap();
     let answer = agent.hooks.recv(soon()).unwrap();
     let error = decode_hook_reply(&answer.body).unwrap().unwrap_err();

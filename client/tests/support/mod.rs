@@ -83,6 +83,7 @@ impl FakeAgent {
                 version_max: 1,
                 features: FEATURE_FENCE,
                 agent,
+                ..
             })) => agent,
             other => panic!("{other:?}"),
         };

@@ -7,6 +7,7 @@ use pageferry_client::{
     ClearPages, DirtyLog, HookError, HookThread, Hooks, IncomingOptions, JobStatus,
 };
 use pageferry_client::{Ownership, RunState, StatePiece, Target, Tracker};
+use pageferry_protocol::control::hook::GuestOrigin;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -63,8 +64,8 @@ impl Hooks for Vmm {
         self.state = state;
         self.called("load")
     }
-    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
-        self.called(format!("prepare restore {}", image.display()))
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.called(format!("accept {origin}"))
     }
     fn writes_watched(&mut self) -> Result<(), HookError> {
         self.called("watched")

@@ -63,6 +63,14 @@ pub enum DecodeError {
         /// Its value.
         value: String,
     },
+    /// The text cannot be printed in one line.
+    #[error("{field} is {value:?}, allowed: a text without control characters")]
+    ControlCharacter {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+    },
     /// The text is not UTF-8.
     #[error("{field} is not UTF-8")]
     NotUtf8 {

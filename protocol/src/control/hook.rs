@@ -11,6 +11,7 @@ use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{JobStatus, MAX_ADDRESS};
 use super::state_pieces::{PieceSize, decode_pieces, encode_pieces};
+use std::fmt;
 
 /// Hook codes.
 pub mod code {
@@ -30,7 +31,7 @@ pub mod code {
     pub const UNREGISTER_FAULTS: u32 = 0x200c;
     pub const WATCH_WRITES: u32 = 0x200d;
     pub const UNWATCH_WRITES: u32 = 0x200e;
-    pub const PREPARE_RESTORE: u32 = 0x200f;
+    pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
 }
 
@@ -115,17 +116,63 @@ pub enum Hook {
     WatchWrites,
     /// The snapshot needs no protection any more: unregister the mappings.
     UnwatchWrites,
-    /// An operator wants to restore a guest from an image: may the memory of this VMM be filled,
-    /// and its guest, if it has one, be given up?
-    PrepareRestore {
-        /// Path of the image.
-        path: String,
+    /// An operator wants to bring another guest here: may the memory of this VMM be filled, and
+    /// its guest, if it has one, be given up?
+    AcceptGuest {
+        /// Where the other guest comes from.
+        origin: GuestOrigin,
     },
     /// The status of a job. Not answered.
     Event {
         /// The status.
         status: Box<JobStatus>,
     },
+}
+
+/// Where a guest comes from that an operator wants to bring into a VMM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GuestOrigin {
+    /// It is restored from an image.
+    Image {
+        /// Absolute path of the image.
+        path: String,
+    },
+    /// It migrates here.
+    Migration {
+        /// Address at which the agent listens for it.
+        address: String,
+    },
+}
+
+impl GuestOrigin {
+    fn encode(&self, encoder: Encoder) -> Encoder {
+        match self {
+            Self::Image { path } => encoder.u32(0).text(path),
+            Self::Migration { address } => encoder.u32(1).text(address),
+        }
+    }
+
+    fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let kind = decoder.u32("kind")?;
+        let text = decoder.text("origin", MAX_ADDRESS)?.to_owned();
+        match kind {
+            0 => Ok(Self::Image { path: text }),
+            1 => Ok(Self::Migration { address: text }),
+            _ => {
+                let (value, allowed) = (kind.into(), "0 image, 1 migration");
+                Err(DecodeError::InvalidValue { field: "kind", value, allowed })
+            }
+        }
+    }
+}
+
+impl fmt::Display for GuestOrigin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image { path } => write!(f, "the image {path}"),
+            Self::Migration { address } => write!(f, "a migration at {address}"),
+        }
+    }
 }
 
 impl Hook {
@@ -147,7 +194,7 @@ impl Hook {
             Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
             Self::WatchWrites => code::WATCH_WRITES,
             Self::UnwatchWrites => code::UNWATCH_WRITES,
-            Self::PrepareRestore { .. } => code::PREPARE_RESTORE,
+            Self::AcceptGuest { .. } => code::ACCEPT_GUEST,
             Self::Event { .. } => code::EVENT,
         }
     }
@@ -170,7 +217,7 @@ impl Hook {
             Self::UnregisterFaults { .. } => "unregister faults",
             Self::WatchWrites => "watch writes",
             Self::UnwatchWrites => "unwatch writes",
-            Self::PrepareRestore { .. } => "prepare restore",
+            Self::AcceptGuest { .. } => "accept guest",
             Self::Event { .. } => "event",
         }
     }
@@ -196,7 +243,7 @@ impl Hook {
                 encoder.bytes(session).u32(u32::from(*release))
             }
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
-            Self::PrepareRestore { path } => encoder.text(path),
+            Self::AcceptGuest { origin } => origin.encode(encoder),
             _ => encoder,
         }
         .finish()
@@ -246,9 +293,9 @@ impl Hook {
             }
             code::WATCH_WRITES => Ok(Self::WatchWrites),
             code::UNWATCH_WRITES => Ok(Self::UnwatchWrites),
-            code::PREPARE_RESTORE => decoder
-                .text("path", MAX_ADDRESS)
-                .map(|path| Self::PrepareRestore { path: path.to_owned() }),
+            code::ACCEPT_GUEST => {
+                GuestOrigin::decode(decoder).map(|origin| Self::AcceptGuest { origin })
+            }
             code::EVENT => {
                 JobStatus::decode(decoder).map(|status| Self::Event { status: Box::new(status) })
             }

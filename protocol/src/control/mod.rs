@@ -15,6 +15,7 @@
 //! - [`request`]: pageferry's own requests;
 //! - [`role`]: which connections may send a request;
 //! - [`reply`]: answers to requests, and errors as they travel;
+//! - [`agent_info`]: what an agent serves;
 //! - [`job`]: the options and the status of a job;
 //! - [`trackers`]: what reports the writes of the guest;
 //! - [`vhost_user`] (feature `vhost-user`): the requests of vhost-user that hand over memory.
@@ -24,6 +25,7 @@
 //! - [`hook`]: the hooks; [`hook_reply`]: their answers;
 //! - [`state_pieces`]: the list of the pieces in which a VMM saves its state.
 
+pub mod agent_info;
 pub mod codec;
 pub mod frame;
 pub mod hook;
@@ -43,6 +45,7 @@ pub mod unix_path;
 #[cfg(feature = "vhost-user")]
 pub mod vhost_user;
 
+pub use agent_info::{AgentInfo, BlockInfo};
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};
 pub use role::Role;

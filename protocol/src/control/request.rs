@@ -7,7 +7,8 @@
 
 use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{
-    IncomingOptions, MAX_ADDRESS, OutgoingOptions, RestoreOptions, SnapshotMode, SnapshotOptions,
+    IncomingOptions, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions, SnapshotMode,
+    SnapshotOptions,
 };
 use super::ranges::{decode_ranges, encode_ranges};
 use super::{Role, Trackers};
@@ -43,6 +44,7 @@ pub mod code {
     pub const RECOVER: u32 = 0x1018;
     pub const START_SNAPSHOT: u32 = 0x1019;
     pub const START_RESTORE: u32 = 0x101a;
+    pub const QUERY_AGENT: u32 = 0x101b;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -57,6 +59,9 @@ pub const DISCARD_PUNCH: u32 = 1 << 0;
 /// for the guest. The hello carries the word. The answer carries a pidfd of the agent, so that the
 /// VMM can make sure that it has exited before the next agent is attached.
 pub const FEATURE_FENCE: u64 = 1 << 0;
+
+/// Longest name of a VM in bytes.
+pub const MAX_VM_NAME: usize = 128;
 
 /// A request of a VMM or an operator to the agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +80,9 @@ pub enum Request {
         /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
         /// word. Without the feature: 0 and no descriptor.
         agent: u64,
+        /// With [`FEATURE_FENCE`]: the name of the VM, for people; empty if it has none. At most
+        /// [`MAX_VM_NAME`] bytes, without control characters. Without the feature: empty.
+        name: String,
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
     /// whole 64-bit words), which the VMM keeps and whose bits hold from the start. Answered by
@@ -138,15 +146,16 @@ pub enum Request {
     },
     /// Cancels the job that runs. Refused after the guest was relinquished.
     Cancel,
-    /// Changes limits of the job that runs.
+    /// Changes options of the job that runs.
     SetParameters {
-        /// The new limits. Options that can only be set at the start are ignored; for a snapshot or
-        /// a restore, all but the bandwidth are.
-        options: OutgoingOptions,
+        /// The changes.
+        parameters: Parameters,
     },
     /// Asks for the status of the job that runs or ran last. Answered by a
     /// [`JobStatus`](super::job::JobStatus).
     QueryStatus,
+    /// Asks what the agent serves. Answered by an [`AgentInfo`](super::agent_info::AgentInfo).
+    QueryAgent,
     /// Asks for a status in every interval and at every change of phase, as [`code::EVENT`] frames.
     Subscribe {
         /// Time between two of them.
@@ -211,6 +220,7 @@ impl Request {
             Self::Cancel => code::CANCEL,
             Self::SetParameters { .. } => code::SET_PARAMETERS,
             Self::QueryStatus => code::QUERY_STATUS,
+            Self::QueryAgent => code::QUERY_AGENT,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -234,18 +244,18 @@ impl Request {
             | Self::Discard { .. }
             | Self::Free { .. }
             | Self::Populate { .. }
-            | Self::SetTrackers { .. }
-            // The VMM must know that its memory is about to be filled, and by whom.
-            | Self::StartIncoming { .. } => Role::Vmm,
+            | Self::SetTrackers { .. } => Role::Vmm,
             // Only the VMM knows that it has stopped its guest.
             Self::StartSnapshot { options, .. } if options.mode == SnapshotMode::Stopped => {
                 Role::Vmm
             }
             Self::Hello { .. }
             | Self::StartOutgoing { .. }
+            | Self::StartIncoming { .. }
             | Self::Cancel
             | Self::SetParameters { .. }
             | Self::QueryStatus
+            | Self::QueryAgent
             | Self::Subscribe { .. }
             | Self::Resume { .. }
             | Self::StartPostcopy
@@ -268,9 +278,12 @@ impl Request {
     pub fn encode(&self) -> Vec<u8> {
         let encoder = Encoder::new();
         match self {
-            Self::Hello { version_min, version_max, features, agent } => {
+            Self::Hello { version_min, version_max, features, agent, name } => {
                 let encoder = encoder.u16(*version_min).u16(*version_max).u32(0).u64(*features);
-                if features & FEATURE_FENCE == 0 { encoder } else { encoder.u64(*agent) }
+                match features & FEATURE_FENCE {
+                    0 => encoder,
+                    _ => encoder.u64(*agent).text(name),
+                }
             }
             Self::AddBlock { geometry, fd_offset, vmm_address, flags } => encoder
                 .u32(geometry.id)
@@ -289,7 +302,7 @@ impl Request {
             Self::StartIncoming { listen, options } => options.encode(encoder.text(listen)),
             Self::StartSnapshot { path, options } => options.encode(encoder.text(path)),
             Self::StartRestore { path, options } => options.encode(encoder.text(path)),
-            Self::SetParameters { options } => options.encode(encoder),
+            Self::SetParameters { parameters } => parameters.encode(encoder),
             Self::Subscribe { interval } => {
                 encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX))
             }
@@ -297,7 +310,7 @@ impl Request {
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
             }
-            Self::Cancel | Self::QueryStatus | Self::StartPostcopy => encoder,
+            Self::Cancel | Self::QueryStatus | Self::QueryAgent | Self::StartPostcopy => encoder,
         }
         .finish()
     }
@@ -338,9 +351,10 @@ impl Request {
             }),
             code::CANCEL => Ok(Self::Cancel),
             code::SET_PARAMETERS => {
-                OutgoingOptions::decode(decoder).map(|options| Self::SetParameters { options })
+                Parameters::decode(decoder).map(|parameters| Self::SetParameters { parameters })
             }
             code::QUERY_STATUS => Ok(Self::QueryStatus),
+            code::QUERY_AGENT => Ok(Self::QueryAgent),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
@@ -365,20 +379,26 @@ fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let version_max = decoder.u16("version_max")?;
     decoder.u32("reserved")?;
     let features = decoder.u64("features")?;
-    let agent = match features & FEATURE_FENCE {
-        0 => 0,
-        _ => match decoder.u64("agent")? {
-            0 => {
-                return Err(DecodeError::InvalidValue {
-                    field: "agent",
-                    value: 0,
-                    allowed: "from 1",
-                });
-            }
-            number => number,
-        },
+    let (agent, name) = match features & FEATURE_FENCE {
+        0 => (0, String::new()),
+        _ => (decode_agent_number(decoder)?, decode_vm_name(decoder)?),
     };
-    Ok(Request::Hello { version_min, version_max, features, agent })
+    Ok(Request::Hello { version_min, version_max, features, agent, name })
+}
+
+fn decode_agent_number(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
+    match decoder.u64("agent")? {
+        0 => Err(DecodeError::InvalidValue { field: "agent", value: 0, allowed: "from 1" }),
+        number => Ok(number),
+    }
+}
+
+fn decode_vm_name(decoder: &mut Decoder<'_>) -> Result<String, DecodeError> {
+    let name = decoder.text("name", MAX_VM_NAME)?;
+    if name.chars().any(char::is_control) {
+        return Err(DecodeError::ControlCharacter { field: "name", value: name.to_owned() });
+    }
+    Ok(name.to_owned())
 }
 
 fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {

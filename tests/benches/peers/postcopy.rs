@@ -27,8 +27,8 @@ use super::image::{Image, WarmPool, full_guest};
 use super::table::{Better, Table, median};
 use floor::Floor;
 use pageferry_client::{
-    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions, Phase,
-    RunState, StatePiece, Target,
+    Client, Config, HookError, Hooks, IncomingOptions, JobStatus, Mode, OutgoingOptions,
+    Parameters, Phase, RunState, StatePiece, Target,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
@@ -151,7 +151,6 @@ struct Running {
     from: Side,
     to: Side,
     job: u64,
-    options: OutgoingOptions,
     since: Instant,
 }
 
@@ -178,12 +177,12 @@ impl Running {
         let job =
             from.client.start_outgoing(Target::Address(incoming.address), &options).unwrap().job;
         to.resumed.recv_timeout(LIMIT).unwrap();
-        Self { from, to, job, options, since }
+        Self { from, to, job, since }
     }
 
     /// Removes the bandwidth limit for the rest.
     fn finish(self) -> Arrived {
-        self.from.client.set_parameters(&OutgoingOptions { bandwidth: 0, ..self.options }).unwrap();
+        self.from.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
         self.arrived()
     }
 

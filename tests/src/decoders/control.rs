@@ -11,13 +11,13 @@ use pageferry_client::{
 use pageferry_protocol::control::frame::{
     FLAG_NEED_REPLY, FLAG_REPLY, HEADER_SIZE, MAX_BODY, VERSION,
 };
-use pageferry_protocol::control::hook::{self, Hook};
+use pageferry_protocol::control::hook::{self, GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::{
     SavedState, decode_hook_reply, decode_state_reply, encode_hook_reply, encode_state_reply,
     reply_sequence,
 };
 use pageferry_protocol::control::job::{
-    JobKind, Mode, NonConvergence, RestoreMode, RestoreOptions, RunState, SnapshotMode,
+    JobKind, Mode, NonConvergence, Parameters, RestoreMode, RestoreOptions, RunState, SnapshotMode,
     SnapshotOptions,
 };
 use pageferry_protocol::control::reply::{
@@ -161,8 +161,20 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
         granularity: 2 << 20,
     };
     let requests = [
-        Request::Hello { version_min: 1, version_max: 2, features: 2, agent: 0 },
-        Request::Hello { version_min: 1, version_max: 1, features: 3, agent: u64::MAX },
+        Request::Hello {
+            version_min: 1,
+            version_max: 2,
+            features: 2,
+            agent: 0,
+            name: String::new(),
+        },
+        Request::Hello {
+            version_min: 1,
+            version_max: 1,
+            features: 3,
+            agent: u64::MAX,
+            name: "größer".into(),
+        },
         Request::AddBlock { geometry, fd_offset: 0x5000, vmm_address: 1 << 47, flags: 1 },
         Request::RemoveBlock { id: 7 },
         Request::Discard {
@@ -182,7 +194,10 @@ pub fn request_seeds() -> Vec<Vec<u8>> {
             target: "unix:/run/a".into(),
             options: compressed(Compression::Lz4),
         },
-        Request::SetParameters { options: compressed(Compression::Zstd(Compression::MAX_LEVEL)) },
+        Request::SetParameters {
+            parameters: Parameters { throttle: Some(99), ..Parameters::bandwidth(1 << 20) },
+        },
+        Request::QueryAgent,
         Request::QueryStatus,
         Request::Subscribe { interval: Duration::from_millis(10) },
         Request::Resume { force: true },
@@ -330,7 +345,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,
-        Hook::PrepareRestore { path: "/images/mönday.img".into() },
+        Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/images/mönday.img".into() } },
         Hook::Event { status: Box::new(status()) },
     ];
     (9..)

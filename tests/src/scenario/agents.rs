@@ -25,7 +25,9 @@ impl Listening {
     pub fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("agent");
-        let mut server = pageferry_agent::server::Server::new().unwrap();
+        let mut server =
+            pageferry_agent::server::Server::new(pageferry_agent::vm_name::VmName::default())
+                .unwrap();
         server.listen(&path).unwrap();
         let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         server.stop_on(stopped).unwrap();

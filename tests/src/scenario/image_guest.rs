@@ -9,7 +9,7 @@ use crate::random::page_content;
 use crate::require;
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Phase, RestoreMode,
+    BlockRange, Client, Config, Error, JobStatus, MIN_BANDWIDTH, Parameters, Phase, RestoreMode,
     RestoreOptions, SnapshotOptions, Trackers,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -150,7 +150,7 @@ impl Guest {
 
     /// Removes the bandwidth limit of a job, if it has not ended.
     pub fn hurry(&self) {
-        match self.client.set_parameters(&Default::default()) {
+        match self.client.set_parameters(&Parameters::bandwidth(0)) {
             Ok(()) | Err(Error::Refused { .. }) => {}
             Err(error) => panic!("{error}"),
         }

@@ -4,12 +4,11 @@
 
 use super::lock;
 use pageferry_client::{
-    ClearPages, DirtyLog, HookError, Hooks, JobStatus, Ownership, Phase, RunState, StatePiece,
-    Tracker,
+    ClearPages, DirtyLog, GuestOrigin, HookError, Hooks, JobStatus, Ownership, Phase, RunState,
+    StatePiece, Tracker,
 };
 use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// The hooks and events that can have a script.
@@ -29,7 +28,7 @@ pub enum At {
     MemoryComplete,
     MemoryLost,
     /// Refused, unless there is a script.
-    PrepareRestore,
+    AcceptGuest,
     Event(u32),
 }
 
@@ -199,11 +198,11 @@ impl Hooks for ScriptedHooks {
         Ok(())
     }
 
-    fn prepare_restore(&mut self, image: &Path) -> Result<(), HookError> {
-        if !lock(&self.0.scripts).contains_key(&At::PrepareRestore) {
-            return Err(HookError::new(format!("this VMM does not wait for {}", image.display())));
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        if !lock(&self.0.scripts).contains_key(&At::AcceptGuest) {
+            return Err(HookError::new(format!("this VMM does not wait for {origin}")));
         }
-        self.0.run(At::PrepareRestore)
+        self.0.run(At::AcceptGuest)
     }
 
     fn memory_pending(&mut self) -> Result<(), HookError> {

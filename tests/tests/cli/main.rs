@@ -3,6 +3,8 @@
 //! The command line for operators.
 //!
 //! - [`operator`]: migrations, and their errors;
+//! - [`listen`]: migrations that an operator alone arranges, and changes of a job that runs;
+//! - [`vm`]: what the agent says of its VM;
 //! - [`outcomes`]: exit codes, and what goes to standard output and standard error;
 //! - [`manual`]: man pages, completions, and `check`;
 //! - [`pty`]: a terminal of 80 columns;
@@ -10,7 +12,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod image;
+mod listen;
 mod manual;
 mod operator;
 mod outcomes;
 mod pty;
+mod vm;

@@ -34,7 +34,13 @@ const PAGES: u64 = 200;
 const NUMBER: u64 = 7;
 
 fn hello(agent: u64) -> Request {
-    Request::Hello { version_min: 1, version_max: 1, features: FEATURE_FENCE, agent }
+    Request::Hello {
+        version_min: 1,
+        version_max: 1,
+        features: FEATURE_FENCE,
+        agent,
+        name: String::new(),
+    }
 }
 
 #[test]

@@ -130,22 +130,6 @@ fn a_stray_page_is_compressed_too_and_stays_discarded() {
     assert!(scene.destination().client.discarded(scene.destination().ram.id).unwrap().contains(63));
 }
 
-#[test]
-fn the_compression_stays_as_the_migration_was_started() {
-    for (started, changed) in
-        [(Compression::None, Compression::Lz4), (Compression::Lz4, Compression::Zstd(3))]
-    {
-        let mut scene = start(text(), &with(started));
-        let record = scene.relay.until(|record| record.is(Kind::PassDone, 0));
-        scene.source.client.set_parameters(&with(changed)).unwrap();
-        (0..PAGES).for_each(|page| scene.source.write(page, page + 1));
-        scene.relay.pass(record);
-        finish(&mut scene);
-        let flag = if started == Compression::None { 0 } else { FLAG_LZ4 };
-        assert!(flags(&scene).iter().all(|flags| *flags == flag), "{:?}", flags(&scene));
-    }
-}
-
 fn pack(compression: Compression, bytes: &[u8]) -> Vec<u8> {
     let mut compressor = Compressor::new(compression).unwrap().unwrap();
     compressor.begin(bytes.len());

@@ -4,7 +4,7 @@
 
 use super::scene::Scene;
 use super::stale_bits::write_under_kvm;
-use pageferry_client::{Counters, IncomingOptions, OutgoingOptions, Phase, Trackers};
+use pageferry_client::{Counters, IncomingOptions, OutgoingOptions, Parameters, Phase, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::scenario::{SOON, assert_same, lock};
@@ -40,7 +40,7 @@ fn passes_under_a_limit_of_zero_are_no_busy_loop() {
         kvm.dirty.retain(|page| !given.contains(page));
         kvm.dirty.insert(busy);
     }));
-    let (options, outgoing, incoming) = start_without_downtime(&scene);
+    let (_, outgoing, incoming) = start_without_downtime(&scene);
     let mut counters = Counters::default();
     wait_until("passes", SOON, || {
         counters = scene.source.client.status().unwrap().counters;
@@ -50,10 +50,39 @@ fn passes_under_a_limit_of_zero_are_no_busy_loop() {
     // The first 30 follow each other at once, the others 100 ms apart.
     let most = 31 + counters.total_us / 100_000;
     assert!(counters.passes <= most, "{} passes in {} us", counters.passes, counters.total_us);
-    let reached = OutgoingOptions { downtime_limit: Duration::from_secs(3600), ..options };
+    let downtime_limit = Some(Duration::from_secs(3600));
+    let reached = Parameters { downtime_limit, ..Parameters::default() };
     scene.source.client.set_parameters(&reached).unwrap();
     let status = scene.source.wait(outgoing);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(scene.destination().wait(incoming).phase, Phase::Completed);
     assert_same(&scene.source.ram, &scene.destination().ram);
+}
+
+#[test]
+fn an_operator_throttles_the_guest_while_it_moves() {
+    let scene = Scene::new();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
+    let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
+    write_under_kvm(&scene.source, 9, 9);
+    *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
+        kvm.dirty.retain(|page| !given.contains(page));
+        kvm.dirty.insert(busy);
+    }));
+    let (_, outgoing, _) = start_without_downtime(&scene);
+    let client = &scene.source.client;
+    for percent in [40, 0, 99] {
+        let throttle = Parameters { throttle: Some(percent), ..Parameters::default() };
+        client.set_parameters(&throttle).unwrap();
+        wait_until("the throttle", SOON, || lock(&scene.source.vmm.asked).throttle == percent)
+            .unwrap();
+        wait_until("its counter", SOON, || {
+            client.status().unwrap().counters.throttle_percent == u64::from(percent)
+        })
+        .unwrap();
+    }
+    let downtime_limit = Some(Duration::from_secs(3600));
+    client.set_parameters(&Parameters { downtime_limit, ..Parameters::default() }).unwrap();
+    assert_eq!(scene.source.wait(outgoing).phase, Phase::Completed);
+    assert_eq!(lock(&scene.source.vmm.asked).throttle, 0, "the throttle ends with the job");
 }

@@ -11,8 +11,8 @@
 use crate::blocks::{self, LOG_COVERS, Page};
 use crate::seeds;
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RestoreMode, RestoreOptions,
-    RunState, SnapshotMode, SnapshotOptions, StatePiece,
+    BlockRange, Client, Config, HookError, Hooks, Parameters, Phase, Punch, RestoreMode,
+    RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -313,7 +313,7 @@ fn restore(
             }
         }
     }
-    let _ = side.client.set_parameters(&pageferry_client::OutgoingOptions::default());
+    let _ = side.client.set_parameters(&Parameters::bandwidth(0));
     let status = side.client.wait(started.job, SOON).unwrap();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert!(!side.record.lost.load(Ordering::SeqCst));

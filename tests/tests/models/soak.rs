@@ -6,7 +6,7 @@
 //! The test prints its seed. `PAGEFERRY_SEED` sets it.
 
 use crate::seeds;
-use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase, Punch};
+use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Parameters, Phase, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way, is_busy};
 use pageferry_tests::deadline::{wait_for, wait_until};
@@ -155,10 +155,7 @@ fn a_hundred_cuts_at_any_moment_lose_nothing() {
             let count = recover();
             // Sends the rest at full speed. The agent refuses this if all memory is there already,
             // or during a recovery.
-            let _ = source
-                .vmm
-                .client()
-                .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() });
+            let _ = source.vmm.client().set_parameters(&Parameters::bandwidth(0));
             let both = [(&source, outgoing), (&destination, incoming)];
             let ended = both.map(|(side, job)| side.vmm.wait_job(job, PATIENCE));
             for status in ended {

@@ -3,7 +3,7 @@
 //! Attempts to recover that fail half-way.
 
 use crate::scene::{Switch, TRICKLE, check_all_filled, fill_all, guest, small};
-use pageferry_client::{IncomingOptions, OutgoingOptions, Phase};
+use pageferry_client::{IncomingOptions, Parameters, Phase};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::Pattern;
 use pageferry_tests::proxy::Proxy;
@@ -48,7 +48,7 @@ fn what_is_left_of_a_failed_attempt_is_no_part_of_the_next() {
         wait_until("the destination's", PATIENCE, || destination.status().phase == Phase::Postcopy)
             .unwrap();
     }
-    client.set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
+    client.set_parameters(&Parameters::bandwidth(0)).unwrap();
     for (side, job) in [(&source, outgoing), (&destination, incoming)] {
         let status = side.vmm.wait_job(job, PATIENCE).unwrap();
         assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());

@@ -3,7 +3,7 @@
 //! Discards and populates during a postcopy.
 
 use crate::scene::{MIB, Move, SWITCHES, Switch, fill_all, guest, side_with, small};
-use pageferry_client::Punch;
+use pageferry_client::{Parameters, Punch};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::balloon::{Balloon, Way, byte_range};
 use pageferry_tests::deadline::wait_until;
@@ -66,7 +66,7 @@ fn discarded_pages_need_not_come_and_are_zero_when_populated() {
         assert!(plugged.unplug(3).unwrap() && freed.inflate(10, 100).unwrap() > 0);
 
         // The passes are fast. Then the postcopy is slow, so that the balloon has time.
-        let (client, slow) = (source.client().clone(), switch.options(4 * MIB));
+        let (client, slow) = (source.client().clone(), Parameters::bandwidth(4 * MIB));
         source.vmm.before_pause(move || Ok(client.set_parameters(&slow)?));
         let migration = Move::start(&source, &destination, switch.options(100 * MIB));
         if switch == Switch::OnRequest {

@@ -3,7 +3,7 @@
 //! Faults of many threads at once, and faults of the kernel in system calls of a device.
 
 use crate::scene::{Move, Switch, TRICKLE, small};
-use pageferry_client::{IncomingOptions, MIN_BANDWIDTH, Mode, OutgoingOptions, Phase};
+use pageferry_client::{IncomingOptions, MIN_BANDWIDTH, Mode, OutgoingOptions, Parameters, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::IdleGuest;
@@ -195,7 +195,7 @@ fn a_page_in_a_slow_push_comes_when_it_is_requested() {
     wait_until("every page", PATIENCE, || touches.is_finished()).unwrap();
     touches.join().unwrap();
     // The pushed pages that wait for bandwidth are sent now.
-    source.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
+    source.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     assert_eq!(source.vmm.wait_job(outgoing, PATIENCE).unwrap().phase, Phase::Completed);
     assert_eq!(destination.vmm.wait_job(job, PATIENCE).unwrap().phase, Phase::Completed);
     for page in 0..source.block(0).pages() {

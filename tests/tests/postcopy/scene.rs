@@ -2,7 +2,7 @@
 
 //! Two VMMs, and a migration between them.
 
-use pageferry_client::{JobStatus, Mode, NonConvergence, OutgoingOptions, Phase};
+use pageferry_client::{JobStatus, Mode, NonConvergence, OutgoingOptions, Parameters, Phase};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuestOptions};
@@ -141,7 +141,6 @@ pub const TRICKLE: u64 = 64 << 10;
 pub struct Move<'a> {
     pub source: &'a MockSide,
     pub destination: &'a MockSide,
-    pub options: OutgoingOptions,
     outgoing: u64,
     incoming: u64,
 }
@@ -151,7 +150,7 @@ impl<'a> Move<'a> {
         source: &'a MockSide, destination: &'a MockSide, options: OutgoingOptions,
     ) -> Self {
         let [outgoing, incoming] = source.start_move(destination, &options);
-        Self { source, destination, options, outgoing, incoming }
+        Self { source, destination, outgoing, incoming }
     }
 
     /// Waits until the guest runs at the destination. Its memory may already be there.
@@ -171,9 +170,8 @@ impl<'a> Move<'a> {
 
     /// Removes the bandwidth limit for the rest.
     pub fn hurry(&self) {
-        let options = OutgoingOptions { bandwidth: 0, ..self.options.clone() };
         // The agent refuses this if the job has ended.
-        let _ = self.source.client().set_parameters(&options);
+        let _ = self.source.client().set_parameters(&Parameters::bandwidth(0));
     }
 
     /// Waits for the end of both jobs. Returns the final status of the source and of the

@@ -3,7 +3,7 @@
 //! What operators and VMMs see of a postcopy that loses its connections.
 
 use crate::scene::{guest, plausible};
-use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Phase};
+use pageferry_client::{IncomingOptions, Mode, OutgoingOptions, Parameters, Phase};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::guest::threads::{Pattern, ThreadGuest};
 use pageferry_tests::memory::TestMemory;
@@ -108,7 +108,7 @@ fn whoever_watches_sees_the_pause_and_the_recovery() {
         })
     })
     .unwrap();
-    source.vmm.client().set_parameters(&OutgoingOptions { bandwidth: 0, ..options }).unwrap();
+    source.vmm.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
 
     let order = [
         Phase::Postcopy,

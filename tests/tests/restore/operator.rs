@@ -68,7 +68,7 @@ fn a_restore_that_the_vmm_refuses_changes_nothing() {
     for more in [&[][..], &["--lazy"]] {
         assert_in_vain(&host, &guest, &path, more, "this VMM does not wait for");
     }
-    guest.vmm.on(At::PrepareRestore, || Err(HookError::new("not on a Sunday")));
+    guest.vmm.on(At::AcceptGuest, || Err(HookError::new("not on a Sunday")));
     for more in [&[][..], &["--lazy"]] {
         assert_in_vain(&host, &guest, &path, more, "not on a Sunday");
     }
@@ -81,7 +81,7 @@ fn restoring_a_useless_image_costs_no_guest() {
     let guest = Guest::full(&host, PAGES);
     guest.fill(0..PAGES, 5);
     guest.saved(&host, "tracked", &tracked(paused()));
-    guest.vmm.on(At::PrepareRestore, || panic!("the VMM would have given its guest up"));
+    guest.vmm.on(At::AcceptGuest, || panic!("the VMM would have given its guest up"));
     let length = std::fs::metadata(&path).unwrap().len();
     let copy = host.images.path("copy");
     let layout = pageferry_agent::image::Chain::open(&path).unwrap();
@@ -115,7 +115,7 @@ fn an_operator_restores_into_a_vmm_that_gives_its_guest_up() {
         guest.fill(0..PAGES, 5);
         guest.saved(&host, "tracked", &tracked(paused()));
         let vmm = guest.vmm.clone();
-        guest.vmm.on(At::PrepareRestore, move || {
+        guest.vmm.on(At::AcceptGuest, move || {
             lock(&vmm.asked).paused = true;
             Ok(())
         });
@@ -128,7 +128,7 @@ fn an_operator_restores_into_a_vmm_that_gives_its_guest_up() {
         // The changes between the saved guest and this one are not known.
         let increment = on(&host.images.path("tracked"), tracked(paused()));
         let status = guest.wait(guest.snapshot(&host.images.path("increment"), &increment));
-        assert_failed(&status, &["a guest was restored"]);
+        assert_failed(&status, &["a restore was started"]);
         std::fs::remove_file(host.images.path("tracked")).unwrap();
         if require::uffd() {
             guest.check(&guest.saved(&host, "next", &background()));

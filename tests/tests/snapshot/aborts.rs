@@ -3,7 +3,9 @@
 //! Snapshots that do not complete leave no file and no protection, and the guest runs.
 
 use super::scene::Scene;
-use pageferry_client::{BlockRange, JobStatus, MIN_BANDWIDTH, Phase, Punch, SnapshotOptions};
+use pageferry_client::{
+    BlockRange, JobStatus, MIN_BANDWIDTH, Parameters, Phase, Punch, SnapshotOptions,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::require;
 use pageferry_tests::vmm::{Fault, HookName, PATIENCE};
@@ -59,8 +61,7 @@ fn a_limit_that_is_lifted_lets_the_rest_go_at_once() {
     }
     let scene = Scene::full(PAGES);
     let job = begin(&scene, &endless());
-    let unlimited = pageferry_client::OutgoingOptions::default();
-    scene.client().set_parameters(&unlimited).unwrap();
+    scene.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     assert_eq!(end(&scene, job).phase, Phase::Completed);
 }
 
@@ -100,7 +101,7 @@ fn what_is_discarded_while_it_is_saved_is_saved_first() {
     let part = BlockRange { length: 10 * PAGE_SIZE, ..half };
     scene.client().populate(&[part]).unwrap();
     (0..10).for_each(|page| scene.write(PAGES / 2 + page, 5));
-    scene.client().set_parameters(&pageferry_client::OutgoingOptions::default()).unwrap();
+    scene.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     let status = end(&scene, job);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert!(status.counters.copied_before_discard_pages >= PAGES / 2 - 64, "{:?}", status.counters);

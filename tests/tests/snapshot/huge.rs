@@ -5,7 +5,7 @@
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, MIN_BANDWIDTH, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
+    BlockRange, MIN_BANDWIDTH, Parameters, Phase, Punch, RestoreMode, RestoreOptions,
     SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -153,7 +153,7 @@ fn a_lazy_restore_places_whole_huge_pages() {
     });
     assert_eq!(found, [8, 0, 1, 0, 0]);
     // The full huge page and the others.
-    scene.client().set_parameters(&OutgoingOptions::default()).unwrap();
+    scene.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     let status = scene.vmm.wait_job(job, PATIENCE).unwrap();
     assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     assert!(status.counters.faults >= 2, "{:?}", status.counters);

@@ -5,7 +5,7 @@
 
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
-use pageferry_client::{OutgoingOptions, Phase, SnapshotMode, SnapshotOptions, StatePiece};
+use pageferry_client::{Parameters, Phase, SnapshotMode, SnapshotOptions, StatePiece};
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::image::WorkingSet;
@@ -200,7 +200,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
         wait_until("the job to be at work", PATIENCE, here).unwrap();
         assert_eq!((vmm.client().status().unwrap().phase, vmm.record().runs), (phase, runs));
         wait_until("its threads", PATIENCE, || threads() >= idle + 9).unwrap();
-        vmm.client().set_parameters(&OutgoingOptions::default()).unwrap();
+        vmm.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
         assert!(operator.wait(PATIENCE).unwrap().success(), "{:?}", operator.lines());
         wait_until("its threads to end", PATIENCE, || threads() == idle).unwrap();
         // A restore has none.

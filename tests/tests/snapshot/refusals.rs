@@ -4,8 +4,8 @@
 
 use super::scene::{Scene, on, paused, tracked};
 use pageferry_client::{
-    BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Phase, Punch,
-    RestoreMode, RestoreOptions, SnapshotOptions, Target, Trackers,
+    BlockRange, Error, IncomingOptions, MIN_BANDWIDTH, OutgoingOptions, Ownership, Parameters,
+    Phase, Punch, RestoreMode, RestoreOptions, SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::reply::ErrorCode;
@@ -193,7 +193,7 @@ fn check_beside(slow: Slow) {
                 "too late to cancel: the guest that is restored runs".to_owned(),
             );
             assert_eq!(refused(client.cancel()), late);
-            client.set_parameters(&OutgoingOptions::default()).unwrap();
+            client.set_parameters(&Parameters::bandwidth(0)).unwrap();
             assert_eq!(client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
             let mut saved = vec![0; PAGE_SIZE as usize];
             for page in 0..PAGES - 20 {

@@ -4,8 +4,8 @@
 
 use pageferry_client::{
     BlockRange, Client, Config, Error, ErrorCode, IncomingOptions, Mode, OutgoingOptions,
-    Ownership, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions, Target,
-    Trackers,
+    Ownership, Parameters, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode,
+    SnapshotOptions, Target, Trackers,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -227,7 +227,7 @@ fn memory_is_removed_after_a_job_that_cannot_be_cancelled() {
     let options =
         RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
     lazy.vmm.start_restore(&image, &options).unwrap();
-    let hurry = || lazy.client().set_parameters(&OutgoingOptions::default()).unwrap();
+    let hurry = || lazy.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     removes_after_the_job(&[&lazy], Phase::Prefetching, hurry);
 
     let (source, destination) = (full(), empty());
@@ -235,12 +235,7 @@ fn memory_is_removed_after_a_job_that_cannot_be_cancelled() {
     let options =
         OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
     source.vmm.start_outgoing(&address, &options).unwrap();
-    let hurry = || {
-        source
-            .client()
-            .set_parameters(&OutgoingOptions { bandwidth: 0, ..options.clone() })
-            .unwrap()
-    };
+    let hurry = || source.client().set_parameters(&Parameters::bandwidth(0)).unwrap();
     removes_after_the_job(&[&source, &destination], Phase::Postcopy, hurry);
 }
 

@@ -195,8 +195,8 @@ fn the_vmm_may_refuse_a_restore_that_an_operator_asked_for() {
     let expected = path.to_str().unwrap().to_owned();
     let mut willing = false;
     let vmm = Vmm::new(&ram, move |_, hook| match hook {
-        Hook::PrepareRestore { path } if !std::mem::replace(&mut willing, true) => {
-            assert_eq!(*path, expected);
+        Hook::AcceptGuest { origin } if !std::mem::replace(&mut willing, true) => {
+            assert_eq!(*origin, GuestOrigin::Image { path: expected.clone() });
             Err(RemoteError::new(ErrorCode::Denied, "a guest runs here"))
         }
         _ => Ok(()),

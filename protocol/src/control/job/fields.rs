@@ -18,9 +18,13 @@ pub(super) fn workers(decoder: &mut Decoder<'_>) -> Result<u16, DecodeError> {
 }
 
 pub(super) fn bandwidth(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
-    match decoder.u64("bandwidth")? {
-        value @ (0 | MIN_BANDWIDTH..) => Ok(value),
-        value => {
+    bandwidth_value(decoder.u64("bandwidth")?)
+}
+
+pub(super) fn bandwidth_value(value: u64) -> Result<u64, DecodeError> {
+    match value {
+        0 | MIN_BANDWIDTH.. => Ok(value),
+        _ => {
             let allowed = "0 for no limit, or at least 0x10000 (64 KiB) bytes per second";
             Err(DecodeError::InvalidValue { field: "bandwidth", value, allowed })
         }

@@ -35,7 +35,7 @@ impl NonConvergence {
         ("postcopy", NonConvergence::Postcopy),
     ];
 
-    fn from_wire(value: u32) -> Result<Self, DecodeError> {
+    pub(super) fn from_wire(value: u32) -> Result<Self, DecodeError> {
         Self::NAMES.iter().map(|(_, policy)| *policy).find(|policy| *policy as u32 == value).ok_or(
             DecodeError::InvalidValue {
                 field: "policy",
@@ -147,8 +147,8 @@ impl Compression {
     }
 }
 
-/// Options of an outgoing migration. All but the mode, the streams, the compression, the release,
-/// the resume and the timeouts can be changed while it runs.
+/// Options of an outgoing migration. [`Parameters`](super::Parameters) has those that can be changed
+/// while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has

@@ -4,6 +4,7 @@
 //!
 //! - [`migration`]: options of a migration;
 //! - [`image`]: options of a snapshot and of a restore;
+//! - [`parameters`]: changes of the options of a job that runs;
 //! - [`run_state`]: whether a guest runs, and whether it is resumed where it arrives;
 //! - [`status`]: the kind, the phase and the status of a job;
 //! - [`counters`]: the counters of a job.
@@ -13,12 +14,14 @@ pub mod counters;
 mod fields;
 pub mod image;
 pub mod migration;
+pub mod parameters;
 pub mod run_state;
 pub mod status;
 
 pub use counters::Counters;
 pub use image::{NotUtf8, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, OutgoingOptions};
+pub use parameters::Parameters;
 pub use run_state::{ResumePolicy, RunState};
 pub use status::{JobKind, JobStatus, Phase};
 

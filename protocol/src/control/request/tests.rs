@@ -3,8 +3,8 @@
 use super::*;
 use crate::control::frame::MAX_BODY;
 use crate::control::job::{
-    Compression, Counters, JobKind, JobStatus, Mode, NonConvergence, Phase, RestoreMode,
-    ResumePolicy, RunState, SnapshotMode,
+    Compression, Counters, JobKind, JobStatus, MIN_BANDWIDTH, Mode, NonConvergence, Phase,
+    RestoreMode, ResumePolicy, RunState, SnapshotMode,
 };
 use proptest::prelude::*;
 
@@ -48,6 +48,23 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
     )
 }
 
+fn any_parameters() -> impl Strategy<Value = Parameters> {
+    let option = prop::option::of::<std::ops::Range<u32>>;
+    let policy = prop::sample::select(NonConvergence::NAMES.map(|(_, policy)| policy).to_vec());
+    let bandwidth = prop::option::of(prop_oneof![Just(0), MIN_BANDWIDTH..]);
+    let numbers = (option(0..1000), option(0..1000), option(0..100));
+    (bandwidth, prop::option::of(policy), prop::option::of(0u64..1 << 40), numbers).prop_map(
+        |(bandwidth, policy, downtime_limit, (max_passes, switch_after, throttle))| Parameters {
+            bandwidth,
+            downtime_limit: downtime_limit.map(Duration::from_micros),
+            max_passes,
+            policy,
+            switch_after,
+            throttle,
+        },
+    )
+}
+
 fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
     let mode = prop::sample::select(SnapshotMode::NAMES.map(|(_, mode)| mode).to_vec());
     let numbers = (1u16..=64, any::<u64>(), 1u64..1 << 30);
@@ -87,10 +104,13 @@ fn any_ranges() -> impl Strategy<Value = Vec<BlockRange>> {
 
 fn any_request() -> impl Strategy<Value = Request> {
     prop_oneof![
-        (any::<u16>(), any::<u16>(), any::<u64>(), 1u64..).prop_map(
-            |(version_min, version_max, features, number)| {
-                let agent = if features & FEATURE_FENCE == 0 { 0 } else { number };
-                Request::Hello { version_min, version_max, features, agent }
+        (any::<u16>(), any::<u16>(), any::<u64>(), 1u64.., "[a-zé -]{0,60}").prop_map(
+            |(version_min, version_max, features, number, name)| {
+                let (agent, name) = match features & FEATURE_FENCE {
+                    0 => (0, String::new()),
+                    _ => (number, name),
+                };
+                Request::Hello { version_min, version_max, features, agent, name }
             }
         ),
         (any::<[u64; 5]>(), any::<u32>(), "[a-z]{1,255}", 0u32..2).prop_map(
@@ -118,7 +138,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         }),
         (".{0,60}", any_options())
             .prop_map(|(target, options)| Request::StartOutgoing { target, options }),
-        any_options().prop_map(|options| Request::SetParameters { options }),
+        any_parameters().prop_map(|parameters| Request::SetParameters { parameters }),
         (10u64..3_600_000)
             .prop_map(|ms| Request::Subscribe { interval: Duration::from_millis(ms) }),
         any::<bool>().prop_map(|force| Request::Resume { force }),
@@ -131,6 +151,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         Just(Request::StartPostcopy),
         Just(Request::Cancel),
         Just(Request::QueryStatus),
+        Just(Request::QueryAgent),
         Just(Request::StartIncoming {
             listen: "tcp:[::1]:0".into(),
             options: IncomingOptions::default()
@@ -155,7 +176,13 @@ proptest! {
 
 #[test]
 fn the_least_role_of_every_request_is_known() {
-    let hello = |features| Request::Hello { version_min: 1, version_max: 1, features, agent: 1 };
+    let hello = |features| Request::Hello {
+        version_min: 1,
+        version_max: 1,
+        features,
+        agent: 1,
+        name: String::new(),
+    };
     let snapshot = |mode| Request::StartSnapshot {
         path: String::new(),
         options: SnapshotOptions { mode, ..SnapshotOptions::default() },
@@ -171,10 +198,6 @@ fn the_least_role_of_every_request_is_known() {
         (Request::Free { ranges: vec![] }, true),
         (Request::Populate { ranges: vec![] }, true),
         (Request::SetTrackers { sources: Trackers::HOOKS }, true),
-        (
-            Request::StartIncoming { listen: String::new(), options: IncomingOptions::default() },
-            true,
-        ),
         (snapshot(SnapshotMode::Stopped), false),
     ];
     let options = OutgoingOptions::default;
@@ -182,8 +205,10 @@ fn the_least_role_of_every_request_is_known() {
         hello(0),
         Request::StartOutgoing { target: String::new(), options: options() },
         Request::Cancel,
-        Request::SetParameters { options: options() },
+        Request::StartIncoming { listen: String::new(), options: IncomingOptions::default() },
+        Request::SetParameters { parameters: Parameters::default() },
         Request::QueryStatus,
+        Request::QueryAgent,
         Request::Subscribe { interval: Duration::from_secs(1) },
         Request::Resume { force: true },
         Request::StartPostcopy,
@@ -233,6 +258,44 @@ fn a_compression_that_does_not_exist_is_refused_by_field() {
     }
     let error = options(3, 1).unwrap_err().to_string();
     assert_eq!(error, "compression is 0x3, allowed: 0 none, 1 lz4, 2 zstd");
+}
+
+#[test]
+fn parameters_that_are_not_allowed_are_refused_only_if_they_are_set() {
+    let refused = |fields: u32, at: usize, value: u32| {
+        let mut body = Parameters::default().encode(Encoder::new()).finish();
+        body[..4].copy_from_slice(&fields.to_le_bytes());
+        body[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        Parameters::decode(&mut Decoder::new(&body)).err().map(|error| error.to_string())
+    };
+    for (bit, at, value, field) in [
+        (0, 16, 1, "bandwidth is 0x1"),
+        (3, 24, 5, "policy is 0x5"),
+        (5, 32, 100, "throttle is 0x64"),
+    ] {
+        let error = refused(1 << bit, at, value).unwrap();
+        assert!(error.starts_with(&format!("{field}, allowed: ")), "{error}");
+        assert_eq!(refused(0, at, value), None);
+    }
+    assert!(refused(1 << 6, 0, 1 << 6).unwrap().starts_with("fields is 0x40, allowed: bits 0 to"));
+}
+
+#[test]
+fn a_name_of_a_vm_fits_one_line() {
+    let hello = |name: &str| {
+        let request = Request::Hello {
+            version_min: 1,
+            version_max: 1,
+            features: FEATURE_FENCE,
+            agent: 1,
+            name: name.into(),
+        };
+        Request::decode(code::HELLO, &request.encode()).unwrap()
+    };
+    assert!(hello(&"n".repeat(MAX_VM_NAME)).is_ok());
+    let refused = |name: &str| hello(name).unwrap_err().to_string();
+    assert_eq!(refused(&"n".repeat(129)), "name has 129 bytes, allowed are 128");
+    assert_eq!(refused("vm\n1"), "name is \"vm\\n1\", allowed: a text without control characters");
 }
 
 #[test]

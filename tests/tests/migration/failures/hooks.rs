@@ -4,7 +4,9 @@
 
 use super::after_commit::assert_stays_paused;
 use crate::scene::{Scene, empty, filled};
-use pageferry_client::{HookError, NonConvergence, OutgoingOptions, Ownership, Phase, Trackers};
+use pageferry_client::{
+    HookError, NonConvergence, OutgoingOptions, Ownership, Parameters, Phase, Trackers,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
@@ -212,8 +214,9 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
         "the guest is not throttled"
     );
     scene.relay.pass(record);
-    let downtime_limit = Duration::from_secs(3600);
-    scene.source.client.set_parameters(&OutgoingOptions { downtime_limit, ..options }).unwrap();
+    let downtime_limit = Some(Duration::from_secs(3600));
+    let reached = Parameters { downtime_limit, ..Parameters::default() };
+    scene.source.client.set_parameters(&reached).unwrap();
     let status = scene.end();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
 }

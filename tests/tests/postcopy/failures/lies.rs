@@ -8,7 +8,7 @@
 use super::scene::{
     DISCARDED, HOLES, PAGES, Scene, TIMEOUT, URGENT, WANTED, WANTED_TOO, postcopy, stamp_of,
 };
-use pageferry_client::{OutgoingOptions, Ownership, Phase};
+use pageferry_client::{OutgoingOptions, Ownership, Parameters, Phase};
 use pageferry_protocol::memory::{BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::stream::answer::{Accept, decode_error};
 use pageferry_protocol::stream::payload::{Totals, decode_bitmap, encode_bitmap, encode_runs};
@@ -325,8 +325,7 @@ fn a_false_report_of_the_destination_releases_nothing() {
         let (source, _) = scene.assert_paused();
         assert_says(source.error_text(), words);
         assert_eq!(source.counters.released_pages, 0);
-        let fast = OutgoingOptions { bandwidth: 0, ..slow.clone() };
-        scene.source.client.set_parameters(&fast).unwrap();
+        scene.source.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
         scene.recover();
         scene.assert_completes_but(&[1]);
         assert_eq!(touch.found().unwrap(), stamp_of(WANTED));

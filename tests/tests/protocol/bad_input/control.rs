@@ -5,7 +5,7 @@
 
 use super::geometry;
 use pageferry_client::{
-    MIN_BANDWIDTH, OutgoingOptions, Phase, RestoreOptions, SnapshotOptions, Trackers,
+    MIN_BANDWIDTH, OutgoingOptions, Parameters, Phase, RestoreOptions, SnapshotOptions, Trackers,
 };
 use pageferry_protocol::control::SocketError;
 use pageferry_protocol::control::codec::Encoder;
@@ -148,7 +148,13 @@ fn bad_requests_are_refused_by_name_and_the_connection_lives() {
             "the request is missing in: {error}"
         );
     }
-    let hello = Request::Hello { version_min: 7, version_max: 9, features: 0, agent: 0 };
+    let hello = Request::Hello {
+        version_min: 7,
+        version_max: 9,
+        features: 0,
+        agent: 0,
+        name: String::new(),
+    };
     let error = assert_refused(&mut peer, &hello, Vec::new(), &["version 7 to 9"]);
     assert_eq!(error.code, ErrorCode::Unsupported);
     assert_eq!(discard(&mut peer, page(1, 0)).unwrap(), 1, "block 1 is still there");
@@ -354,7 +360,7 @@ fn a_bandwidth_too_low_is_refused_with_the_minimum() {
         let restore = RestoreOptions { bandwidth, ..RestoreOptions::default() };
         for request in [
             Request::StartOutgoing { target: "unix:/nowhere".into(), options: migration.clone() },
-            Request::SetParameters { options: migration },
+            Request::SetParameters { parameters: Parameters::bandwidth(bandwidth) },
             Request::StartSnapshot { path: "/nowhere".into(), options: snapshot },
             Request::StartRestore { path: "/nowhere".into(), options: restore },
         ] {

@@ -26,6 +26,11 @@ pub mod outgoing_at {
     pub const HOOK_TIMEOUT: usize = 50;
 }
 
+/// The body of SET_PARAMETERS that lifts the limit of the bandwidth.
+pub fn parameters() -> Body {
+    Body::new().u32(1).u32(0).u64(0).u64(0).u32(0).u32(0).u32(0)
+}
+
 /// "Options of an incoming migration".
 pub fn incoming() -> Body {
     Body::new().u64(PATIENCE).u64(PATIENCE).u16(0)

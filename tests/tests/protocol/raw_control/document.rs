@@ -6,7 +6,7 @@
 use super::bodies::{incoming, outgoing, restore, snapshot};
 use super::refusals::proper;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
-use pageferry_protocol::control::hook::{self, Hook};
+use pageferry_protocol::control::hook::{self, GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::decode_state_reply;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::reply::{
@@ -15,7 +15,7 @@ use pageferry_protocol::control::reply::{
 use pageferry_protocol::control::request::{self, Request};
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::vhost_user::FrontendReq;
-use pageferry_protocol::control::{Trackers, frame};
+use pageferry_protocol::control::{AgentInfo, Trackers, frame};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The text of the document.
@@ -88,6 +88,7 @@ fn it_has_every_request_and_every_hook() {
         ("RECOVER", RECOVER),
         ("START_SNAPSHOT", START_SNAPSHOT),
         ("START_RESTORE", START_RESTORE),
+        ("QUERY_AGENT", QUERY_AGENT),
     ];
     assert_eq!(documented, named.into_iter().map(|(name, code)| (code, name)).collect());
     assert!(section("### SUBSCRIBE, 0x1015").contains(&format!("EVENT, {EVENT:#x}")));
@@ -117,6 +118,12 @@ fn name_of_hook(code: u32) -> String {
     hook.name().replace(' ', "_").to_uppercase()
 }
 
+/// What an agent without a VMM says of itself.
+fn agent_info() -> AgentInfo {
+    let (version, name) = ("0.1.0".to_owned(), "vm1".to_owned());
+    AgentInfo { version, pid: 1, name, vmm_pid: 0, blocks: Vec::new() }
+}
+
 /// One of each hook.
 fn examples_of_hooks() -> Vec<Hook> {
     let pieces = vec![PieceSize { name: "vcpu".into(), length: 5 }];
@@ -136,7 +143,7 @@ fn examples_of_hooks() -> Vec<Hook> {
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,
-        Hook::PrepareRestore { path: "/image".into() },
+        Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/image".into() } },
         Hook::Event { status: Box::default() },
     ]
 }
@@ -219,7 +226,7 @@ fn check_fields(
     let mut next = None;
     for row in rows {
         let Ok(offset) = row[0].parse::<usize>() else {
-            assert_eq!((row[0], row[2]), ("after it", "options"), "{what}");
+            assert_eq!(row[0], "after it", "{what}");
             return;
         };
         assert!(next.is_none_or(|next| next == offset), "{what}: {row:?} is not at {next:?}");
@@ -252,8 +259,8 @@ fn every_field_is_where_it_says() {
         // The first is the one with all fields.
         let (_, body, _) = proper().into_iter().find(|(proper, ..)| *proper == code).unwrap();
         if name != "CANCEL"
-            && name != "SET_PARAMETERS"
             && name != "QUERY_STATUS"
+            && name != "QUERY_AGENT"
             && name != "START_POSTCOPY"
         {
             check_fields(name, &table(text, &FIELDS), &body.0, 0, |body| {
@@ -267,6 +274,10 @@ fn every_field_is_where_it_says() {
             ("ADD_BLOCK", Some(rows)) => check_reply(&rows, &numbers[..12], AddBlockReply::decode),
             ("DISCARD" | "POPULATE" | "FREE", Some(rows)) => {
                 check_reply(&rows, &numbers[..8], RangesReply::decode);
+            }
+            ("QUERY_AGENT", Some(rows)) => {
+                let body = agent_info().encode(Encoder::new()).finish();
+                check_reply(&rows, &body, AgentInfo::decode);
             }
             ("START_OUTGOING", Some(rows)) => {
                 let body = Encoder::new().u64(1).text("fd").finish();
@@ -294,7 +305,7 @@ fn every_field_is_where_it_says() {
     });
 
     let options = [
-        ("an outgoing migration", request::code::SET_PARAMETERS, outgoing(), 0),
+        ("an outgoing migration", request::code::START_OUTGOING, outgoing(), 4),
         ("an incoming migration", request::code::START_INCOMING, incoming(), 4),
         ("a snapshot", request::code::START_SNAPSHOT, snapshot(0), 4),
         ("a restore", request::code::START_RESTORE, restore(0), 4),

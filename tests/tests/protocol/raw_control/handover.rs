@@ -144,7 +144,7 @@ fn a_postcopy_that_lost_its_wire_is_recovered() {
     assert!(resumed.0 == 2 && resumed.1.contains("recover"), "{resumed:?}");
     assert_eq!(source.start(code::RECOVER, &body, &[]), (1, String::new()));
     // The rest without a limit. The job keeps its other options.
-    source.ask(code::SET_PARAMETERS, &outgoing().with(outgoing_at::MODE, &[1]), &[]).unwrap();
+    source.ask(code::SET_PARAMETERS, &bodies::parameters(), &[]).unwrap();
     for side in [source, destination] {
         let ended = side.end();
         assert_eq!(ended.phase, phase::COMPLETED, "{ended:?}");
@@ -272,9 +272,10 @@ fn a_paused_guest_is_saved_and_restored_for_an_operator() {
     ask(&operator, code::START_RESTORE, &with_options(&image, &restore(0)), &[]).unwrap();
     let ended = next.end();
     assert_eq!((ended.kind, ended.phase, ended.guest), (4, phase::COMPLETED, 1), "{ended:?}");
-    let codes = [hook::PREPARE_RESTORE, hook::LOAD_STATE, hook::RESUME];
+    let codes = [hook::ACCEPT_GUEST, hook::LOAD_STATE, hook::RESUME];
     assert_eq!(next.hooked().codes(), codes);
-    assert_eq!(next.hooked().last(hook::PREPARE_RESTORE)[8..], Body::new().text(&image).0);
+    let origin = Body::new().u32(0).text(&image);
+    assert_eq!(next.hooked().last(hook::ACCEPT_GUEST)[8..], origin.0);
     assert_eq!(next.ram.pages()[..6], [0, 1, 2, 3, 4, 0]);
     // Once more for the VMM itself, which is not asked, and the guest is to stay paused.
     next.hooked().called.clear();

@@ -32,7 +32,7 @@ pub mod code {
     pub const UNREGISTER_FAULTS: u32 = 0x200c;
     pub const WATCH_WRITES: u32 = 0x200d;
     pub const UNWATCH_WRITES: u32 = 0x200e;
-    pub const PREPARE_RESTORE: u32 = 0x200f;
+    pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
 }
 
@@ -208,7 +208,7 @@ fn succeed(
             }
         }
         code::START_TRACKING | code::STOP_TRACKING => {}
-        code::RELINQUISH | code::PREPARE_RESTORE => {}
+        code::RELINQUISH | code::ACCEPT_GUEST => {}
         other => panic!("hook {other:#x} is not in the document"),
     }
     answer(sequence, &success, &[]);

@@ -179,12 +179,12 @@ fn a_vmm_that_refuses_a_restore_keeps_its_guest() {
     vmm.start(code::START_SNAPSHOT, &with_options(&image, &snapshot(1)), &[]);
     assert_eq!(vmm.end().phase, phase::COMPLETED);
     vmm.ram.write(1, 77);
-    vmm.hooked().instead.insert(hook::PREPARE_RESTORE, error());
+    vmm.hooked().instead.insert(hook::ACCEPT_GUEST, error());
     let operator = host.connect();
     ask(&operator, code::START_RESTORE, &with_options(&image, &restore(0)), &[]).unwrap();
     assert_failed(&vmm.end(), SENTENCE);
     assert_eq!(vmm.ram.pages()[..5], [0, 77, 2, 3, 4]);
-    assert_eq!(vmm.hooked().codes().last(), Some(&hook::PREPARE_RESTORE));
+    assert_eq!(vmm.hooked().codes().last(), Some(&hook::ACCEPT_GUEST));
     // A state that does not load leaves no guest, and memory that is empty.
     vmm.hooked().instead.clear();
     vmm.hooked().instead.insert(hook::LOAD_STATE, error());

@@ -72,11 +72,10 @@ fn an_operator_may_send_what_the_document_says() {
         code::POPULATE,
         code::FREE,
         code::SET_TRACKERS,
-        code::START_INCOMING,
     ];
     for (code, body, count) in proper() {
         if only_the_vmm.contains(&code) || (code == code::HELLO && count == 1) {
-            refused(&operator, code, &body, &fds[..count], error::DENIED, "another connection");
+            refused(&operator, code, &body, &fds[..count], error::DENIED, "start another agent");
         }
     }
     let stopped = with_options("/nowhere/image", &bodies::snapshot(2));
@@ -117,7 +116,8 @@ fn a_job_is_watched_limited_and_cancelled() {
     refused(&vmm.control, code::START_OUTGOING, &busy, &[], error::BUSY, "job 1");
     refused(&vmm.control, code::REMOVE_BLOCK, &Body::new().u32(1), &[], error::BUSY, "job 1");
     refused(&vmm.control, code::SET_TRACKERS, &Body::new().u32(4), &[], error::BUSY, "job 1");
-    let limits = outgoing().with(outgoing_at::BANDWIDTH, &[0, 0, 1]);
+    // Only the bandwidth, which is the field at 16.
+    let limits = bodies::parameters().with(16, &[0, 0, 1]);
     vmm.does(code::SET_PARAMETERS, &limits);
     vmm.does(code::START_POSTCOPY, &Body::new());
     vmm.does(code::CANCEL, &Body::new());
@@ -134,7 +134,7 @@ fn a_job_is_watched_limited_and_cancelled() {
     vmm.start(code::START_OUTGOING, &with_options(&target, &outgoing()), &[]);
     let _peer = listener.accept().unwrap();
     refused(&vmm.control, code::START_POSTCOPY, &Body::new(), &[], error::STATE, "precopy");
-    let postcopy = outgoing().with(outgoing_at::MODE, &[2]).with(outgoing_at::POLICY, &[4]);
+    let postcopy = bodies::parameters().with(0, &[8]).with(24, &[4]);
     refused(
         &vmm.control,
         code::SET_PARAMETERS,

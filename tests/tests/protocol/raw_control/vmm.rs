@@ -45,6 +45,7 @@ pub mod code {
     pub const RECOVER: u32 = 0x1018;
     pub const START_SNAPSHOT: u32 = 0x1019;
     pub const START_RESTORE: u32 = 0x101a;
+    pub const QUERY_AGENT: u32 = 0x101b;
     pub const EVENT: u32 = 0x1100;
 }
 
@@ -221,7 +222,7 @@ pub struct Vmm {
 
 /// The body of a HELLO that offers version 1, with the fence as agent `number`.
 pub fn hello(number: u64) -> Body {
-    Body::new().u16(1).u16(1).u32(0).u64(1).u64(number)
+    Body::new().u16(1).u16(1).u32(0).u64(1).u64(number).text("")
 }
 
 impl Vmm {

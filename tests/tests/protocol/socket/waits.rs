@@ -2,7 +2,7 @@
 
 //! Requests that wait for a name server, a VMM or a full queue, while other requests are answered.
 
-use pageferry_client::{Error, IncomingOptions, Ownership, Phase, Target, Trackers};
+use pageferry_client::{Error, IncomingOptions, Ownership, Parameters, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::job::{IncomingOptions as WireIncoming, OutgoingOptions};
@@ -193,6 +193,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
                 version_max: CONTROL_VERSION,
                 features: 0,
                 agent: 0,
+                name: String::new(),
             },
             Request::AddBlock {
                 geometry: geometry(block + 1),
@@ -215,8 +216,9 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
                 listen: format!("unix:{}", at("stream")),
                 options: WireIncoming::default(),
             },
-            Request::SetParameters { options: options() },
+            Request::SetParameters { parameters: Parameters::bandwidth(0) },
             Request::QueryStatus,
+            Request::QueryAgent,
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {

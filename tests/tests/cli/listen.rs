@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Migrations that an operator alone arranges: `listen` at the destination, which asks its VMM, and
+//! `set` for a job that runs.
+
+use pageferry_client::{HookError, Ownership, Phase, SnapshotOptions};
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::{AgentProcess, program};
+use pageferry_tests::scenario::{At, Attached, Ram, lock};
+use pageferry_tests::vmm::PATIENCE;
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+const PAGES: u64 = 512;
+
+/// A guest, and its agent.
+struct Side {
+    vmm: Attached,
+    agent: AgentProcess,
+}
+
+impl Side {
+    fn new(folder: &Path, name: &str) -> Self {
+        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
+        let vmm = Attached::new(agent.socket(), Ram::odd(PAGES));
+        (0..PAGES).for_each(|page| vmm.ram.write(page, page + 1));
+        Self { vmm, agent }
+    }
+
+    fn command(&self, what: &str, more: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, what: &str, more: &[&str]) -> Output {
+        self.command(what, more).output().unwrap()
+    }
+
+    /// Starts to listen at a port that the kernel chooses. Returns the command, and the address.
+    fn listen(&self) -> (Child, String) {
+        let mut command = self.command("listen", &["tcp:127.0.0.1:0", "--json"]);
+        let mut listening = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut first = String::new();
+        // A line at a time: the rest stays in the pipe.
+        let stdout = listening.stdout.take().unwrap();
+        let mut stdout = BufReader::with_capacity(1, stdout);
+        stdout.read_line(&mut first).unwrap();
+        listening.stdout = Some(stdout.into_inner());
+        let object: Value = serde_json::from_str(&first).unwrap();
+        (listening, object["listening"].as_str().unwrap().to_owned())
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    let destination = Side::new(folder.path(), "destination");
+    destination.vmm.ram.write(3, 999);
+
+    // A VMM refuses, unless its author has written the hook. Both guests stay where they are.
+    let (listening, address) = destination.listen();
+    let moved = source.run("migrate", &["--to", &address]);
+    assert_eq!(moved.status.code(), Some(1), "{moved:?}");
+    assert!(stderr(&moved).contains("the guest is here, as it was before"), "{moved:?}");
+    let listened = listening.wait_with_output().unwrap();
+    assert_eq!(listened.status.code(), Some(1), "{listened:?}");
+    assert!(stderr(&listened).contains("does not wait for a migration at tcp:127.0.0.1:"));
+    assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
+    assert_eq!(destination.vmm.ram.stamp(3), 999);
+    assert!(!source.vmm.vmm.is_paused());
+
+    // Until a source comes, the guest of the destination is its own: it frees, and is kept if the
+    // job is cancelled.
+    let vmm = destination.vmm.vmm.clone();
+    destination.vmm.vmm.on(At::AcceptGuest, move || {
+        lock(&vmm.asked).paused = true;
+        Ok(())
+    });
+    let (listening, _) = destination.listen();
+    assert_eq!(destination.vmm.client.populate(&[destination.vmm.ram.range(0, 1)]).unwrap(), 0);
+    assert!(destination.run("cancel", &[]).status.success());
+    assert_eq!(listening.wait_with_output().unwrap().status.code(), Some(1));
+    assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
+
+    let (listening, address) = destination.listen();
+    let moved = source.run("migrate", &["--to", &address]);
+    assert!(moved.status.success(), "{moved:?}");
+    let listened = listening.wait_with_output().unwrap();
+    assert!(listened.status.success(), "{listened:?}");
+    assert!((0..PAGES).all(|page| destination.vmm.ram.stamp(page) == page + 1));
+    assert_eq!(source.vmm.client.ownership(), Ownership::Gone);
+    assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
+    assert!(!destination.vmm.vmm.is_paused());
+
+    // Addresses that cannot be listened at are refused at once.
+    for (wrong, word) in [("7000", "tcp:HOST:PORT"), ("unix:/nowhere/at/all", "/nowhere/at/all")] {
+        let refused = destination.run("listen", &[wrong]);
+        assert_eq!(refused.status.code(), Some(1));
+        assert!(stderr(&refused).contains(word), "{refused:?}");
+    }
+}
+
+#[test]
+fn an_operator_changes_a_job_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    let refused = |more: &[&str], code, word: &str| {
+        let refused = source.run("set", more);
+        assert_eq!(refused.status.code(), Some(code), "{refused:?}");
+        assert!(stderr(&refused).contains(word), "{refused:?}");
+    };
+    refused(&[], 2, "--bandwidth");
+    refused(&["--throttle", "100"], 2, "--throttle");
+    refused(&["--bandwidth", "0"], 1, "no job is running");
+
+    // A snapshot has only the bandwidth.
+    let image = folder.path().join("image");
+    let slow = SnapshotOptions {
+        mode: pageferry_client::SnapshotMode::Paused,
+        bandwidth: 64 << 10,
+        ..SnapshotOptions::default()
+    };
+    let job = source.vmm.client.start_snapshot(&image, &slow).unwrap().job;
+    refused(&["--throttle", "3"], 1, "throttle: job 1 is a snapshot");
+    assert!(source.run("set", &["--bandwidth", "0"]).status.success());
+    assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
+
+    // A migration that does not end by itself: no pass of 64 KiB/s fits the downtime limit.
+    let destination = Side::new(folder.path(), "destination");
+    destination.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
+    let (listening, address) = destination.listen();
+    let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K"]);
+    let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes)
+        .unwrap();
+    refused(&["--policy", "postcopy"], 1, "it takes hybrid");
+    refused(&["--switch-after", "3"], 1, "hybrid");
+    let set = source.run("set", &["--throttle", "40", "--downtime-limit", "0ms", "--json"]);
+    assert!(set.status.success(), "{set:?}");
+    assert!(source.run("set", &["--bandwidth", "0"]).status.success());
+    let moved = migrate.wait_with_output().unwrap();
+    assert!(moved.status.success(), "{moved:?}");
+    assert!(listening.wait_with_output().unwrap().status.success());
+    assert!((0..PAGES).all(|page| destination.vmm.ram.stamp(page) == page + 1));
+}
