@@ -48,8 +48,9 @@ use crate::poison::Poisoner;
 use crate::registration::Registration;
 use crate::stop::StopToken;
 use crate::sync::lock;
+use crate::tracking::active::ActiveTrackers;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{RegisterMode, feature};
+use pageferry_protocol::userfault::{RegisterMode, Userfaultfd, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -91,9 +92,14 @@ impl MissingPages {
 
     /// Finds out whether [`MissingPages::register`] would work, and leaves nothing registered. An
     /// access to a mapping may wait for a moment meanwhile.
-    pub(crate) fn probe(&self, memory: &Memory) -> Result<(), Error> {
+    pub(crate) fn probe(&self, memory: &Memory, tracking: &ActiveTrackers) -> Result<(), Error> {
         // A registration that exists has worked; one of lost memory ends before the next begins.
         match &*self.state() {
+            // The agent stops its trackers before it asks for the registration. That the mappings
+            // can be registered shows in theirs.
+            State::Complete if tracking.is_registered() => {
+                Ok(Userfaultfd::open(FEATURES).map(drop)?)
+            }
             State::Complete => {
                 Registration::register_all(memory, FEATURES, RegisterMode::Missing).map(drop)
             }

@@ -66,14 +66,6 @@ pub struct RestorePlan {
     pub checkpoint: SharedCheckpoint,
 }
 
-impl RestorePlan {
-    /// No tracker sees what the job writes.
-    fn end_checkpoint(&self) {
-        self.checkpoint.end("a restore was started");
-        self.checkpoint.stop_idle();
-    }
-}
-
 /// Restores a guest and ends the job.
 pub fn run(job: &Arc<Job>, order: &RestorePlan) {
     let outcome = restore(job, order);
@@ -90,17 +82,15 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.set_guest_state(state.guest);
     let plan = match order.options.mode {
         RestoreMode::Eager => None,
-        RestoreMode::Lazy => {
-            // The plan tries out a registration that an idle tracker would be in the way of.
-            order.end_checkpoint();
-            Some(lazy::plan(job, &source, &order.options)?)
-        }
+        RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
     };
     if order.needs_vmm_consent {
         let path = order.path.to_string_lossy().into_owned();
         job.ask_consent(GuestOrigin::Image { path })?;
     }
-    order.end_checkpoint();
+    // No tracker sees what the job writes.
+    order.checkpoint.end("a restore was started");
+    order.checkpoint.stop_idle();
     let started;
     let discards = match &order.record_discards {
         RecordDiscards::SinceRequest(discards) => discards,

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 /// Finds out whether [`register_faults`] would work.
 pub(super) fn probe_faults(context: &HookContext) -> Reply<()> {
-    let probed = context.missing.probe(&context.memory);
+    let probed = context.missing.probe(&context.memory, &context.tracking);
     probed.map_err(|error| RemoteError::new(ErrorCode::Unsupported, chain(&error)))
 }
 

@@ -136,6 +136,11 @@ impl ActiveTrackers {
         Ok(())
     }
 
+    /// True while the mappings are registered for scanning, which excludes another registration.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.state().scanning.as_ref().is_some_and(|scan| scan.registered.is_some())
+    }
+
     /// Unregisters the mappings.
     pub(crate) fn stop_scanning(&self, link: u64) {
         // Dropped before the lock: a second caller finds it done.

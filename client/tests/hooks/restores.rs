@@ -47,7 +47,7 @@ fn allowed_restore_makes_the_guest_awaited() {
 
 #[test]
 fn restore_that_the_vmm_refuses_changes_nothing() {
-    let mut attached = Attached::new(Vmm { fails: "prepare", ..Vmm::default() });
+    let mut attached = Attached::new(Vmm { fails: "accept", ..Vmm::default() });
     assert_eq!(attached.hook(&Hook::Pause), Ok(()));
     let error = attached.hook(&accept_guest()).unwrap_err();
     assert_eq!((error.code, error.sentence.as_str()), (ErrorCode::Other, "vCPU 3 does not stop"));
@@ -78,6 +78,9 @@ fn vmm_without_a_restore_hook_refuses_operators() {
     channel.dispatch(&mut Least).unwrap();
     let answer = agent.hooks.recv(soon()).unwrap();
     let error = decode_hook_reply(&answer.body).unwrap().unwrap_err();
-    assert_eq!(error.sentence, "this VMM takes no restore from an operator");
+    assert_eq!(
+        error.sentence,
+        "this VMM takes no guest that an operator brings: the image /images/golden"
+    );
     assert_eq!(client.ownership(), Ownership::Ours);
 }

@@ -73,7 +73,8 @@ impl<'a> VmmProcess<'a> {
         moment.wait(|| self.host.status());
         process.kill().unwrap();
         let status = self.host.ended();
-        assert_eq!(status.job, last + 1);
+        // The status is not that of the VMM before, whose jobs count, too.
+        assert!(status.job > last, "{status:?}");
         if status.phase != Phase::Completed {
             let said =
                 ["the VMM is gone", "hook \"", "cannot protect", "userfaultfd", "write protect"];

@@ -3,7 +3,7 @@
 //! Restores that an operator starts in a VMM that already runs a guest.
 
 use super::scene::image;
-use pageferry_client::{HookError, Ownership, Punch, RestoreMode};
+use pageferry_client::{HookError, Ownership, Punch, RestoreMode, Trackers};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::process::program;
 use pageferry_tests::require;
@@ -113,6 +113,10 @@ fn an_operator_restores_into_a_vmm_that_gives_its_guest_up() {
     for options in restore_modes() {
         let guest = Guest::full(&host, PAGES);
         guest.fill(0..PAGES, 5);
+        if require::uffd() {
+            // The tracker has the mappings registered, also between two images.
+            guest.client.set_trackers(Trackers::WRITE_PROTECT).unwrap();
+        }
         guest.saved(&host, "tracked", &tracked(paused()));
         let vmm = guest.vmm.clone();
         guest.vmm.on(At::AcceptGuest, move || {
