@@ -6,7 +6,8 @@
 //! `madvise`), and no blocks. [`Client::guest_ranges`] and [`Client::host_ranges`] find the blocks:
 //!
 //! ```no_run
-//! # fn deflated(client: &pageferry_client::Client, gpa: u64) -> Result<(), pageferry_client::Error> {
+//! # use pageferry_client::{Client, Error};
+//! # fn inflated(client: &Client, gpa: u64) -> Result<(), Error> {
 //! client.free(&client.guest_ranges(gpa, 4096)?)?;
 //! # Ok(()) }
 //! ```

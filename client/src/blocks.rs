@@ -145,11 +145,9 @@ impl Client {
     ///
     /// The block is not removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
-        retry_while_busy(REMOVAL_TIMEOUT, || {
+        let removed = retry_while_busy(REMOVAL_TIMEOUT, || {
             let mut session = self.session();
-            if self.memory().block(id).is_none() {
-                return Err(Error::UnknownBlock { id });
-            }
+            let block = self.memory().block(id).ok_or(Error::UnknownBlock { id })?;
             match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
                 Err(busy @ Error::Refused { code: ErrorCode::Busy, .. }) => {
                     // Refused if it is too late, or the job has just ended. Then waiting is enough.
@@ -170,8 +168,10 @@ impl Client {
                 Ok(()) => {}
             }
             self.memory().forget(id);
-            Ok(())
-        })
+            Ok(block)
+        })?;
+        self.tracking().forget_mapping(removed.vmm_address);
+        Ok(())
     }
 }
 

@@ -259,6 +259,10 @@ impl Client {
         &self.inner.missing
     }
 
+    pub(crate) fn tracking(&self) -> &ActiveTrackers {
+        &self.inner.tracking
+    }
+
     pub(crate) fn shared_ownership(&self) -> &SharedOwnership {
         &self.inner.ownership
     }

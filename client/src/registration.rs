@@ -56,14 +56,22 @@ impl Registration {
     /// Unregisters the mappings, which removes all protection, and wakes all accesses that wait. A
     /// process that has a duplicate of the userfaultfd can do nothing with these mappings any more.
     pub(crate) fn unregister(&self) {
-        for range in &self.ranges {
-            if let Err(errno) = self.uffd.unregister(*range) {
-                log::debug!(
-                    "cannot unregister {:#x} + {:#x}, perhaps unmapped: {errno}",
-                    range.start,
-                    range.length
-                );
-            }
+        self.ranges.iter().for_each(|range| self.unregister_range(*range));
+    }
+
+    /// The same for the mapping at this address, if it is one of these.
+    pub(crate) fn forget(&mut self, start: u64) {
+        if let Some(at) = self.ranges.iter().position(|range| range.start == start) {
+            self.host_pages.remove(at);
+            let range = self.ranges.remove(at);
+            self.unregister_range(range);
+        }
+    }
+
+    fn unregister_range(&self, range: AddressRange) {
+        if let Err(errno) = self.uffd.unregister(range) {
+            let AddressRange { start, length } = range;
+            log::debug!("cannot unregister {start:#x} + {length:#x}, perhaps unmapped: {errno}");
         }
     }
 

@@ -12,13 +12,22 @@
 //! So while writes are watched, the registration is *suspended*, and made again afterwards. No scan
 //! sees what is written meanwhile; the agent knows that and takes all pages for written.
 //!
+//! # Blocks that are added and removed
+//!
+//! A job keeps its blocks: a block is not added while a job runs, and a removal ends the job first.
+//! But after a snapshot with `track` the registration stays, and an agent that hangs does not end
+//! it. So a block that is removed is unregistered here, before the VMM uses its addresses for
+//! something else. A block that is added meanwhile is not registered: a change of the blocks makes
+//! an increment impossible, so the agent scans no more until it has started to scan anew, which
+//! registers all blocks.
+//!
 //! # Two agents
 //!
 //! After a reattach the old channel may still have requests to handle, and its end comes on its own
 //! thread. The old agent must not stop what the new one has started, start it again for itself, or
 //! clear pages in a tracker that the new one reads. So each thing is recorded with the connection
-//! that started it, and a request of an earlier connection is refused ([`Replaced`]). The lock is
-//! held while the hook of the VMM runs.
+//! that started it, and a request of an earlier connection is refused ([`Replaced`]). The lock of
+//! what the VMM does is held while its hook runs.
 
 use crate::error::Error;
 use crate::memory::Memory;
@@ -35,13 +44,18 @@ pub(crate) const SCAN_FEATURES: u64 =
 
 /// A client and its hook channels share it.
 #[derive(Debug, Default)]
-pub(crate) struct ActiveTrackers(Mutex<State>);
+pub(crate) struct ActiveTrackers {
+    by_hooks: Mutex<ByHooks>,
+    /// Never held while a hook of the VMM runs, so that a thread that removes a block does not wait
+    /// for a hook.
+    scanning: Mutex<Option<Scan>>,
+}
 
+/// What the VMM does by its hooks.
 #[derive(Debug, Default)]
-struct State {
+struct ByHooks {
     /// The connection whose agent has started the VMM's own tracker.
-    hooks: Option<u64>,
-    scanning: Option<Scan>,
+    tracker: Option<u64>,
     /// The connection whose agent has the guest throttled.
     throttled: Option<u64>,
 }
@@ -73,24 +87,28 @@ impl From<Replaced> for RemoteError {
 }
 
 impl ActiveTrackers {
-    fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.0)
+    fn by_hooks(&self) -> MutexGuard<'_, ByHooks> {
+        lock(&self.by_hooks)
+    }
+
+    fn scanning(&self) -> MutexGuard<'_, Option<Scan>> {
+        lock(&self.scanning)
     }
 
     /// Starts the VMM's own tracker by `start`, for the agent of this connection.
     pub(crate) fn start_hooks(&self, link: u64, start: impl FnOnce() -> Reply<()>) -> Reply<()> {
-        let mut state = self.state();
-        Replaced::check("the VMM's tracker", state.hooks, link)?;
+        let mut by_hooks = self.by_hooks();
+        Replaced::check("the VMM's tracker", by_hooks.tracker, link)?;
         // Recorded before the result is known: a start that failed may have started a part.
-        state.hooks = Some(link);
+        by_hooks.tracker = Some(link);
         start()
     }
 
     /// Reads the VMM's own tracker or clears pages in it by `call`, for the agent of this
     /// connection. The next agent does not see what an earlier one clears.
     pub(crate) fn use_hooks(&self, link: u64, call: impl FnOnce() -> Reply<()>) -> Reply<()> {
-        let state = self.state();
-        Replaced::check("the VMM's tracker", state.hooks, link)?;
+        let by_hooks = self.by_hooks();
+        Replaced::check("the VMM's tracker", by_hooks.tracker, link)?;
         call()
     }
 
@@ -98,11 +116,11 @@ impl ActiveTrackers {
     pub(crate) fn stop_hooks<E>(
         &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut state = self.state();
-        if state.hooks.is_some_and(|by| by != link) {
+        let mut by_hooks = self.by_hooks();
+        if by_hooks.tracker.is_some_and(|by| by != link) {
             return Ok(());
         }
-        state.hooks = None;
+        by_hooks.tracker = None;
         stop()
     }
 
@@ -111,15 +129,15 @@ impl ActiveTrackers {
     pub(crate) fn throttle(
         &self, link: u64, percent: u32, throttle: impl FnOnce() -> Reply<()>,
     ) -> Reply<()> {
-        let mut state = self.state();
-        Replaced::check("to throttle the guest", state.throttled, link)?;
+        let mut by_hooks = self.by_hooks();
+        Replaced::check("to throttle the guest", by_hooks.throttled, link)?;
         if percent > 0 {
             // Recorded before the result is known, as for the tracker.
-            state.throttled = Some(link);
+            by_hooks.throttled = Some(link);
         }
         throttle()?;
         if percent == 0 {
-            state.throttled = None;
+            by_hooks.throttled = None;
         }
         Ok(())
     }
@@ -127,31 +145,39 @@ impl ActiveTrackers {
     /// Registers the mappings of all blocks, for the agent of this connection to scan. An existing
     /// registration is dropped first, so that nothing is protected at the start.
     pub(crate) fn start_scanning(&self, link: u64, memory: &Memory) -> Reply<()> {
-        let mut state = self.state();
-        Replaced::check("write-protect scanning", state.scanning_by(), link)?;
-        state.scanning = None;
+        let mut scanning = self.scanning();
+        Scan::check(scanning.as_ref(), link)?;
+        *scanning = None;
         let registered =
             register(memory).map_err(|error| RemoteError::new(ErrorCode::System, chain(&error)))?;
-        state.scanning = Some(Scan { link, registered: Some(registered) });
+        *scanning = Some(Scan { link, registered: Some(registered) });
         Ok(())
     }
 
     /// True while the mappings are registered for scanning, which excludes another registration.
     pub(crate) fn is_registered(&self) -> bool {
-        self.state().scanning.as_ref().is_some_and(|scan| scan.registered.is_some())
+        self.scanning().as_ref().is_some_and(|scan| scan.registered.is_some())
     }
 
     /// Unregisters the mappings.
     pub(crate) fn stop_scanning(&self, link: u64) {
         // Dropped before the lock: a second caller finds it done.
-        self.state().scanning.take_if(|scanning| scanning.link == link);
+        self.scanning().take_if(|scanning| scanning.link == link);
+    }
+
+    /// Unregisters the mapping at this address, whose block is removed.
+    pub(crate) fn forget_mapping(&self, vmm_address: u64) {
+        let mut scanning = self.scanning();
+        if let Some(registered) = scanning.as_mut().and_then(|scan| scan.registered.as_mut()) {
+            registered.forget(vmm_address);
+        }
     }
 
     /// Unregisters the mappings for a while, since the agent of this connection watches writes.
     pub(crate) fn suspend(&self, link: u64) -> Result<(), Replaced> {
-        let mut state = self.state();
-        Replaced::check("write-protect scanning", state.scanning_by(), link)?;
-        if let Some(scanning) = &mut state.scanning {
+        let mut scanning = self.scanning();
+        Scan::check(scanning.as_ref(), link)?;
+        if let Some(scanning) = &mut *scanning {
             scanning.registered = None;
         }
         Ok(())
@@ -159,9 +185,8 @@ impl ActiveTrackers {
 
     /// Registers the suspended mappings again.
     pub(crate) fn resume(&self, memory: &Memory) {
-        let mut state = self.state();
-        let Some(scanning) =
-            state.scanning.as_mut().filter(|scanning| scanning.registered.is_none())
+        let mut scanning = self.scanning();
+        let Some(scanning) = scanning.as_mut().filter(|scanning| scanning.registered.is_none())
         else {
             return;
         };
@@ -183,8 +208,8 @@ impl ActiveTrackers {
         &self, link: u64, stop: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
         self.stop_scanning(link);
-        let mut state = self.state();
-        match state.hooks.take_if(|by| *by == link) {
+        let mut by_hooks = self.by_hooks();
+        match by_hooks.tracker.take_if(|by| *by == link) {
             Some(_) => stop(),
             None => Ok(()),
         }
@@ -194,17 +219,18 @@ impl ActiveTrackers {
     pub(crate) fn lift_throttle<E>(
         &self, link: u64, lift: impl FnOnce() -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut state = self.state();
-        match state.throttled.take_if(|by| *by == link) {
+        let mut by_hooks = self.by_hooks();
+        match by_hooks.throttled.take_if(|by| *by == link) {
             Some(_) => lift(),
             None => Ok(()),
         }
     }
 }
 
-impl State {
-    fn scanning_by(&self) -> Option<u64> {
-        self.scanning.as_ref().map(|scanning| scanning.link)
+impl Scan {
+    /// Refuses a request of `link` if the agent of a later connection scans.
+    fn check(scanning: Option<&Self>, link: u64) -> Result<(), Replaced> {
+        Replaced::check("write-protect scanning", scanning.map(|scan| scan.link), link)
     }
 }
 
@@ -256,12 +282,12 @@ mod tests {
     #[test]
     fn the_agent_before_takes_no_registration_from_the_scan_of_the_next_one() {
         let tracking = ActiveTrackers::default();
-        tracking.state().scanning = Some(Scan { link: NEW, registered: None });
+        *tracking.scanning() = Some(Scan { link: NEW, registered: None });
         let memory = Memory::new(1 << 30).unwrap();
         assert_eq!(tracking.start_scanning(OLD, &memory).unwrap_err().code, ErrorCode::State);
         assert_eq!(tracking.suspend(OLD), Err(Replaced("write-protect scanning")));
         tracking.stop_scanning(OLD);
-        assert_eq!(tracking.state().scanning_by(), Some(NEW));
+        assert_eq!(tracking.scanning().as_ref().map(|scan| scan.link), Some(NEW));
         tracking.suspend(NEW).unwrap();
     }
 }

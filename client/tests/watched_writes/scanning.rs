@@ -58,6 +58,32 @@ fn watching_borrows_the_mappings_of_write_protect_tracking() {
 }
 
 #[test]
+fn block_that_is_removed_is_no_longer_registered_and_the_others_are() {
+    let Some((mut attached, ram)) = tracked() else { return };
+    let other = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &other, 3);
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    // As after a snapshot with `track`: no job runs, and the registration stays.
+    let added = Ram::new();
+    add_block(&attached.client, &mut attached.agent, &added, 1);
+    assert!(is_free(&added), "the agent scans it only after it has started anew");
+    let client = attached.client.clone();
+    let removed = spawn(move || client.remove_block(2).unwrap());
+    let (request, _) = attached.agent.request().unwrap();
+    attached.agent.done(&request);
+    removed.join().unwrap();
+    assert!(is_free(&ram) && !is_free(&other));
+    assert_eq!(attached.hook(&SCAN), Ok(()));
+    assert!(is_free(&ram) && !is_free(&other) && !is_free(&added));
+    // An agent that is lost does not end its scan by itself.
+    let client = attached.client.clone();
+    client.end_agent().unwrap();
+    client.remove_block(3).unwrap();
+    assert!(is_free(&other));
+    attached.lose_agent();
+}
+
+#[test]
 fn agent_that_dies_in_a_scan_leaves_nothing_registered() {
     for watches in [false, true] {
         let Some((mut attached, ram)) = tracked() else { return };

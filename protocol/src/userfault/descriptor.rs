@@ -33,6 +33,15 @@ pub struct FillError {
     pub errno: Errno,
 }
 
+/// True if a part of the range is not mapped in this process.
+fn has_hole(range: AddressRange) -> bool {
+    let start = std::ptr::without_provenance_mut(range.start as usize);
+    // SAFETY: MS_ASYNC alone does nothing but look at the mappings of the range (mm/msync.c).
+    let looked =
+        unsafe { rustix::mm::msync(start, range.length as usize, rustix::mm::MsyncFlags::ASYNC) };
+    looked == Err(Errno::NOMEM)
+}
+
 /// An open userfaultfd.
 #[derive(Debug)]
 pub struct Userfaultfd {
@@ -70,22 +79,34 @@ impl Userfaultfd {
         open::open_user_mode_only().map(Self::from)
     }
 
-    /// Registers a mapping of the process that opened the descriptor.
+    /// Registers a mapping of this process, which opened the descriptor: all of it, or nothing.
     ///
     /// # Errors
-    /// What the kernel said.
+    /// What the kernel said, or EFAULT if a part of the range is not mapped. The kernel alone
+    /// reports success then, and registers the rest (userfaultfd_register() in fs/userfaultfd.c).
     pub fn register(&self, range: AddressRange, what: RegisterMode) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
         let purpose =
             if what == RegisterMode::Missing { "missing pages" } else { "write protection" };
+        let refused = |source| UserfaultError::Register {
+            address: range.start,
+            length: range.length,
+            purpose,
+            source,
+        };
+        if has_hole(range) {
+            return Err(refused(Errno::FAULT));
+        }
         // SAFETY: the struct is the one of this number. A registered mapping holds the same memory
         // as before.
         unsafe { ioctl(&self.fd, Updater::<UFFDIO_REGISTER, _>::new(&mut register)) }.map_err(
-            |source| UserfaultError::Register {
-                address: range.start,
-                length: range.length,
-                purpose,
-                source,
+            |source| {
+                // All other checks of the kernel come before its first change. After ENOMEM a part
+                // may be registered, and the rest belongs to no other userfaultfd.
+                if source == Errno::NOMEM {
+                    let _ = self.unregister(range);
+                }
+                refused(source)
             },
         )
     }

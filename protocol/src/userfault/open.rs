@@ -66,7 +66,8 @@ pub enum UserfaultError {
         length: u64,
         /// What for.
         purpose: &'static str,
-        /// What the kernel said; EBUSY if it is registered with another userfaultfd.
+        /// What the kernel said; EBUSY if it is registered with another userfaultfd, EFAULT if a
+        /// part of it is not mapped.
         #[source]
         source: Errno,
     },

@@ -3,8 +3,9 @@
 //! The trackers against the real kernel: write-protect scanning, and KVM's dirty log.
 
 use pageferry_agent::tracking::pagemap::{Pagemap, PagemapError};
+use pageferry_client::error::chain;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
-use pageferry_client::tracking::uffd::WriteProtect;
+use pageferry_client::tracking::uffd::{UffdError, UserfaultError, WriteProtect};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;
 use pageferry_tests::files::{mapped, memfd};
@@ -31,6 +32,10 @@ const LONG: Duration = Duration::from_secs(30);
 
 fn memory(regions: &[(u64, u64)]) -> Memory {
     mapped(regions).unwrap()
+}
+
+fn start_of(memory: &Memory) -> u64 {
+    memory.get_host_address(GuestAddress(0)).unwrap() as u64
 }
 
 /// One mapping that is tracked by write protection.
@@ -62,7 +67,7 @@ impl Tracked {
         let backing = Some(FileOffset::new(file.try_clone().unwrap(), 0));
         let memory =
             Memory::from_ranges_with_files([(GuestAddress(0), length as usize, backing)]).unwrap();
-        let address = memory.get_host_address(GuestAddress(0)).unwrap() as u64;
+        let address = start_of(&memory);
         let write_protect = WriteProtect::register(&[(address, length)]).unwrap();
         let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
         Self { memory, file, address, length, write_protect: Some(write_protect), pagemap }
@@ -227,6 +232,90 @@ fn a_scan_after_the_registration_is_dropped_is_an_error() {
     let error = tracked.pagemap.scan(tracked.address, tracked.length, |_, _| ()).unwrap_err();
     assert!(matches!(error, PagemapError::NotRegistered { .. }), "{error}");
     tracked.write(3); // no longer protected, so the write does not wait
+}
+
+#[test]
+fn a_mapping_that_is_added_or_removed_leaves_the_others_as_they_are() {
+    let Some(mut tracked) = Tracked::scanned(64) else { return };
+    let more = memory(&[(0, 32 * PAGE_SIZE)]);
+    let address = start_of(&more);
+    let write = |page: u64| more.store(1u32, GuestAddress(page * PAGE_SIZE), Ordering::SeqCst);
+    let scan = |tracked: &Tracked| {
+        let mut pages = Vec::new();
+        let scanned = tracked.pagemap.scan(address, 32 * PAGE_SIZE, |start, end| {
+            pages.extend((start - address) / PAGE_SIZE..(end - address) / PAGE_SIZE);
+        });
+        scanned.map(|()| pages)
+    };
+    tracked.write(5);
+    write(1).unwrap();
+    assert!(scan(&tracked).is_err(), "it is not registered yet");
+    let registered = tracked.write_protect.as_mut().unwrap();
+    registered.add(address, 32 * PAGE_SIZE).unwrap();
+    assert_eq!(scan(&tracked).unwrap(), Vec::from_iter(0..32), "the first scan protects them");
+    write(1).unwrap();
+    write(7).unwrap();
+    assert_eq!((scan(&tracked).unwrap(), scan(&tracked).unwrap()), (vec![1, 7], vec![]));
+    assert_eq!(tracked.scan(), [5]);
+
+    let registered = tracked.write_protect.as_mut().unwrap();
+    registered.remove(address, 32 * PAGE_SIZE).unwrap();
+    assert!(scan(&tracked).is_err());
+    write(1).unwrap();
+    tracked.write(6);
+    assert_eq!(tracked.scan(), [6]);
+    // Whoever needs the mapping next can have it.
+    let _next = WriteProtect::register(&[(address, 32 * PAGE_SIZE)]).unwrap();
+}
+
+#[test]
+fn a_mapping_is_added_and_removed_as_a_whole_or_not_at_all() {
+    let Some(mut tracked) = Tracked::scanned(64) else { return };
+    let (address, length) = (tracked.address, tracked.length);
+    let registered = tracked.write_protect.as_mut().unwrap();
+    // It reaches into what is registered.
+    for (start, length) in
+        [(address, length), (address - PAGE_SIZE, 2 * PAGE_SIZE), (address + PAGE_SIZE, PAGE_SIZE)]
+    {
+        let error = registered.add(start, length).unwrap_err();
+        assert!(matches!(error, UffdError::Overlap { other, .. } if other == address), "{error}");
+    }
+    // It is no mapping that was registered, but a part of one, or more.
+    for (start, length) in [(address, PAGE_SIZE), (address, 2 * length), (address + 1, length)] {
+        let error = registered.remove(start, length).unwrap_err();
+        assert!(matches!(error, UffdError::NotRegistered { .. }), "{error}");
+    }
+    // Another userfaultfd has a part.
+    let more = memory(&[(0, 16 * PAGE_SIZE)]);
+    let start = start_of(&more);
+    let other = WriteProtect::register(&[(start + 8 * PAGE_SIZE, PAGE_SIZE)]).unwrap();
+    let error = registered.add(start, 16 * PAGE_SIZE).unwrap_err();
+    let busy = UserfaultError::Register {
+        address: start,
+        length: 16 * PAGE_SIZE,
+        purpose: "write protection",
+        source: rustix::io::Errno::BUSY,
+    };
+    assert_eq!(format!("{error:?}"), format!("{:?}", UffdError::Userfault(busy)));
+    let mut third = WriteProtect::register(&[(start, 8 * PAGE_SIZE)]).unwrap();
+    assert!(third.add(start + 8 * PAGE_SIZE, PAGE_SIZE).is_err(), "the other still has its part");
+    drop((other, third));
+    // A part is not mapped.
+    let (one, other) = (memory(&[(0, PAGE_SIZE)]), memory(&[(0, 1 << 40)]));
+    let (start, end) = (start_of(&other), start_of(&one) + PAGE_SIZE);
+    assert!(start + (1 << 40) < end, "the kernel looks for room from the top");
+    drop(other);
+    let error = chain(&registered.add(start, end - start).unwrap_err());
+    assert!(error.ends_with("for write protection: Bad address (os error 14)"), "{error}");
+    let mut third = WriteProtect::register(&[(start_of(&one), PAGE_SIZE)]).unwrap();
+    // It is unmapped before it is removed.
+    let start = start_of(&one);
+    drop(one);
+    third.remove(start, PAGE_SIZE).unwrap();
+    assert!(third.remove(start, PAGE_SIZE).is_err());
+
+    tracked.write(9);
+    assert_eq!(tracked.scan(), [9], "what was refused changed nothing");
 }
 
 #[test]
