@@ -20,6 +20,7 @@ use crate::session::Session;
 use crate::sync::lock;
 use crate::timeouts::Timeouts;
 use crate::tracking::active::ActiveTrackers;
+use crate::wakeup::Wakeup;
 use crate::watched_writes::WatchedWrites;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
@@ -27,16 +28,35 @@ use pageferry_protocol::control::unix_path::connect_unix;
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
 use std::time::Duration;
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
 ///
 /// The client sends one request at a time. When the last clone is dropped, the connection and the
-/// hook channel end.
+/// hook channel end, and an agent that the VMM has [spawned](Client::spawn) exits. So what is to
+/// end with the agent, such as the VMM's [`Hooks`](crate::Hooks), keeps a [`WeakClient`] instead.
 #[derive(Debug, Clone)]
 pub struct Client {
     inner: Arc<Inner>,
+}
+
+/// A client that does not keep the connection: see [`Client::downgrade`].
+#[derive(Debug, Clone)]
+pub struct WeakClient {
+    inner: Weak<Inner>,
+}
+
+impl WeakClient {
+    /// The client; `None` if its last clone was dropped.
+    pub fn upgrade(&self) -> Option<Client> {
+        Some(Client { inner: self.inner.upgrade()? })
+    }
+
+    /// True if [`WeakClient::upgrade`] would return a client at this moment.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.inner.strong_count() > 0
+    }
 }
 
 #[derive(Debug)]
@@ -48,6 +68,7 @@ struct Inner {
     missing: Arc<MissingPages>,
     writes: Arc<WatchedWrites>,
     tracking: Arc<ActiveTrackers>,
+    wakeup: Arc<Wakeup>,
     timeouts: Timeouts,
     session: Mutex<Session>,
     /// Held while a thread waits for `session`. Without it, a thread that unlocks the session and
@@ -60,6 +81,7 @@ impl Drop for Inner {
         let session = self.session.get_mut().unwrap_or_else(PoisonError::into_inner);
         // The agent is not killed: it ends its job, or serves the next VMM.
         session.control.link().shut_down();
+        self.wakeup.wake();
     }
 }
 
@@ -98,6 +120,7 @@ impl Client {
             missing,
             writes,
             tracking,
+            wakeup: Arc::default(),
             timeouts,
             session,
             session_queue,
@@ -106,6 +129,22 @@ impl Client {
         client.session().watch(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
         Ok((client, channel))
+    }
+
+    /// A handle that does not keep the connection, for code that is to end with it.
+    pub fn downgrade(&self) -> WeakClient {
+        WeakClient { inner: Arc::downgrade(&self.inner) }
+    }
+
+    /// Process id of the current agent, or of the last one if it is lost. As the agent says, if the
+    /// kernel cannot tell: then the agent runs where this VMM does not see its processes.
+    pub fn agent_pid(&self) -> u32 {
+        self.session().control.link().process().map_or(0, |process| process.pid())
+    }
+
+    /// Wakes the supervisor, if there is one.
+    pub(crate) fn wakeup(&self) -> &Arc<Wakeup> {
+        &self.inner.wakeup
     }
 
     /// Finds an agent that hangs while no request is sent. The hook channel then tells the VMM.
@@ -118,8 +157,8 @@ impl Client {
 
     /// A probe that works for as long as there is a client. It does not keep the client alive.
     fn probe(&self) -> Probe {
-        let weak = Arc::downgrade(&self.inner);
-        Probe::new(move || Self { inner: weak.upgrade()? }.probe_agent())
+        let weak = self.downgrade();
+        Probe::new(move || weak.upgrade()?.probe_agent())
     }
 
     fn channel(&self, hooks: OwnedFd, link: Arc<Link>) -> HookChannel {
@@ -237,6 +276,9 @@ impl Client {
         }
         log::warn!("the guest is taken by force; ownership was {ownership:?}");
         self.inner.ownership.lock().take_by_force();
+        session.set_ended(false);
+        drop(session);
+        self.inner.wakeup.wake();
         Ok(())
     }
 
@@ -248,7 +290,10 @@ impl Client {
     /// [`Error::AgentStillRunning`] if the process has not exited within
     /// [`Config::request_timeout`].
     pub fn end_agent(&self) -> Result<(), Error> {
-        self.session().end("the VMM ended it")
+        let mut session = self.session();
+        // Before the hook channel ends: a supervisor then looks at this.
+        session.set_ended(true);
+        session.end("the VMM ended it")
     }
 
     pub(crate) fn memory(&self) -> &Memory {

@@ -84,6 +84,13 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # A lost agent
+//!
+//! A guest does not need its agent, and continues without it. A [`Supervisor`] starts the agent,
+//! runs its hooks, and starts the next one when it is lost, in the states in which that loses
+//! nothing. A VMM that has its own means to start agents attaches the next one with
+//! [`Client::reattach`].
+//!
 //! # Errors
 //!
 //! An [`Error`] prints only what failed, and keeps why as its [source](std::error::Error::source).
@@ -109,6 +116,8 @@
 // Talking to an agent:
 //
 // - `client`, `config`, `spawn`: connecting, and a new agent after a lost one;
+// - `supervisor`, `after_loss`, `backoff`, `child`, `wakeup`: new agents after lost ones, without
+//   the VMM;
 // - `session`, `control`, `link`: requests and answers; giving an agent up;
 // - `agent_process`: the process of an agent, and making sure that it has exited;
 // - `heartbeat`, `timeouts`, `deadline`: finding an agent that hangs; `retry`: waiting for a job
@@ -138,9 +147,12 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod addresses;
+mod after_loss;
 mod agent_process;
+mod backoff;
 mod block;
 mod blocks;
+mod child;
 mod client;
 mod config;
 mod control;
@@ -164,6 +176,7 @@ mod retry;
 mod session;
 mod spawn;
 mod stop;
+mod supervisor;
 mod sync;
 mod threads;
 mod timeouts;
@@ -171,11 +184,12 @@ mod trackers;
 pub mod tracking;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
+mod wakeup;
 mod watched_writes;
 
 pub use block::{BlockAdded, BlockSpec};
 pub use blocks::MemoryRegion;
-pub use client::Client;
+pub use client::{Client, WeakClient};
 pub use config::Config;
 pub use discards::Punch;
 pub use error::{Error, PathError};
@@ -196,6 +210,7 @@ pub use pageferry_protocol::invariants;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;
+pub use supervisor::Supervisor;
 pub use tracking::{ClearPages, Tracker};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory_bitmap::{AttachLog, LogBitmap, LogSlice};

@@ -33,6 +33,8 @@ pub(crate) struct Session {
     pub(crate) trackers: DeclaredTrackers,
     /// Processes that got the guest memory and are not known to have exited.
     processes: Vec<Arc<AgentProcess>>,
+    /// The VMM has ended the agent, and wants no other until it says so.
+    was_ended: bool,
     /// A caller has waited for their exit already. Later callers do not wait again.
     has_waited: bool,
     /// Watches the agent while nothing else does. `None` only while the client is made.
@@ -44,7 +46,7 @@ impl Session {
     pub(crate) fn new(control: Control) -> Self {
         let processes = control.link().process().into_iter().cloned().collect();
         let trackers = DeclaredTrackers::default();
-        Self { control, trackers, processes, has_waited: false, _heartbeat: None }
+        Self { control, trackers, processes, was_ended: false, has_waited: false, _heartbeat: None }
     }
 
     /// Starts to watch the agent with this heartbeat.
@@ -56,6 +58,18 @@ impl Session {
     pub(crate) fn replace(&mut self, control: Control, heartbeat: Heartbeat) {
         self.watch(heartbeat);
         self.control = control;
+        self.was_ended = false;
+    }
+
+    /// True if the VMM has ended the agent ([`Client::end_agent`](crate::Client::end_agent)) and
+    /// has neither attached another nor taken the guest by force since then.
+    pub(crate) fn was_ended(&self) -> bool {
+        self.was_ended
+    }
+
+    /// Remembers that the VMM wants to do without an agent, or not any more.
+    pub(crate) fn set_ended(&mut self, was_ended: bool) {
+        self.was_ended = was_ended;
     }
 
     /// True if the agent answers that it has no job, or none that runs.

@@ -425,3 +425,13 @@ fn idle_agent_that_hangs_is_found_without_a_request() {
     assert_eq!(hooks.join().calls(), ["lost Ours"]);
     assert_lost(client.status());
 }
+
+#[test]
+fn a_weak_client_does_not_keep_the_connection() {
+    let (client, _channel, agent) = client(|mut agent| agent.request());
+    let weak = client.downgrade();
+    assert_eq!(weak.upgrade().unwrap().agent_pid(), std::process::id());
+    drop(client);
+    assert!(weak.upgrade().is_none());
+    assert!(agent.join().unwrap().is_none(), "the connection has ended");
+}

@@ -22,7 +22,9 @@ pub struct StatePiece {
 ///
 /// Each hook has a deadline, by default 10 seconds. If the VMM misses it, the migration fails.
 /// Hooks are called one at a time, in the order in which the agent asked. They may use the
-/// [`Client`](crate::Client), but must not wait for a job.
+/// [`Client`](crate::Client), but must not wait for a job. An implementation that keeps a client
+/// keeps a [`WeakClient`](crate::WeakClient): with a `Client` of its own it would never see the end
+/// of the agent, since that comes when the last `Client` is dropped.
 ///
 /// After [`Client::reattach`](crate::Client::reattach) two hook channels exist for a while. The
 /// hooks that pause, resume or replace the guest never run on both at the same time, and neither do
@@ -82,8 +84,8 @@ pub trait Hooks: Send {
         Ok(())
     }
 
-    /// The VMM's own tracker. Called only for [`Trackers::HOOKS`](crate::Trackers::HOOKS), each time
-    /// that the agent starts, syncs, clears or stops it. With KVM's dirty log
+    /// The VMM's own tracker. Called only for [`Trackers::HOOKS`](crate::Trackers::HOOKS), each
+    /// time that the agent starts, syncs, clears or stops it. With KVM's dirty log
     /// ([`tracking::kvm`](crate::tracking::kvm), feature `kvm`) this is all that the VMM writes:
     ///
     /// ```
@@ -233,4 +235,11 @@ pub trait Hooks: Send {
     fn agent_lost(&mut self, ownership: Ownership) {
         let _ = ownership;
     }
+
+    /// A [`Supervisor`](crate::Supervisor) has attached another agent after `agent_lost`, and the
+    /// hooks that follow are from that one. It has the same blocks and trackers. A VMM needs this
+    /// only if it wants to start something again: a job of the lost agent is not continued. A VMM
+    /// that awaits a guest has to start the incoming migration or the restore again. The hook may
+    /// do that by a [`WeakClient`](crate::WeakClient).
+    fn agent_attached(&mut self) {}
 }

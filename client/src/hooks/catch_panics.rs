@@ -20,6 +20,11 @@ use pageferry_protocol::shm::DirtyLog;
 #[cfg(doc)]
 use pageferry_protocol::control::reply::ErrorCode;
 
+/// Tells the VMM that another agent is attached.
+pub(crate) fn tell_attached(hooks: &mut dyn Hooks) {
+    CatchPanics(hooks).agent_attached();
+}
+
 /// Hooks whose panics are errors.
 pub(super) struct CatchPanics<'a>(pub(super) &'a mut dyn Hooks);
 
@@ -112,6 +117,10 @@ impl Hooks for CatchPanics<'_> {
 
     fn agent_lost(&mut self, ownership: Ownership) {
         self.notify("agent lost", |hooks| hooks.agent_lost(ownership));
+    }
+
+    fn agent_attached(&mut self) {
+        self.notify("agent attached", |hooks| hooks.agent_attached());
     }
 }
 

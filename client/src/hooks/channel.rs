@@ -19,7 +19,7 @@ use super::end::{check_alive, end, is_answered_after_end};
 use super::{guest, memory, trackers};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
-use crate::ownership::Migration;
+use crate::ownership::{Migration, SharedOwnership};
 use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::{self, Hook};
@@ -32,6 +32,7 @@ use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::chain;
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -83,6 +84,16 @@ impl Drop for HookChannel {
 impl HookChannel {
     pub(crate) fn new(socket: OwnedFd, context: HookContext, timeout: Duration) -> Self {
         Self { socket: socket.into(), context, timeout, closed: false, paused: None }
+    }
+
+    /// The connection of its agent.
+    pub(crate) fn link(&self) -> u64 {
+        self.context.link.id
+    }
+
+    /// The ownership, which outlives the client.
+    pub(crate) fn ownership(&self) -> Arc<SharedOwnership> {
+        Arc::clone(&self.context.ownership)
     }
 
     /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see

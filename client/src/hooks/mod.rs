@@ -24,6 +24,7 @@ mod state_file;
 mod trackers;
 
 pub use api::{Hooks, StatePiece};
+pub(crate) use catch_panics::tell_attached;
 pub use channel::{Dispatch, HookChannel, HookThread};
 pub(crate) use context::HookContext;
 pub use error::HookError;

@@ -4,8 +4,9 @@
 //!
 //! Three things must not outlive the agent that asked for them: the VMM's own tracker
 //! ([`Tracker`](crate::tracking::Tracker)), the registration of the mappings for write-protect
-//! scanning, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)). The trackers cost the guest a fault for each page that it writes, and the registration excludes
-//! every other userfaultfd.
+//! scanning, and a throttle ([`Hooks::throttle`](crate::Hooks::throttle)). The trackers cost the
+//! guest a fault for each page that it writes, and the registration excludes every other
+//! userfaultfd.
 //!
 //! A mapping can be registered with only one userfaultfd at a time. Scanning
 //! (`UFFD_FEATURE_WP_ASYNC`) and background snapshots (write faults that wait) need different ones.

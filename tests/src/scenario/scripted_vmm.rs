@@ -62,6 +62,8 @@ pub struct Asked {
     pub complete: u64,
     /// How often the VMM was told that memory is lost.
     pub lost: u64,
+    /// How often another agent was attached by a supervisor.
+    pub attached: u64,
     /// What was lost, in order.
     pub losses: Vec<&'static str>,
 }
@@ -221,6 +223,10 @@ impl Hooks for ScriptedHooks {
         lock(&self.0.asked).losses.push("memory");
         let _ = self.0.run(At::MemoryLost);
         lock(&self.0.asked).lost += 1;
+    }
+
+    fn agent_attached(&mut self) {
+        lock(&self.0.asked).attached += 1;
     }
 
     fn agent_lost(&mut self, _: Ownership) {

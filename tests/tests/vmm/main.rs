@@ -6,6 +6,7 @@
 //!   late;
 //! - [`run_state`]: a guest that its operator has paused stays paused, wherever it goes;
 //! - [`spawned_agent`]: an agent that the VMM starts;
+//! - [`supervisor`]: lost agents that are replaced without the VMM;
 //! - [`page_stream`]: a page stream that the VMMs carry over their own transport.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
@@ -13,3 +14,4 @@ mod embedding;
 mod page_stream;
 mod run_state;
 mod spawned_agent;
+mod supervisor;

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whether a lost agent is replaced without the VMM or its operator.
+//!
+//! The next agent is attached only after the lost one has exited. So it must not be attached while
+//! somebody may still need the lost one, or while nobody needs another
+//! ([`one-owner`](crate::invariants#one-owner)).
+
+use crate::client::Client;
+use crate::ownership::Ownership;
+
+/// What a [`Supervisor`](crate::Supervisor) does after the loss of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum AfterLoss {
+    /// It starts the next agent.
+    Replace,
+    /// It starts none, for this reason.
+    Stay(&'static str),
+}
+
+impl Client {
+    /// What a supervisor does after the loss of the agent of connection `link`.
+    pub(crate) fn after_loss(&self, link: u64) -> AfterLoss {
+        let session = self.session();
+        let is_current = session.control.link().id == link;
+        decide(is_current, session.was_ended(), self.ownership(), self.missing().is_lost())
+    }
+}
+
+fn decide(is_current: bool, was_ended: bool, ownership: Ownership, is_lost: bool) -> AfterLoss {
+    match ownership {
+        _ if !is_current => AfterLoss::Stay("the VMM has attached another itself"),
+        _ if was_ended => AfterLoss::Stay("the VMM has ended the agent"),
+        Ownership::Relinquished => {
+            AfterLoss::Stay("the guest was given up, and may need the lost agent where it runs")
+        }
+        Ownership::Gone => AfterLoss::Stay("the guest has left"),
+        Ownership::Ours if is_lost => AfterLoss::Stay("memory of the guest is lost"),
+        Ownership::Ours | Ownership::Awaiting => AfterLoss::Replace,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_is_replaced_only_where_that_loses_nothing() {
+        let all = [Ownership::Ours, Ownership::Relinquished, Ownership::Gone, Ownership::Awaiting];
+        for ownership in all {
+            for is_lost in [false, true] {
+                let replaced = matches!(
+                    (ownership, is_lost),
+                    (Ownership::Ours, false) | (Ownership::Awaiting, _)
+                );
+                let decided = decide(true, false, ownership, is_lost);
+                assert_eq!(decided == AfterLoss::Replace, replaced, "{ownership:?} {is_lost}");
+                assert_ne!(decide(false, false, ownership, is_lost), AfterLoss::Replace);
+                assert_ne!(decide(true, true, ownership, is_lost), AfterLoss::Replace);
+            }
+        }
+    }
+}

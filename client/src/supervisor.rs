@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Agents one after the other: a lost agent is replaced by the next.
+//!
+//! One thread runs the hook channel of the agent. When the agent is lost, the channel has undone
+//! what the agent began ([`hooks`](crate::hooks)). The thread then starts the next agent, attaches
+//! it, and continues with its hook channel and the same hooks.
+//!
+//! The thread holds no client while it runs a channel or waits. So the last client can be dropped
+//! at any time, which ends the channel or the wait, and the thread.
+//!
+//! [`after_loss`](crate::after_loss) decides in which states the thread starts an agent by itself.
+
+use crate::after_loss::AfterLoss;
+use crate::backoff::Backoff;
+use crate::child;
+use crate::client::{Client, WeakClient};
+use crate::config::Config;
+use crate::error::Error;
+use crate::hooks::{HookChannel, Hooks, tell_attached};
+use crate::sync::lock;
+use crate::threads::{catch_panic, spawn_thread};
+use crate::wakeup::Wakeup;
+use pageferry_protocol::error::chain;
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// As good as for ever, since what matters wakes the thread.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A VMM's agents: starts an agent and runs its hooks, and when the agent is lost, starts the next.
+///
+/// ```no_run
+/// # use pageferry_client::{Config, Hooks, Supervisor};
+/// # fn vmm(hooks: impl Hooks + 'static) -> Result<(), pageferry_client::Error> {
+/// let command = || {
+///     let mut command = std::process::Command::new("pageferry");
+///     command.args(["agent", "--stdin"]);
+///     command
+/// };
+/// let (client, supervisor) = Supervisor::spawn(command, Config::default(), hooks)?;
+/// // Add the memory and declare the trackers, once: every later agent gets them, too.
+///
+/// // At the end of the VMM:
+/// drop(client);
+/// let hooks = supervisor.join();
+/// # Ok(()) }
+/// ```
+///
+/// # When the next agent is started
+///
+/// The guest does not wait for it: whatever the lost agent began is undone, discards and populates
+/// continue, and a guest that was paused runs again. The job of the lost agent is lost. Nobody
+/// starts it again but the VMM or its operator.
+///
+/// | when the agent is lost | then |
+/// | --- | --- |
+/// | the guest is ours, and all its memory is here | the next agent is started. That includes a migration before its commit, and a snapshot |
+/// | a guest is awaited | the next agent is started. What was under way is lost; the VMM starts to wait or to restore again ([`Hooks::agent_attached`]) |
+/// | the guest was given up ([`Relinquished`](crate::Ownership::Relinquished)) | none. The lost agent may still send memory that the guest needs elsewhere, and the next would end it. The operator looks at both sides, and then the VMM calls [`Supervisor::replace_agent`] and [`Client::recover`], or [`Client::take_by_force`], after which the next agent is started |
+/// | the guest has left ([`Gone`](crate::Ownership::Gone)) | none. For another guest call [`Supervisor::replace_agent`] |
+/// | memory of the guest is [lost](Hooks::memory_lost) | none: there is no guest to serve. To await another guest call [`Supervisor::replace_agent`] |
+/// | the VMM called [`Client::end_agent`] | none until [`Supervisor::replace_agent`] or [`Client::take_by_force`] |
+/// | the VMM attached an agent itself ([`Client::reattach`], [`Client::respawn`]) | none: the VMM serves the hooks of that agent itself, until [`Supervisor::replace_agent`] |
+///
+/// Before each attempt there is a pause. It is 100 ms at first, and doubles to 5 s until an agent
+/// has served for 5 s. Attempts are not limited in number. Each is logged.
+///
+/// Between the loss of one agent and the next, calls of the client that need an agent return
+/// [`Error::AgentLost`].
+#[derive(Debug)]
+pub struct Supervisor<H> {
+    shared: Arc<Shared>,
+    thread: JoinHandle<H>,
+}
+
+/// What the thread and [`Supervisor::replace_agent`] share.
+struct Shared {
+    client: WeakClient,
+    /// Wakes the thread while it waits: when the last client is dropped, and when a client or
+    /// `next` has changed.
+    wakeup: Arc<Wakeup>,
+    /// Locked while an agent is started, so that only one is started at a time.
+    command: Mutex<Box<MakeCommand>>,
+    /// An agent that was attached, and whose channel the thread is to run next.
+    next: Mutex<Option<Agent>>,
+    /// How long the last agent may take to exit.
+    exit_timeout: Duration,
+}
+
+type MakeCommand = dyn FnMut() -> Command + Send;
+
+/// An agent that is attached.
+#[derive(Debug)]
+struct Agent {
+    channel: HookChannel,
+    process: Child,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("next", &self.next).finish_non_exhaustive()
+    }
+}
+
+impl<H: Hooks + 'static> Supervisor<H> {
+    /// Starts an agent, connects to it as [`Client::spawn`] does, and starts the thread
+    /// `pageferry-hooks`, which calls `hooks` and replaces lost agents. `command` makes the command
+    /// of each agent, such as `pageferry agent --stdin`.
+    ///
+    /// # Errors
+    /// As [`Client::spawn`], for the first agent; or if the thread cannot be started.
+    pub fn spawn(
+        mut command: impl FnMut() -> Command + Send + 'static, config: Config, hooks: H,
+    ) -> Result<(Client, Self), Error> {
+        let exit_timeout = config.request_timeout;
+        let (client, channel, process) = Client::spawn(&mut command(), config)?;
+        let shared = Arc::new(Shared {
+            client: client.downgrade(),
+            wakeup: Arc::clone(client.wakeup()),
+            exit_timeout,
+            command: Mutex::new(Box::new(command) as Box<MakeCommand>),
+            next: Mutex::new(Some(Agent { channel, process })),
+        });
+        let supervised = Arc::clone(&shared);
+        match spawn_thread("pageferry-hooks", move || supervise(&supervised, hooks)) {
+            Ok(thread) => Ok((client, Self { shared, thread })),
+            Err(error) => {
+                // The agent ends with its client.
+                drop(client);
+                if let Some(agent) = lock(&shared.next).take() {
+                    child::end(agent.process, Duration::ZERO);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Starts another agent now, in place of the current one or of a lost one, whatever the state
+    /// is: see the table above. The current agent is given up and killed, as
+    /// [`Client::reattach_socket`] says. May be called in a hook.
+    ///
+    /// # Errors
+    /// As [`Client::respawn`], or [`Error::AgentLost`] if there is no client any more.
+    pub fn replace_agent(&self) -> Result<(), Error> {
+        let reason = "the last client was dropped".to_owned();
+        let client = self.shared.client.upgrade().ok_or(Error::AgentLost { reason })?;
+        let mut command = lock(&self.shared.command);
+        self.shared.attach(&client, &mut **command)
+    }
+
+    /// True if the last client was dropped and the thread ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the end of the thread, and returns the hooks. Drop the client first.
+    ///
+    /// The agent exits by itself when the last client is dropped; one that has not within
+    /// [`Config::request_timeout`] hangs and is killed. But if the guest was given up, this does
+    /// not wait for the agent, and nobody kills it: the guest may need it elsewhere.
+    pub fn join(self) -> H {
+        match self.thread.join() {
+            Ok(hooks) => hooks,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+}
+
+impl Shared {
+    /// Starts an agent and attaches it. The thread runs its channel next.
+    fn attach(&self, client: &Client, command: &mut MakeCommand) -> Result<(), Error> {
+        let (channel, process) = client.respawn(&mut command())?;
+        log::info!("agent process {} serves this VM now", process.id());
+        let unused = lock(&self.next).replace(Agent { channel, process });
+        self.wakeup.wake();
+        if let Some(agent) = unused {
+            child::reap(agent.process);
+        }
+        Ok(())
+    }
+
+    /// Attaches an agent in place of the one of connection `link`, unless the state has changed
+    /// meanwhile.
+    fn replace_lost(&self, link: u64) -> Result<(), Error> {
+        let mut command = lock(&self.command);
+        let Some(client) = self.client.upgrade() else { return Ok(()) };
+        if lock(&self.next).is_some() || client.after_loss(link) != AfterLoss::Replace {
+            return Ok(());
+        }
+        self.attach(&client, &mut **command)
+    }
+
+    /// The agent whose channel is run next, after the one of connection `link` is lost. `None` when
+    /// the last client is dropped.
+    fn wait_for_next(&self, link: u64, backoff: &mut Backoff) -> Option<Agent> {
+        let (mut attempts, mut reason) = (0u64, None);
+        loop {
+            let seen = self.wakeup.count();
+            if let Some(agent) = lock(&self.next).take() {
+                return Some(agent);
+            }
+            let decided = self.client.upgrade()?.after_loss(link);
+            match decided {
+                AfterLoss::Replace => {
+                    attempts += 1;
+                    let pause = backoff.pause();
+                    log::warn!(
+                        "the agent of this VM is lost: in {pause:?} another is started (attempt {attempts})"
+                    );
+                    self.pause(pause);
+                    // A panic of the VMM's closure counts as an attempt that failed.
+                    let outcome = catch_panic(|| self.replace_lost(link).map_err(|e| chain(&e)));
+                    if let Err(why) = outcome.and_then(|outcome| outcome) {
+                        log::warn!("no agent for this VM yet (attempt {attempts}): {why}");
+                    }
+                }
+                AfterLoss::Stay(why) => {
+                    if reason.replace(why) != Some(why) {
+                        log::warn!(
+                            "the agent of this VM is lost, and no other is started by itself: {why}"
+                        );
+                    }
+                    self.wakeup.wait(seen, LONG);
+                }
+            }
+        }
+    }
+
+    /// Waits before an attempt. Ends early if there is nothing to attempt any more.
+    fn pause(&self, time: Duration) {
+        let end = Instant::now() + time;
+        loop {
+            let seen = self.wakeup.count();
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !self.client.is_alive() || lock(&self.next).is_some() {
+                return;
+            }
+            self.wakeup.wait(seen, left);
+        }
+    }
+}
+
+/// Runs the channel of one agent after the other, until the last client is dropped.
+fn supervise<H: Hooks>(shared: &Shared, mut hooks: H) -> H {
+    let mut backoff = Backoff::default();
+    let mut next = lock(&shared.next).take();
+    while let Some(Agent { channel, process }) = next {
+        let (link, ownership) = (channel.link(), channel.ownership());
+        let attached = Instant::now();
+        if let Err(error) = channel.run(&mut hooks) {
+            log::error!("{}", chain(&error));
+        }
+        backoff.served(attached.elapsed());
+        if shared.client.is_alive() || ownership.lock().may_run_elsewhere() {
+            child::reap(process);
+        } else {
+            child::end(process, shared.exit_timeout);
+        }
+        next = shared.wait_for_next(link, &mut backoff);
+        if next.is_some() {
+            tell_attached(&mut hooks);
+        }
+    }
+    hooks
+}

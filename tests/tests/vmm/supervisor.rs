@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A supervisor replaces lost agents, unless somebody may still need the lost one.
+
+use pageferry_client::{
+    BlockRange, Error, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
+    RestoreOptions, SnapshotMode, SnapshotOptions, Supervisor, Target, Trackers,
+};
+use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::program;
+use pageferry_tests::require;
+use pageferry_tests::scenario::{
+    Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
+};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+const PAGES: u64 = 100;
+
+/// A bandwidth at which no job here ends by itself.
+const SLOW: u64 = 64 << 10;
+
+/// A VMM whose agents are supervised. Fields drop in order.
+struct Supervised {
+    attached: Attached,
+    supervisor: Supervisor<ScriptedHooks>,
+}
+
+fn agent() -> Command {
+    let mut command = Command::new(program());
+    command.args(["agent", "--stdin"]);
+    command
+}
+
+impl Supervised {
+    fn new(ram: Ram) -> Self {
+        Self::with(ram, agent)
+    }
+
+    fn with(ram: Ram, command: impl FnMut() -> Command + Send + 'static) -> Self {
+        let vmm = ScriptedVmm::new();
+        let hooks = ScriptedHooks(Arc::clone(&vmm));
+        let (client, supervisor) = Supervisor::spawn(command, config(), hooks).unwrap();
+        ram.add_to(&client);
+        client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
+        Self { attached: Attached { client, vmm, ram: Arc::new(ram) }, supervisor }
+    }
+
+    /// Kills the agent. Returns its process id.
+    fn kill(&self) -> u32 {
+        let killed = self.attached.client.agent_pid();
+        kill_process(pid(killed), Signal::KILL).unwrap();
+        killed
+    }
+
+    fn agents_attached(&self) -> u64 {
+        lock(&self.attached.vmm.asked).attached
+    }
+
+    /// Waits until this many agents were attached after the first, and the last one answers.
+    fn wait_for_agent(&self, attached: u64) {
+        wait_until("the next agent", SOON, || self.agents_attached() == attached).unwrap();
+        self.attached.client.status().unwrap();
+    }
+
+    /// Checks that no agent is started by itself.
+    fn assert_stays_alone(&self) {
+        wait_until("the loss of the agent", SOON, || self.attached.client.status().is_err())
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        assert!(matches!(self.attached.client.status(), Err(Error::AgentLost { .. })));
+        assert_eq!(self.agents_attached(), 0);
+    }
+
+    /// Drops the client and waits for the end of the hooks.
+    fn end(self) {
+        let vmm = Arc::clone(&self.attached.vmm);
+        drop(self.attached);
+        let hooks = self.supervisor.join();
+        assert!(Arc::ptr_eq(&hooks.0, &vmm));
+    }
+}
+
+fn pid(process: u32) -> Pid {
+    Pid::from_raw(process as i32).unwrap()
+}
+
+fn is_gone(process: u32) -> bool {
+    test_kill_process(pid(process)).is_err()
+}
+
+fn save_to(image: &Path, mode: SnapshotMode, bandwidth: u64) -> (&Path, SnapshotOptions) {
+    (image, SnapshotOptions { mode, bandwidth, replace: true, ..SnapshotOptions::default() })
+}
+
+#[test]
+fn an_idle_agent_that_is_killed_is_replaced_and_the_next_one_works() {
+    let source = Supervised::new(Ram::odd(PAGES).stamped());
+    let mut killed = Vec::new();
+    for attached in 1..3 {
+        killed.push(source.kill());
+        source.wait_for_agent(attached);
+    }
+    // Its blocks, its trackers and its discarded pages came with the client.
+    let range = BlockRange { block: 3, offset: 0, length: PAGE_SIZE };
+    source.attached.client.discard(&[range], Punch::Yes).unwrap();
+    assert_eq!(source.attached.client.trackers(), Trackers::LOG_IS_COMPLETE);
+    let destination = Side::new(Ram::odd(PAGES));
+    moves_to(&source.attached, &destination);
+    wait_until("the dead agents to be reaped", SOON, || killed.iter().copied().all(is_gone))
+        .unwrap();
+    killed.push(source.attached.client.agent_pid());
+    source.end();
+    wait_until("the last agent to end", SOON, || killed.iter().copied().all(is_gone)).unwrap();
+}
+
+#[test]
+fn an_agent_killed_in_passes_costs_the_migration_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Supervised::new(Ram::odd(PAGES).stamped());
+    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("nobody")).unwrap();
+    let nobody = Target::Address(format!("unix:{}", folder.path().join("nobody").display()));
+    source.attached.client.start_outgoing(nobody, &OutgoingOptions::default()).unwrap();
+    let _peer = listener.accept().unwrap();
+    source.kill();
+    source.wait_for_agent(1);
+    assert_eq!(source.attached.client.status().unwrap().phase, Phase::Idle);
+    assert_eq!(source.attached.client.ownership(), Ownership::Ours);
+    assert!(!source.attached.vmm.is_paused());
+
+    // In the middle of its passes, with a peer that receives.
+    let destination = Side::new(Ram::odd(PAGES));
+    let path = folder.path().join("first");
+    let incoming = destination.listen(&path, &IncomingOptions::default());
+    source.attached.send(&path, &OutgoingOptions { bandwidth: SLOW, ..OutgoingOptions::default() });
+    wait_until("the passes", SOON, || {
+        source.attached.client.status().unwrap().counters.wire_bytes > 0
+    })
+    .unwrap();
+    source.kill();
+    source.wait_for_agent(2);
+    assert_eq!(destination.wait(incoming).phase, Phase::Failed);
+    source.attached.write(1, 11);
+    moves_to(&source.attached, &destination);
+    source.end();
+}
+
+#[test]
+fn an_agent_killed_in_a_background_snapshot_costs_the_snapshot_only() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let guest = Supervised::new(Ram::odd(PAGES).mapped().stamped());
+    let client = &guest.attached.client;
+    let (path, options) = save_to(&image, SnapshotMode::Background, SLOW);
+    client.start_snapshot(path, &options).unwrap();
+    wait_until("the save", SOON, || client.status().unwrap().phase == Phase::Saving).unwrap();
+    guest.kill();
+    guest.wait_for_agent(1);
+    assert!(!guest.attached.vmm.is_paused());
+    assert!(!image.exists());
+    // Nothing is protected any more.
+    assert_eq!(guest.attached.ram.touch(5).found().unwrap(), 1005);
+    let (path, options) = save_to(&image, SnapshotMode::Background, 0);
+    let job = client.start_snapshot(path, &options).unwrap().job;
+    let status = guest.attached.wait(job);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    guest.end();
+}
+
+#[test]
+fn a_command_that_fails_once_is_tried_again() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let counted = Arc::clone(&calls);
+    let command = move || match counted.fetch_add(1, Ordering::Relaxed) {
+        1 => Command::new("/nonexistent/pageferry"),
+        2 => panic!("the VMM finds no command"),
+        // Exits at once.
+        3 => Command::new("true"),
+        _ => agent(),
+    };
+    let guest = Supervised::with(Ram::odd(PAGES), command);
+    guest.kill();
+    guest.wait_for_agent(1);
+    assert_eq!(calls.load(Ordering::Relaxed), 5);
+    guest.end();
+}
+
+#[test]
+fn a_client_dropped_in_a_pause_ends_the_supervisor_at_once() {
+    let calls = Arc::new(AtomicU32::new(0));
+    let counted = Arc::clone(&calls);
+    let command = move || match counted.fetch_add(1, Ordering::Relaxed) {
+        0 => agent(),
+        _ => Command::new("/nonexistent/pageferry"),
+    };
+    let guest = Supervised::with(Ram::odd(PAGES), command);
+    guest.kill();
+    // The pauses before were 100, 200, 400, 800 and 1600 ms. The next one is 3.2 s.
+    wait_until("the fifth attempt", SOON, || calls.load(Ordering::Relaxed) == 6).unwrap();
+    let dropped = Instant::now();
+    guest.end();
+    assert!(dropped.elapsed() < Duration::from_secs(2), "{:?}", dropped.elapsed());
+    assert_eq!(calls.load(Ordering::Relaxed), 6);
+}
+
+#[test]
+fn an_agent_that_hangs_does_not_keep_the_vmm_from_ending() {
+    let config = pageferry_client::Config { request_timeout: Duration::from_secs(1), ..config() };
+    let vmm = ScriptedVmm::new();
+    let (client, supervisor) = Supervisor::spawn(agent, config, ScriptedHooks(vmm)).unwrap();
+    let hangs = client.agent_pid();
+    pageferry_tests::process::freeze(hangs).unwrap();
+    drop(client);
+    supervisor.join();
+    assert!(is_gone(hangs));
+}
+
+#[test]
+fn a_guest_that_was_given_up_keeps_its_agent_until_the_vmm_decides() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let source = Supervised::new(Ram::odd(PAGES).stamped());
+    let destination = Side::new(Ram::odd(PAGES).mapped());
+    let path = folder.path().join("guest");
+    let incoming = destination.listen(&path, &IncomingOptions::default());
+    let options =
+        OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
+    source.attached.send(&path, &options);
+    wait_until("the guest to run there", SOON, || destination.vmm.resumes() == 1).unwrap();
+    source.kill();
+    source.assert_stays_alone();
+    assert_eq!(source.attached.client.ownership(), Ownership::Relinquished);
+
+    source.supervisor.replace_agent().unwrap();
+    let address = format!("unix:{}", path.display());
+    let options = OutgoingOptions { mode: Mode::Postcopy, ..OutgoingOptions::default() };
+    source.attached.client.recover(Some(&address), &options).unwrap();
+    let status = destination.wait(incoming);
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    assert_eq!(destination.ram.touch(7).found().unwrap(), 1007);
+    wait_until("the guest to be gone", SOON, || {
+        source.attached.client.ownership() == Ownership::Gone
+    })
+    .unwrap();
+    assert_eq!(source.agents_attached(), 1);
+    source.end();
+}
+
+#[test]
+fn after_lost_memory_an_agent_comes_when_another_guest_is_awaited() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let source = Side::new(Ram::odd(PAGES).stamped());
+    let (path, options) = save_to(&image, SnapshotMode::Paused, 0);
+    let job = source.client.start_snapshot(path, &options).unwrap().job;
+    assert_eq!(source.wait(job).phase, Phase::Completed);
+
+    let guest = Supervised::new(Ram::odd(PAGES).mapped());
+    let stream = folder.path().join("guest");
+    guest.attached.listen(&stream, &IncomingOptions::default());
+    let options =
+        OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
+    source.send(&stream, &options);
+    wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
+    guest.kill();
+    guest.assert_stays_alone();
+    assert_eq!(lock(&guest.attached.vmm.asked).lost, 1);
+
+    guest.supervisor.replace_agent().unwrap();
+    let job = guest.attached.client.start_restore(&image, &RestoreOptions::default()).unwrap().job;
+    assert_eq!(guest.attached.wait(job).phase, Phase::Completed);
+    assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    guest.end();
+}
+
+#[test]
+fn an_agent_that_the_vmm_has_ended_is_not_replaced_until_it_says_so() {
+    let guest = Supervised::new(Ram::odd(PAGES));
+    let client = &guest.attached.client;
+    client.end_agent().unwrap();
+    guest.assert_stays_alone();
+    client.take_by_force().unwrap();
+    guest.wait_for_agent(1);
+    // One that works is replaced, too.
+    let before = client.agent_pid();
+    guest.supervisor.replace_agent().unwrap();
+    assert_ne!(client.agent_pid(), before);
+    guest.wait_for_agent(2);
+    guest.end();
+}
