@@ -198,8 +198,8 @@ impl Client {
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 
-    /// Changes options of the job that runs. What is `None` stays as it is. A snapshot and a restore
-    /// have only the bandwidth.
+    /// Changes options of the job that runs. What is `None` stays as it is. A snapshot and a
+    /// restore have only the bandwidth.
     ///
     /// # Errors
     /// If no such job runs, a value is not allowed, or the agent is lost.

@@ -112,8 +112,8 @@ pub struct Record {
     pub panics: Vec<(String, String)>,
     /// The ownership at the time when the agent was lost.
     pub agent_lost: Option<Ownership>,
-    /// An operator may restore a guest.
-    pub takes_restores: bool,
+    /// An operator may bring another guest.
+    pub takes_guests: bool,
     /// The guest may run before its memory is here.
     pub memory_pending: bool,
     /// All memory is here, after some was missing.
@@ -235,7 +235,7 @@ impl Hooks for VmmHooks {
     }
 
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
-        if !lock(&self.0.record).takes_restores {
+        if !lock(&self.0.record).takes_guests {
             return Err(HookError::new(format!(
                 "this VMM does not wait for a guest, such as {origin}"
             )));
@@ -460,9 +460,9 @@ impl MockVmm {
         *lock(&self.parts.before_pause) = Some(Box::new(last_minute));
     }
 
-    /// Allows an operator to restore a guest.
-    pub fn take_restores(&self) {
-        lock(&self.parts.record).takes_restores = true;
+    /// Allows an operator to bring another guest.
+    pub fn take_guests(&self) {
+        lock(&self.parts.record).takes_guests = true;
     }
 
     /// The calls and events so far.

@@ -63,7 +63,7 @@ enum Command {
     /// Serve one VMM: take its memory, and migrate, save or restore its guest when asked.
     Agent(AgentArgs),
     /// Show the VM, its memory, and the current or last job.
-    Status(OperatorArgs),
+    Status(StatusArgs),
     /// Show a job's progress until it ends. Ctrl-C ends the command, not the job.
     Watch(WatchArgs),
     /// Migrate the guest to another agent, which must be listening, and watch. Ctrl-C ends the
@@ -128,6 +128,26 @@ pub struct OperatorArgs {
     pub json: bool,
 }
 
+/// What is shown.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// Wait until the agent answers and a VMM has handed over its memory: for scripts that have
+    /// just started both. Without a TIME at most 60s.
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true,
+          default_missing_value = "60s", value_parser = parse_duration)]
+    wait: Option<Duration>,
+}
+
+/// What a command does that has started a job.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct DetachArgs {
+    /// Start the job and end the command, without watching.
+    #[arg(long)]
+    pub detach: bool,
+}
+
 /// A job that is watched.
 #[derive(Debug, Args)]
 pub struct WatchArgs {
@@ -151,6 +171,8 @@ pub struct PauseArgs {
 pub struct MigrateArgs {
     #[command(flatten)]
     operator: OperatorArgs,
+    #[command(flatten)]
+    detach: DetachArgs,
     #[command(flatten)]
     pause: PauseArgs,
     /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
@@ -268,6 +290,8 @@ impl TryFrom<OutgoingArgs> for OutgoingOptions {
 pub struct ListenArgs {
     #[command(flatten)]
     operator: OperatorArgs,
+    #[command(flatten)]
+    detach: DetachArgs,
     #[command(flatten)]
     pause: PauseArgs,
     /// Where to listen: tcp:HOST:PORT or unix:PATH. Port 0 lets the kernel choose; the command says
@@ -524,15 +548,17 @@ where
     }
     let outcome = match cli.command {
         Command::Agent(args) => run_agent::run(&args, vm_name),
-        Command::Status(args) => operator::status(&args),
+        Command::Status(args) => operator::status(&args.operator, args.wait),
         Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
         Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {
-            operator::migrate(&args.operator, &args.to, args.pause.no_wait, options)
+            let watched = operator::Watched::new(args.detach, &args.pause);
+            operator::migrate(&args.operator, &args.to, watched, options)
         }),
         Command::Snapshot(args) => operator::snapshot(args),
         Command::Restore(args) => operator::restore(args),
         Command::Listen(args) => {
-            operator::listen(&args.operator, &args.address, args.pause.no_wait, (&args).into())
+            let watched = operator::Watched::new(args.detach, &args.pause);
+            operator::listen(&args.operator, &args.address, watched, (&args).into())
         }
         Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
         Command::Cancel(args) => operator::cancel(&args),

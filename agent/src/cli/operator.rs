@@ -5,7 +5,6 @@
 //! Each connects to the agent's control socket, sends one request, and prints the answer. A command
 //! that starts a job then watches it until it ends.
 
-use super::OperatorArgs;
 use super::agent_connection::AgentConnection;
 use super::exit::Exit;
 use super::progress::Output;
@@ -13,12 +12,14 @@ use super::show;
 use super::show_agent;
 use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use super::watch::{Interrupts, OnInterrupt, OnPause, Watching, watch};
+use super::{DetachArgs, OperatorArgs, PauseArgs};
 use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::{IncomingOptions, JobStatus, OutgoingOptions, Parameters};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
 use std::error::Error;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 type Outcome = Result<Exit, Box<dyn Error>>;
 
@@ -31,16 +32,71 @@ fn address_from_root(address: &str) -> std::io::Result<String> {
     }
 }
 
+/// What becomes of a job that a command has started.
+#[derive(Debug, Clone, Copy)]
+pub enum Watched {
+    /// The command ends.
+    Not,
+    /// The command watches it.
+    Until(OnPause),
+}
+
+impl Watched {
+    /// As the command line says.
+    pub(super) fn new(detach: DetachArgs, pause: &PauseArgs) -> Self {
+        match (detach.detach, pause.no_wait) {
+            (true, _) => Self::Not,
+            (false, true) => Self::Until(OnPause::End),
+            (false, false) => Self::Until(OnPause::Wait),
+        }
+    }
+
+    /// The same for a job that no postcopy can pause.
+    fn unless(detach: DetachArgs) -> Self {
+        if detach.detach { Self::Not } else { Self::Until(OnPause::Wait) }
+    }
+}
+
 /// `pageferry status`
 ///
 /// # Errors
-/// If the agent does not answer.
-pub fn status(args: &OperatorArgs) -> Outcome {
-    let mut agent = AgentConnection::open(&args.socket)?;
-    let info = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
+/// If the agent does not answer, or no VMM comes within `wait`.
+pub fn status(args: &OperatorArgs, wait: Option<Duration>) -> Outcome {
+    let (mut agent, info) = match wait {
+        Some(wait) => wait_for_vmm(args, wait)?,
+        None => ask_agent(args)?,
+    };
     let status = agent.ask(&Request::QueryStatus, JobStatus::decode)?;
     show_agent::print(&info, &status, args.json)?;
     Ok(Exit::Done)
+}
+
+/// Connects to the agent and asks what it serves.
+fn ask_agent(args: &OperatorArgs) -> Result<(AgentConnection, AgentInfo), Box<dyn Error>> {
+    let mut agent = AgentConnection::open(&args.socket)?;
+    let info = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
+    Ok((agent, info))
+}
+
+/// The same, once a VMM has handed over its memory.
+fn wait_for_vmm(
+    args: &OperatorArgs, wait: Duration,
+) -> Result<(AgentConnection, AgentInfo), Box<dyn Error>> {
+    /// Time between two attempts.
+    const LOOK: Duration = Duration::from_millis(50);
+    let until = Instant::now() + wait;
+    loop {
+        let asked = ask_agent(args);
+        match asked {
+            Ok((agent, info)) if !info.blocks.is_empty() => return Ok((agent, info)),
+            _ if Instant::now() < until => std::thread::sleep(LOOK),
+            Ok(_) => {
+                let socket = args.socket.display();
+                return Err(format!("no VMM handed its memory to the agent on {socket}").into());
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// `pageferry watch`
@@ -63,11 +119,10 @@ pub fn watch_job(args: &OperatorArgs, no_wait: bool) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn migrate(
-    args: &OperatorArgs, target: &str, no_wait: bool, options: OutgoingOptions,
+    args: &OperatorArgs, target: &str, watched: Watched, options: OutgoingOptions,
 ) -> Outcome {
-    let on_pause = if no_wait { OnPause::End } else { OnPause::Wait };
     let request = Request::StartOutgoing { target: address_from_root(target)?, options };
-    start(args, &request, on_pause)
+    start(args, &request, watched)
 }
 
 /// `pageferry listen`
@@ -75,11 +130,10 @@ pub fn migrate(
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn listen(
-    args: &OperatorArgs, address: &str, no_wait: bool, options: IncomingOptions,
+    args: &OperatorArgs, address: &str, watched: Watched, options: IncomingOptions,
 ) -> Outcome {
-    let on_pause = if no_wait { OnPause::End } else { OnPause::Wait };
     let request = Request::StartIncoming { listen: address_from_root(address)?, options };
-    start(args, &request, on_pause)
+    start(args, &request, watched)
 }
 
 /// `pageferry set`
@@ -98,9 +152,9 @@ pub fn set(args: &OperatorArgs, parameters: Parameters) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn snapshot(args: SnapshotCommand) -> Outcome {
-    let SnapshotCommand { operator, image, options } = args;
+    let SnapshotCommand { operator, detach, image, options } = args;
     let request = Request::StartSnapshot { path: from_root(&image)?, options: options.try_into()? };
-    start(&operator, &request, OnPause::Wait)
+    start(&operator, &request, Watched::unless(detach))
 }
 
 /// `pageferry restore`
@@ -108,18 +162,26 @@ pub fn snapshot(args: SnapshotCommand) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn restore(args: RestoreCommand) -> Outcome {
-    let RestoreCommand { operator, image, options } = args;
+    let RestoreCommand { operator, detach, image, options } = args;
     let request = Request::StartRestore { path: from_root(&image)?, options: options.try_into()? };
-    start(&operator, &request, OnPause::Wait)
+    start(&operator, &request, Watched::unless(detach))
 }
 
 /// Starts or recovers a job, and watches it until it ends.
-fn start(args: &OperatorArgs, request: &Request, on_pause: OnPause) -> Outcome {
+fn start(args: &OperatorArgs, request: &Request, watched: Watched) -> Outcome {
     // Before the job starts: a Ctrl-C from now on is about the job.
     let mut interrupts = Interrupts::catch()?;
     let mut agent = AgentConnection::open(&args.socket)?;
     let started = agent.ask(request, JobStarted::decode)?;
-    if let Request::StartIncoming { .. } = request {
+    let listens = matches!(request, Request::StartIncoming { .. });
+    let on_pause = match watched {
+        Watched::Not => {
+            show::started(&started, listens, args.json)?;
+            return Ok(Exit::Done);
+        }
+        Watched::Until(on_pause) => on_pause,
+    };
+    if listens {
         show::listening(&started, args.json)?;
     }
     let watching = Watching {
@@ -159,7 +221,7 @@ pub fn recover(args: &OperatorArgs, address: Option<&str>) -> Outcome {
     let address = address.map(address_from_root).transpose()?.unwrap_or_default();
     let request =
         Request::Recover { session: [0; 16], address, options: OutgoingOptions::default() };
-    start(args, &request, OnPause::EndAfterRecovery)
+    start(args, &request, Watched::Until(OnPause::EndAfterRecovery))
 }
 
 /// `pageferry resume`

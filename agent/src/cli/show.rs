@@ -225,6 +225,21 @@ pub fn listening(started: &JobStarted, json: bool) -> io::Result<()> {
     }
 }
 
+/// Says that a job was started, which the command does not watch.
+///
+/// # Errors
+/// If the output cannot be written.
+pub fn started(started: &JobStarted, listens: bool, json: bool) -> io::Result<()> {
+    let JobStarted { job, address } = started;
+    let mut out = io::stdout().lock();
+    match (json, listens) {
+        (true, true) => writeln!(out, "{}", json!({ "job": job, "listening": address })),
+        (true, false) => writeln!(out, "{}", json!({ "job": job })),
+        (false, true) => writeln!(out, "job {job} listens at {address}"),
+        (false, false) => writeln!(out, "job {job} has started"),
+    }
+}
+
 /// What an operator is told about a job that did not complete: why, and what to do. `socket` is the
 /// path of its agent.
 pub fn failure(status: &JobStatus, socket: &Path) -> String {

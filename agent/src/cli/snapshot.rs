@@ -2,7 +2,7 @@
 
 //! The arguments of `snapshot` and `restore` on the command line.
 
-use super::{OperatorArgs, parse_bandwidth, parse_resume, parse_timeout};
+use super::{DetachArgs, OperatorArgs, parse_bandwidth, parse_resume, parse_timeout};
 use clap::Args;
 use pageferry_protocol::control::job::{
     RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
@@ -16,6 +16,8 @@ use std::time::Duration;
 pub struct SnapshotCommand {
     #[command(flatten)]
     pub(super) operator: OperatorArgs,
+    #[command(flatten)]
+    pub(super) detach: DetachArgs,
     /// The image to write. It appears when it is complete, and not before.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
@@ -53,6 +55,8 @@ pub struct SnapshotArgs {
 pub struct RestoreCommand {
     #[command(flatten)]
     pub(super) operator: OperatorArgs,
+    #[command(flatten)]
+    pub(super) detach: DetachArgs,
     /// The image. The images that it builds on are found automatically.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,

@@ -8,10 +8,12 @@ use pageferry_client::ResumePolicy;
 use std::path::PathBuf;
 use std::time::Duration;
 
+const ABOUT: &str = "A VMM for trying an agent by hand: its guest is a file";
+
 /// A VMM without a virtual machine. It hands a file to an agent as guest memory, writes to it at a
 /// set rate, and migrates, saves or restores it.
 #[derive(Debug, Parser)]
-#[command(name = "mock_vmm", version, about, max_term_width = 100)]
+#[command(name = "mock_vmm", version, about = ABOUT, max_term_width = 100)]
 pub struct Cli {
     /// Which side it is.
     #[command(subcommand)]
@@ -103,7 +105,7 @@ pub struct DestinationArgs {
     pub common: Common,
     /// Where the destination's agent listens for the source: tcp:HOST:PORT or unix:PATH. Without
     /// this and without --restore-from the VMM waits for 60 seconds, or --wait-for, so that an
-    /// operator can restore a guest.
+    /// operator can restore a guest, or have one migrate here.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "restore_from")]
     pub listen: Option<String>,
     /// Restore a guest from this image instead of waiting for one.

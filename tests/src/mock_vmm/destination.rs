@@ -9,7 +9,7 @@ use crate::deadline::wait_for;
 use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, Tracker};
-use pageferry_client::{IncomingOptions, Phase, RestoreMode, RestoreOptions, RunState};
+use pageferry_client::{IncomingOptions, JobStatus, Phase, RestoreMode, RestoreOptions, RunState};
 use pageferry_protocol::control::job::JobKind;
 
 /// Hands over the memory and waits for a guest, or restores one. Then compares the memory with what
@@ -25,7 +25,7 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
         &usage,
         ThreadGuestOptions { rate: Some(0), ..ThreadGuestOptions::default() },
     )?;
-    let vmm = MockVmm::connect(&arguments.common.socket, usage, Tracker::Log)?;
+    let vmm = super::connect(&arguments.common, &usage, || Tracker::Log)?;
     vmm.set_guest(guest);
     let job = start(&vmm, arguments)?;
     let status = watch(&vmm, job, !arguments.common.json, |_| Ok(()))?;
@@ -44,6 +44,15 @@ pub fn run(arguments: &DestinationArgs) -> Result<Report, Error> {
     }
     log::info!("{} words of the guest's ledger were compared", record.words_checked);
     Ok(Report { destination_allocated: record.allocated_at_load, ..Report::new(&status) })
+}
+
+/// True for a restore, and for a migration whose source is here.
+fn brings_a_guest(status: &JobStatus) -> bool {
+    match status.kind {
+        JobKind::Restore => true,
+        JobKind::Incoming => status.phase > Phase::Connecting && status.phase != Phase::Cancelled,
+        _ => false,
+    }
 }
 
 /// Starts the job of the options, or waits until an operator starts one. Returns its number.
@@ -69,12 +78,11 @@ fn start(vmm: &MockVmm, arguments: &DestinationArgs) -> Result<u64, Error> {
     }
     // Jobs that the agent did for an earlier VMM do not count.
     let before = vmm.client().status()?.job;
-    vmm.take_restores();
-    eprintln!("waiting for a restore");
-    wait_for("a restore", arguments.wait_for, || match vmm.client().status() {
-        Ok(status) if status.kind == JobKind::Restore && status.job > before => {
-            Some(Ok(status.job))
-        }
+    vmm.take_guests();
+    eprintln!("waiting for a guest");
+    wait_for("a guest", arguments.wait_for, || match vmm.client().status() {
+        // An operator who stops to listen has brought no guest, and may listen again.
+        Ok(status) if status.job > before && brings_a_guest(&status) => Some(Ok(status.job)),
         Ok(_) => None,
         Err(error) => Some(Err(error.into())),
     })?

@@ -19,11 +19,14 @@ pub mod source;
 
 use crate::Error;
 use crate::memory::{Backing, BlockLayout, TestMemory};
+use crate::usage::Usage;
+use crate::vmm::{MockVmm, Tracker};
 use clap::Parser;
 use report::Report;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Runs `mock_vmm` with these arguments, without the program's name. Succeeds if a migration was
 /// verified and committed, a snapshot's image is complete, or a restore was verified.
@@ -53,6 +56,26 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
         println!("{report}");
     }
     if report.succeeded() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// How long to wait for an agent that was started at the same time.
+const AGENT_STARTS: Duration = Duration::from_secs(10);
+
+/// Connects to the agent, once it listens.
+fn connect(
+    common: &cli::Common, usage: &Arc<Usage>, tracker: impl Fn() -> Tracker,
+) -> Result<MockVmm, Error> {
+    let until = Instant::now() + AGENT_STARTS;
+    loop {
+        match MockVmm::connect(&common.socket, usage.clone(), tracker()) {
+            Err(Error::Client(pageferry_client::Error::Connect { .. }))
+                if Instant::now() < until =>
+            {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            connected => return connected,
+        }
+    }
 }
 
 /// The file as the guest's memory: block "ram", id 0, from guest address 0.

@@ -28,13 +28,13 @@ const RAM: u32 = 0;
 pub fn run(arguments: &SourceArgs) -> Result<Report, Error> {
     let memory = super::memory(&arguments.common)?;
     let before = memory.allocated()?;
-    let (tracker, path) = match arguments.tracker {
-        TrackerName::Log => (Tracker::Log, Path::MappingAndLog),
-        TrackerName::Uffd => (Tracker::WriteProtect, Path::Mapping),
+    let (tracker, path): (fn() -> Tracker, Path) = match arguments.tracker {
+        TrackerName::Log => (|| Tracker::Log, Path::MappingAndLog),
+        TrackerName::Uffd => (|| Tracker::WriteProtect, Path::Mapping),
     };
     let usage = Usage::new(memory.clone())?;
     let guest = guest(&usage, arguments.write_rate, path)?;
-    let vmm = MockVmm::connect(&arguments.common.socket, usage.clone(), tracker)?;
+    let vmm = super::connect(&arguments.common, &usage, tracker)?;
     let punch = if arguments.no_punch { Punch::No } else { Punch::Yes };
 
     Discards {

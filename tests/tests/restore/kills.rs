@@ -160,7 +160,7 @@ fn a_vmm_killed_while_restored_leaves_a_free_agent() {
         let lazy = index % 2 == 0 && require::uffd();
         vmm.fill(3);
         let mut process = vmm.start("destination", &[]);
-        process.wait_for_line("waiting for a restore", PATIENCE).unwrap();
+        process.wait_for_line("waiting for a guest", PATIENCE).unwrap();
         let last = host.status().job;
         let mut operator = Command::new(program());
         operator.arg("restore").arg("--socket").arg(host.agent.socket()).args([

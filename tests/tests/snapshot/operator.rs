@@ -133,7 +133,7 @@ fn an_operator_restores_and_records_the_working_set() {
         (Some(1), &"failed".into())
     );
 
-    scene.vmm.take_restores();
+    scene.vmm.take_guests();
     let eager = completes(&scene, "restore", &["image"]);
     assert_eq!((&eager["pages_restored"], &eager["faults"]), (&PAGES.into(), &0.into()));
     scene.check(&chain);
@@ -171,7 +171,7 @@ fn threads_and_the_limit_are_those_of_the_command_line() {
     });
     let vmm = MockVmm::connect(agent.socket(), usage, Tracker::Log).unwrap();
     vmm.start().unwrap();
-    vmm.take_restores();
+    vmm.take_guests();
     let socket = agent.socket().to_owned();
     let command = |line: &[&str]| {
         let mut command = Command::new(program());

@@ -359,7 +359,7 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     let image = image.to_str().unwrap();
     assert_eq!(printed(&["image", "info", image])["guest"], "running");
     let to = Side::empty();
-    to.vmm.take_restores();
+    to.vmm.take_guests();
     let restored = printed(&[
         "restore",
         "--socket",

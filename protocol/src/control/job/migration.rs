@@ -147,8 +147,8 @@ impl Compression {
     }
 }
 
-/// Options of an outgoing migration. [`Parameters`](super::Parameters) has those that can be changed
-/// while it runs.
+/// Options of an outgoing migration. [`Parameters`](super::Parameters) has those that can be
+/// changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutgoingOptions {
     /// Number of connections, 1 to [`MAX_STREAMS`]. A target that is one handed-over descriptor has

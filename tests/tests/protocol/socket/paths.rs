@@ -108,8 +108,8 @@ fn sighup_ends_an_agent_in_good_order_unless_ignored() {
         let pid = Pid::from_raw(agent.process().id().try_into().unwrap()).unwrap();
         kill_process(pid, Signal::HUP).unwrap();
     };
-    // If this process was started by nohup, its children ignore the signal, too. But a signal with a
-    // handler is not ignored in a program that is executed.
+    // If this process was started by nohup, its children ignore the signal, too. But a signal with
+    // a handler is not ignored in a program that is executed.
     signal_hook::flag::register(signal_hook::consts::SIGHUP, Arc::default()).unwrap();
     let mut agent = spawn(folder.path(), "agent");
     agent.process().wait_for_line("listening on", SOON).unwrap();
