@@ -272,23 +272,32 @@ impl Connection {
             Some(Ok(request)) => request.claims_memory(),
             _ => false,
         };
-        self.hub.session.handle_native(self.role(claims), code, request, fds)
+        self.claiming(claims, |role| self.hub.session.handle_native(role, code, request, fds))
     }
 
     fn answer_vhost_user(&self, frame: Frame) -> Option<Frame> {
         // An unknown number is refused by its own error.
         let required = FrontendReq::try_from(frame.request).map_or(Role::Operator, required_role);
-        if self.role(required == Role::Vmm) < required {
-            let denied = RemoteError::new(ErrorCode::Denied, "another connection owns the memory");
-            return ExpectedReply::of(&frame).refusal_reply(frame.request, &denied);
-        }
-        self.hub.session.handle_vhost_user(frame)
+        self.claiming(required == Role::Vmm, |role| {
+            if role < required {
+                let sentence = "another connection owns the memory";
+                let denied = RemoteError::new(ErrorCode::Denied, sentence);
+                return ExpectedReply::of(&frame).refusal_reply(frame.request, &denied);
+            }
+            self.hub.session.handle_vhost_user(frame)
+        })
     }
 
-    /// The role of this connection. If no connection owns the memory yet, one that `claims` it
-    /// becomes the VMM.
-    fn role(&self, claims: bool) -> Role {
-        self.hub.session.role(self.state.token, &self.state.socket, claims)
+    /// Handles a request with the role of this connection. If no connection owns the memory yet,
+    /// one that `claims` it becomes the VMM, unless the request is refused.
+    fn claiming<T>(&self, claims: bool, handle: impl FnOnce(Role) -> T) -> T {
+        let (session, token) = (&self.hub.session, self.state.token);
+        let is_new = claims && !session.is_owner(token);
+        let answer = handle(session.role(token, &self.state.socket, claims));
+        if is_new {
+            session.release_if_empty(token);
+        }
+        answer
     }
 
     /// Subscribes the client to events. The first event is due at once.

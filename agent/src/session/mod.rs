@@ -200,6 +200,22 @@ impl Session {
         }
     }
 
+    /// True if the VMM has handed over nothing.
+    fn is_empty(&self) -> bool {
+        let memory = &self.memory;
+        memory.blocks().is_empty()
+            && memory.log.is_none()
+            && !memory.current.is_fenced()
+            && !self.hooks.are_set()
+            && !self.trackers.declared.is_declared()
+            && self.vhost_user == vhost_user::Features::default()
+    }
+
+    /// The connection that was the VMM's is not: what it asked for was refused.
+    fn forget_vmm(&mut self) {
+        self.vmm_pid = None;
+    }
+
     /// The running job.
     fn running(&self) -> Option<&SessionJob> {
         self.job.as_ref().map(|(job, _)| job).filter(|job| !job.phase().is_final())

@@ -149,6 +149,19 @@ impl SharedSession {
         }
     }
 
+    /// To be called after the request by which this connection has become the VMM's. If it was
+    /// refused, the VMM has handed over nothing, and the connection is nobody's again.
+    pub fn release_if_empty(&self, connection: u64) {
+        let mut locked = self.lock();
+        let owns = locked.state.owner.as_ref().is_some_and(|owner| owner.connection == connection);
+        if owns && locked.is_empty() {
+            locked.state.owner = None;
+            locked.forget_vmm();
+            drop(locked);
+            self.released.notify_all();
+        }
+    }
+
     /// True if this connection is the VMM's.
     pub fn is_owner(&self, connection: u64) -> bool {
         self.state().owner.as_ref().is_some_and(|owner| owner.connection == connection)

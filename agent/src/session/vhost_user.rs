@@ -26,7 +26,7 @@ use std::sync::Arc;
 const VIRTIO_VERSION_1: u64 = 1 << 32;
 
 /// The negotiated features.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Features {
     virtio: u64,
     protocol: u64,

@@ -180,6 +180,25 @@ fn jobs_need_memory_hooks_and_trackers() {
 }
 
 #[test]
+fn a_request_that_is_refused_makes_nobody_the_vmm() {
+    let host = Host::start();
+    let strangers: Vec<_> = (0..4).map(|_| host.connect()).collect();
+    let (memory, bitmap) = (memfd(PAGE).unwrap(), memfd(PAGE).unwrap());
+    let fds = [memory.as_fd(), bitmap.as_fd()];
+    // A block that is larger than its file, a range of no block, no such block, no fence word.
+    let block = bodies::block(1, 0, PAGES, 0, "ram");
+    refused(&strangers[0], code::ADD_BLOCK, &block, &fds, error::INVALID, "is shorter");
+    let range = bodies::range(0, 1, 1);
+    refused(&strangers[1], code::DISCARD, &range, &[], error::INVALID, "block 1");
+    let id = Body::new().u32(1);
+    refused(&strangers[2], code::REMOVE_BLOCK, &id, &[], error::NOT_FOUND, "block 1");
+    let pipe = rustix::pipe::pipe().unwrap();
+    refused(&strangers[3], code::HELLO, &hello(1), &[pipe.0.as_fd()], error::INVALID, "fence");
+    // The strangers are still connected.
+    assert_eq!(Vmm::with_guest(&host).status().trackers, 4);
+}
+
+#[test]
 fn an_agent_that_was_given_up_does_nothing_more() {
     let host = Host::start();
     let control = host.connect();
