@@ -28,7 +28,7 @@ pub enum Error {
     },
     /// Options that do not go together.
     #[error(transparent)]
-    Usage(#[from] pageferry_agent::cli::UsageError),
+    Usage(#[from] pageferry_agent::cli::migration::UsageError),
     /// An error of the client library, or of the agent through it.
     #[error(transparent)]
     Client(#[from] pageferry_client::Error),

@@ -2,7 +2,8 @@
 
 //! The arguments of `snapshot` and `restore` on the command line.
 
-use super::{DetachArgs, OperatorArgs, parse_bandwidth, parse_resume, parse_timeout};
+use super::parse::{parse_bandwidth, parse_resume, parse_timeout};
+use super::{DetachArgs, OperatorArgs};
 use clap::Args;
 use pageferry_protocol::control::job::{
     RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,

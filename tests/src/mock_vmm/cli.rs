@@ -3,7 +3,8 @@
 //! The options of `mock_vmm`.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pageferry_agent::cli::{OutgoingArgs, parse_duration, parse_resume, parse_size};
+use pageferry_agent::cli::migration::OutgoingArgs;
+use pageferry_agent::cli::parse::{parse_duration, parse_resume, parse_size};
 use pageferry_client::ResumePolicy;
 use std::path::PathBuf;
 use std::time::Duration;

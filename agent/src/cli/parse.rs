@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Reads the values of options. An error says what is allowed, in the words of a user.
+
+use pageferry_protocol::control::job::{
+    Compression, MIN_BANDWIDTH, Mode, NonConvergence, ResumePolicy,
+};
+use pageferry_protocol::control::request::MAX_VM_NAME;
+use std::time::Duration;
+
+/// Reads a time: a number with us, ms, s, m or h.
+///
+/// # Errors
+/// If the text is malformed. The error says what is allowed.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "us" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("\"{text}\": write a number and us, ms, s, m or h, as 300ms")),
+    };
+    let number: f64 =
+        digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
+    Duration::try_from_secs_f64(number * unit).map_err(|error| format!("\"{text}\": {error}"))
+}
+
+/// Reads the longest time that something may take: as [`parse_duration`], but at least a
+/// microsecond and at most a day.
+///
+/// # Errors
+/// If the text is malformed or the time not allowed. The error says what is allowed.
+pub fn parse_timeout(text: &str) -> Result<Duration, String> {
+    const LONGEST: Duration = Duration::from_secs(24 * 3600);
+    match parse_duration(text)? {
+        time if (Duration::from_micros(1)..=LONGEST).contains(&time) => Ok(time),
+        _ => Err(format!("\"{text}\": write a time from 1us to 24h")),
+    }
+}
+
+/// Reads a number of bytes, with K, M, G or T for powers of 1024.
+///
+/// # Errors
+/// If the text is malformed. The error says what is allowed.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (&text[..at], 10),
+        Some((at, 'm' | 'M')) => (&text[..at], 20),
+        Some((at, 'g' | 'G')) => (&text[..at], 30),
+        Some((at, 't' | 'T')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number = match digits.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => digits.parse(),
+    };
+    let number = number
+        .map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" does not fit in 64 bits"))
+}
+
+/// Reads a bandwidth limit: as [`parse_size`], but at least [`MIN_BANDWIDTH`], or 0 for no limit.
+///
+/// # Errors
+/// If the text is malformed or the limit too low. The error says what is allowed.
+pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        rate @ (0 | MIN_BANDWIDTH..) => Ok(rate),
+        _ => Err(format!("\"{text}\": write at least {}K, or 0 for no limit", MIN_BANDWIDTH >> 10)),
+    }
+}
+
+/// Reads the name of a VM.
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > MAX_VM_NAME || text.chars().any(char::is_control) {
+        return Err(format!("{text:?}: write 1 to {MAX_VM_NAME} bytes without control characters"));
+    }
+    Ok(text.to_owned())
+}
+
+pub(super) fn parse_policy(text: &str) -> Result<NonConvergence, String> {
+    let found = NonConvergence::NAMES.iter().find(|(name, _)| *name == text);
+    found
+        .map(|(_, policy)| *policy)
+        .ok_or_else(|| format!("\"{text}\": write keep-going, throttle, stop, fail or postcopy"))
+}
+
+pub(super) fn parse_mode(text: &str) -> Result<Mode, String> {
+    let found = Mode::NAMES.iter().find(|(name, _)| *name == text);
+    found
+        .map(|(_, mode)| *mode)
+        .ok_or_else(|| format!("\"{text}\": write precopy, postcopy or hybrid"))
+}
+
+/// Reads whether a guest runs where it arrives: auto or never.
+///
+/// # Errors
+/// If the text is something else. The error says what is allowed.
+pub fn parse_resume(text: &str) -> Result<ResumePolicy, String> {
+    let found = ResumePolicy::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write auto or never"))
+}
+
+pub(super) fn parse_compression(text: &str) -> Result<Compression, String> {
+    match (text, text.strip_prefix("zstd:")) {
+        ("none", _) => Ok(Compression::None),
+        ("lz4", _) => Ok(Compression::Lz4),
+        ("zstd", _) => Ok(Compression::Zstd(Compression::DEFAULT_LEVEL)),
+        (_, Some(level)) => match level.parse() {
+            Ok(level @ 1..=Compression::MAX_LEVEL) => Ok(Compression::Zstd(level)),
+            _ => Err(format!(
+                "\"{text}\": \"{level}\" is not a level from 1 to {}",
+                Compression::MAX_LEVEL
+            )),
+        },
+        _ => Err(format!("\"{text}\": write none, lz4, zstd or zstd:LEVEL")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_sizes_are_read_or_refused_with_the_reason() {
+        assert_eq!(parse_duration("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        for wrong in ["", "3", "ms", "-1s", "1e99h"] {
+            assert!(
+                parse_duration(wrong).unwrap_err().contains(&format!("\"{wrong}\"")),
+                "{wrong}"
+            );
+        }
+        assert!(parse_timeout("0s").unwrap_err().contains("1us to 24h"));
+        assert!(parse_timeout("25h").unwrap_err().contains("1us to 24h"));
+        assert_eq!(parse_size("2G"), Ok(2 << 30));
+        assert_eq!(parse_size("0x1000"), Ok(4096));
+        for wrong in ["", "G", "-1", "99999999999T"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!((parse_bandwidth("0"), parse_bandwidth("64K")), (Ok(0), Ok(64 << 10)));
+        for wrong in ["1", "63K", "65535"] {
+            assert!(parse_bandwidth(wrong).unwrap_err().contains("at least 64K"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_compression_is_read_or_refused_with_the_reason() {
+        assert_eq!(parse_compression("none"), Ok(Compression::None));
+        assert_eq!(parse_compression("lz4"), Ok(Compression::Lz4));
+        assert_eq!(parse_compression("zstd"), Ok(Compression::Zstd(1)));
+        assert_eq!(parse_compression("zstd:19"), Ok(Compression::Zstd(19)));
+        for wrong in
+            ["", "gzip", "lz4:1", "zstd:", "zstd:0", "zstd:20", "zstd:-1", "zstd:257", "ZSTD"]
+        {
+            assert!(
+                parse_compression(wrong).unwrap_err().contains(&format!("\"{wrong}\"")),
+                "{wrong}"
+            );
+        }
+    }
+}
