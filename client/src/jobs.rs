@@ -5,6 +5,7 @@
 use crate::client::Client;
 use crate::error::{Error, PathError};
 use crate::ownership::{Migration, Ownership};
+use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::{
     IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions,
     SnapshotOptions,
@@ -214,6 +215,14 @@ impl Client {
     /// If the agent is lost.
     pub fn status(&self) -> Result<JobStatus, Error> {
         self.session().control.request(&Request::QueryStatus, &[], JobStatus::decode)
+    }
+
+    /// What the agent serves, and its version and process.
+    ///
+    /// # Errors
+    /// If the agent is lost.
+    pub fn agent(&self) -> Result<AgentInfo, Error> {
+        self.session().control.request(&Request::QueryAgent, &[], AgentInfo::decode)
     }
 
     /// Waits for the end of the job. The phase and the error of the result say how it ended.

@@ -197,7 +197,6 @@ pub use hooks::{Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece}
 pub use jobs::Target;
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
-pub use pageferry_protocol::control::Trackers;
 pub use pageferry_protocol::control::hook::GuestOrigin;
 pub use pageferry_protocol::control::job::{
     Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,
@@ -206,6 +205,7 @@ pub use pageferry_protocol::control::job::{
 };
 pub use pageferry_protocol::control::reply::{ErrorCode, JobStarted};
 pub use pageferry_protocol::control::request::BlockRange;
+pub use pageferry_protocol::control::{AgentInfo, BlockInfo, Trackers};
 pub use pageferry_protocol::invariants;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
