@@ -48,7 +48,7 @@ impl Client {
     pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
         // Locked to the end: a new agent gets the block from `reattach` or from here, and never
         // from both.
-        let mut session = self.session();
+        let mut session = self.flushed_session();
         let block = self.memory().add(&spec)?;
         self.send_block(&mut session, &block, spec.discarded)
     }
@@ -71,7 +71,7 @@ impl Client {
     pub fn add_blocks(&self, regions: &[MemoryRegion<'_>]) -> Result<Vec<u32>, Error> {
         let mut order: Vec<usize> = (0..regions.len()).collect();
         order.sort_by_key(|at| regions[*at].gpa);
-        let mut session = self.session();
+        let mut session = self.flushed_session();
         let mut ids = vec![0; regions.len()];
         for (at, id) in order.into_iter().zip(self.memory().unused_ids(regions.len())) {
             ids[at] = id;
@@ -146,7 +146,7 @@ impl Client {
     /// The block is not removed then.
     pub fn remove_block(&self, id: u32) -> Result<(), Error> {
         let removed = retry_while_busy(REMOVAL_TIMEOUT, || {
-            let mut session = self.session();
+            let mut session = self.flushed_session();
             let block = self.memory().block(id).ok_or(Error::UnknownBlock { id })?;
             match session.control.request(&Request::RemoveBlock { id }, &[], |_| Ok(())) {
                 Err(busy @ Error::Refused { code: ErrorCode::Busy, .. }) => {

@@ -8,6 +8,7 @@
 use crate::config::Config;
 use crate::control::Control;
 use crate::deadline::deadline;
+use crate::discard_queue::DiscardQueue;
 use crate::error::Error;
 use crate::heartbeat::{Heartbeat, Probe, WatchedSockets};
 use crate::hooks::{HookChannel, HookContext};
@@ -29,7 +30,7 @@ use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The VMM's side of an agent. Clones are the same client; any thread may use any of them.
 ///
@@ -69,6 +70,7 @@ struct Inner {
     writes: Arc<WatchedWrites>,
     tracking: Arc<ActiveTrackers>,
     wakeup: Arc<Wakeup>,
+    discard_queue: DiscardQueue,
     timeouts: Timeouts,
     session: Mutex<Session>,
     /// Held while a thread waits for `session`. Without it, a thread that unlocks the session and
@@ -121,6 +123,7 @@ impl Client {
             writes,
             tracking,
             wakeup: Arc::default(),
+            discard_queue: DiscardQueue::default(),
             timeouts,
             session,
             session_queue,
@@ -171,6 +174,7 @@ impl Client {
             writes: Arc::clone(writes),
             tracking: Arc::clone(tracking),
             probe: self.probe(),
+            client: self.downgrade(),
         };
         HookChannel::new(hooks, context, config.request_timeout)
     }
@@ -226,6 +230,8 @@ impl Client {
         })?;
         control.set_attached();
         session.replace(control, heartbeat);
+        // What no agent could be asked for, and the client could not do alone.
+        let _ = self.flush_queued(&mut session);
         Ok(self.channel(hooks.ours, link))
     }
 
@@ -304,6 +310,10 @@ impl Client {
         &self.inner.missing
     }
 
+    pub(crate) fn discard_queue(&self) -> &DiscardQueue {
+        &self.inner.discard_queue
+    }
+
     pub(crate) fn tracking(&self) -> &ActiveTrackers {
         &self.inner.tracking
     }
@@ -338,6 +348,20 @@ impl Client {
     pub(crate) fn session(&self) -> MutexGuard<'_, Session> {
         let _queued = lock(&self.inner.session_queue);
         lock(&self.inner.session)
+    }
+
+    /// The same, unless other threads keep the session locked for `time`.
+    pub(crate) fn session_within(&self, time: Duration) -> Option<MutexGuard<'_, Session>> {
+        const INTERVAL: Duration = Duration::from_micros(100);
+        let deadline = deadline(time);
+        loop {
+            match self.inner.session.try_lock() {
+                Ok(session) => return Some(session),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return None,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(INTERVAL),
+            }
+        }
     }
 }
 

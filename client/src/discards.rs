@@ -12,6 +12,8 @@
 //! With an agent, the agent does all of it: only the agent knows which worker reads the range at
 //! the moment.
 //!
+//! [`discard_queue`](crate::discard_queue) collects small ranges of both kinds.
+//!
 //! Without an agent, or if it is lost during the call, the client does it (`discard-cannot-fail`).
 //! First the client kills the process and waits for its exit. Then nothing reads guest memory any
 //! more, and no discard of that agent is pending. The client marks the shared bitmap and frees the
@@ -44,7 +46,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Who frees the memory of a discarded range.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Punch {
     /// The agent, by `FALLOC_FL_PUNCH_HOLE`; the client if there is no agent. When the discard
     /// returns, the range is a hole.
@@ -69,8 +71,8 @@ fn max_discard_bytes(timeout: Duration) -> u64 {
 }
 
 /// How the guest gives memory back.
-#[derive(Debug, Clone, Copy)]
-enum DiscardKind {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum DiscardKind {
     Discard(Punch),
     Free,
 }
@@ -86,8 +88,8 @@ impl DiscardKind {
 }
 
 /// A range with its block, checked and rounded.
-struct CheckedRange {
-    range: BlockRange,
+pub(crate) struct CheckedRange {
+    pub(crate) range: BlockRange,
     block: Arc<Block>,
     pages: PageRange,
 }
@@ -130,8 +132,13 @@ impl Client {
         self.discard_ranges(ranges, DiscardKind::Free)
     }
 
-    fn discard_ranges(&self, ranges: &[BlockRange], kind: DiscardKind) -> Result<u64, Error> {
+    pub(crate) fn discard_ranges(
+        &self, ranges: &[BlockRange], kind: DiscardKind,
+    ) -> Result<u64, Error> {
         let pieces = self.pieces(ranges)?;
+        if !self.discard_queue().is_empty() {
+            drop(self.flushed_session());
+        }
         let mut changed = 0;
         let mut rest = pieces.as_slice();
         while !rest.is_empty() {
@@ -142,22 +149,50 @@ impl Client {
         Ok(changed)
     }
 
+    /// Largest number of bytes that one request discards now; see [`max_discard_bytes`].
+    pub(crate) fn max_discard_bytes(&self) -> u64 {
+        max_discard_bytes(self.timeouts().shortest())
+    }
+
     /// The ranges in pieces, each of which fits into one request.
     fn pieces(&self, ranges: &[BlockRange]) -> Result<Vec<CheckedRange>, Error> {
-        let most = max_discard_bytes(self.timeouts().shortest());
+        let most = self.max_discard_bytes();
         let mut pieces = Vec::new();
-        for entry in self.check(ranges, Block::inward)? {
-            split_range(entry, most, &mut pieces)?;
+        for range in ranges {
+            split_range(self.check_range(range)?, most, &mut pieces)?;
         }
         Ok(pieces)
     }
 
+    /// The same without ranges of blocks that were removed meanwhile, and without pieces that hold
+    /// no whole unit.
+    pub(crate) fn pieces_still_there(
+        &self, ranges: impl Iterator<Item = BlockRange>,
+    ) -> Vec<CheckedRange> {
+        let most = self.max_discard_bytes();
+        let mut pieces = Vec::new();
+        for range in ranges {
+            let split =
+                self.check_range(&range).and_then(|entry| split_range(entry, most, &mut pieces));
+            if let Err(error) = split {
+                log::debug!("a queued range is dropped: {error}");
+            }
+        }
+        pieces.retain(|piece| !piece.pages.is_empty());
+        pieces
+    }
+
+    /// Finds the block of a range that is to be discarded, and rounds the range.
+    pub(crate) fn check_range(&self, range: &BlockRange) -> Result<CheckedRange, Error> {
+        self.check_one(range, Block::inward)
+    }
+
     /// Discards as many of the pieces as fit into one request. Returns how many pages changed, and
     /// the other pieces.
-    fn discard_next_batch<'a>(
+    pub(crate) fn discard_next_batch<'a>(
         &self, session: &mut Session, pieces: &'a [CheckedRange], kind: DiscardKind,
     ) -> Result<(u64, &'a [CheckedRange]), Error> {
-        let most = max_discard_bytes(self.timeouts().shortest());
+        let most = self.max_discard_bytes();
         let (batch, after) = pieces.split_at(batch_length(session, pieces, most));
         Ok((self.discard_batch(session, batch, kind)?, after))
     }
@@ -219,7 +254,8 @@ impl Client {
     /// Nothing is populated then. A lost agent that has exited is no error: the client populates by
     /// itself.
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, Error> {
-        let checked = self.check(ranges, Block::outward)?;
+        let outward = |range| self.check_one(range, Block::outward);
+        let checked: Vec<_> = ranges.iter().map(outward).collect::<Result<_, _>>()?;
         let mut session = self.session();
         let ownership = self.shared_ownership().lock();
         if ownership.has_left(session.control.link().id) {
@@ -227,6 +263,8 @@ impl Client {
             return Err(Error::GuestGone { sentence });
         }
         drop(ownership);
+        // No discard from before may come after this. The session stays locked to the end.
+        self.flush_queued(&mut session)?;
         let mut changed = 0;
         // Runs that this call populated. A single batch is all or nothing by itself and needs no
         // undo.
@@ -305,18 +343,14 @@ impl Client {
         matches!(self.ownership(), Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// Finds the blocks and rounds all ranges, before anything is changed.
-    fn check(
-        &self, ranges: &[BlockRange],
-        round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
-    ) -> Result<Vec<CheckedRange>, Error> {
-        let check = |range: &BlockRange| {
-            let block =
-                self.memory().block(range.block).ok_or(Error::UnknownBlock { id: range.block })?;
-            let pages = round(&block, range)?;
-            Ok(CheckedRange { range: *range, block, pages })
-        };
-        ranges.iter().map(check).collect()
+    /// Finds the block of a range and rounds the range, before anything is changed.
+    fn check_one(
+        &self, range: &BlockRange, round: impl Fn(&Block, &BlockRange) -> Result<PageRange, Error>,
+    ) -> Result<CheckedRange, Error> {
+        let id = range.block;
+        let block = self.memory().block(id).ok_or(Error::UnknownBlock { id })?;
+        let pages = round(&block, range)?;
+        Ok(CheckedRange { range: *range, block, pages })
     }
 }
 

@@ -58,7 +58,7 @@ impl Client {
         self.check_guest_is_ours()?;
         let (text, socket) = target.parts()?;
         let request = Request::StartOutgoing { target: text, options: options.clone() };
-        self.session().control.request(&request, socket.as_slice(), JobStarted::decode)
+        self.flushed_session().control.request(&request, socket.as_slice(), JobStarted::decode)
     }
 
     /// Starts to wait for a guest. From now on the guest is not ours, until the commit of the
@@ -99,7 +99,7 @@ impl Client {
         let base = optional_path("base", &options.base)?;
         let options = SnapshotOptions { base, ..options.clone() };
         let request = Request::StartSnapshot { path: absolute_path("image", image)?, options };
-        self.session().control.request(&request, &[], JobStarted::decode)
+        self.flushed_session().control.request(&request, &[], JobStarted::decode)
     }
 
     /// Starts to restore a guest from an image. From now on the guest is not ours, until the agent
@@ -136,6 +136,8 @@ impl Client {
         if let Some(lost) = session.control.lost_error() {
             return Err(lost);
         }
+        // What is queued is of the guest that is here now.
+        self.flush_queued(&mut session)?;
         // Before the request is sent: the resume hook may come before the answer.
         let before = self.shared_ownership().lock().begin_start(session.control.link().id);
         let started = session.control.request(request, fds, JobStarted::decode);

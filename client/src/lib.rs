@@ -3,8 +3,8 @@
 //! The thin library in the VMM.
 //!
 //! A VMM connects to its agent, or spawns one, and hands over its guest memory once, as file
-//! descriptors. From then on it reports what the guest gives back ([`Client::free`],
-//! [`Client::discard`], [`Client::populate`]), answers hooks ([`Hooks`]), and starts and watches
+//! descriptors. From then on it reports [what the guest gives
+//! back](#memory-that-the-guest-gives-back), answers hooks ([`Hooks`]), and starts and watches
 //! migrations.
 //!
 //! ```no_run
@@ -56,6 +56,32 @@
 //! | [`Trackers::HOOKS`] | returns its own [`Tracker`] from [`Hooks::tracker`]; [`tracking::kvm`] (feature `kvm`) is one, over KVM's dirty log |
 //! | [`Trackers::WRITE_PROTECT`] | sets [`BlockSpec::vmm_address`]; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
 //! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, also the vCPUs |
+//!
+//! # Memory that the guest gives back
+//!
+//! | call | for |
+//! | --- | --- |
+//! | [`Client::free`] | memory that the guest uses again without notice: a balloon, free page reporting |
+//! | [`Client::discard`], [`Client::populate`] | memory that the VMM unplugs and plugs again: virtio-mem |
+//! | [`Client::free_later`], [`Client::discard_later`], [`Client::flush`] | the same for many small ranges, which are sent together |
+//!
+//! [`Client::guest_ranges`] and [`Client::host_ranges`] find the ranges of blocks at addresses. The
+//! guest is told only when a free or [`Client::flush`] has returned success:
+//!
+//! ```no_run
+//! # use pageferry_client::{Client, Error};
+//! # struct Request { pages: Vec<u64> }
+//! # impl Request { fn complete(self) {} }
+//! /// Pages of 4 KiB, as a virtio-balloon gets them.
+//! fn inflate(client: &Client, request: Request) -> Result<(), Error> {
+//!     for gpa in &request.pages {
+//!         client.free_later(&client.guest_ranges(*gpa, 4096)?)?;
+//!     }
+//!     client.flush()?;
+//!     request.complete();
+//!     Ok(())
+//! }
+//! ```
 //!
 //! # Snapshots and restore
 //!
@@ -127,7 +153,8 @@
 //
 // - `blocks`, `guest_memory` (feature `vm-memory`): adding and removing memory; `addresses`: from
 //   addresses to ranges of blocks;
-// - `discards`: discard, free and populate, with an agent and without;
+// - `discards`: discard, free and populate, with an agent and without; `discard_queue`: many small
+//   ones in one request;
 // - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
 //   the guest;
 // - `jobs`: migrations, snapshots, restores; `page_stream`: migrations over the VMM's own
@@ -157,6 +184,7 @@ mod client;
 mod config;
 mod control;
 mod deadline;
+mod discard_queue;
 mod discards;
 pub mod error;
 #[cfg(feature = "vm-memory")]

@@ -217,6 +217,10 @@ impl HookChannel {
     ) -> Result<(), SocketError> {
         let (name, code) = (hook.name(), hook.code());
         let context = &self.context;
+        // A guest that is paused does not wait for it: the pause has flushed before.
+        if self.paused.is_none() {
+            memory::flush_queued(context, &hook);
+        }
         let reply = match hook {
             Hook::Event { status } => {
                 context.ownership.lock().event(context.link.id, &status);

@@ -3,6 +3,7 @@
 //! What the hooks of one agent work on.
 
 use super::error::HookError;
+use crate::client::WeakClient;
 use crate::error::Error;
 use crate::heartbeat::Probe;
 use crate::link::Link;
@@ -24,6 +25,7 @@ pub(crate) struct HookContext {
     pub(crate) writes: Arc<WatchedWrites>,
     pub(crate) tracking: Arc<ActiveTrackers>,
     pub(crate) probe: Probe,
+    pub(crate) client: WeakClient,
 }
 
 impl HookContext {

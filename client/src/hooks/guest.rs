@@ -129,6 +129,9 @@ pub(super) fn accept_guest(
     let link = context.link.id;
     context.ownership.lock().check_may_give_up(link).map_err(forbidden)?;
     hooks.accept_guest(origin).map_err(failed)?;
+    if let Some(client) = context.client.upgrade() {
+        client.flush_for_other_guest();
+    }
     context.ownership.lock().give_up(link).map_err(forbidden)?;
     context.missing.forget_lost();
     Ok(())

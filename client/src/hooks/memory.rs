@@ -6,10 +6,24 @@
 use super::api::Hooks;
 use super::context::{HookContext, failed, forbidden};
 use crate::ownership::Ownership;
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+
+/// Sends the discards and frees that the VMM has queued, if a job may read memory after this hook.
+pub(super) fn flush_queued(context: &HookContext, hook: &Hook) {
+    let reads = match hook {
+        Hook::Event { status } => !status.phase.is_final(),
+        Hook::StartTracking { .. } | Hook::SyncTracker => true,
+        Hook::WatchWrites | Hook::Pause | Hook::SaveState => true,
+        _ => false,
+    };
+    if reads && let Some(client) = context.client.upgrade() {
+        client.flush_for_job();
+    }
+}
 
 /// Finds out whether [`register_faults`] would work.
 pub(super) fn probe_faults(context: &HookContext) -> Reply<()> {
