@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Discards: how many are acknowledged per second, and how long one takes while the agent migrates
-//! at full speed.
+//! Discards: how many are acknowledged per second, how long one takes while the agent migrates at
+//! full speed, and what a queue gains for small ones.
 
 use super::Bench;
 use super::image::{Image, full_guest};
 use super::ours::Side;
-use super::table::Table;
+use super::table::{Better, Table};
 use pageferry_client::{BlockRange, IncomingOptions, OutgoingOptions, Phase, Punch, Target};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::{Duration, Instant};
@@ -22,6 +22,54 @@ fn page(page: u64) -> BlockRange {
 pub fn discards(bench: &Bench, table: &mut Table) {
     batches(bench, table);
     single(bench, table);
+}
+
+/// Pages of 4 KiB that a balloon gives back one by one, as many at a time as virtio-balloon's
+/// driver has in one request (256, `VIRTIO_BALLOON_ARRAY_PFNS_MAX` in drivers/virtio). All of them
+/// are allocated.
+pub fn queued(bench: &Bench, table: &mut Table) {
+    const REQUEST: usize = 256;
+    let count = (100 * REQUEST as u64 / bench.shrink).next_multiple_of(REQUEST as u64);
+    let image = Image::new(&bench.folder, "source", count * 2 * PAGE_SIZE);
+    let side = Side::new(&image);
+    let scattered: Vec<BlockRange> = (0..count).map(|at| page(at * 2)).collect();
+    // In each request the pages lie together, in any order.
+    let together: Vec<BlockRange> =
+        (0..count).map(|at| page(at / 256 * 256 + at * 67 % 256)).collect();
+    for (work, pages) in [
+        ("frees of 4 KiB, scattered", scattered),
+        ("frees of 4 KiB, together in any order", together),
+    ] {
+        let (mut direct, mut queued, mut queueing) = (Vec::new(), Vec::new(), Vec::new());
+        let each = |time: Duration| time.as_secs_f64() * 1e6 / pages.len() as f64;
+        for _ in 0..bench.rounds {
+            image.fill(0, image.size);
+            let started = Instant::now();
+            for page in &pages {
+                assert_eq!(side.client.free(&[*page]).unwrap(), 1);
+            }
+            direct.push(each(started.elapsed()));
+
+            image.fill(0, image.size);
+            let (started, mut flushed, mut asked) = (Instant::now(), 0, Duration::ZERO);
+            for request in pages.chunks(REQUEST) {
+                let begun = Instant::now();
+                for page in request {
+                    side.client.free_later(&[*page]).unwrap();
+                }
+                asked += begun.elapsed();
+                flushed += side.client.flush().unwrap();
+            }
+            queued.push(each(started.elapsed()));
+            queueing.push(each(asked));
+            assert_eq!(flushed, count);
+        }
+        let remark = |what: &str| format!("{count} pages, {what}");
+        table.add(work, "one by one", "us", &direct, remark("all allocated"));
+        table.add(work, "queued", "us", &queued, remark("a flush for every 256"));
+        table.compare(work, "queued", "one by one", Better::Less);
+        table.add(work, "queued: the caller alone", "us", &queueing, remark("without the flush"));
+    }
 }
 
 /// Every second page of a guest, so that no two ranges can be merged.

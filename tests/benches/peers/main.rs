@@ -50,7 +50,7 @@ use table::Table;
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
     /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking,
-    /// postcopy, snapshots, bitmaps, discards, bytes.
+    /// postcopy, snapshots, bitmaps, discards, queued, bytes.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -119,13 +119,14 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 11] = [
+    let parts: [(&str, Part); 12] = [
         ("full", copying::full),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
         ("huge", copying::huge),
         ("bitmaps", bitmaps::bitmaps),
         ("discards", discards::discards),
+        ("queued", discards::queued),
         ("bytes", codec::codec),
         ("postcopy", postcopy::postcopy),
         ("snapshots", snapshots::snapshots),

@@ -2,7 +2,7 @@
 
 //! Commands of an operator beside the VMM: status, watch, migrate, cancel, and their errors.
 
-use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Punch, Target, Trackers};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::scenario::{Attached, Ram};
@@ -124,6 +124,43 @@ fn an_operator_migrates_a_guest_and_reads_how_it_ended() {
     assert_eq!(job, 2, "job numbers continue");
     assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Failed);
     assert_eq!(source.json("status")["status"], "failed");
+}
+
+#[test]
+fn pages_that_the_vmm_has_queued_are_not_sent_for_an_operator() {
+    for trackers in [Trackers::HOOKS, Trackers::LOG_IS_COMPLETE] {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, destination) =
+            (Side::new(folder.path(), "source"), Side::new(folder.path(), "destination"));
+        let vmm = &source.vmm;
+        vmm.client.set_trackers(trackers).unwrap();
+        (0..PAGES).for_each(|page| vmm.ram.write(page, page + 1));
+        // A balloon in its own order, and memory that is unplugged.
+        for page in (0u64..3000).rev().filter(|page| !page.is_multiple_of(3)) {
+            vmm.client.free_later(&[vmm.ram.range(page, 1)]).unwrap();
+        }
+        vmm.client.discard_later(&[vmm.ram.range(3500, 500)], Punch::Yes).unwrap();
+        let address = format!("unix:{}", folder.path().join("stream").display());
+        let incoming =
+            destination.vmm.listen(&folder.path().join("stream"), &IncomingOptions::default());
+        let migrated = source.run("migrate", &["--to", &address, "--json"]);
+        assert!(migrated.status.success(), "{migrated:?}");
+        assert_eq!(destination.vmm.wait(incoming).phase, Phase::Completed);
+        let sent = last_object(&migrated)["pages_sent"].as_u64().unwrap();
+        if trackers == Trackers::HOOKS {
+            assert_eq!(sent, PAGES - 2000 - 500);
+        }
+        // For the log alone the VMM is asked for nothing before the first pass, only told.
+        assert!(sent >= PAGES - 2000 - 500, "{sent}");
+        assert_eq!(vmm.client.flush().unwrap(), 2000 + 500, "they were done for the job");
+        let given =
+            |page: &u64| (*page < 3000 && !page.is_multiple_of(3)) || (3500..4000).contains(page);
+        for page in 0..PAGES {
+            let hole = destination.vmm.ram.is_hole(page);
+            assert_eq!(hole, given(&page), "page {page}");
+            assert!(hole || destination.vmm.ram.stamp(page) == page + 1);
+        }
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@
 //! - [`postcopy`]: the same, also at the destination, over connections that break;
 //! - [`snapshot`]: an image is one moment of its guest; [`restore`]: a restored guest has the
 //!   memory of its image;
+//! - [`queued`]: queued discards and frees, while agents are killed and replaced;
 //! - [`soak`]: a hundred lost connections under a guest that always writes;
 //! - [`source`]: the guest at the source of a migration; [`blocks`]: the blocks of the models of
 //!   images; [`seeds`]: the number of cases, and their seeds.
@@ -19,6 +20,7 @@ mod bitmap;
 mod blocks;
 mod migration;
 mod postcopy;
+mod queued;
 mod restore;
 mod seeds;
 mod snapshot;
