@@ -11,18 +11,32 @@ use pageferry_tests::scenario::{SOON, assert_same, lock};
 use std::time::Duration;
 
 /// Migrates a guest with a downtime limit of zero, the default policy, and no relay.
-fn start_without_downtime(scene: &Scene) -> (OutgoingOptions, u64, u64) {
+/// Returns both jobs.
+fn start_without_downtime(scene: &Scene) -> (u64, u64) {
     let path = scene.relay.folder.path().join("direct");
     let options = OutgoingOptions { downtime_limit: Duration::ZERO, ..OutgoingOptions::default() };
     let incoming = scene.destination().listen(&path, &IncomingOptions::default());
     let outgoing = scene.source.send(&path, &options);
-    (options, outgoing, incoming)
+    (outgoing, incoming)
+}
+
+/// A guest that writes a page as often as its tracker is cleared: no pass leaves nothing dirty.
+fn never_clean() -> Scene {
+    let scene = Scene::new();
+    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
+    let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
+    write_under_kvm(&scene.source, 9, 9);
+    *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
+        kvm.dirty.retain(|page| !given.contains(page));
+        kvm.dirty.insert(busy);
+    }));
+    scene
 }
 
 #[test]
 fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
     let scene = Scene::new();
-    let (_, outgoing, incoming) = start_without_downtime(&scene);
+    let (outgoing, incoming) = start_without_downtime(&scene);
     let status = scene.source.wait(outgoing);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     assert_eq!(status.counters.passes, 2, "one while the guest ran, one while it was paused");
@@ -32,15 +46,8 @@ fn an_idle_guest_moves_under_a_downtime_limit_of_zero() {
 
 #[test]
 fn passes_under_a_limit_of_zero_are_no_busy_loop() {
-    let scene = Scene::new();
-    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
-    let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
-    write_under_kvm(&scene.source, 9, 9);
-    *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
-        kvm.dirty.retain(|page| !given.contains(page));
-        kvm.dirty.insert(busy);
-    }));
-    let (_, outgoing, incoming) = start_without_downtime(&scene);
+    let scene = never_clean();
+    let (outgoing, incoming) = start_without_downtime(&scene);
     let mut counters = Counters::default();
     wait_until("passes", SOON, || {
         counters = scene.source.client.status().unwrap().counters;
@@ -61,15 +68,8 @@ fn passes_under_a_limit_of_zero_are_no_busy_loop() {
 
 #[test]
 fn an_operator_throttles_the_guest_while_it_moves() {
-    let scene = Scene::new();
-    scene.source.client.set_trackers(Trackers::HOOKS).unwrap();
-    let busy = scene.source.ram.gpa / PAGE_SIZE + 9;
-    write_under_kvm(&scene.source, 9, 9);
-    *lock(&scene.source.vmm.on_clear) = Some(Box::new(move |kvm, given| {
-        kvm.dirty.retain(|page| !given.contains(page));
-        kvm.dirty.insert(busy);
-    }));
-    let (_, outgoing, _) = start_without_downtime(&scene);
+    let scene = never_clean();
+    let (outgoing, _) = start_without_downtime(&scene);
     let client = &scene.source.client;
     for percent in [40, 0, 99] {
         let throttle = Parameters { throttle: Some(percent), ..Parameters::default() };
