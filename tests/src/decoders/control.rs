@@ -29,6 +29,7 @@ use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::vhost_user::{
     Region, decode_log, decode_mem_table, decode_single_region, decode_u64,
 };
+use pageferry_protocol::control::{AgentInfo, BlockInfo};
 use pageferry_protocol::control::{
     DecodeError, Decoder, Encoder, FrameHeader, FrameSocket, SocketError,
 };
@@ -269,6 +270,7 @@ pub fn reply(data: &[u8]) -> bool {
         5 => answer(body, |_| Ok(()), |(), encoder| encoder),
         6 => checked(body, decode_hook_reply, |reply| encode_hook_reply(sequence(), reply)),
         7 => checked(body, decode_state_reply, |reply| encode_state_reply(sequence(), reply)),
+        8 => answer(body, AgentInfo::decode, AgentInfo::encode),
         _ => false,
     }
 }
@@ -295,8 +297,22 @@ pub fn reply_seeds() -> Vec<Vec<u8>> {
         encode_reply(&Reply::<()>::Err(error.clone()), |(), encoder| encoder),
         encode_hook_reply(40, &Err(error)),
         encode_state_reply(41, &Ok(SavedState { guest: RunState::Paused, pieces })),
+        encode_reply(&Ok(agent()), AgentInfo::encode),
     ];
     (0..).zip(bodies).map(|(kind, body)| [vec![kind], body].concat()).collect()
+}
+
+fn agent() -> AgentInfo {
+    let block = BlockInfo {
+        id: 3,
+        name: "ram".into(),
+        gpa: 1 << 32,
+        length: 1 << 30,
+        host_page_size: 2 << 20,
+        discarded_pages: 512,
+    };
+    let (version, name) = ("0.1.0".into(), "größer".into());
+    AgentInfo { version, pid: 7, name, vmm_pid: 8, blocks: vec![block.clone(), block] }
 }
 
 fn status() -> JobStatus {
@@ -340,6 +356,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::SaveState,
         Hook::LoadState { pieces },
         Hook::Relinquish { session: [7; 16], release: true },
+        Hook::AcceptGuest { origin: GuestOrigin::Migration { address: "tcp:[::]:1".into() } },
         Hook::ProbeFaults,
         Hook::RegisterFaults,
         Hook::UnregisterFaults { complete: true },
