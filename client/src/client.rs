@@ -129,6 +129,7 @@ impl Client {
             session_queue,
         };
         let client = Self { inner: Arc::new(inner) };
+        client.log_missing_userfaultfd();
         client.session().watch(client.watch_idle(&link)?);
         let channel = client.channel(hooks.ours, link);
         Ok((client, channel))

@@ -54,7 +54,7 @@
 //! | declared | what the VMM does for it |
 //! | --- | --- |
 //! | [`Trackers::HOOKS`] | returns its own [`Tracker`] from [`Hooks::tracker`]; [`tracking::kvm`] (feature `kvm`) is one, over KVM's dirty log |
-//! | [`Trackers::WRITE_PROTECT`] | sets [`BlockSpec::vmm_address`]; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do |
+//! | [`Trackers::WRITE_PROTECT`] | sets [`BlockSpec::vmm_address`]; needs Linux 6.7, and the right to use userfaultfd (CAP_SYS_PTRACE, `vm.unprivileged_userfaultfd`, or `/dev/userfaultfd`), as background snapshots, postcopy and lazy restore do; [`Client::check_userfaultfd`] tells |
 //! | [`Trackers::LOG_IS_COMPLETE`] | has every writer mark the log, also the vCPUs |
 //!
 //! # Memory that the guest gives back
@@ -166,7 +166,8 @@
 // - `memory`, `block`, `memfd`: what survives the agent;
 // - `missing_pages`, `poison`: pages that are still missing while the guest runs;
 // - `watched_writes`: pages that a background snapshot has not saved yet;
-// - `registration`: the userfaultfd registration that both need.
+// - `registration`: the userfaultfd registration that both need; `userfaultfd`: whether there is
+//   one.
 //
 // `threads`, `stop`, `sync`: threads that never end silently, ending them, and locks. `error`:
 // errors.
@@ -210,6 +211,7 @@ mod threads;
 mod timeouts;
 mod trackers;
 pub mod tracking;
+mod userfaultfd;
 #[cfg(feature = "vm-memory")]
 mod vm_memory_bitmap;
 mod wakeup;

@@ -16,6 +16,7 @@ use crate::sync::lock;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS, PAGE_SIZE};
 use pageferry_protocol::shm::DirtyLog;
+use pageferry_protocol::userfault::UserfaultSource;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -25,6 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub(crate) struct Memory {
     pub(crate) log_fd: OwnedFd,
     pub(crate) log: Arc<DirtyLog>,
+    /// For the registrations of the mappings of the blocks.
+    pub(crate) userfaults: UserfaultSource,
     /// Bytes of the guest physical address space that the log covers.
     covers: u64,
     blocks: Mutex<Blocks>,
@@ -52,6 +55,7 @@ impl Memory {
             log_fd,
             covers: log.pages() * PAGE_SIZE,
             log: Arc::new(log),
+            userfaults: UserfaultSource::new(),
             blocks: Mutex::default(),
         })
     }

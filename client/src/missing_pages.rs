@@ -50,7 +50,7 @@ use crate::stop::StopToken;
 use crate::sync::lock;
 use crate::tracking::active::ActiveTrackers;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{RegisterMode, Userfaultfd, feature};
+use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -58,7 +58,8 @@ use std::time::Duration;
 /// Time that the VMM has to stop its guest before accesses to missing pages become errors.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// Features of a userfaultfd for missing pages.
-const FEATURES: u64 = feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
+pub(crate) const MISSING_FEATURES: u64 =
+    feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct MissingPages(Mutex<State>);
@@ -98,10 +99,11 @@ impl MissingPages {
             // The agent stops its trackers before it asks for the registration. That the mappings
             // can be registered shows in theirs.
             State::Complete if tracking.is_registered() => {
-                Ok(Userfaultfd::open(FEATURES).map(drop)?)
+                Ok(memory.userfaults.check(MISSING_FEATURES)?)
             }
             State::Complete => {
-                Registration::register_all(memory, FEATURES, RegisterMode::Missing).map(drop)
+                Registration::register_all(memory, MISSING_FEATURES, RegisterMode::Missing)
+                    .map(drop)
             }
             State::Pending { .. } | State::Lost { .. } => Ok(()),
         }
@@ -114,7 +116,8 @@ impl MissingPages {
         probe: Probe,
     ) -> Result<OwnedFd, Error> {
         self.forget_lost();
-        let registered = Registration::register_all(memory, FEATURES, RegisterMode::Missing)?;
+        let registered =
+            Registration::register_all(memory, MISSING_FEATURES, RegisterMode::Missing)?;
         let for_agent = registered.duplicate()?;
         // Locked first: the heartbeat may find the agent dead at once, and then needs the state.
         let mut state = self.state();

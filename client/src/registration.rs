@@ -26,7 +26,7 @@ impl Registration {
     pub(crate) fn register_all(
         memory: &Memory, features: u64, what: RegisterMode,
     ) -> Result<Self, Error> {
-        let uffd = Userfaultfd::open(features)?;
+        let uffd = memory.userfaults.open(features)?;
         let mut registered = Self { uffd, ranges: Vec::new(), host_pages: Vec::new() };
         for block in memory.all() {
             let (id, length) = (block.geometry.id, block.geometry.length);

@@ -8,7 +8,6 @@ use crate::tracking::active::SCAN_FEATURES;
 use crate::tracking::declared::DeclaredTrackers;
 use crate::tracking::uffd::open_pagemap;
 use pageferry_protocol::control::Trackers;
-use pageferry_protocol::userfault::Userfaultfd;
 
 impl Client {
     /// Declares what reports the writes of the guest, such as `Trackers::HOOKS` for KVM's dirty
@@ -34,7 +33,7 @@ impl Client {
         }
         let pagemap = if trackers.contains(Trackers::WRITE_PROTECT) {
             // Fails now instead of in the middle of a job.
-            Userfaultfd::open(SCAN_FEATURES)?;
+            self.memory().userfaults.check(SCAN_FEATURES)?;
             Some(open_pagemap().map_err(Error::kernel("open /proc/self/pagemap"))?)
         } else {
             None

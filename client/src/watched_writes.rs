@@ -33,6 +33,8 @@ use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+/// Features of a userfaultfd for watched writes.
+pub(crate) const WATCH_FEATURES: u64 = feature::WP_HUGETLBFS_SHMEM;
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct WatchedWrites {
@@ -99,11 +101,8 @@ impl WatchedWrites {
         }
         // The registration of an earlier agent, whose heartbeat is about to find its end.
         *watched = None;
-        let registered = Registration::register_all(
-            memory,
-            feature::WP_HUGETLBFS_SHMEM,
-            RegisterMode::WriteProtect,
-        )?;
+        let registered =
+            Registration::register_all(memory, WATCH_FEATURES, RegisterMode::WriteProtect)?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
         let heartbeat = Heartbeat::start(

@@ -8,7 +8,7 @@
 use super::exit::Exit;
 use crate::tracking::pagemap::Pagemap;
 use clap::Args;
-use pageferry_protocol::userfault::{Userfaultfd, feature};
+use pageferry_protocol::userfault::{UserfaultSource, feature};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs::{File, read_to_string};
@@ -122,9 +122,13 @@ fn kernel() -> Result<String, String> {
     }
 }
 
-/// Opens a userfaultfd with these features, and says by which right.
+/// Opens a userfaultfd with these features as the client does, and says by which right.
 fn userfaultfd(features: u64) -> Result<String, String> {
-    Userfaultfd::open(features).map_err(|error| crate::error::chain(&error))?;
+    let source = UserfaultSource::new();
+    source.check(features).map_err(|error| crate::error::chain(&error))?;
+    if source.is_device() {
+        return Ok("by /dev/userfaultfd".to_owned());
+    }
     let allowed = read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
     let status = read_to_string("/proc/self/status").unwrap_or_default();
     let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
@@ -134,7 +138,7 @@ fn userfaultfd(features: u64) -> Result<String, String> {
     Ok(match (allowed.trim(), capabilities) {
         ("1", _) => "by sysctl vm.unprivileged_userfaultfd=1",
         (_, Some(mask)) if mask & CAP_SYS_PTRACE != 0 => "by CAP_SYS_PTRACE",
-        _ => "by /dev/userfaultfd",
+        _ => "by the system call",
     }
     .to_owned())
 }

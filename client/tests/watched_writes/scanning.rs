@@ -116,3 +116,12 @@ fn refused_watch_leaves_write_protect_tracking_as_it_was() {
     assert!(is_free(&ram), "either all blocks are registered or none");
     attached.lose_agent();
 }
+
+#[test]
+fn a_vmm_learns_at_its_start_whether_there_is_userfaultfd() {
+    let (client, _channel, _agent) = connected();
+    match client.check_userfaultfd() {
+        Ok(()) => assert!(uffd().is_some()),
+        Err(error) => eprintln!("skipped: {}", pageferry_client::error::chain(&error)),
+    }
+}

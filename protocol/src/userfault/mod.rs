@@ -16,7 +16,10 @@ mod abi;
 mod descriptor;
 // Opening one, and the handshake.
 mod open;
+// The means to open them, kept from the start of the process.
+mod source;
 
 pub use abi::{AddressRange, feature};
 pub use descriptor::{FillError, MAX_FAULTS, Poisoned, RegisterMode, Userfaultfd};
 pub use open::UserfaultError;
+pub use source::UserfaultSource;

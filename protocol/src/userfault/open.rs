@@ -22,7 +22,7 @@ const FEATURE_NAMES: [(&str, u64); 6] = [
 ];
 
 /// Why a userfaultfd cannot be opened, or a mapping cannot be registered with it.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum UserfaultError {
     /// Neither the system call nor the device gives a userfaultfd.
     #[error(
@@ -42,6 +42,18 @@ pub enum UserfaultError {
         /// What the kernel said.
         #[source]
         source: Errno,
+    },
+    /// A seccomp filter is in force that was not at the start, the device cannot be used, and all
+    /// userfaultfds that were opened at the start are taken.
+    #[error(
+        "the {count} userfaultfds that were opened before the seccomp filter are used up, and more come from \
+         /dev/userfaultfd only, which could not be opened at the start ({device})"
+    )]
+    UsedUp {
+        /// How many were opened.
+        count: usize,
+        /// The error of the device.
+        device: Errno,
     },
     /// The kernel is too old, or was built without the feature.
     #[error("userfaultfd lacks {missing} (Linux 6.7 on x86-64 or arm64 has it)")]
@@ -78,11 +90,17 @@ pub enum UserfaultError {
 /// # Errors
 /// If it is not allowed, or the kernel is too old.
 pub(super) fn open(features: u64) -> Result<OwnedFd, UserfaultError> {
-    let uffd = open_any()?;
+    handshake_with(features, open_any)
+}
+
+/// Makes the handshake for `features` with the next descriptor that `next` gives.
+pub(super) fn handshake_with(
+    features: u64, next: impl Fn() -> Result<OwnedFd, UserfaultError>,
+) -> Result<OwnedFd, UserfaultError> {
+    let uffd = next()?;
     let Err(source) = handshake(&uffd, features) else { return Ok(uffd) };
     // One handshake per descriptor: a second descriptor asks what the kernel offers.
-    let offered =
-        handshake(&open_any()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
+    let offered = handshake(&next()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
     let lacks = |bit: &u64| features & bit != 0 && offered & bit == 0;
     let missing: Vec<&str> =
         FEATURE_NAMES.iter().filter(|(_, bit)| lacks(bit)).map(|(name, _)| *name).collect();
@@ -117,26 +135,51 @@ fn handshake(uffd: &OwnedFd, features: u64) -> Result<u64, Errno> {
     Ok(api.features)
 }
 
-/// Opens one by the system call or the device. Not `UFFD_USER_MODE_ONLY`: accesses of a vCPU fault
-/// inside KVM.
+/// Opens one by the system call or the device.
 fn open_any() -> Result<OwnedFd, UserfaultError> {
-    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: an fd that is new gives power over no memory before something is registered with it.
-    match unsafe { rustix::mm::userfaultfd(flags) } {
+    match system_call() {
         Ok(uffd) => Ok(uffd),
-        Err(source @ Errno::PERM) => {
-            open_by_device(flags).map_err(|device| UserfaultError::NotAllowed { device, source })
-        }
+        // For processes without privileges that may open the device (Linux 6.1).
+        Err(source @ Errno::PERM) => Device::open()
+            .map_err(|device| UserfaultError::NotAllowed { device, source })?
+            .userfaultfd(),
         Err(source) => Err(UserfaultError::Open { source }),
     }
 }
 
-/// For processes without privileges that may open the device (Linux 6.1).
-fn open_by_device(flags: UserfaultfdFlags) -> Result<OwnedFd, Errno> {
-    let device =
-        rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    // SAFETY: the argument is a number, and the return value a new fd.
-    unsafe { ioctl(device, NewUserfaultfd(flags.bits())) }
+/// Opens one by the system call. `device` is why the device cannot be used instead.
+pub(super) fn by_system_call(device: Errno) -> Result<OwnedFd, UserfaultError> {
+    system_call().map_err(|source| match source {
+        Errno::PERM => UserfaultError::NotAllowed { device, source },
+        source => UserfaultError::Open { source },
+    })
+}
+
+fn system_call() -> Result<OwnedFd, Errno> {
+    // SAFETY: an fd that is new gives power over no memory before something is registered with it.
+    unsafe { rustix::mm::userfaultfd(flags()) }
+}
+
+/// Not `UFFD_USER_MODE_ONLY`: accesses of a vCPU fault inside KVM.
+fn flags() -> UserfaultfdFlags {
+    UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK
+}
+
+/// `/dev/userfaultfd`, which gives userfaultfds without any other right.
+#[derive(Debug)]
+pub(super) struct Device(OwnedFd);
+
+impl Device {
+    pub(super) fn open() -> Result<Self, Errno> {
+        rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map(Self)
+    }
+
+    pub(super) fn userfaultfd(&self) -> Result<OwnedFd, UserfaultError> {
+        // SAFETY: the argument is a number, and the return value a new fd.
+        unsafe { ioctl(&self.0, NewUserfaultfd(flags().bits())) }
+            .map_err(|source| UserfaultError::Open { source })
+    }
 }
 
 /// `USERFAULTFD_IOC_NEW`: flags by value, a new fd as return value.
@@ -167,8 +210,8 @@ mod tests {
 
     #[test]
     fn the_device_gives_what_the_system_call_gives() {
-        match open_by_device(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) {
-            Ok(uffd) => assert!(handshake(&uffd, 0).is_ok()),
+        match Device::open() {
+            Ok(device) => assert!(handshake(&device.userfaultfd().unwrap(), 0).is_ok()),
             Err(error) => eprintln!("skipped: /dev/userfaultfd: {error}"),
         }
     }
