@@ -11,6 +11,7 @@
 //! use pageferry_client::{Client, Config, HookError, Hooks, OutgoingOptions};
 //! use pageferry_client::{RunState, StatePiece, Target, Trackers};
 //! # use pageferry_client::LogBitmap;
+//! # use pageferry_client::vm_memory;
 //! # fn guest_memory() -> vm_memory::GuestMemoryMmap<LogBitmap> { unimplemented!() }
 //!
 //! struct Vmm;
@@ -126,7 +127,7 @@
 //!
 //! | feature | default | what it adds |
 //! | --- | --- | --- |
-//! | `vm-memory` | yes | [`Client::add_guest_memory`], and [`LogBitmap`] with [`AttachLog`]: guest memory of the `vm-memory` crate, whose devices mark the dirty log |
+//! | `vm-memory` | yes | [`Client::add_guest_memory`], and [`LogBitmap`] with [`AttachLog`]: guest memory of the `vm-memory` crate, whose devices mark the dirty log. Its version is re-exported as [`vm_memory`] |
 //! | `kvm` | no | [`tracking::kvm`]: KVM's dirty log as a tracker |
 //!
 //! Without `vm-memory`, a VMM adds its memory with [`Client::add_blocks`], from a list such as the
@@ -223,6 +224,8 @@ pub use client::{Client, WeakClient};
 pub use config::Config;
 pub use discards::Punch;
 pub use error::{Error, PathError};
+#[cfg(feature = "vm-memory")]
+pub use guest_memory::GuestRegions;
 pub use hooks::{Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
 pub use jobs::Target;
 pub use ownership::Ownership;
@@ -242,6 +245,9 @@ pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;
 pub use supervisor::Supervisor;
 pub use tracking::{ClearPages, Tracker};
+/// The version of `vm-memory` whose guest memory [`Client::add_guest_memory`] takes.
+#[cfg(feature = "vm-memory")]
+pub use vm_memory;
 #[cfg(feature = "vm-memory")]
 pub use vm_memory_bitmap::{AttachLog, LogBitmap, LogSlice};
 

@@ -98,7 +98,15 @@ impl Bitmap for LogSlice<'_> {
     }
 }
 
-/// A region's bitmap that may have a position in the dirty log.
+/// A region's bitmap that may have a position in the dirty log: [`LogBitmap`], which marks it, or
+/// `()`, which tracks nothing. A VMM may implement it for a bitmap of its own, which then has to
+/// mark the log.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot mark the dirty log of pageferry",
+    label = "the writes of devices to memory with this bitmap would be lost by a migration",
+    note = "use `GuestMemoryMmap<LogBitmap>`: every write of an emulated device then marks the log",
+    note = "or `GuestMemoryMmap<()>`, if `Trackers::WRITE_PROTECT` or another tracker sees these writes"
+)]
 pub trait AttachLog {
     /// Gives it its position: `first` is the page number in the guest of the region's first page.
     /// False if it has another.
