@@ -29,6 +29,11 @@ impl VmName {
         lock(&self.0).by_vmm = name;
     }
 
+    /// The name that the operator has given.
+    pub fn by_operator(&self) -> Option<String> {
+        lock(&self.0).by_operator.clone()
+    }
+
     /// The name; empty if there is none.
     pub fn get(&self) -> String {
         let names = lock(&self.0);
@@ -46,8 +51,10 @@ mod tests {
         assert_eq!(name.get(), "");
         name.set_by_vmm("guest".into());
         assert_eq!(name.clone().get(), "guest");
+        assert_eq!(name.by_operator(), None);
         let name = VmName::of_operator("vm1".into());
         name.set_by_vmm("guest".into());
         assert_eq!(name.get(), "vm1");
+        assert_eq!(name.by_operator().as_deref(), Some("vm1"));
     }
 }

@@ -61,7 +61,11 @@ impl Exposition {
     }
 
     fn agent(&self, page: &mut Page<'_>) -> Written {
-        page.info("agent", "The agent.", &[("version", env!("CARGO_PKG_VERSION"))])?;
+        // A name that a VMM gives could be another one each time.
+        let vm = self.sample.session.vm_name.as_deref().map(|name| ("vm", name));
+        let labels: Vec<_> =
+            [("version", env!("CARGO_PKG_VERSION"))].into_iter().chain(vm).collect();
+        page.info("agent", "The agent.", &labels)?;
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         page.gauge(
             "agent_start_time",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What metrics say about the session: read in one step, as the answer to a status query is.
+//! What metrics and the service manager are told about the session: read in one step, as the answer
+//! to a status query is.
 
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
@@ -14,6 +15,8 @@ use std::sync::Arc;
 /// The session at one moment.
 #[derive(Debug, Clone)]
 pub struct SessionSample {
+    /// The name of the VM, if the operator has given it.
+    pub vm_name: Option<String>,
     /// True if a VMM is connected.
     pub vmm_connected: bool,
     /// The status of the job that runs or ran last.
@@ -35,11 +38,21 @@ impl SharedSession {
             totals.add(&part(job, job.ended_as()));
         }
         let (status, memory) = (session.reported_status(), session.memory.clone());
-        SessionSample { vmm_connected, status, totals, memory }
+        let vm_name = session.vm_name.by_operator();
+        SessionSample { vm_name, vmm_connected, status, totals, memory }
     }
 }
 
 impl Session {
+    /// The job that runs or ran last, in one line.
+    pub fn describe_job(&self) -> String {
+        let JobStatus { job, kind, phase, .. } = self.reported_status();
+        match job {
+            0 => "no job was started yet".to_owned(),
+            _ => format!("job {job}, {}: {}", kind.name(), phase.name()),
+        }
+    }
+
     /// Adds a job to the totals. To be called once, when the job leaves the session.
     pub(super) fn count_job(&mut self, job: &SessionJob) {
         // A job that leaves before it has ended was cancelled: its VMM is gone, and so is the next

@@ -105,6 +105,7 @@ fn sums_grow_over_jobs_and_vmms() {
         (Scrape::of(&side.metrics).value("pageferry_vmm_connected") == 0.0).then_some(())
     })
     .unwrap();
+    assert_eq!(Scrape::of(&side.metrics).phase(), "failed");
     side.vmm = Attached::new(side.agent.socket(), Ram::odd(16));
     let seen = next(&side);
     assert_eq!((seen.value(failed), seen.phase()), (1.0, "idle"), "the job was not this VMM's");
@@ -139,7 +140,7 @@ fn a_port_serves_metrics_and_a_socket_lets_its_group_in() {
     assert!(agent.process().wait(SOON).unwrap().success());
     assert!(!metrics.exists(), "the path is removed at the end");
 
-    let more = ["--metrics", "127.0.0.1:0"];
+    let more = ["--metrics", "127.0.0.1:0", "--name", "vm \"1\""];
     let mut command = Command::new(program());
     let mut agent = AgentProcess::start_with(&mut command, folder.path(), "tcp", &more).unwrap();
     let line = agent.process().wait_for_line("metrics on tcp:", SOON).unwrap();
@@ -148,7 +149,7 @@ fn a_port_serves_metrics_and_a_socket_lets_its_group_in() {
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
-    Scrape::read(answer.split_once("\r\n\r\n").unwrap().1);
+    assert!(answer.contains(",vm=\"vm \\\"1\\\"\"} 1\n"), "{answer}");
     drop(stream);
 
     // Another agent cannot have the same port, and says which option is wrong.
