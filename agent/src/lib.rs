@@ -22,6 +22,7 @@
 //! - [`session`]: the requests of a VMM and of operators;
 //! - [`server`], [`reactor`]: the control socket and its connections;
 //! - [`metrics`]: metrics for Prometheus, over HTTP;
+//! - [`systemd`]: sockets from systemd, and messages to it;
 //! - [`lock`]: locks that outlive a panic;
 //! - [`vm_name`]: the name of the VM, for people;
 //! - [`waiting`]: which code may wait;
@@ -51,6 +52,7 @@ pub mod server;
 pub mod session;
 pub mod snapshot;
 pub mod stats;
+pub mod systemd;
 pub mod tracking;
 pub mod transport;
 pub mod vm_name;

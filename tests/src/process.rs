@@ -57,7 +57,17 @@ impl Process {
     /// # Errors
     /// If it cannot be started.
     pub fn spawn(name: &str, command: &mut Command) -> Result<Self, Error> {
-        Self::collecting(name, command.stderr(Stdio::piped()))
+        Self::spawn_with_stdin(name, command, Stdio::null())
+    }
+
+    /// Like [`Process::spawn`], with this standard input.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn spawn_with_stdin(
+        name: &str, command: &mut Command, stdin: Stdio,
+    ) -> Result<Self, Error> {
+        Self::collecting(name, command.stderr(Stdio::piped()), stdin)
     }
 
     /// Like [`Process::spawn`], but the child's standard error is the one of this process, for
@@ -66,11 +76,11 @@ impl Process {
     /// # Errors
     /// If it cannot be started.
     pub fn spawn_visible(name: &str, command: &mut Command) -> Result<Self, Error> {
-        Self::collecting(name, command.stderr(Stdio::inherit()))
+        Self::collecting(name, command.stderr(Stdio::inherit()), Stdio::null())
     }
 
-    fn collecting(name: &str, command: &mut Command) -> Result<Self, Error> {
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+    fn collecting(name: &str, command: &mut Command, stdin: Stdio) -> Result<Self, Error> {
+        let spawned = command.stdin(stdin).stdout(Stdio::piped()).spawn();
         let mut child = spawned.map_err(Error::io(format!("start {name}")))?;
         let lines = Arc::default();
         let outputs = [

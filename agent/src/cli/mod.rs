@@ -103,10 +103,12 @@ enum Command {
 pub struct AgentArgs {
     /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may
     /// connect. A socket at this path on which nobody listens is replaced. If anything else is
-    /// there, the agent refuses to start. At most 107 bytes.
-    #[arg(long, value_name = "PATH", required_unless_present = "stdin")]
+    /// there, the agent refuses to start. At most 107 bytes. Leave the option out if a socket unit
+    /// of systemd starts the agent.
+    #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// Name of the VM in the log, the status and the metrics. Otherwise the VMM may give one.
+    /// Name of the VM in the log, the status and the metrics. Otherwise the VMM may give one, for
+    /// the log and the status.
     #[arg(long, value_parser = parse_name)]
     pub name: Option<String>,
     /// Use standard input as the socket to the VMM. The agent ends when this connection ends.

@@ -2,13 +2,14 @@
 
 //! `pageferry agent`: sets the process up and runs the server.
 //!
-//! The server listens on a UNIX socket, or serves the connection that the process inherited as
-//! standard input, or both. It ends on SIGINT, SIGTERM or SIGHUP, and when the inherited connection
-//! ends.
+//! The server listens on a UNIX socket, or on one that systemd has handed over, or serves the
+//! connection that the process inherited as standard input, or both. It ends on SIGINT, SIGTERM or
+//! SIGHUP, and when the inherited connection ends.
 
 use super::AgentArgs;
 use super::exit::Exit;
 use crate::server::Server;
+use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
 use crate::vm_name::VmName;
@@ -56,6 +57,31 @@ fn inherited() -> Result<OwnedFd, String> {
     }
 }
 
+/// The connection to the VMM and the listening socket that this process has inherited. Refuses
+/// arguments without any socket, and with two listening sockets.
+fn inherited_sockets(args: &AgentArgs) -> Result<(Option<OwnedFd>, Option<OwnedFd>), String> {
+    let activated = inherited_listener().map_err(|error| crate::error::chain(&error))?;
+    match (&args.socket, &activated) {
+        (Some(_), Some(_)) => Err("--socket: systemd has handed over a socket already \
+                                   (LISTEN_FDS): leave the option out"
+            .to_owned()),
+        (None, None) if !args.stdin => Err("no socket: give --socket PATH or --stdin, or have a \
+                                            socket unit of systemd start the agent (LISTEN_FDS)"
+            .to_owned()),
+        _ => Ok((args.stdin.then(inherited).transpose()?, activated)),
+    }
+}
+
+/// The notifier for the service manager, if this process is a service. An agent with `--stdin` is
+/// none: its variables would be those of its VMM.
+fn notifier() -> Option<Notifier> {
+    Notifier::from_environment().unwrap_or_else(|error| {
+        // It may be the variable of another service, so this is no reason to end.
+        log::warn!("{}", crate::error::chain(&error));
+        None
+    })
+}
+
 /// Listens for scrapes of the metrics.
 fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
     let listening = crate::metrics::address::listen(address);
@@ -67,13 +93,14 @@ fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
 /// # Errors
 /// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
 pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
-    let inherited = match args.stdin.then(inherited).transpose() {
-        Ok(inherited) => inherited,
+    let (inherited, activated) = match inherited_sockets(args) {
+        Ok(sockets) => sockets,
         Err(sentence) => {
             eprintln!("pageferry: {sentence}");
             return Ok(Exit::BadInput);
         }
     };
+    let notifier = if args.stdin { None } else { notifier() };
     raise_descriptor_limit();
     let metrics = args.metrics.as_ref().map(listen_for_metrics).transpose()?;
     let mut server = Server::new(vm_name)?;
@@ -89,12 +116,20 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
         server.listen(path).map_err(failed)?;
         log::info!("listening on {}", path.display());
     }
+    if let Some(socket) = activated {
+        server.listen_on_inherited(socket)?;
+        log::info!("listening on the socket of systemd");
+    }
     if let Some(socket) = inherited {
         server.inherit(socket)?;
     }
     if let Some(listener) = metrics {
         log::info!("metrics on {}", listener.address());
         server.serve_metrics(listener)?;
+    }
+    if let Some(notifier) = notifier {
+        notifier.ready();
+        server.report_to(notifier);
     }
     server.run()?;
     Ok(Exit::Done)

@@ -4,7 +4,7 @@
 //!
 //! - [`consent`]: whether the VMM takes a guest that an operator wants to bring;
 //! - [`deadline`]: the time by which a hand-over must be done;
-//! - [`error`]: how a job ends if it does not complete;
+//! - `error`: how a job ends if it does not complete;
 //! - [`options`]: the options that all kinds of jobs have;
 //! - [`pause`]: a guest that a job has paused;
 //! - [`recovery`]: requests to recover a paused postcopy;

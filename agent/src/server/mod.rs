@@ -3,6 +3,7 @@
 //! The control socket of the agent: it accepts the connections of a VMM and of operators.
 //!
 //! - `connection`: one connection, served by its own thread: requests in, answers and events out;
+//! - `listener`: the control socket, bound here or inherited;
 //! - `hub`: what the threads of the connections share with the reactor's thread;
 //! - this file: the reactor's thread.
 //!
@@ -26,10 +27,12 @@
 
 mod connection;
 mod hub;
+mod listener;
 
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
+use crate::systemd::Notifier;
 use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
@@ -37,6 +40,7 @@ use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
 use hub::Hub;
+use listener::ControlListener;
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
 use std::io;
@@ -68,7 +72,7 @@ const ROOM_RETRY: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Server {
     reactor: Reactor,
-    listener: Option<UnixPathListener>,
+    listener: Option<ControlListener>,
     backoff: Backoff,
     /// The time before which no connection is accepted; `None` while connections are accepted.
     accept_again: Option<Instant>,
@@ -84,6 +88,8 @@ pub struct Server {
     stopping: bool,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
+    /// Tells the service manager what this process does.
+    notifier: Option<Notifier>,
 }
 
 impl Server {
@@ -109,6 +115,7 @@ impl Server {
             signals: None,
             stopping: false,
             metrics: None,
+            notifier: None,
         })
     }
 
@@ -117,11 +124,29 @@ impl Server {
     /// # Errors
     /// If the path cannot be bound; `AddrInUse` if another process listens there.
     pub fn listen(&mut self, path: &Path) -> io::Result<()> {
-        let listener = UnixPathListener::bind(path)?;
+        self.listen_on(ControlListener::Bound(UnixPathListener::bind(path)?))
+    }
+
+    /// Listens on a socket that this process inherited from a service manager. Its path stays when
+    /// the server ends.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn listen_on_inherited(&mut self, socket: OwnedFd) -> io::Result<()> {
+        self.listen_on(ControlListener::Inherited(socket))
+    }
+
+    fn listen_on(&mut self, listener: ControlListener) -> io::Result<()> {
         listener.set_nonblocking()?;
         self.reactor.add(listener.as_fd(), LISTENER)?;
         self.listener = Some(listener);
         Ok(())
+    }
+
+    /// Tells the service manager by `notifier` what this process does, from now on.
+    pub fn report_to(&mut self, notifier: Notifier) {
+        self.notifier = Some(notifier);
+        self.report();
     }
 
     /// Answers scrapes of the metrics on `listener`, until the server ends.
@@ -181,6 +206,7 @@ impl Server {
                 }
             }
             self.resume_accepting();
+            self.sign_of_life();
             if self.stopping && self.hub.session.lock().is_idle() {
                 return Ok(());
             }
@@ -199,11 +225,34 @@ impl Server {
             self.reactor.remove(signals.as_fd());
         }
         self.hub.session.lock().stop();
+        if let Some(notifier) = &self.notifier {
+            notifier.stopping();
+        }
+    }
+
+    /// Tells the service manager that this process works, if that is due: this thread runs, and
+    /// the session's lock is free, so requests are answered.
+    fn sign_of_life(&mut self) {
+        if let Some(notifier) = &mut self.notifier
+            && notifier.sign_of_life_due() == Some(Duration::ZERO)
+        {
+            drop(self.hub.session.lock());
+            notifier.sign_of_life();
+        }
+    }
+
+    /// Tells the service manager the job and its phase.
+    fn report(&mut self) {
+        if let Some(notifier) = &mut self.notifier {
+            notifier.status(&self.hub.session.lock().describe_job());
+        }
     }
 
     /// How long the reactor may wait; `None` for no limit.
     fn next_due(&self) -> Option<Duration> {
-        self.accept_again.map(|due| due.saturating_duration_since(Instant::now()))
+        let accept = self.accept_again.map(|due| due.saturating_duration_since(Instant::now()));
+        let sign_of_life = self.notifier.as_ref().and_then(Notifier::sign_of_life_due);
+        accept.into_iter().chain(sign_of_life).min()
     }
 
     /// Accepts a connection. Only the user of this process and root may connect.
@@ -359,6 +408,7 @@ impl Server {
     fn announce(&mut self) {
         self.hub.notify.reset();
         self.hub.session.lock().job_changed();
+        self.report();
         self.forget_ended();
         self.connections.values().for_each(|(connection, _)| connection.announce());
     }

@@ -5,7 +5,7 @@
 //! - [`address`]: `tcp:HOST:PORT` and `unix:PATH`, and how to connect and to listen there;
 //! - [`resolve`]: name look-ups with a deadline;
 //! - [`unix_path`]: listening sockets with a path, and the lock that protects the path;
-//! - [`unix_socket`]: the check that a descriptor is a connected UNIX stream socket;
+//! - [`unix_socket`]: checks that a descriptor is a UNIX stream socket, connected or listening;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
 //! - [`stream_error`]: errors about well-formed records that are not allowed;

@@ -186,22 +186,6 @@ impl UnixPathListener {
         }
         Err(UnixPathError::InUse(path.to_owned()))
     }
-
-    /// Makes [`UnixPathListener::accept`] return at once if there is no connection.
-    ///
-    /// # Errors
-    /// If the kernel refuses.
-    pub fn set_nonblocking(&self) -> io::Result<()> {
-        Ok(rustix::io::ioctl_fionbio(&self.socket, true)?)
-    }
-
-    /// Accepts the next connection.
-    ///
-    /// # Errors
-    /// If the kernel refuses, or there is none and the socket is non-blocking.
-    pub fn accept(&self) -> io::Result<OwnedFd> {
-        Ok(rustix::net::accept_with(&self.socket, SocketFlags::CLOEXEC)?)
-    }
 }
 
 impl AsFd for UnixPathListener {

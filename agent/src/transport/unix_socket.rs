@@ -1,20 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The check that a descriptor is a connected UNIX stream socket.
+//! Checks that a descriptor is a UNIX stream socket that is connected, or that listens.
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// What `fd` is instead of a connected UNIX stream socket; `None` if it is one.
 pub fn not_connected(fd: impl AsFd) -> Option<&'static str> {
     let fd = fd.as_fd();
-    match sockopt::socket_type(fd) {
-        Ok(SocketType::STREAM) => {}
-        Ok(_) => return Some("a socket, but not a stream socket"),
-        Err(_) => return Some(kind(fd)),
-    }
-    if !matches!(sockopt::socket_domain(fd), Ok(AddressFamily::UNIX)) {
-        return Some("a socket, but not a UNIX socket");
+    if let Some(found) = not_unix_stream(fd) {
+        return Some(found);
     }
     if sockopt::socket_acceptconn(fd) == Ok(true) {
         return Some("a listening socket");
@@ -24,6 +19,26 @@ pub fn not_connected(fd: impl AsFd) -> Option<&'static str> {
         return Some("a socket that is not connected");
     }
     None
+}
+
+/// What `fd` is instead of a UNIX stream socket that listens; `None` if it is one.
+pub fn not_listening(fd: impl AsFd) -> Option<&'static str> {
+    let fd = fd.as_fd();
+    not_unix_stream(fd).or_else(|| match sockopt::socket_acceptconn(fd) {
+        Ok(true) => None,
+        _ => Some("a socket that does not listen"),
+    })
+}
+
+/// What `fd` is instead of a UNIX stream socket; `None` if it is one.
+fn not_unix_stream(fd: BorrowedFd<'_>) -> Option<&'static str> {
+    match sockopt::socket_type(fd) {
+        Ok(SocketType::STREAM) => {}
+        Ok(_) => return Some("a socket, but not a stream socket"),
+        Err(_) => return Some(kind(fd)),
+    }
+    let is_unix = matches!(sockopt::socket_domain(fd), Ok(AddressFamily::UNIX));
+    (!is_unix).then_some("a socket, but not a UNIX socket")
 }
 
 /// What `fd` is. It is not a socket.
@@ -76,5 +91,16 @@ mod tests {
         ] {
             assert_eq!(not_connected(&fd), Some(found));
         }
+    }
+    #[test]
+    fn only_a_unix_stream_socket_that_listens_is_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("listens")).unwrap();
+        assert_eq!(not_listening(&listener), None);
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert_eq!(not_listening(&tcp), Some("a socket, but not a UNIX socket"));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert_eq!(not_listening(&ours), Some("a socket that does not listen"));
+        assert_eq!(not_listening(rustix::pipe::pipe().unwrap().0), Some("a pipe"));
     }
 }

@@ -7,6 +7,7 @@
 //! - [`vm`]: what the agent says of its VM;
 //! - [`outcomes`]: exit codes, and what goes to standard output and standard error;
 //! - [`manual`]: man pages, completions, and `check`;
+//! - [`systemd`]: sockets from systemd, messages to it, and the units;
 //! - [`pty`]: a terminal of 80 columns;
 //! - [`image`]: images: info, verify, merge and map.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -17,4 +18,5 @@ mod manual;
 mod operator;
 mod outcomes;
 mod pty;
+mod systemd;
 mod vm;
