@@ -75,3 +75,69 @@ fn part(job: &Job, outcome: Option<Phase>) -> JobPart {
     let counters = job.status().counters;
     JobPart { kind: job.kind, outcome, counters, fault_waits: job.live.latency.waits() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::add;
+    use crate::vm_name::VmName;
+    use pageferry_protocol::control::job::{JobKind, SnapshotOptions};
+    use std::sync::mpsc::{Sender, channel};
+
+    /// Starts a job with a counter of 1. It ends when the sender is dropped.
+    fn start(session: &SharedSession) -> (Arc<Job>, Sender<()>) {
+        let (end, ends) = channel::<()>();
+        let mut locked = session.lock();
+        let options = (&SnapshotOptions::default()).into();
+        let job = locked.new_job(JobKind::Snapshot, options).unwrap();
+        add(&job.live.image_bytes, 1);
+        let running = job.clone();
+        let run = move || {
+            let _ = ends.recv();
+            running.finish(Ok(()));
+        };
+        locked.run_job(SessionJob::Snapshot(job.clone()), run).unwrap();
+        (job, end)
+    }
+
+    /// Jobs that started, that completed or were cancelled, and the sum of their counters.
+    fn sums(session: &SharedSession) -> (u64, u64, u64) {
+        let totals = session.sample().totals.of(JobKind::Snapshot);
+        let ended = totals.ended().map(|(_, count)| count).sum();
+        (totals.started, ended, totals.counters.image_bytes)
+    }
+
+    #[test]
+    fn each_job_is_in_the_sums_once_wherever_it_is() {
+        let session =
+            SharedSession::new(crate::job::notifier().unwrap(), VmName::default()).unwrap();
+        assert_eq!(sums(&session), (0, 0, 0));
+        let (first, end_first) = start(&session);
+        assert_eq!(sums(&session), (1, 0, 1), "it runs");
+        drop(end_first);
+        assert!(first.wait_until_final(std::time::Duration::from_secs(60)));
+        assert_eq!(sums(&session), (1, 1, 1), "it has ended");
+        let (_second, end_second) = start(&session);
+        assert_eq!(sums(&session), (2, 1, 2), "the second has taken its place");
+
+        // The VMM goes, and comes back, while the second job is being cancelled.
+        let next = |session: &SharedSession| {
+            let mut locked = session.lock();
+            locked.end();
+            let next = locked.next_session();
+            *locked = next;
+        };
+        next(&session);
+        assert_eq!(sums(&session), (2, 1, 2), "it is the job of the previous VMM");
+        let (third, end_third) = start(&session);
+        assert_eq!(sums(&session), (3, 1, 3));
+        next(&session);
+        assert_eq!(sums(&session), (3, 2, 3), "the second has left as cancelled");
+        drop((end_second, end_third));
+        assert!(third.wait_until_final(std::time::Duration::from_secs(60)));
+        session.lock().job_changed();
+        assert_eq!(sums(&session), (3, 3, 3));
+        next(&session);
+        assert_eq!(sums(&session), (3, 3, 3));
+    }
+}
