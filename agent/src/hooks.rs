@@ -23,6 +23,7 @@ use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{FrameSocket, SocketError};
+use pageferry_protocol::error::rounded;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,7 +33,7 @@ use std::time::{Duration, Instant};
 /// Why a hook failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HookError {
-    /// The VMM did not answer in time, or is gone.
+    /// The VMM did not read the hook in time, or is gone.
     #[error("hook \"{hook}\"")]
     Socket {
         /// Name of the hook.
@@ -40,6 +41,14 @@ pub enum HookError {
         /// The error of the socket.
         #[source]
         source: SocketError,
+    },
+    /// The VMM did not answer in time.
+    #[error("hook \"{hook}\": the VMM has not answered within {}", rounded(*waited))]
+    Late {
+        /// Name of the hook.
+        hook: &'static str,
+        /// How long the VMM had.
+        waited: Duration,
     },
     /// The VMM refused the hook.
     #[error("hook \"{hook}\" failed in the VMM: {error}")]
@@ -350,6 +359,9 @@ impl Hooks {
             let (reply, lost_fds) = match channel.socket(name)?.recv(deadline) {
                 Ok(reply) => (reply, false),
                 Err(SocketError::LostFds { frame }) => (*frame, true),
+                Err(SocketError::Timeout { .. }) => {
+                    return Err(HookError::Late { hook: name, waited: timeout });
+                }
                 Err(source) => return Err(channel.failed(name, source)),
             };
             let answered = hook_reply::reply_sequence(&reply.body);
@@ -553,7 +565,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let hooks = Hooks::new(Some(ours.into()));
         let error = hooks.ask(&Hook::Pause, Duration::ZERO).unwrap_err();
-        assert!(matches!(error, HookError::Socket { source: SocketError::Timeout { .. }, .. }));
+        assert!(matches!(error, HookError::Late { .. }), "{error}");
         let far = || Instant::now() + Duration::from_secs(60);
         let vmm = std::thread::spawn(move || {
             let mut socket = FrameSocket::from(OwnedFd::from(theirs));

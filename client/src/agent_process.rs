@@ -18,13 +18,18 @@ use crate::deadline::deadline;
 use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
+};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// `PID_FS_MAGIC` of the kernel's `linux/magic.h`. There each process has an inode of its own.
 const PID_FS_MAGIC: u64 = 0x5049_4446;
+
+/// Longest time from the end of the connection to the exit of a process that is exiting.
+const EXIT_DELAY: Duration = Duration::from_millis(100);
 
 /// To whom a process belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,6 +148,28 @@ impl AgentProcess {
         self.exits_before(Instant::now())
     }
 
+    /// What became of the agent whose connection has ended, in words. Waits for a moment: the
+    /// kernel closes the connection of a process shortly before the process counts as exited.
+    pub(crate) fn how_it_ended(&self) -> String {
+        let pid = self.pid;
+        if self.is_own_process() {
+            return "it closed the connection".to_owned();
+        }
+        if wait(self.pidfd.as_fd(), PollFlags::IN, deadline(EXIT_DELAY)) != Ok(true) {
+            return format!("its process {pid} closed the connection");
+        }
+        // Only for a child of the VMM. Leaves the status for the VMM to reap.
+        let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), flags).ok().flatten();
+        let signal = status.as_ref().and_then(|status| status.terminating_signal());
+        let code = status.as_ref().and_then(|status| status.exit_status());
+        match (signal, code) {
+            (Some(signal), _) => format!("its process {pid} was killed by signal {signal}"),
+            (_, Some(code)) => format!("its process {pid} exited with status {code}"),
+            (None, None) => format!("its process {pid} exited"),
+        }
+    }
+
     fn exits_before(&self, deadline: Instant) -> bool {
         // Readable when all threads are gone, also before the process is reaped.
         let mut processes = std::iter::once(&self.pidfd).chain(&self.sender);
@@ -244,6 +271,26 @@ mod tests {
         liar.kill().unwrap();
         process.kill_and_wait(Duration::from_secs(60)).unwrap();
         liar.wait().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_told_as_far_as_it_is_known() {
+        let mut child = sleeper();
+        let process = sent_by(&child, &child);
+        let pid = child.id();
+        assert_eq!(process.how_it_ended(), format!("its process {pid} closed the connection"));
+        child.kill().unwrap();
+        let killed = format!("its process {pid} was killed by signal 9");
+        assert_eq!(process.how_it_ended(), killed);
+        assert_eq!(process.how_it_ended(), killed, "the status is still there for the VMM");
+        child.wait().unwrap();
+        assert_eq!(process.how_it_ended(), format!("its process {pid} exited"));
+
+        let mut child = Command::new("false").spawn().unwrap();
+        let process = sent_by(&child, &child);
+        let exited = format!("its process {} exited with status 1", child.id());
+        assert_eq!(process.how_it_ended(), exited);
+        child.wait().unwrap();
     }
 
     #[test]

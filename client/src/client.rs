@@ -211,7 +211,7 @@ impl Client {
     pub fn reattach_socket(&self, socket: OwnedFd) -> Result<HookChannel, Error> {
         let Inner { config, memory, fence, ownership, timeouts, .. } = &*self.inner;
         let mut session = self.session();
-        session.control.retire("the VMM attached another");
+        session.control.retire("the VMM replaced it");
         let (mut control, hooks) =
             Control::open(socket, &config.name, fence, ownership, timeouts.clone())?;
         let link = Arc::clone(control.link());

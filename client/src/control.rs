@@ -20,10 +20,10 @@ use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, decode_reply};
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, MAX_RANGES, Request, code,
+    CONTROL_VERSION, FEATURE_FENCE, MAX_RANGES, Request, code, name,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
-use pageferry_protocol::error::chain;
+use pageferry_protocol::error::{chain, rounded};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -194,9 +194,11 @@ impl Control {
     /// Gives the agent up by the VMM's own decision. The caller decides what becomes of the
     /// process.
     pub(crate) fn retire(&mut self, reason: &str) {
+        // Before it is shut down from this side.
+        let ended = if self.lost.is_none() { self.link.end_in_words() } else { None };
         self.link.retire();
         if self.lost.is_none() {
-            self.set_lost(reason.to_owned());
+            self.set_lost(ended.unwrap_or_else(|| reason.to_owned()));
         }
     }
 
@@ -206,17 +208,38 @@ impl Control {
         Error::AgentLost { reason }
     }
 
-    /// The same after an error of the socket. An agent that ended the connection is about to exit
-    /// and is not killed yet.
-    fn socket_failed(&mut self, what: String, error: &SocketError) -> Error {
-        let reason = format!("{what}: {}", chain(error));
-        match error {
-            SocketError::Closed | SocketError::ClosedInFrame { .. } => {
-                self.link.shut_down();
-                self.set_lost(reason)
+    /// The request cannot be sent.
+    fn send_failed(&mut self, request: u32, error: &SocketError) -> Error {
+        let cause = match error {
+            SocketError::PartlySent { source, .. } => source,
+            error => error,
+        };
+        match cause {
+            SocketError::Closed => self.closed(request),
+            SocketError::Timeout { waited, .. } => {
+                let waited = rounded(*waited);
+                self.give_up(format!("it has not read {} within {waited}", name(request)))
             }
-            _ => self.give_up(reason),
+            _ => self.give_up(format!("{} cannot be sent: {}", name(request), chain(error))),
         }
+    }
+
+    /// The answer cannot be read.
+    fn answer_failed(&mut self, request: u32, error: &SocketError) -> Error {
+        match error {
+            SocketError::Closed | SocketError::ClosedInFrame { .. } => self.closed(request),
+            _ => {
+                let why = chain(error);
+                self.give_up(format!("the answer to {} cannot be read: {why}", name(request)))
+            }
+        }
+    }
+
+    /// The agent ended the connection. It is about to exit and is not killed yet.
+    fn closed(&mut self, request: u32) -> Error {
+        self.link.shut_down();
+        let ended = self.link.end_in_words().unwrap_or_default();
+        self.set_lost(format!("{ended} and has not answered {}", name(request)))
     }
 
     /// Sends one of our requests and waits for its answer, whose fields `fields` reads.
@@ -272,7 +295,7 @@ impl Control {
         if let Err(error) =
             self.socket.send_parts(request, flags, body, fds, deadline(self.timeout()))
         {
-            return Err(self.socket_failed(format!("cannot send request {request:#x}"), &error));
+            return Err(self.send_failed(request, &error));
         }
         loop {
             let (timeout, waited) = (self.timeout(), asked.elapsed());
@@ -287,24 +310,20 @@ impl Control {
             match received {
                 None if waited < timeout => {}
                 None => {
-                    let error = SocketError::Timeout { what: "frame", waited };
-                    return Err(
-                        self.socket_failed(format!("no answer to request {request:#x}"), &error)
-                    );
+                    let (name, waited) = (name(request), rounded(waited));
+                    return Err(self.give_up(format!("it has not answered {name} within {waited}")));
                 }
                 Some(Ok(frame)) if frame.request == request && frame.is_reply() => {
                     return Ok(frame);
                 }
                 Some(Ok(frame)) => {
                     let (found, flags) = (frame.request, frame.flags);
-                    return Err(self.give_up(format!(
-                        "request {request:#x} was answered by {found:#x}, flags {flags:#x}"
-                    )));
+                    let name = name(request);
+                    return Err(self
+                        .give_up(format!("{name} was answered by {found:#x}, flags {flags:#x}")));
                 }
                 Some(Err(error)) => {
-                    return Err(
-                        self.socket_failed(format!("no answer to request {request:#x}"), &error)
-                    );
+                    return Err(self.answer_failed(request, &error));
                 }
             }
         }
@@ -312,5 +331,5 @@ impl Control {
 }
 
 fn malformed_answer(request: u32, error: &DecodeError) -> String {
-    format!("the answer to request {request:#x} is malformed: {error}")
+    format!("the answer to {} is malformed: {error}", name(request))
 }

@@ -6,6 +6,7 @@ use crate::agent_process::AgentProcess;
 use crate::memfd::Fence;
 use crate::ownership::SharedOwnership;
 use crate::sync::lock;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -148,6 +149,19 @@ impl Link {
         let _ = shutdown(&self.control, Shutdown::Both);
         self.shut_down_hooks();
         before
+    }
+
+    /// What became of an agent whose connection has ended, in words; `None` if it has not ended.
+    pub(crate) fn end_in_words(&self) -> Option<String> {
+        // The VMM may have closed the other one.
+        let mut polled = [PollFd::new(&self.control, PollFlags::RDHUP)];
+        match poll(&mut polled, Some(&Timespec::default())) {
+            Ok(0) | Err(_) => None,
+            Ok(_) => Some(self.process().map_or_else(
+                || "it closed the connection".to_owned(),
+                |process| process.how_it_ended(),
+            )),
+        }
     }
 
     /// Held for a moment only: no thread waits, sends or logs while it holds this lock.

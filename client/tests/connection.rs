@@ -316,7 +316,7 @@ fn spawned_program_that_ends_at_once_is_noticed() {
     // If this process still had the agent's end of the socket open, the client would notice only at
     // the request timeout.
     let error = Client::spawn(&mut Command::new("true"), Config::default()).unwrap_err();
-    assert!(error.to_string().contains("the other side closed the connection"), "{error}");
+    assert!(error.to_string().contains("it closed the connection"), "{error}");
 }
 
 #[test]
@@ -434,4 +434,27 @@ fn a_weak_client_does_not_keep_the_connection() {
     drop(client);
     assert!(weak.upgrade().is_none());
     assert!(agent.join().unwrap().is_none(), "the connection has ended");
+}
+
+/// The sentence of the lost agent.
+fn lost_because(error: Error) -> String {
+    match error {
+        Error::AgentLost { reason } => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_lost_agent_is_told_with_the_request_and_the_time() {
+    let (silent, _channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
+    let kept = agent.join().unwrap();
+    let reason = lost_because(silent.status().unwrap_err());
+    assert_eq!(reason, "it has not answered QUERY_STATUS within 500 ms");
+    assert_eq!(lost_because(silent.cancel().unwrap_err()), reason, "for every later request");
+    drop(kept);
+
+    let (closed, _channel, agent) = client(drop);
+    agent.join().unwrap();
+    let reason = lost_because(closed.cancel().unwrap_err());
+    assert_eq!(reason, "it closed the connection and has not answered CANCEL");
 }

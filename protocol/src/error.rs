@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::fmt::Write;
+use std::time::Duration;
 
 /// An error and its causes in one sentence: `what failed: why: why`. Control characters are
 /// escaped.
@@ -28,9 +29,37 @@ pub fn printable(text: &str) -> String {
     text.chars().map(escaped).collect()
 }
 
+/// A duration as people say it: `10 s`, `2.5 s`, `200 ms`.
+pub fn rounded(time: Duration) -> String {
+    let tenths = (time.as_millis() + 50) / 100;
+    match (tenths / 10, tenths % 10) {
+        _ if time < Duration::from_millis(950) => format!("{} ms", time.as_millis()),
+        (seconds, 0) => format!("{seconds} s"),
+        (seconds, _) if seconds >= 10 => format!("{} s", (tenths + 5) / 10),
+        (seconds, tenth) => format!("{seconds}.{tenth} s"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_are_rounded_to_what_matters() {
+        for (millis, said) in [
+            (0, "0 ms"),
+            (200, "200 ms"),
+            (949, "949 ms"),
+            (960, "1 s"),
+            (2549, "2.5 s"),
+            (3021, "3 s"),
+            (9960, "10 s"),
+            (10_020, "10 s"),
+            (59_600, "60 s"),
+        ] {
+            assert_eq!(rounded(Duration::from_millis(millis)), said);
+        }
+    }
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot open it")]

@@ -125,8 +125,9 @@ impl Drop for PausedGuest {
             }
             // The request is in the socket: a VMM that is late resumes the guest when it reads the
             // request. A VMM that has lost this agent resumes the guest by itself.
-            Err(HookError::Socket { source, .. }) => {
-                log::warn!("the VMM was asked to resume the guest, but is late: {source}")
+            Err(error @ (HookError::Late { .. } | HookError::Socket { .. })) => {
+                let why = crate::error::chain(&error);
+                log::warn!("the VMM was asked to resume the guest, but is late: {why}")
             }
             Err(error) => {
                 log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error))

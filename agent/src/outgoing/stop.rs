@@ -180,7 +180,7 @@ mod tests {
                 panic!("{error}")
             };
             assert!(
-                matches!(error, HookError::Socket { hook, .. } if hook == name),
+                matches!(error, HookError::Late { hook, .. } if hook == name),
                 "{name}: {error}"
             );
         };

@@ -204,6 +204,35 @@ pub enum Request {
     },
 }
 
+/// The name of a request in `docs/control.md`, for messages.
+pub fn name(request: u32) -> &'static str {
+    match request {
+        6 => "SET_LOG_BASE",
+        21 => "SET_BACKEND_REQ_FD",
+        code::HELLO => "HELLO",
+        code::ADD_BLOCK => "ADD_BLOCK",
+        code::REMOVE_BLOCK => "REMOVE_BLOCK",
+        code::DISCARD => "DISCARD",
+        code::POPULATE => "POPULATE",
+        code::SET_TRACKERS => "SET_TRACKERS",
+        code::FREE => "FREE",
+        code::START_OUTGOING => "START_OUTGOING",
+        code::START_INCOMING => "START_INCOMING",
+        code::CANCEL => "CANCEL",
+        code::SET_PARAMETERS => "SET_PARAMETERS",
+        code::QUERY_STATUS => "QUERY_STATUS",
+        code::SUBSCRIBE => "SUBSCRIBE",
+        code::RESUME => "RESUME",
+        code::START_POSTCOPY => "START_POSTCOPY",
+        code::RECOVER => "RECOVER",
+        code::START_SNAPSHOT => "START_SNAPSHOT",
+        code::START_RESTORE => "START_RESTORE",
+        code::QUERY_AGENT => "QUERY_AGENT",
+        code::EVENT => "EVENT",
+        _ => "an unknown request",
+    }
+}
+
 impl Request {
     /// The request's code.
     pub fn code(&self) -> u32 {

@@ -8,6 +8,7 @@
 
 use super::frame::{Frame, FrameHeader, HEADER_SIZE, HeaderError, MAX_FDS};
 use super::receive::receive;
+use crate::error::rounded;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -30,7 +31,7 @@ pub enum SocketError {
         missing: usize,
     },
     /// Nothing arrived, or nothing could be sent, until the deadline.
-    #[error("no {what} within {waited:?}")]
+    #[error("no {what} within {}", rounded(*waited))]
     Timeout {
         /// What was waited for.
         what: &'static str,

@@ -3,7 +3,7 @@
 //! A supervisor replaces lost agents, unless somebody may still need the lost one.
 
 use pageferry_client::{
-    BlockRange, Error, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
+    BlockRange, Client, Error, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
     RestoreOptions, SnapshotMode, SnapshotOptions, Supervisor, Target, Trackers,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -117,6 +117,27 @@ fn an_idle_agent_that_is_killed_is_replaced_and_the_next_one_works() {
     killed.push(source.attached.client.agent_pid());
     source.end();
     wait_until("the last agent to end", SOON, || killed.iter().copied().all(is_gone)).unwrap();
+}
+
+#[test]
+fn the_vmm_learns_how_its_agent_ended() {
+    let reason = |error| match error {
+        Error::AgentLost { reason } => reason,
+        other => panic!("{other:?}"),
+    };
+    let (client, _channel, mut child) = Client::spawn(&mut agent(), config()).unwrap();
+    let pid = child.id();
+    child.kill().unwrap();
+    let told = reason(client.status().unwrap_err());
+    let expected =
+        format!("its process {pid} was killed by signal 9 and has not answered QUERY_STATUS");
+    assert_eq!(told, expected);
+    child.wait().unwrap();
+
+    let (client, _channel, mut child) = Client::spawn(&mut agent(), config()).unwrap();
+    client.end_agent().unwrap();
+    assert_eq!(reason(client.status().unwrap_err()), "the VMM ended it");
+    child.wait().unwrap();
 }
 
 #[test]

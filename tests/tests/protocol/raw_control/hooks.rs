@@ -161,7 +161,7 @@ fn bytes_that_are_no_answer_fail_the_hook() {
 fn a_hook_without_an_answer_fails_in_time_and_is_undone() {
     let brief = outgoing().with(outgoing_at::HOOK_TIMEOUT, &200_000u64.to_le_bytes());
     let (pair, [sent, _]) = migrate_with(hook::PAUSE, Instead::Silence, &brief);
-    assert_failed(&sent, "hook \"pause\": no frame within");
+    assert_failed(&sent, "hook \"pause\": the VMM has not answered within 200 ms");
     // The agent does not wait for these, because the VMM answers in order.
     let called = || pair.source.hooked().codes().ends_with(&[hook::RESUME, hook::STOP_TRACKING]);
     wait_until("the hooks that undo", SOON, called).unwrap();
