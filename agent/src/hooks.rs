@@ -134,6 +134,8 @@ pub struct Hooks {
     pending: Mutex<VecDeque<JobStatus>>,
 }
 
+/// Time between two looks at whether a hook's answer is still wanted.
+const LOOK: Duration = Duration::from_millis(100);
 /// Most pending events. For a further one, the oldest is dropped.
 const MAX_PENDING: usize = 64;
 
@@ -187,6 +189,17 @@ impl Hooks {
         self.ask_with(hook, &[], timeout)
     }
 
+    /// Sends a hook whose answer may take long, and waits for its success, but not longer than
+    /// until `is_over`. A later answer is ignored.
+    ///
+    /// # Errors
+    /// If the VMM refuses the hook, or does not answer within `timeout` or until `is_over`.
+    pub fn ask_until(
+        &self, hook: &Hook, timeout: Duration, is_over: impl Fn() -> bool,
+    ) -> Result<(), HookError> {
+        success(hook, self.exchange(hook, &[], timeout, is_over)?)
+    }
+
     /// Sends a hook that undoes an earlier one, and waits for its success.
     ///
     /// If the VMM has not answered the last hook, this sends the hook and does not wait. The VMM
@@ -207,13 +220,7 @@ impl Hooks {
     pub fn ask_with(
         &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
     ) -> Result<(), HookError> {
-        let name = hook.name();
-        let reply = self.exchange(hook, fds, timeout)?;
-        match hook_reply::decode_hook_reply(&reply.body) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(refused(name, error)),
-            Err(source) => Err(HookError::Malformed { hook: name, source }),
-        }
+        success(hook, self.exchange(hook, fds, timeout, || false)?)
     }
 
     /// Asks the VMM to register all mappings for missing pages, and returns the userfaultfd.
@@ -234,7 +241,7 @@ impl Hooks {
 
     /// Sends a hook whose answer has one descriptor.
     fn ask_for_fd(&self, hook: &Hook, timeout: Duration) -> Result<OwnedFd, HookError> {
-        let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout)?);
+        let (name, reply) = (hook.name(), self.exchange(hook, &[], timeout, || false)?);
         match hook_reply::decode_hook_reply(&reply.body) {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return Err(refused(name, error)),
@@ -265,7 +272,7 @@ impl Hooks {
         &self, timeout: Duration,
     ) -> Result<(SavedState, Option<OwnedFd>), HookError> {
         let hook = Hook::SaveState.name();
-        let reply = self.exchange(&Hook::SaveState, &[], timeout)?;
+        let reply = self.exchange(&Hook::SaveState, &[], timeout, || false)?;
         let saved = match hook_reply::decode_state_reply(&reply.body) {
             Ok(Ok(saved)) => saved,
             Ok(Err(error)) => return Err(refused(hook, error)),
@@ -331,17 +338,17 @@ impl Hooks {
 
     /// Sends a hook and waits for its answer, then sends the events that became pending meanwhile.
     fn exchange(
-        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
+        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration, is_over: impl Fn() -> bool,
     ) -> Result<Frame, HookError> {
         may_wait("ask the VMM by a hook");
-        let answer = self.exchange_alone(hook, fds, timeout);
+        let answer = self.exchange_alone(hook, fds, timeout, is_over);
         self.send_pending_status();
         answer
     }
 
     /// Sends a hook and waits for its answer, with the channel locked.
     fn exchange_alone(
-        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration,
+        &self, hook: &Hook, fds: &[BorrowedFd<'_>], timeout: Duration, is_over: impl Fn() -> bool,
     ) -> Result<Frame, HookError> {
         let deadline = Instant::now() + timeout;
         let name = hook.name();
@@ -356,8 +363,11 @@ impl Hooks {
         sent.map_err(|source| channel.failed(name, source))?;
         channel.late = true;
         loop {
-            let (reply, lost_fds) = match channel.socket(name)?.recv(deadline) {
+            // Looks from time to time whether it is over.
+            let look = deadline.min(Instant::now() + LOOK);
+            let (reply, lost_fds) = match channel.socket(name)?.recv(look) {
                 Ok(reply) => (reply, false),
+                Err(SocketError::Timeout { .. }) if look < deadline && !is_over() => continue,
                 Err(SocketError::LostFds { frame }) => (*frame, true),
                 Err(SocketError::Timeout { .. }) => {
                     return Err(HookError::Late { hook: name, waited: timeout });
@@ -440,6 +450,16 @@ fn is_readable(file: &OwnedFd) -> bool {
     flags.is_ok_and(|flags| {
         !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE != OFlags::WRONLY
     })
+}
+
+/// The success or the error in the answer to a hook.
+fn success(hook: &Hook, reply: Frame) -> Result<(), HookError> {
+    let name = hook.name();
+    match hook_reply::decode_hook_reply(&reply.body) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(refused(name, error)),
+        Err(source) => Err(HookError::Malformed { hook: name, source }),
+    }
 }
 
 /// The error for a hook that the VMM refused or that panicked there.

@@ -46,6 +46,7 @@ use exit::Exit;
 use migration::{ListenArgs, MigrateArgs, RecoverArgs, ResumeArgs, SetArgs, UsageError};
 use parse::{parse_duration, parse_name};
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -253,7 +254,8 @@ where
         if exit::is_closed_pipe(&*error) {
             return Exit::NoReader;
         }
-        eprintln!("pageferry: {}", crate::error::chain(&*error));
+        // Nobody can be told if standard error cannot be written.
+        let _ = writeln!(std::io::stderr(), "pageferry: {}", crate::error::chain(&*error));
         if error.is::<UsageError>() { Exit::BadInput } else { Exit::Failed }
     });
     exit.into()

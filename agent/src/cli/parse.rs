@@ -24,7 +24,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     let number: f64 =
         digits.parse().map_err(|_| format!("\"{text}\": \"{digits}\" is not a number"))?;
-    Duration::try_from_secs_f64(number * unit).map_err(|error| format!("\"{text}\": {error}"))
+    let time = Duration::try_from_secs_f64(number * unit);
+    time.map_err(|_| format!("\"{text}\": write a time that is not negative, as 300ms"))
 }
 
 /// Reads the longest time that something may take: as [`parse_duration`], but at least a

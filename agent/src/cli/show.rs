@@ -4,6 +4,7 @@
 
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::control::reply::JobStarted;
+use pageferry_protocol::error::printable;
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
@@ -221,7 +222,7 @@ pub fn listening(started: &JobStarted, json: bool) -> io::Result<()> {
     if json {
         writeln!(io::stdout().lock(), "{}", json!({ "job": job, "listening": address }))
     } else {
-        writeln!(io::stderr().lock(), "job {job} listens at {address}")
+        writeln!(io::stderr().lock(), "job {job} listens at {}", printable(address))
     }
 }
 
@@ -235,7 +236,7 @@ pub fn started(started: &JobStarted, listens: bool, json: bool) -> io::Result<()
     match (json, listens) {
         (true, true) => writeln!(out, "{}", json!({ "job": job, "listening": address })),
         (true, false) => writeln!(out, "{}", json!({ "job": job })),
-        (false, true) => writeln!(out, "job {job} listens at {address}"),
+        (false, true) => writeln!(out, "job {job} listens at {}", printable(address)),
         (false, false) => writeln!(out, "job {job} has started"),
     }
 }

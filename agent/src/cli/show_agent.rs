@@ -5,6 +5,7 @@
 use super::show::{bytes, table, to_json, write_line};
 use pageferry_protocol::control::job::{JobStatus, Phase};
 use pageferry_protocol::control::{AgentInfo, BlockInfo};
+use pageferry_protocol::error::printable;
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Value, json};
 use std::io::{self, Write};
@@ -72,7 +73,7 @@ fn agent_table(info: &AgentInfo) -> Vec<(&'static str, String)> {
 
 fn block_line(block: &BlockInfo) -> String {
     let BlockInfo { id, name, gpa, length, host_page_size, discarded_pages } = block;
-    let discarded = bytes(discarded_pages * PAGE_SIZE);
+    let (name, discarded) = (printable(name), bytes(discarded_pages * PAGE_SIZE));
     let (length, host_page) = (bytes(*length), bytes(*host_page_size));
     format!("{id} {name}: {length} at {gpa:#x}, pages of {host_page}, {discarded} discarded")
 }

@@ -136,10 +136,9 @@ pub fn watch(
         };
         match watching.job {
             Some(job) if status.job < job => {
-                return Err(format!(
-                    "job {job} ended before its end was seen: its VMM is gone, and another is here"
-                )
-                .into());
+                return Err(
+                    format!("job {job} ended before its end was seen: its VMM is gone").into()
+                );
             }
             // The job ended, and the next one started, between two events.
             Some(job) if status.job > job => {

@@ -32,6 +32,7 @@ pub use error::IncomingError;
 
 use crate::hooks::state_file;
 use crate::job::JobError;
+use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, TransportError};
 use accept::Source;
 use job::IncomingJob;
@@ -59,6 +60,9 @@ pub struct IncomingPlan {
     /// An operator started the job, not the VMM: the address at which it listens. The agent asks
     /// the VMM before it changes memory.
     pub consent_for: Option<String>,
+    /// The changes since the last image. A guest that comes ends this record, since it replaces the
+    /// memory.
+    pub checkpoint: SharedCheckpoint,
 }
 
 /// Waits for a guest, receives it, and ends the job.
@@ -68,7 +72,7 @@ pub fn run(job: &Arc<IncomingJob>, plan: IncomingPlan) {
 }
 
 fn receive_guest(job: &Arc<IncomingJob>, plan: IncomingPlan) -> Result<(), JobError> {
-    let IncomingPlan { source, consent_for } = plan;
+    let IncomingPlan { source, consent_for, checkpoint } = plan;
     job.enter(Phase::Connecting);
     let (mut accepted, listener) = accept::accept(job, source)?;
     // The status named the sources that were refused before. That is over.
@@ -78,7 +82,12 @@ fn receive_guest(job: &Arc<IncomingJob>, plan: IncomingPlan) -> Result<(), JobEr
         Some(address) => job.ask_consent(GuestOrigin::Migration { address }),
         None => Ok(()),
     };
-    let outcome = consent.and_then(|()| receive_on(job, &mut accepted, listener));
+    let outcome = consent.and_then(|()| {
+        // No tracker sees what the job writes.
+        checkpoint.end("a guest came by a migration");
+        checkpoint.stop_idle();
+        receive_on(job, &mut accepted, listener)
+    });
     if let Err(error) = &outcome {
         send_error(&mut accepted, error);
     }

@@ -79,6 +79,8 @@ struct State {
     remaining: Option<Arc<HostPageSet>>,
     /// A failure that does not end the job.
     warning: Option<String>,
+    /// Whether the VMM gave its own guest up for the one of this job.
+    consent: consent::Consent,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
     ended_as: Option<Phase>,
 }
@@ -109,6 +111,7 @@ impl Job {
                 populates_refused: false,
                 remaining: None,
                 warning: None,
+                consent: consent::Consent::default(),
                 ended_as: None,
             }),
             entered: Condvar::new(),
@@ -311,13 +314,21 @@ impl Job {
         self.live.disconnected.stop();
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
-        state.status.error = error;
+        let lost = match outcome {
+            Err(_) if !state.status.arrived => state.consent.loss(),
+            _ => "",
+        };
+        state.status.error = error.map(|error| error + lost);
         // The memory of a guest that was handed over, or may have been, is not changed any more.
         let here =
             self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
         state.populates_refused = state.populates_refused && !here;
         drop(state);
         self.enter(phase);
+    }
+
+    fn set_consent(&self, consent: consent::Consent) {
+        self.state().consent = consent;
     }
 
     /// How long the VMM may take to answer a hook: near the end of a stop, less than the operator

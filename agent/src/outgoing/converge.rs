@@ -108,7 +108,7 @@ impl PassMeasurements {
     /// If the passes do not converge and the policy is to fail.
     pub fn decide(&mut self, options: &OutgoingOptions, remaining: u64) -> Result<Next, JobError> {
         self.dirty_rate = per_second(remaining, self.pass_time);
-        self.expected = self.expect(remaining);
+        self.expected = self.expect(remaining, options.bandwidth);
         let limit = options.downtime_limit;
         // If nothing is dirty, another pass cannot make the downtime shorter.
         if remaining == 0 || self.expected <= limit {
@@ -143,12 +143,19 @@ impl PassMeasurements {
         }
     }
 
-    fn expect(&self, remaining: u64) -> Duration {
+    /// `limit` is the limit of the bandwidth that holds now, which may be below what was measured.
+    fn expect(&self, remaining: u64, limit: u64) -> Duration {
+        let slower = match limit {
+            0 => 1.0,
+            limit => (self.bandwidth as f64 / limit as f64).max(1.0),
+        };
         let send = match remaining {
             0 => Duration::ZERO,
             // Nothing was sent yet, so the bandwidth is unknown. A pass will measure it.
             _ if self.content_rate == 0 => Duration::MAX,
-            pages => Duration::from_secs_f64((pages * PAGE_SIZE) as f64 / self.content_rate as f64),
+            pages => Duration::from_secs_f64(
+                (pages * PAGE_SIZE) as f64 / self.content_rate as f64 * slower,
+            ),
         };
         send.saturating_add(self.sync_time)
     }
@@ -196,6 +203,16 @@ mod tests {
         slow.record_sync(Duration::from_millis(50));
         assert_eq!(slow.decide(&options, fits).unwrap(), Next::Pass);
         assert_eq!(slow.decide(&options, fits / 2 - 100).unwrap(), Next::Stop);
+    }
+
+    #[test]
+    fn a_limit_below_what_was_measured_counts() {
+        let options = options(NonConvergence::KeepGoing, 1);
+        let fits = (1 << 18) / 10 - 1;
+        let lowered = |bandwidth| OutgoingOptions { bandwidth, ..options.clone() };
+        assert_eq!(pace().decide(&lowered(2 << 30), fits).unwrap(), Next::Stop);
+        assert_eq!(pace().decide(&lowered(1 << 29), fits).unwrap(), Next::Pass);
+        assert_eq!(pace().decide(&lowered(1 << 29), fits / 2).unwrap(), Next::Stop);
     }
 
     #[test]

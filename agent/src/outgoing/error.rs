@@ -14,8 +14,9 @@ pub enum OutgoingError {
     Rejected(RemoteError),
     /// The peer ended the connection instead of answering the hello.
     #[error(
-        "what listens at the target ended the connection without an answer to the hello: it is no \
-         destination that waits for a guest (a control socket is none)"
+        "the other side ended the connection before it accepted the guest: the destination was \
+         cancelled or ended, or what listens there is no destination that waits for a guest (a \
+         control socket is none)"
     )]
     NoDestination {
         /// How it ended.

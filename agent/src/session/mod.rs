@@ -152,6 +152,11 @@ impl Session {
         }
     }
 
+    /// Keeps the status of a job that has ended, and was taken by [`Session::take_jobs`].
+    fn keep_ended(&mut self, job: &SessionJob) {
+        self.previous = PreviousJob::Ended(Box::new(job.status()));
+    }
+
     /// To be called when a job has changed its phase. If the job of the previous VMM has ended,
     /// this drops the job and its memory.
     pub fn job_changed(&mut self) {

@@ -15,7 +15,9 @@ use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
-use pageferry_protocol::control::job::{JobKind, JobStatus, Mode, NonConvergence, Parameters};
+use pageferry_protocol::control::job::{
+    JobKind, JobStatus, Mode, NonConvergence, Parameters, Phase,
+};
 use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
@@ -367,6 +369,15 @@ impl Session {
                     let mode = mode.name();
                     return refused(format!(
                         "switch to postcopy: the mode of job {id} is {mode}, and this takes hybrid"
+                    ));
+                }
+                if let Some(name) = parameters.only_for_migrations().next()
+                    && job.phase() > Phase::Passes
+                {
+                    let phase = job.phase().name();
+                    return refused(format!(
+                        "{name}: the passes of job {id} are over (phase {phase}), and only the \
+                         bandwidth can be changed"
                     ));
                 }
                 job.set_parameters(parameters);

@@ -208,6 +208,8 @@ impl SharedSession {
         drop(locked);
         for (job, thread) in jobs {
             join(&job, thread);
+            // Operators who watch it get its end.
+            self.lock().keep_ended(&job);
         }
     }
 }

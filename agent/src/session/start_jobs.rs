@@ -56,12 +56,9 @@ impl SharedSession {
             // The guest is not here yet, so the VMM must not change what it will hold.
             job.start_refusing_populates();
         }
-        // No tracker sees what the job writes.
-        session.end_checkpoint("an incoming migration was started");
-        let (checkpoint, job) = (session.checkpoint.clone(), Arc::new(job));
-        let plan = IncomingPlan { source, consent_for };
+        let plan = IncomingPlan { source, consent_for, checkpoint: session.checkpoint.clone() };
+        let job = Arc::new(job);
         session.run_job(SessionJob::Incoming(job.clone()), move || {
-            checkpoint.stop_idle();
             crate::incoming::run(&job, plan);
         })?;
         Ok(Success::Started(JobStarted { job: session.jobs, address }))

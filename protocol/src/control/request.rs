@@ -423,7 +423,12 @@ fn decode_agent_number(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
 }
 
 fn decode_vm_name(decoder: &mut Decoder<'_>) -> Result<String, DecodeError> {
-    let name = decoder.text("name", MAX_VM_NAME)?;
+    decode_name(decoder, MAX_VM_NAME)
+}
+
+/// A name that operators see.
+fn decode_name(decoder: &mut Decoder<'_>, limit: usize) -> Result<String, DecodeError> {
+    let name = decoder.text("name", limit)?;
     if name.chars().any(char::is_control) {
         return Err(DecodeError::ControlCharacter { field: "name", value: name.to_owned() });
     }
@@ -438,7 +443,7 @@ fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let granularity = decoder.u64("granularity")?;
     let fd_offset = decoder.u64("fd_offset")?;
     let vmm_address = decoder.u64("vmm_address")?;
-    let name = decoder.text("name", MAX_NAME)?.to_owned();
+    let name = decode_name(decoder, MAX_NAME)?;
     Ok(Request::AddBlock {
         geometry: BlockGeometry { id, name, gpa, length, granularity },
         fd_offset,

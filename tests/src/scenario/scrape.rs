@@ -5,7 +5,7 @@
 
 use super::SOON;
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -136,7 +136,11 @@ pub fn exchange(socket: &Path, request: &[u8]) -> String {
     stream.set_read_timeout(Some(SOON)).unwrap();
     // The server may refuse the request before it has all of it.
     let _ = stream.write_all(request);
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
+    let mut answer = Vec::new();
+    match stream.read_to_end(&mut answer) {
+        // It has closed while a part of the request was unread.
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+        read => drop(read.unwrap()),
+    }
+    String::from_utf8(answer).unwrap()
 }

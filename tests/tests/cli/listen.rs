@@ -13,7 +13,8 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
-const PAGES: u64 = 512;
+/// 16 MiB: a job of 64 KiB per second does not end by itself.
+const PAGES: u64 = 4096;
 
 /// A guest, and its agent.
 struct Side {
@@ -108,6 +109,59 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     }
 }
 
+/// A VMM that takes its time is not waited for once the job is cancelled, and the operator is told
+/// what may be lost.
+#[test]
+fn a_listen_is_cancelled_while_the_vmm_is_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::new(folder.path(), "source");
+    let destination = Side::new(folder.path(), "destination");
+    let release = destination.vmm.vmm.block(At::AcceptGuest);
+    let (listening, address) = destination.listen();
+    let migrate = source.command("migrate", &["--to", &address]);
+    let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_until("the question", PATIENCE, || {
+        let status = destination.vmm.client.status().unwrap();
+        status.error_text().contains("the VMM is asked whether it takes the guest")
+    })
+    .unwrap();
+    assert!(destination.run("cancel", &[]).status.success());
+    // The hook has not returned.
+    let listened = listening.wait_with_output().unwrap();
+    assert_eq!(listened.status.code(), Some(1));
+    assert!(
+        stderr(&listened).contains("was asked to give up its own guest, and may have done so"),
+        "{listened:?}"
+    );
+    let moved = migrate.wait_with_output().unwrap();
+    assert_eq!(moved.status.code(), Some(1));
+    assert!(stderr(&moved).contains("before it accepted the guest"), "{moved:?}");
+    assert!(!source.vmm.vmm.is_paused());
+    drop(release);
+}
+
+/// A guest that never left keeps its chain of images.
+#[test]
+fn a_listen_for_nobody_ends_no_increments() {
+    let folder = tempfile::tempdir().unwrap();
+    let side = Side::new(folder.path(), "agent");
+    let paused = SnapshotOptions {
+        mode: pageferry_client::SnapshotMode::Paused,
+        track: true,
+        ..SnapshotOptions::default()
+    };
+    let image = |name: &str| folder.path().join(name);
+    let job = side.vmm.client.start_snapshot(&image("one"), &paused).unwrap().job;
+    assert_eq!(side.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
+    let (listening, _) = side.listen();
+    assert!(side.run("cancel", &[]).status.success());
+    assert_eq!(listening.wait_with_output().unwrap().status.code(), Some(1));
+    let increment = SnapshotOptions { base: image("one").display().to_string(), ..paused };
+    let job = side.vmm.client.start_snapshot(&image("two"), &increment).unwrap().job;
+    let status = side.vmm.client.wait(job, PATIENCE).unwrap();
+    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+}
+
 #[test]
 fn an_operator_changes_a_job_that_runs() {
     let folder = tempfile::tempdir().unwrap();
@@ -130,7 +184,8 @@ fn an_operator_changes_a_job_that_runs() {
     };
     let job = source.vmm.client.start_snapshot(&image, &slow).unwrap().job;
     refused(&["--throttle", "3"], 1, "throttle: job 1 is a snapshot");
-    assert!(source.run("set", &["--bandwidth", "0"]).status.success());
+    let set = source.run("set", &["--bandwidth", "0"]);
+    assert!(set.status.success(), "{set:?}");
     assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
 
     // A migration that does not end by itself: no pass of 64 KiB/s fits the downtime limit.
@@ -145,7 +200,8 @@ fn an_operator_changes_a_job_that_runs() {
     refused(&["--switch-after", "3"], 1, "hybrid");
     let set = source.run("set", &["--throttle", "40", "--downtime-limit", "0ms", "--json"]);
     assert!(set.status.success(), "{set:?}");
-    assert!(source.run("set", &["--bandwidth", "0"]).status.success());
+    let set = source.run("set", &["--bandwidth", "0"]);
+    assert!(set.status.success(), "{set:?}");
     let moved = migrate.wait_with_output().unwrap();
     assert!(moved.status.success(), "{moved:?}");
     assert!(listening.wait_with_output().unwrap().status.success());

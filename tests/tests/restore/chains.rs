@@ -179,6 +179,6 @@ fn a_migrated_guest_is_no_increment_to_the_one_before() {
     assert_completed(&here.wait(incoming));
     assert!(bytes(&here) == bytes(&there));
     let status = here.wait(here.snapshot(&host.images.path("one"), &on(&base, tracked(paused()))));
-    assert_failed(&status, &["an incoming migration was started"]);
+    assert_failed(&status, &["a guest came by a migration"]);
     here.check(&here.saved(&host, "whole", &paused()));
 }
