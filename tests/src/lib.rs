@@ -54,3 +54,8 @@ pub mod verify;
 pub mod vmm;
 
 pub use error::Error;
+
+/// Compiles the examples for authors of VMMs.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+struct Embedding;

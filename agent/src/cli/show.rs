@@ -248,6 +248,12 @@ pub fn failure(status: &JobStatus, socket: &Path) -> String {
     let is_gone = status.error_text().starts_with("the VMM is gone");
     let (how, advice) = match (status.kind, status.phase) {
         (_, Phase::Idle) => return "no job was started yet".into(),
+        (JobKind::Incoming, Phase::PostcopyPaused) => (
+            "is paused",
+            "to recover it, on the host of its source: pageferry recover --socket PATH; it still \
+             listens here"
+                .to_owned(),
+        ),
         (_, Phase::PostcopyPaused) => {
             ("is paused", format!("to recover it: pageferry recover --socket {socket}"))
         }
