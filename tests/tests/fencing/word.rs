@@ -335,7 +335,7 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
         &mut other,
         &hello(1),
         vec![memfd(FENCE_BYTES).unwrap()],
-        &["features: bit 0, fence", "another connection"],
+        &["start another agent", "another connection"],
     );
     assert_eq!(code, ErrorCode::Denied);
     let again = vec![memfd(FENCE_BYTES).unwrap()];
