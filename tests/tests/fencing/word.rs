@@ -360,8 +360,7 @@ fn a_fence_word_that_is_none_is_refused_by_name() {
         ErrorCode::Invalid
     );
     let mut body = hello(1).encode();
-    let at = body.len() - 8;
-    body[at..].fill(0);
+    body[16..24].fill(0);
     let error = peer.ask_raw(hello(1).code(), body, vec![memfd(FENCE_BYTES).unwrap()]).unwrap_err();
     assert!(error.sentence.contains("agent is 0x0, allowed: from 1"), "{error}");
 }
