@@ -29,6 +29,12 @@
 //! that ends the snapshot cannot be taken for the resume of the awaited guest, since the state of
 //! that guest is always loaded first.
 //!
+//! # A guest that is given up for an operator
+//!
+//! An operator may have another guest brought here. The VMM agrees and stops its own. If the agent
+//! then brings none, and has not changed memory, it sends a resume without a state before it: the
+//! guest that was there goes on.
+//!
 //! # The run state
 //!
 //! A guest that its operator has paused is paused once more by a job, and returns to its run state
@@ -97,6 +103,14 @@ impl Pause {
     }
 }
 
+/// What was before a guest was given up for another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct GivenUp {
+    ownership: Ownership,
+    /// `None` if there was no whole guest.
+    run_state: Option<RunState>,
+}
+
 /// Why a hook is not allowed now, in words for the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Forbidden {
@@ -142,6 +156,9 @@ pub(crate) struct StateMachine {
     /// While awaiting: the agent has not answered the start and has brought nothing, and the guest
     /// was ours before.
     start_unanswered: bool,
+    /// While awaiting: what was before the guest was given up for one that an operator brings,
+    /// until that one has brought anything. The agent returns to it if it brings none.
+    given_up: Option<GivenUp>,
     /// How often a guest was awaited. Tells which start the awaited guest belongs to.
     awaited_count: u64,
     /// The connection of the current agent. Later ones have larger numbers.
@@ -158,6 +175,7 @@ impl StateMachine {
             run_state: RunState::Running,
             requested_by: None,
             start_unanswered: false,
+            given_up: None,
             awaited_count: 0,
             agent: 0,
             migration: Migration { session: [0; 16], release: false },
@@ -185,11 +203,16 @@ impl StateMachine {
         matches!(self.ownership, Ownership::Relinquished | Ownership::Gone)
     }
 
-    /// The VMM gives its guest up for another. Refused if the agent was replaced meanwhile: the
-    /// next agent may already bring another guest.
-    pub(crate) fn give_up(&mut self, link: u64) -> Result<(), Forbidden> {
+    /// The VMM gives its guest up for another. `run_state` is that of the guest before the VMM
+    /// stopped it; `None` if there was no whole guest. Refused if the agent was replaced meanwhile:
+    /// the next agent may already bring another guest.
+    pub(crate) fn give_up(
+        &mut self, link: u64, run_state: Option<RunState>,
+    ) -> Result<(), Forbidden> {
         self.check_current(link)?;
+        let before = GivenUp { ownership: self.ownership, run_state };
         self.set_awaiting(link);
+        self.given_up = Some(before);
         Ok(())
     }
 
@@ -198,6 +221,7 @@ impl StateMachine {
         self.ownership = Ownership::Awaiting;
         self.requested_by = Some(link);
         self.start_unanswered = false;
+        self.given_up = None;
         self.awaited_count += 1;
     }
 
@@ -218,6 +242,7 @@ impl StateMachine {
             self.ownership = before.ownership;
             self.requested_by = before.requested_by;
             self.start_unanswered = before.start_unanswered;
+            self.given_up = before.given_up;
         }
     }
 
@@ -253,6 +278,7 @@ impl StateMachine {
         match self.ownership {
             Ownership::Awaiting if self.requested_by == Some(link) => {
                 self.start_unanswered = false;
+                self.given_up = None;
                 Ok(())
             }
             other => Err(Forbidden::NotAwaited(other)),
@@ -369,6 +395,22 @@ impl StateMachine {
             return Ok(self
                 .run_state_before_pause()
                 .map_or(ResumeAction::Nothing, ResumeAction::SetRunState));
+        }
+        if let Some(before) = self.given_up.take().filter(|_| !force) {
+            // The agent brings no other guest, and has not changed memory.
+            self.requested_by = None;
+            return Ok(match (before.ownership, before.run_state) {
+                (Ownership::Ours, Some(run_state)) => {
+                    self.ownership = Ownership::Ours;
+                    ResumeAction::SetRunState(run_state)
+                }
+                // There is no guest that could run.
+                (Ownership::Ours, None) => ResumeAction::Nothing,
+                (before, _) => {
+                    self.ownership = before;
+                    ResumeAction::Nothing
+                }
+            });
         }
         let untouched = self.ownership == Ownership::Ours && self.pause == Pause::Running;
         self.run_state = match self.ownership {

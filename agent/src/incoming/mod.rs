@@ -32,6 +32,7 @@ pub use error::IncomingError;
 
 use crate::hooks::state_file;
 use crate::job::JobError;
+use crate::job::consent::GivenUpGuest;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::transport::{Listener, RecordReader, RecordWriter, StreamError, TransportError};
 use accept::Source;
@@ -78,14 +79,12 @@ fn receive_guest(job: &Arc<IncomingJob>, plan: IncomingPlan) -> Result<(), JobEr
     // The status named the sources that were refused before. That is over.
     job.note("");
     // A source is here, and its guest fits: only now the VMM gives its own guest up.
-    let consent = match consent_for {
-        Some(address) => job.ask_consent(GuestOrigin::Migration { address }),
-        None => Ok(()),
-    };
-    let outcome = consent.and_then(|()| {
+    let ask = |address| GivenUpGuest::ask(job.common(), GuestOrigin::Migration { address });
+    let outcome = consent_for.map(ask).transpose().and_then(|given_up| {
         // No tracker sees what the job writes.
         checkpoint.end("a guest came by a migration");
         checkpoint.stop_idle();
+        given_up.map(GivenUpGuest::replace);
         receive_on(job, &mut accepted, listener)
     });
     if let Err(error) = &outcome {

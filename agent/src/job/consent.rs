@@ -1,57 +1,57 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The consent of the VMM to a guest that an operator wants to bring here.
+//! A guest that its VMM gives up for another one, which an operator wants to bring.
+//!
+//! The VMM is asked after all checks that can be made without changing memory. It stops its guest
+//! and agrees, but its guest is lost only when the job changes memory: [`GivenUpGuest::replace`].
+//! If the job ends before that, the drop tells the VMM, and its guest goes on. That includes a VMM
+//! that agrees after its deadline, or after the job was cancelled: the resume hook is in its socket
+//! behind the question.
 
+use super::pause::return_guest;
 use super::{Job, JobError};
 use crate::hooks::HookError;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
+use std::sync::Arc;
 
-/// How far the VMM has agreed to give its own guest up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) enum Consent {
-    /// It was not asked, or it refused.
-    #[default]
-    None,
-    /// It was asked, and has not answered.
-    Asked,
-    /// It has given its guest up.
-    Given,
+/// A guest whose VMM was asked to give it up. The drop returns it.
+pub struct GivenUpGuest {
+    job: Arc<Job>,
+    /// True if the drop has nothing to return: the VMM refused, or the memory is another guest's.
+    settled: bool,
 }
 
-impl Consent {
-    /// What an operator has to know if the other guest does not come.
-    pub(super) fn loss(self) -> &'static str {
-        match self {
-            Self::None => "",
-            Self::Asked => "; the VMM was asked to give up its own guest, and may have done so",
-            Self::Given => "; the VMM has given up its own guest for this one",
-        }
-    }
-}
-
-impl Job {
-    /// Asks the VMM whether another guest may fill its memory. It may have a guest that it wants to
-    /// keep, and gives that guest up when it agrees. So this comes after all checks that can be
-    /// made without changing memory.
+impl GivenUpGuest {
+    /// Asks the VMM whether another guest may fill its memory. A cancel ends the wait.
     ///
     /// # Errors
     /// If the VMM refuses or does not answer, or the job is cancelled meanwhile.
-    pub fn ask_consent(&self, origin: GuestOrigin) -> Result<(), JobError> {
-        self.set_consent(Consent::Asked);
-        self.note("the VMM is asked whether it takes the guest, and gives up its own");
+    pub fn ask(job: &Arc<Job>, origin: GuestOrigin) -> Result<Self, JobError> {
+        // This exists before the VMM answers, which may be late and agree all the same.
+        let mut asked = Self { job: job.clone(), settled: false };
+        job.note("the VMM is asked whether it gives up its own guest for this one");
         let hook = Hook::AcceptGuest { origin };
-        let is_over = || self.cancel.is_cancelled();
-        let asked = self.hooks.ask_until(&hook, self.hook_timeout, is_over);
-        match &asked {
-            Ok(()) => self.set_consent(Consent::Given),
-            Err(HookError::Refused { .. }) => self.set_consent(Consent::None),
-            Err(_) => {}
+        let answer = job.hooks.ask_until(&hook, job.hook_timeout, || job.cancel.is_cancelled());
+        job.note("");
+        asked.settled = matches!(answer, Err(HookError::Refused { .. }));
+        job.cancel.check()?;
+        answer?;
+        // The VMM must not populate memory that is about to be replaced.
+        job.refuse_populates();
+        Ok(asked)
+    }
+
+    /// The memory is about to be replaced. From now on the guest is lost.
+    pub fn replace(mut self) {
+        self.settled = true;
+        self.job.set_guest_replaced();
+    }
+}
+
+impl Drop for GivenUpGuest {
+    fn drop(&mut self) {
+        if !self.settled {
+            return_guest(&self.job, "the VMM keeps its own guest");
         }
-        self.note("");
-        self.cancel.check()?;
-        asked?;
-        // The VMM has given up its guest. It must not populate memory that is about to be replaced.
-        self.refuse_populates();
-        Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 //! What all jobs share.
 //!
-//! - [`consent`]: whether the VMM takes a guest that an operator wants to bring;
+//! - [`consent`]: a guest that its VMM gives up for one that an operator wants to bring;
 //! - [`deadline`]: the time by which a hand-over must be done;
 //! - `error`: how a job ends if it does not complete;
 //! - [`options`]: the options that all kinds of jobs have;
@@ -79,8 +79,8 @@ struct State {
     remaining: Option<Arc<HostPageSet>>,
     /// A failure that does not end the job.
     warning: Option<String>,
-    /// Whether the VMM gave its own guest up for the one of this job.
-    consent: consent::Consent,
+    /// True if the VMM gave its own guest up for the one of this job, and its memory was changed.
+    guest_replaced: bool,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
     ended_as: Option<Phase>,
 }
@@ -111,7 +111,7 @@ impl Job {
                 populates_refused: false,
                 remaining: None,
                 warning: None,
-                consent: consent::Consent::default(),
+                guest_replaced: false,
                 ended_as: None,
             }),
             entered: Condvar::new(),
@@ -315,7 +315,9 @@ impl Job {
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
         let lost = match outcome {
-            Err(_) if !state.status.arrived => state.consent.loss(),
+            Err(_) if state.guest_replaced && !state.status.arrived => {
+                "; the VMM has given up its own guest for this one"
+            }
             _ => "",
         };
         state.status.error = error.map(|error| error + lost);
@@ -327,8 +329,8 @@ impl Job {
         self.enter(phase);
     }
 
-    fn set_consent(&self, consent: consent::Consent) {
-        self.state().consent = consent;
+    fn set_guest_replaced(&self) {
+        self.state().guest_replaced = true;
     }
 
     /// How long the VMM may take to answer a hook: near the end of a stop, less than the operator

@@ -119,19 +119,23 @@ impl Drop for PausedGuest {
         if !self.ours {
             return;
         }
-        match self.job.hooks.undo(&RESUME, self.job.hook_timeout) {
-            Ok(()) => {
-                log::info!("job {}: the guest is {} as before", self.job.id, self.before.name())
-            }
-            // The request is in the socket: a VMM that is late resumes the guest when it reads the
-            // request. A VMM that has lost this agent resumes the guest by itself.
-            Err(error @ (HookError::Late { .. } | HookError::Socket { .. })) => {
-                let why = crate::error::chain(&error);
-                log::warn!("the VMM was asked to resume the guest, but is late: {why}")
-            }
-            Err(error) => {
-                log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error))
-            }
+        return_guest(&self.job, &format!("the guest is {} as before", self.before.name()));
+    }
+}
+
+/// Has the VMM bring its own guest back into the run state that it had before this job. `done` says
+/// so in words.
+pub(super) fn return_guest(job: &Job, done: &str) {
+    match job.hooks.undo(&RESUME, job.hook_timeout) {
+        Ok(()) => log::info!("job {}: {done}", job.id),
+        // The request is in the socket: a VMM that is late resumes the guest when it reads the
+        // request. A VMM that has lost this agent resumes the guest by itself.
+        Err(error @ (HookError::Late { .. } | HookError::Socket { .. })) => {
+            let why = crate::error::chain(&error);
+            log::warn!("the VMM was asked to resume the guest, but is late: {why}")
+        }
+        Err(error) => {
+            log::error!("the VMM did not resume the guest: {}", crate::error::chain(&error))
         }
     }
 }

@@ -34,6 +34,7 @@ pub mod working_set;
 
 use crate::hooks::state_file_of;
 use crate::image::Image;
+use crate::job::consent::GivenUpGuest;
 use crate::job::{Job, JobError, micros};
 use crate::memory::MemoryError;
 use crate::tracking::checkpoint::SharedCheckpoint;
@@ -84,10 +85,11 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         RestoreMode::Eager => None,
         RestoreMode::Lazy => Some(lazy::plan(job, &source, &order.options)?),
     };
-    if order.needs_vmm_consent {
-        let path = order.path.to_string_lossy().into_owned();
-        job.ask_consent(GuestOrigin::Image { path })?;
-    }
+    let path = || order.path.to_string_lossy().into_owned();
+    let given_up = match order.needs_vmm_consent {
+        true => Some(GivenUpGuest::ask(job, GuestOrigin::Image { path: path() })?),
+        false => None,
+    };
     // No tracker sees what the job writes.
     order.checkpoint.end("a restore was started");
     order.checkpoint.stop_idle();
@@ -99,6 +101,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
             &started
         }
     };
+    given_up.map(GivenUpGuest::replace);
     let guard = ResetGuard::reset(job, &source, discards)?;
     match plan {
         None => eager::restore(job, &source, &state, guard, order.options.workers),

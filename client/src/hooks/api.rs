@@ -138,16 +138,18 @@ pub trait Hooks: Send {
     /// An operator wants to bring another guest into the memory of this VMM: by a restore, or by a
     /// migration whose source is connected and fits. That destroys the content of the memory.
     /// Before it returns success, the VMM must have stopped its guest, if it has one, together with
-    /// everything that writes its memory, and must forget its state.
+    /// everything that writes its memory. It keeps the state of that guest until
+    /// [`Hooks::load_state`] or [`Hooks::memory_pending`] is called.
     ///
     /// Afterwards the guest no longer belongs to this VMM, as after
     /// [`Client::start_restore`](crate::Client::start_restore): [`Ownership::Awaiting`]. The other
     /// guest arrives by [`Hooks::load_state`] and runs by [`Hooks::resume`].
     ///
-    /// If the job fails, there is no guest here. The same holds if this hook misses its deadline,
-    /// or the job is cancelled meanwhile: then the guest was given up for nothing, the end of the
-    /// job comes by [`Hooks::event`], and the VMM has to start over. Not called while a guest that
-    /// was given up may have to run here again ([`Ownership::Relinquished`]).
+    /// If this hook misses its deadline, or the job ends before it has changed memory, the guest
+    /// that was here goes on: [`Hooks::resume`] or [`Hooks::stay_paused`] is called, as after a
+    /// pause, with no state loaded before. If the job fails later, there is no guest here, the end
+    /// of the job comes by [`Hooks::event`], and the VMM has to start over. Not called while a
+    /// guest that was given up may have to run here again ([`Ownership::Relinquished`]).
     ///
     /// # Errors
     /// If the VMM does not allow it. The default refuses. Nothing changes then.

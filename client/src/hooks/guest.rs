@@ -128,11 +128,16 @@ pub(super) fn accept_guest(
     let _guest_hooks = context.ownership.lock_guest_hooks();
     let link = context.link.id;
     context.ownership.lock().check_may_give_up(link).map_err(forbidden)?;
+    // A guest that has lost memory does not go on, whatever happens to the other one.
+    let before = match context.missing.is_lost() {
+        true => None,
+        false => Some(run_state(context, hooks).map_err(no_run_state)?),
+    };
     hooks.accept_guest(origin).map_err(failed)?;
     if let Some(client) = context.client.upgrade() {
         client.flush_for_other_guest();
     }
-    context.ownership.lock().give_up(link).map_err(forbidden)?;
+    context.ownership.lock().give_up(link, before).map_err(forbidden)?;
     context.missing.forget_lost();
     Ok(())
 }

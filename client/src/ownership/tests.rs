@@ -29,6 +29,7 @@ fn all() -> impl Iterator<Item = StateMachine> {
             [None, Some(LINK), Some(OTHER)].into_iter().flat_map(move |requested_by| {
                 [false, true].into_iter().flat_map(move |start_unanswered| {
                     [Running, Paused].map(|run_state| StateMachine {
+                        given_up: None,
                         ownership,
                         pause,
                         run_state,
@@ -215,7 +216,7 @@ fn a_guest_that_is_refused_does_not_give_back_what_an_operator_s_restore_took() 
     for before in all() {
         let mut machine = before;
         let kept = machine.begin_start(LINK);
-        machine.give_up(LINK).unwrap();
+        machine.give_up(LINK, Some(Running)).unwrap();
         let allowed = machine;
         machine.start_refused(kept);
         assert_eq!(machine, allowed, "{before:?}");
@@ -310,7 +311,7 @@ fn an_operator_restores_over_any_guest_but_one_that_may_return() {
         assert_eq!(machine.check_may_give_up(LINK).is_ok(), allowed, "{before:?}");
         assert_eq!(machine, before, "the VMM is still to be asked");
         if allowed {
-            machine.give_up(LINK).unwrap();
+            machine.give_up(LINK, Some(Running)).unwrap();
             assert!(
                 machine.load_state(LINK).is_ok() && machine.load_state(OTHER).is_err(),
                 "{before:?}"
@@ -392,7 +393,8 @@ fn a_pause_that_failed_counts_as_not_paused_and_is_undone_like_one_that_did_not(
 #[test]
 fn a_resume_that_failed_is_tried_again() {
     let mut machine = StateMachine::new();
-    machine.give_up(LINK).unwrap();
+    machine.give_up(LINK, Some(Running)).unwrap();
+    machine.load_state(LINK).unwrap();
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
     machine.resumed(LINK, false);
     assert_eq!(machine.resume(LINK, false, false), Ok(RUN));
@@ -446,12 +448,44 @@ fn a_pause_that_failed_does_not_run_a_guest_that_was_paused() {
 }
 
 #[test]
+fn a_guest_that_was_given_up_for_none_goes_on() {
+    for before in all().filter(|before| before.ownership != Ownership::Relinquished) {
+        for run_state in [Some(Running), Some(Paused), None] {
+            let mut machine = before;
+            machine.give_up(LINK, run_state).unwrap();
+            assert_eq!(
+                machine.resume(OTHER, false, false),
+                Err(Forbidden::ForceOnly(Ownership::Awaiting)),
+                "another agent was not asked"
+            );
+            // What the agent says of the guest that it would have brought does not count.
+            let returned = machine.resume(LINK, false, true);
+            match (before.ownership, run_state) {
+                (Ownership::Ours, Some(run_state)) => {
+                    assert_eq!(returned, Ok(ResumeAction::SetRunState(run_state)), "{before:?}");
+                    assert_eq!(machine.ownership(), Ownership::Ours);
+                }
+                (Ownership::Ours, None) => {
+                    assert_eq!(returned, Ok(ResumeAction::Nothing), "its memory is lost");
+                    assert_eq!(machine.ownership(), Ownership::Awaiting);
+                }
+                (ownership, _) => {
+                    assert_eq!(returned, Ok(ResumeAction::Nothing), "there was none");
+                    assert_eq!(machine.ownership(), ownership);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_guest_that_comes_is_what_the_agent_says_and_not_what_the_one_before_was() {
     // The next agent pauses nothing while this one brings a guest.
     for before in all().filter(|before| before.pause.link() != Some(OTHER)) {
         for paused in [false, true] {
             let mut machine = before;
-            machine.give_up(LINK).unwrap();
+            machine.give_up(LINK, Some(Running)).unwrap();
+            machine.load_state(LINK).unwrap();
             let goal = if paused { STAY } else { RUN };
             assert_eq!(machine.resume(LINK, false, paused), Ok(goal), "{before:?}");
             assert_eq!(machine.ownership(), Ownership::Ours);
@@ -475,7 +509,7 @@ fn an_agent_that_was_replaced_begins_nothing_and_changes_nothing() {
         assert_eq!(machine.pause(LINK), Err(Forbidden::Replaced));
         assert_eq!(machine.check_may_give_up(LINK), Err(Forbidden::Replaced));
         assert_eq!(
-            machine.give_up(LINK),
+            machine.give_up(LINK, Some(Running)),
             Err(Forbidden::Replaced),
             "the VMM was asked before it was replaced"
         );

@@ -15,6 +15,28 @@ fn accept_guest() -> Hook {
     Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/images/golden".into() } }
 }
 
+/// The agent brings a guest.
+fn load_state(attached: &mut Attached) {
+    let file = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let load = Hook::LoadState { pieces: Vec::new() };
+    let answer = attached.agent.hook_frame(&load, vec![file]);
+    assert_eq!(decode_hook_reply(&answer.body).unwrap(), Ok(()));
+}
+
+/// The agent gives the restore up before it has changed memory: the resume comes without a state.
+#[test]
+fn guest_that_was_given_up_for_none_goes_on() {
+    for before in [RunState::Running, RunState::Paused] {
+        let mut attached = Attached::new(Vmm { run_state: before, ..Vmm::default() });
+        assert_eq!(attached.hook(&accept_guest()), Ok(()));
+        assert_eq!(attached.client.ownership(), Ownership::Awaiting);
+        assert_eq!(attached.hook(&RESUME), Ok(()));
+        assert_eq!(attached.client.ownership(), Ownership::Ours);
+        let returned = if before == RunState::Paused { "stay paused" } else { "resume" };
+        assert_eq!(attached.calls(), ["accept the image /images/golden", returned]);
+    }
+}
+
 #[test]
 fn allowed_restore_makes_the_guest_awaited() {
     let mut attached = Attached::new(Vmm::default());
@@ -24,6 +46,7 @@ fn allowed_restore_makes_the_guest_awaited() {
     assert_eq!(attached.refused(&Hook::WatchWrites), ErrorCode::State, "there is nothing to save");
     attached.agent.send_hook(&event(JobKind::Restore, Phase::Cancelled), Vec::new());
     assert_eq!(attached.hook(&accept_guest()), Ok(()), "another attempt");
+    load_state(&mut attached);
     assert_eq!(attached.hook(&RESUME), Ok(()));
     assert_eq!(attached.client.ownership(), Ownership::Ours);
     let expected = [
@@ -31,6 +54,7 @@ fn allowed_restore_makes_the_guest_awaited() {
         "accept the image /images/golden",
         "event cancelled",
         "accept the image /images/golden",
+        "load",
         "resume",
     ];
     assert_eq!(attached.calls(), expected);

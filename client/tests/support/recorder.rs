@@ -60,6 +60,9 @@ impl Hooks for Vmm {
         self.called("save")?;
         Ok(self.state.clone())
     }
+    fn stay_paused(&mut self) -> Result<(), HookError> {
+        self.called("stay paused")
+    }
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
         self.state = state;
         self.called("load")

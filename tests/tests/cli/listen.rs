@@ -109,35 +109,63 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     }
 }
 
-/// A VMM that takes its time is not waited for once the job is cancelled, and the operator is told
-/// what may be lost.
+/// A VMM that takes its time is not waited for once the job is cancelled, and its guest goes on.
 #[test]
 fn a_listen_is_cancelled_while_the_vmm_is_asked() {
     let folder = tempfile::tempdir().unwrap();
     let source = Side::new(folder.path(), "source");
     let destination = Side::new(folder.path(), "destination");
-    let release = destination.vmm.vmm.block(At::AcceptGuest);
+    let (release, resumes) =
+        (destination.vmm.vmm.block(At::AcceptGuest), destination.vmm.vmm.resumes());
     let (listening, address) = destination.listen();
     let migrate = source.command("migrate", &["--to", &address]);
     let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("the question", PATIENCE, || {
         let status = destination.vmm.client.status().unwrap();
-        status.error_text().contains("the VMM is asked whether it takes the guest")
+        status.error_text().contains("the VMM is asked whether it gives up its own guest")
     })
     .unwrap();
     assert!(destination.run("cancel", &[]).status.success());
     // The hook has not returned.
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1));
-    assert!(
-        stderr(&listened).contains("was asked to give up its own guest, and may have done so"),
-        "{listened:?}"
-    );
     let moved = migrate.wait_with_output().unwrap();
     assert_eq!(moved.status.code(), Some(1));
     assert!(stderr(&moved).contains("before it accepted the guest"), "{moved:?}");
     assert!(!source.vmm.vmm.is_paused());
+    // The VMM wakes up late, agrees, and is told that no guest comes. Its own goes on.
     drop(release);
+    wait_until("the guest to go on", PATIENCE, || destination.vmm.vmm.resumes() > resumes).unwrap();
+    assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
+    assert_eq!(destination.vmm.ram.stamp(3), 4);
+    let image = folder.path().join("image");
+    let mode = pageferry_client::SnapshotMode::Paused;
+    let paused = SnapshotOptions { mode, ..SnapshotOptions::default() };
+    let job = destination.vmm.client.start_snapshot(&image, &paused).unwrap().job;
+    assert_eq!(destination.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
+}
+
+/// Once the agent has changed the memory, the guest that was there is lost, and the operator reads
+/// it.
+#[test]
+fn a_guest_that_was_given_up_for_one_that_dies_on_its_way_is_said_to_be_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut source = Side::new(folder.path(), "source");
+    let destination = Side::new(folder.path(), "destination");
+    destination.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
+    let (listening, address) = destination.listen();
+    let slow = ["--to", &address, "--bandwidth", "64K", "--detach"];
+    assert!(source.run("migrate", &slow).status.success());
+    wait_until("pages", PATIENCE, || {
+        destination.vmm.client.status().unwrap().counters.pages_received > 0
+    })
+    .unwrap();
+    source.agent.process().kill().unwrap();
+    let listened = listening.wait_with_output().unwrap();
+    assert_eq!(listened.status.code(), Some(1));
+    let said = stderr(&listened);
+    assert!(said.contains("; the VMM has given up its own guest for this one"), "{said}");
+    assert_eq!(destination.vmm.client.ownership(), Ownership::Awaiting);
 }
 
 /// A guest that never left keeps its chain of images.
