@@ -22,6 +22,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
 };
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,8 @@ pub(crate) struct AgentProcess {
     pid: u32,
     owner: Owner,
     killed: AtomicBool,
+    /// How it ended, in words, once that was asked for after its exit.
+    end: OnceLock<String>,
 }
 
 impl AgentProcess {
@@ -83,7 +86,7 @@ impl AgentProcess {
         // This process cannot wait for its own exit.
         let other = other.filter(|pid| *pid != getpid());
         let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { pidfd, sender, pid, owner, killed: AtomicBool::new(false) })
+        Ok(Self { pidfd, sender, pid, owner, killed: AtomicBool::new(false), end: OnceLock::new() })
     }
 
     /// The process id.
@@ -151,18 +154,23 @@ impl AgentProcess {
     /// What became of the agent whose connection has ended, in words. Waits for a moment: the
     /// kernel closes the connection of a process shortly before the process counts as exited.
     pub(crate) fn how_it_ended(&self) -> String {
-        let pid = self.pid;
         if self.is_own_process() {
             return "it closed the connection".to_owned();
         }
         if wait(self.pidfd.as_fd(), PollFlags::IN, deadline(EXIT_DELAY)) != Ok(true) {
-            return format!("its process {pid} closed the connection");
+            return format!("its process {} closed the connection", self.pid);
         }
-        // Only for a child of the VMM. Leaves the status for the VMM to reap.
+        self.end.get_or_init(|| self.exit_in_words()).clone()
+    }
+
+    /// How the process has exited. The kernel says that only of a child of the VMM that was not
+    /// reaped yet. Leaves the status for the VMM to reap.
+    fn exit_in_words(&self) -> String {
         let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), flags).ok().flatten();
         let signal = status.as_ref().and_then(|status| status.terminating_signal());
         let code = status.as_ref().and_then(|status| status.exit_status());
+        let pid = self.pid;
         match (signal, code) {
             (Some(signal), _) => format!("its process {pid} was killed by signal {signal}"),
             (_, Some(code)) => format!("its process {pid} exited with status {code}"),
@@ -283,8 +291,10 @@ mod tests {
         let killed = format!("its process {pid} was killed by signal 9");
         assert_eq!(process.how_it_ended(), killed);
         assert_eq!(process.how_it_ended(), killed, "the status is still there for the VMM");
+        let late = sent_by(&child, &child);
         child.wait().unwrap();
-        assert_eq!(process.how_it_ended(), format!("its process {pid} exited"));
+        assert_eq!(process.how_it_ended(), killed, "it was asked for before");
+        assert_eq!(late.how_it_ended(), format!("its process {pid} exited"));
 
         let mut child = Command::new("false").spawn().unwrap();
         let process = sent_by(&child, &child);

@@ -18,6 +18,7 @@ use crate::client::{Client, WeakClient};
 use crate::config::Config;
 use crate::error::Error;
 use crate::hooks::{HookChannel, Hooks, tell_attached};
+use crate::link::Link;
 use crate::sync::lock;
 use crate::threads::{catch_panic, spawn_thread};
 use crate::wakeup::Wakeup;
@@ -195,24 +196,25 @@ impl Shared {
 
     /// The agent whose channel is run next, after the one of connection `link` is lost. `None` when
     /// the last client is dropped.
-    fn wait_for_next(&self, link: u64, backoff: &mut Backoff) -> Option<Agent> {
+    fn wait_for_next(&self, link: &Link, backoff: &mut Backoff) -> Option<Agent> {
         let (mut attempts, mut reason) = (0u64, None);
         loop {
             let seen = self.wakeup.count();
             if let Some(agent) = lock(&self.next).take() {
                 return Some(agent);
             }
-            let decided = self.client.upgrade()?.after_loss(link);
+            let decided = self.client.upgrade()?.after_loss(link.id);
             match decided {
                 AfterLoss::Replace => {
                     attempts += 1;
                     let pause = backoff.pause();
                     log::warn!(
-                        "the agent of this VM is lost: in {pause:?} another is started (attempt {attempts})"
+                        "the agent of this VM is lost: {}; in {pause:?} another is started (attempt {attempts})",
+                        link.end_in_words().unwrap_or_default()
                     );
                     self.pause(pause);
                     // A panic of the VMM's closure counts as an attempt that failed.
-                    let outcome = catch_panic(|| self.replace_lost(link).map_err(|e| chain(&e)));
+                    let outcome = catch_panic(|| self.replace_lost(link.id).map_err(|e| chain(&e)));
                     if let Err(why) = outcome.and_then(|outcome| outcome) {
                         log::warn!("no agent for this VM yet (attempt {attempts}): {why}");
                     }
@@ -220,7 +222,8 @@ impl Shared {
                 AfterLoss::Stay(why) => {
                     if reason.replace(why) != Some(why) {
                         log::warn!(
-                            "the agent of this VM is lost, and no other is started by itself: {why}"
+                            "the agent of this VM is lost: {}; no other is started by itself: {why}",
+                            link.end_in_words().unwrap_or_default()
                         );
                     }
                     self.wakeup.wait(seen, LONG);
@@ -254,12 +257,14 @@ fn supervise<H: Hooks>(shared: &Shared, mut hooks: H) -> H {
             log::error!("{}", chain(&error));
         }
         backoff.served(attached.elapsed());
+        // Before it is reaped: nobody can tell after that. The next error of the client says it.
+        let _ = link.end_in_words();
         if shared.client.is_alive() || ownership.lock().may_run_elsewhere() {
             child::reap(process);
         } else {
             child::end(process, shared.exit_timeout);
         }
-        next = shared.wait_for_next(link, &mut backoff);
+        next = shared.wait_for_next(&link, &mut backoff);
         if next.is_some() {
             tell_attached(&mut hooks);
         }

@@ -19,6 +19,7 @@ use super::end::{check_alive, end, is_answered_after_end};
 use super::{guest, memory, trackers};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
+use crate::link::Link;
 use crate::ownership::{Migration, SharedOwnership};
 use crate::threads::{catch_panic, spawn_thread};
 use pageferry_protocol::control::frame::FLAG_REPLY;
@@ -87,8 +88,8 @@ impl HookChannel {
     }
 
     /// The connection of its agent.
-    pub(crate) fn link(&self) -> u64 {
-        self.context.link.id
+    pub(crate) fn link(&self) -> Arc<Link> {
+        Arc::clone(&self.context.link)
     }
 
     /// The ownership, which outlives the client.

@@ -258,9 +258,12 @@ fn a_guest_that_was_given_up_keeps_its_agent_until_the_vmm_decides() {
         OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
     source.attached.send(&path, &options);
     wait_until("the guest to run there", SOON, || destination.vmm.resumes() == 1).unwrap();
-    source.kill();
+    let killed = source.kill();
     source.assert_stays_alone();
     assert_eq!(source.attached.client.ownership(), Ownership::Relinquished);
+    // Also when nobody has asked before the process was reaped.
+    let error = source.attached.client.status().unwrap_err().to_string();
+    assert!(error.contains(&format!("{killed} was killed by signal 9")), "{error}");
 
     source.supervisor.replace_agent().unwrap();
     let address = format!("unix:{}", path.display());
