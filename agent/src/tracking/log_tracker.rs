@@ -5,7 +5,12 @@
 use super::dirty_pages::DirtyPages;
 use super::error::TrackingError;
 use super::tracker::Tracker;
+use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
+use pageferry_protocol::control::Trackers as Declared;
+use pageferry_protocol::control::hook::Hook;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// The shared log. It is always on, because the VMM's devices and its other vhost-user back-ends
 /// mark it.
@@ -39,6 +44,33 @@ impl Tracker for LogTracker {
         if log.was_lost() {
             return Err(TrackingError::Lost { what: "dirty log", state: "dirty" });
         }
+        Ok(())
+    }
+
+    fn stop(&mut self) {}
+}
+
+/// Tells a VMM whose writers all mark the log that a job is about to read memory. The VMM gives
+/// back first what it has queued, which is then not read for nothing. The hooks of other trackers
+/// do the same.
+pub(super) struct LogStart {
+    hooks: Arc<Hooks>,
+    timeout: Duration,
+}
+
+impl LogStart {
+    pub(super) fn new(hooks: Arc<Hooks>, timeout: Duration) -> Self {
+        Self { hooks, timeout }
+    }
+}
+
+impl Tracker for LogStart {
+    fn start(&mut self, _memory: &GuestMemory) -> Result<(), TrackingError> {
+        let hook = Hook::StartTracking { sources: Declared::LOG_IS_COMPLETE };
+        Ok(self.hooks.ask(&hook, self.timeout)?)
+    }
+
+    fn sync(&mut self, _memory: &GuestMemory, _dirty: &DirtyPages) -> Result<(), TrackingError> {
         Ok(())
     }
 

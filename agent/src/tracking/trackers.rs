@@ -8,7 +8,7 @@
 use super::dirty_pages::DirtyPages;
 use super::error::TrackingError;
 use super::hook_tracker::{HookTracker, LazyClear};
-use super::log_tracker::LogTracker;
+use super::log_tracker::{LogStart, LogTracker};
 use super::pagemap::Pagemap;
 use super::scan_tracker::ScanTracker;
 use super::tracker::Tracker;
@@ -52,6 +52,9 @@ impl Trackers {
         if let Some(pagemap) = &choice.pagemap {
             let (hooks, pagemap) = (hooks.clone(), pagemap.clone());
             trackers.push(Box::new(ScanTracker::new(hooks, timeout, pagemap)));
+        }
+        if trackers.is_empty() && choice.declared.is_declared() {
+            trackers.push(Box::new(LogStart::new(hooks.clone(), timeout)));
         }
         trackers.push(Box::new(LogTracker));
         let lazy = by_hooks.then(|| LazyClear::new(hooks.clone(), timeout, stop.clone()));

@@ -14,12 +14,14 @@ use std::sync::Arc;
 
 /// Sends the discards and frees that the VMM has queued, if a job may read memory after this hook.
 pub(super) fn flush_queued(context: &HookContext, hook: &Hook) {
-    let reads = match hook {
-        Hook::Event { status } => !status.phase.is_final(),
-        Hook::StartTracking { .. } | Hook::SyncTracker => true,
-        Hook::WatchWrites | Hook::Pause | Hook::SaveState => true,
-        _ => false,
-    };
+    let reads = matches!(
+        hook,
+        Hook::StartTracking { .. }
+            | Hook::SyncTracker
+            | Hook::WatchWrites
+            | Hook::Pause
+            | Hook::SaveState
+    );
     if reads && let Some(client) = context.client.upgrade() {
         client.flush_for_job();
     }

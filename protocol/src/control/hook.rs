@@ -54,14 +54,16 @@ pub enum Hook {
         paused: bool,
     },
     /// Start these trackers: the VMM's own one (KVM's dirty log), or the registration of its
-    /// mappings for write-protect scanning.
+    /// mappings for write-protect scanning. A job on the dirty log alone also asks, before it reads
+    /// memory: the VMM then gives back what it has queued, and there is nothing to start.
     StartTracking {
-        /// [`Trackers::HOOKS`], [`Trackers::WRITE_PROTECT`], or both.
+        /// [`Trackers::HOOKS`], [`Trackers::WRITE_PROTECT`], or both; or
+        /// [`Trackers::LOG_IS_COMPLETE`] alone.
         sources: Trackers,
     },
     /// Stop these trackers.
     StopTracking {
-        /// As for [`Hook::StartTracking`].
+        /// [`Trackers::HOOKS`], [`Trackers::WRITE_PROTECT`], or both.
         sources: Trackers,
     },
     /// Mark all pages that the VMM's tracker reports as dirty in the shared log.
@@ -267,10 +269,10 @@ impl Hook {
             code::PAUSE => Ok(Self::Pause),
             code::RESUME => decode_resume(decoder),
             code::START_TRACKING => {
-                decode_sources(decoder).map(|sources| Self::StartTracking { sources })
+                decode_started(decoder).map(|sources| Self::StartTracking { sources })
             }
             code::STOP_TRACKING => {
-                decode_sources(decoder).map(|sources| Self::StopTracking { sources })
+                decode_stopped(decoder).map(|sources| Self::StopTracking { sources })
             }
             code::SYNC_TRACKER => Ok(Self::SyncTracker),
             code::CLEAR_TRACKER => decode_clear(decoder),
@@ -321,15 +323,33 @@ fn decode_flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<bool, D
     }
 }
 
-/// The trackers that can be started and stopped: at least one, and not a writer that marks the log.
-fn decode_sources(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
+/// The trackers that can be started: at least one, or the dirty log alone.
+fn decode_started(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
+    const LOG: u32 = Trackers::LOG_IS_COMPLETE.bits();
+    let allowed = "bit 0, hooks, bit 1, write-protect, or both, or bit 2, log-is-complete, alone";
+    decode_sources(decoder, |value| value == LOG || is_startable(value), allowed)
+}
+
+/// The trackers that can be stopped: at least one, and not a writer that marks the log.
+fn decode_stopped(decoder: &mut Decoder<'_>) -> Result<Trackers, DecodeError> {
+    decode_sources(decoder, is_startable, "bit 0, hooks, bit 1, write-protect, or both")
+}
+
+fn is_startable(value: u32) -> bool {
     const STARTABLE: u32 = Trackers::HOOKS.bits() | Trackers::WRITE_PROTECT.bits();
-    let value = decoder.u32("sources")?;
-    if value == 0 || value & !STARTABLE != 0 {
-        let allowed = "bit 0, hooks, bit 1, write-protect, or both";
-        return Err(DecodeError::InvalidValue { field: "sources", value: value.into(), allowed });
+    value != 0 && value & !STARTABLE == 0
+}
+
+fn decode_sources(
+    decoder: &mut Decoder<'_>, is_allowed: impl Fn(u32) -> bool, allowed: &'static str,
+) -> Result<Trackers, DecodeError> {
+    match decoder.u32("sources")? {
+        value if is_allowed(value) => Trackers::from_wire("sources", value),
+        value => {
+            let (field, value) = ("sources", value.into());
+            Err(DecodeError::InvalidValue { field, value, allowed })
+        }
     }
-    Trackers::from_wire("sources", value)
 }
 
 fn decode_clear(decoder: &mut Decoder<'_>) -> Result<Hook, DecodeError> {
@@ -386,12 +406,12 @@ mod tests {
                 assert_eq!(decode(bits).unwrap().1.encode(1)[8..], bits.to_le_bytes());
             }
             let log = Trackers::LOG_IS_COMPLETE.bits();
-            for value in [0, log, log | Trackers::HOOKS.bits(), 1 << 3, u32::MAX] {
-                let allowed = "bit 0, hooks, bit 1, write-protect, or both";
-                let refused =
-                    DecodeError::InvalidValue { field: "sources", value: value.into(), allowed };
-                assert_eq!(decode(value), Err(refused));
+            for value in [0, log | Trackers::HOOKS.bits(), 1 << 3, u32::MAX] {
+                let refused = decode(value).unwrap_err().to_string();
+                let expected = format!("sources is {value:#x}, allowed: bit 0, hooks, ");
+                assert!(refused.starts_with(&expected), "{refused}");
             }
+            assert_eq!(decode(log).is_ok(), code == code::START_TRACKING);
         }
     }
 
