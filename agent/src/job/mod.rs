@@ -138,6 +138,10 @@ impl Job {
         self.live.report(counters);
         if let Some(remaining) = &state.remaining {
             counters.remaining_pages = remaining.remaining_pages();
+        } else if self.kind == JobKind::Outgoing
+            && matches!(status.phase, Phase::Passes | Phase::Stopping)
+        {
+            counters.remaining_pages = counters.pass_pages.saturating_sub(counters.pass_pages_done);
         }
         drop(state);
         if !status.phase.is_final() {

@@ -43,6 +43,7 @@ use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 /// An odd value: [`GuestMemory::changes`] is even whenever nothing is changing.
@@ -157,8 +158,9 @@ impl Migration {
         self.ask_trackers()?;
         self.clear_discarded(true)?;
         // An estimate for the status: the exact number is known when pass 0 has looked.
-        self.dirty.remaining =
-            memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum();
+        self.expect_pages(
+            memory.blocks().iter().map(|block| block.backing.allocated_pages()).sum(),
+        );
         Ok(())
     }
 
@@ -199,14 +201,18 @@ impl Migration {
             }
         }
         self.dirty.settles = false;
-        self.dirty.remaining = self.dirty.pages.count();
+        self.expect_pages(self.dirty.pages.count());
         self.measurements.add_fixup_time(started.elapsed());
-        let (remaining, sync) = (self.dirty.remaining, self.measurements.sync_time());
-        self.job.count(|counters| {
-            counters.remaining_pages = remaining;
-            counters.sync_us = micros(sync);
-        });
+        let sync = self.measurements.sync_time();
+        self.job.count(|counters| counters.sync_us = micros(sync));
         Ok(())
+    }
+
+    /// The next pass has so many pages.
+    fn expect_pages(&mut self, pages: u64) {
+        self.dirty.remaining = pages;
+        self.job.live.pass_pages_done.store(0, Ordering::Relaxed);
+        self.job.count(|counters| counters.pass_pages = pages);
     }
 
     /// Announces the discarded pages that the destination does not know yet, without stray pages.

@@ -81,9 +81,6 @@ impl Migration {
         let started = Instant::now();
         let number = self.measurements.passes();
         let (sent_before, bytes_before) = (get(&job.live.pages_sent), get(&job.live.wire_bytes));
-        let remaining = self.dirty.remaining();
-        job.live.pass_pages_done.store(0, Ordering::Relaxed);
-        job.count(|counters| counters.pass_pages = remaining);
         self.send_discards()?;
 
         let pass = Pass {

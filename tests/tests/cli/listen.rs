@@ -224,6 +224,12 @@ fn an_operator_changes_a_job_that_runs() {
     let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes)
         .unwrap();
+    let remaining = source.vmm.client.status().unwrap().counters.remaining_pages;
+    assert!(remaining > 0 && remaining <= PAGES, "{remaining} of {PAGES} pages");
+    wait_until("fewer pages", PATIENCE, || {
+        source.vmm.client.status().unwrap().counters.remaining_pages < remaining
+    })
+    .unwrap();
     refused(&["--policy", "postcopy"], 1, "it takes hybrid");
     refused(&["--switch-after", "3"], 1, "hybrid");
     let set = source.run("set", &["--throttle", "40", "--downtime-limit", "0ms", "--json"]);
