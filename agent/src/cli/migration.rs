@@ -4,8 +4,8 @@
 //! `resume`.
 
 use super::parse::{
-    parse_bandwidth, parse_compression, parse_duration, parse_mode, parse_policy, parse_resume,
-    parse_timeout,
+    parse_address, parse_bandwidth, parse_compression, parse_duration, parse_mode, parse_policy,
+    parse_resume, parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs, PauseArgs};
 use clap::Args;
@@ -25,7 +25,7 @@ pub struct MigrateArgs {
     #[command(flatten)]
     pub(super) pause: PauseArgs,
     /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) to: String,
     #[command(flatten)]
     pub(super) options: OutgoingArgs,
@@ -145,7 +145,7 @@ pub struct ListenArgs {
     pub(super) pause: PauseArgs,
     /// Where to listen: tcp:HOST:PORT or unix:PATH. Port 0 lets the kernel choose; the command says
     /// which port it is.
-    #[arg(value_name = "ADDRESS")]
+    #[arg(value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) address: String,
     /// Whether the guest runs here.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
@@ -217,7 +217,7 @@ pub struct RecoverArgs {
     pub(super) operator: OperatorArgs,
     /// At the source: where the destination's agent listens, if that changed. At the destination:
     /// listen at this address, too.
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) address: Option<String>,
 }
 

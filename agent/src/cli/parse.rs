@@ -2,6 +2,7 @@
 
 //! Reads the values of options. An error says what is allowed, in the words of a user.
 
+use crate::transport::Address;
 use pageferry_protocol::control::job::{
     Compression, MIN_BANDWIDTH, Mode, NonConvergence, ResumePolicy,
 };
@@ -71,6 +72,11 @@ pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
         rate @ (0 | MIN_BANDWIDTH..) => Ok(rate),
         _ => Err(format!("\"{text}\": write at least {}K, or 0 for no limit", MIN_BANDWIDTH >> 10)),
     }
+}
+
+/// Reads an address of a migration. The agent gets the text.
+pub(super) fn parse_address(text: &str) -> Result<String, String> {
+    Address::parse(text).map(|_| text.to_owned()).map_err(|error| crate::error::chain(&error))
 }
 
 /// Reads the name of a VM.
@@ -144,6 +150,20 @@ mod tests {
         assert_eq!((parse_bandwidth("0"), parse_bandwidth("64K")), (Ok(0), Ok(64 << 10)));
         for wrong in ["1", "63K", "65535"] {
             assert!(parse_bandwidth(wrong).unwrap_err().contains("at least 64K"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_read_or_refused_with_the_forms() {
+        for right in ["tcp:10.0.0.2:4444", "tcp:[::1]:0", "unix:stream", "unix:/run/stream"] {
+            assert_eq!(parse_address(right).as_deref(), Ok(right));
+        }
+        let long = format!("unix:/{}", "x".repeat(108));
+        for wrong in
+            ["", "4444", "10.0.0.2:4444", "tcp:4444", "tcp://10.0.0.2:4444", "unix:", &long]
+        {
+            let error = parse_address(wrong).unwrap_err();
+            assert!(error.contains(wrong), "{error}");
         }
     }
 

@@ -56,7 +56,8 @@ impl Address {
             let Some((host, port)) = rest.rsplit_once(':') else {
                 return Err(wrong("no port: use tcp:HOST:PORT"));
             };
-            if host.is_empty() || port.parse::<u16>().is_err() {
+            // Some write tcp://.
+            if host.is_empty() || host.contains('/') || port.parse::<u16>().is_err() {
                 return Err(wrong("use tcp:HOST:PORT with a port of 0 to 65535"));
             }
             return Ok(Self::Tcp(rest.to_owned()));

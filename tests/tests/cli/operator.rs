@@ -194,7 +194,7 @@ fn an_error_is_one_sentence_on_stderr_and_an_exit_status() {
     for (what, more, sentence) in [
         ("cancel", vec![], "no job is running"),
         ("resume", vec!["--force"], "was not handed over"),
-        ("migrate", vec!["--to", "carrier:pigeon"], "carrier:pigeon"),
+        ("postcopy", vec![], "no outgoing migration is running"),
     ] {
         let output = source.run(what, &more);
         assert_eq!(output.status.code(), Some(1), "{what}: {output:?}");
@@ -216,6 +216,14 @@ fn bad_targets_and_times_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let (source, other) = (Side::new(folder.path(), "source"), Side::new(folder.path(), "other"));
     let control = format!("unix:{}", other.agent.socket().display());
+    let output = source.run("migrate", &["--to", "carrier:pigeon"]);
+    assert_eq!(
+        output.status.code(),
+        Some(2),
+        "a wrong command line, whether there is an agent or not"
+    );
+    let error = text(&output.stderr);
+    assert!(error.contains("carrier:pigeon") && error.contains("tcp:HOST:PORT"), "{error}");
     let output = source.run("migrate", &["--to", &control, "--json"]);
     assert_eq!(output.status.code(), Some(1));
     let error = last_object(&output)["error"].as_str().unwrap().to_owned();
