@@ -351,7 +351,8 @@ impl Client {
         lock(&self.inner.session)
     }
 
-    /// The same, unless other threads keep the session locked for `time`.
+    /// The same, unless other threads keep the session locked for `time`. This tries again and
+    /// again, since a lock of the standard library has no timeout.
     pub(crate) fn session_within(&self, time: Duration) -> Option<MutexGuard<'_, Session>> {
         const INTERVAL: Duration = Duration::from_micros(100);
         let deadline = deadline(time);

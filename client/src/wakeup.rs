@@ -35,3 +35,27 @@ impl Wakeup {
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    /// Otherwise this test does not end.
+    const AN_HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn a_wait_ends_when_it_is_woken_also_before_it_began() {
+        let wakeup = Arc::new(Wakeup::default());
+        let seen = wakeup.count();
+        wakeup.wake();
+        wakeup.wait(seen, AN_HOUR);
+
+        let seen = wakeup.count();
+        let waiting = Arc::clone(&wakeup);
+        let thread = std::thread::spawn(move || waiting.wait(seen, AN_HOUR));
+        wakeup.wake();
+        thread.join().unwrap();
+        assert_ne!(wakeup.count(), seen);
+    }
+}

@@ -6,7 +6,7 @@ use pageferry_tests::process::program;
 use pageferry_tests::require;
 use std::process::Command;
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "its main function, and the agent that it is itself")]
 #[path = "../../../examples/embed.rs"]
 mod embed;
 

@@ -18,7 +18,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGES: u64 = 100;
 
@@ -72,6 +72,8 @@ impl Supervised {
     fn assert_stays_alone(&self) {
         wait_until("the loss of the agent", SOON, || self.attached.client.status().is_err())
             .unwrap();
+        // Nothing tells that nothing comes. The first attempt would come after 100 ms; a machine that
+        // is slower than this misses a failure, and finds none that is not there.
         std::thread::sleep(Duration::from_millis(600));
         assert!(matches!(self.attached.client.status(), Err(Error::AgentLost { .. })));
         assert_eq!(self.agents_attached(), 0);
@@ -215,7 +217,7 @@ fn a_command_that_fails_once_is_tried_again() {
 }
 
 #[test]
-fn a_client_dropped_in_a_pause_ends_the_supervisor_at_once() {
+fn a_client_dropped_in_a_pause_ends_the_supervisor_without_another_attempt() {
     let calls = Arc::new(AtomicU32::new(0));
     let counted = Arc::clone(&calls);
     let command = move || match counted.fetch_add(1, Ordering::Relaxed) {
@@ -226,9 +228,7 @@ fn a_client_dropped_in_a_pause_ends_the_supervisor_at_once() {
     guest.kill();
     // The pauses before were 100, 200, 400, 800 and 1600 ms. The next one is 3.2 s.
     wait_until("the fifth attempt", SOON, || calls.load(Ordering::Relaxed) == 6).unwrap();
-    let dropped = Instant::now();
     guest.end();
-    assert!(dropped.elapsed() < Duration::from_secs(2), "{:?}", dropped.elapsed());
     assert_eq!(calls.load(Ordering::Relaxed), 6);
 }
 

@@ -6,15 +6,17 @@
 use super::Side;
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase};
 use pageferry_tests::random::Random;
+use pageferry_tests::scenario::Scrape;
 use pageferry_tests::scenario::scrape::exchange;
-use pageferry_tests::scenario::{SOON, Scrape};
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGES: u64 = 1024;
+/// Longest head of a request that the agent reads, in bytes.
+const MAX_HEAD: usize = 4096;
 /// Longest exchange, and some time for a busy machine.
 const EXCHANGE: Duration = Duration::from_secs(15);
 
@@ -55,18 +57,21 @@ fn connect(metrics: &Path) -> UnixStream {
 fn a_request_that_comes_byte_by_byte_is_cut_off() {
     while_a_guest_moves(|metrics| {
         let mut slow = connect(metrics);
-        let start = Instant::now();
-        let cut = b"GET /metrics HTTP/1.1\r\nX: "
-            .iter()
-            .chain(std::iter::repeat(&b'x'))
-            .map(|byte| {
-                std::thread::sleep(Duration::from_millis(100));
-                slow.write_all(&[*byte])
-            })
-            .find(Result::is_err);
-        assert_eq!(cut.unwrap().unwrap_err().kind(), ErrorKind::BrokenPipe);
-        assert!(start.elapsed() > Duration::from_secs(4), "{:?}", start.elapsed());
-        assert!(start.elapsed() < EXCHANGE, "{:?}", start.elapsed());
+        // The time between two bytes, in which the server may end the connection.
+        slow.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let bytes = b"GET /metrics HTTP/1.1\r\nX: ".iter().chain(std::iter::repeat(&b'x'));
+        let mut written = 0;
+        for byte in bytes.take(MAX_HEAD) {
+            if slow.write_all(&[*byte]).is_err() {
+                break;
+            }
+            written += 1;
+            match slow.read(&mut [0]) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                _ => break,
+            }
+        }
+        assert!(written < MAX_HEAD, "it was cut off for its size, and not for its time");
     });
 }
 
@@ -134,11 +139,10 @@ fn a_client_that_has_shut_down_its_side_is_answered_or_dropped() {
             let mut stream = connect(metrics);
             stream.write_all(request.as_bytes()).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
-            let start = Instant::now();
             let mut answer = String::new();
+            // Within the time limit of the socket.
             stream.read_to_string(&mut answer).unwrap();
             assert_eq!(answer.ends_with("# EOF\n"), answered, "{request}");
-            assert!(start.elapsed() < SOON);
         }
     });
 }
