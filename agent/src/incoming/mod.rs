@@ -84,7 +84,9 @@ fn receive_guest(job: &Arc<IncomingJob>, plan: IncomingPlan) -> Result<(), JobEr
         // No tracker sees what the job writes.
         checkpoint.end("a guest came by a migration");
         checkpoint.stop_idle();
-        given_up.map(GivenUpGuest::replace);
+        if let Some(own) = given_up {
+            own.replace();
+        }
         receive_on(job, &mut accepted, listener)
     });
     if let Err(error) = &outcome {

@@ -101,7 +101,9 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
             &started
         }
     };
-    given_up.map(GivenUpGuest::replace);
+    if let Some(own) = given_up {
+        own.replace();
+    }
     let guard = ResetGuard::reset(job, &source, discards)?;
     match plan {
         None => eager::restore(job, &source, &state, guard, order.options.workers),
