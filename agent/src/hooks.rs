@@ -13,112 +13,24 @@
 //! every later hook fails at once with the reason. The VMM sees the end of the connection and
 //! attaches another agent.
 
+mod error;
+
+pub use error::HookError;
+
 use crate::lock::lock;
 use crate::waiting::may_wait;
-use pageferry_protocol::control::codec::DecodeError;
+use error::refused;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::hook_reply::{self, SavedState};
 use pageferry_protocol::control::job::JobStatus;
-use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::{FrameSocket, SocketError};
-use pageferry_protocol::error::rounded;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
-
-/// Why a hook failed.
-#[derive(Debug, thiserror::Error)]
-pub enum HookError {
-    /// The VMM did not read the hook in time, or is gone.
-    #[error("hook \"{hook}\"")]
-    Socket {
-        /// Name of the hook.
-        hook: &'static str,
-        /// The error of the socket.
-        #[source]
-        source: SocketError,
-    },
-    /// The VMM did not answer in time.
-    #[error("hook \"{hook}\": the VMM has not answered within {}", rounded(*waited))]
-    Late {
-        /// Name of the hook.
-        hook: &'static str,
-        /// How long the VMM had.
-        waited: Duration,
-    },
-    /// The VMM refused the hook.
-    #[error("hook \"{hook}\" failed in the VMM: {error}")]
-    Refused {
-        /// Name of the hook.
-        hook: &'static str,
-        /// The error that the VMM returned.
-        error: RemoteError,
-    },
-    /// The VMM's code panicked, and its client caught the panic.
-    #[error("hook \"{hook}\" panicked in the VMM: {message}")]
-    Panicked {
-        /// Name of the hook.
-        hook: &'static str,
-        /// The message of the panic.
-        message: String,
-    },
-    /// The answer is malformed.
-    #[error("the answer to hook \"{hook}\" is malformed")]
-    Malformed {
-        /// Name of the hook.
-        hook: &'static str,
-        /// What is wrong with the answer.
-        #[source]
-        source: DecodeError,
-    },
-    /// The answer has the wrong number of descriptors.
-    #[error("the answer to hook \"{hook}\" has {count} file descriptors, expected {expected}")]
-    WrongFdCount {
-        /// Name of the hook.
-        hook: &'static str,
-        /// Number of descriptors that were received.
-        count: usize,
-        /// Number of descriptors that the hook requires.
-        expected: usize,
-    },
-    /// The file with the VMM's state is shorter than the pieces.
-    #[error(
-        "the answer to hook \"{hook}\" has pieces of {expected} bytes in total, \
-         but a file of {length}"
-    )]
-    StateFileTooShort {
-        /// Name of the hook.
-        hook: &'static str,
-        /// Length of the file in bytes; 0 if the descriptor has no length, such as a pipe.
-        length: u64,
-        /// Bytes of all pieces.
-        expected: u64,
-    },
-    /// The file with the VMM's state is not open for reading.
-    #[error("the answer to hook \"{hook}\" has a file that is not open for reading")]
-    StateFileNotReadable {
-        /// Name of the hook.
-        hook: &'static str,
-    },
-    /// The channel broke in an earlier hook.
-    #[error("hook \"{hook}\": an earlier hook broke the socket for hooks: {reason}")]
-    ChannelBroken {
-        /// Name of the hook, which was not sent.
-        hook: &'static str,
-        /// The error that broke the channel.
-        reason: String,
-    },
-    /// The VMM has set no socket for hooks.
-    #[error("hook \"{hook}\": the VMM has set no socket for hooks (SET_BACKEND_REQ_FD)")]
-    NoSocket {
-        /// Name of the hook, which was not sent.
-        hook: &'static str,
-    },
-}
 
 /// The socket for hooks. All threads may use it; they take turns.
 #[derive(Debug)]
@@ -459,14 +371,6 @@ fn success(hook: &Hook, reply: Frame) -> Result<(), HookError> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) => Err(refused(name, error)),
         Err(source) => Err(HookError::Malformed { hook: name, source }),
-    }
-}
-
-/// The error for a hook that the VMM refused or that panicked there.
-fn refused(hook: &'static str, error: RemoteError) -> HookError {
-    match error.code {
-        ErrorCode::Panicked => HookError::Panicked { hook, message: error.sentence },
-        _ => HookError::Refused { hook, error },
     }
 }
 
