@@ -3,56 +3,27 @@
 //! Migrations that an operator alone arranges: `listen` at the destination, which asks its VMM, and
 //! `set` for a job that runs.
 
+use super::side::{PAGES, Side};
 use pageferry_client::{HookError, Ownership, Phase, SnapshotOptions};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::{AgentProcess, program};
-use pageferry_tests::scenario::{At, Attached, Ram, lock};
+use pageferry_tests::scenario::{At, lock};
 use pageferry_tests::vmm::PATIENCE;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Output, Stdio};
 
-/// 16 MiB: a job of 64 KiB per second does not end by itself.
-const PAGES: u64 = 4096;
-
-/// A guest, and its agent.
-struct Side {
-    vmm: Attached,
-    agent: AgentProcess,
-}
-
-impl Side {
-    fn new(folder: &Path, name: &str) -> Self {
-        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
-        let vmm = Attached::new(agent.socket(), Ram::odd(PAGES));
-        (0..PAGES).for_each(|page| vmm.ram.write(page, page + 1));
-        Self { vmm, agent }
-    }
-
-    fn command(&self, what: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(program());
-        command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, what: &str, more: &[&str]) -> Output {
-        self.command(what, more).output().unwrap()
-    }
-
-    /// Starts to listen at a port that the kernel chooses. Returns the command, and the address.
-    fn listen(&self) -> (Child, String) {
-        let mut command = self.command("listen", &["tcp:127.0.0.1:0", "--json"]);
-        let mut listening = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let mut first = String::new();
-        // A line at a time: the rest stays in the pipe.
-        let stdout = listening.stdout.take().unwrap();
-        let mut stdout = BufReader::with_capacity(1, stdout);
-        stdout.read_line(&mut first).unwrap();
-        listening.stdout = Some(stdout.into_inner());
-        let object: Value = serde_json::from_str(&first).unwrap();
-        (listening, object["listening"].as_str().unwrap().to_owned())
-    }
+/// Starts to listen at a port that the kernel chooses. Returns the command, and the address.
+fn listen(side: &Side) -> (Child, String) {
+    let mut command = side.command("listen", &["tcp:127.0.0.1:0", "--json"]);
+    let mut listening = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = String::new();
+    // A line at a time: the rest stays in the pipe.
+    let stdout = listening.stdout.take().unwrap();
+    let mut stdout = BufReader::with_capacity(1, stdout);
+    stdout.read_line(&mut first).unwrap();
+    listening.stdout = Some(stdout.into_inner());
+    let object: Value = serde_json::from_str(&first).unwrap();
+    (listening, object["listening"].as_str().unwrap().to_owned())
 }
 
 fn stderr(output: &Output) -> String {
@@ -62,12 +33,12 @@ fn stderr(output: &Output) -> String {
 #[test]
 fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     let folder = tempfile::tempdir().unwrap();
-    let source = Side::new(folder.path(), "source");
-    let destination = Side::new(folder.path(), "destination");
+    let source = Side::full(folder.path(), "source");
+    let destination = Side::full(folder.path(), "destination");
     destination.vmm.ram.write(3, 999);
 
     // A VMM refuses, unless its author has written the hook. Both guests stay where they are.
-    let (listening, address) = destination.listen();
+    let (listening, address) = listen(&destination);
     let moved = source.run("migrate", &["--to", &address]);
     assert_eq!(moved.status.code(), Some(1), "{moved:?}");
     assert!(stderr(&moved).contains("the guest is here, as it was before"), "{moved:?}");
@@ -85,13 +56,13 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
         lock(&vmm.asked).paused = true;
         Ok(())
     });
-    let (listening, _) = destination.listen();
+    let (listening, _) = listen(&destination);
     assert_eq!(destination.vmm.client.populate(&[destination.vmm.ram.range(0, 1)]).unwrap(), 0);
     assert!(destination.run("cancel", &[]).status.success());
     assert_eq!(listening.wait_with_output().unwrap().status.code(), Some(1));
     assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
 
-    let (listening, address) = destination.listen();
+    let (listening, address) = listen(&destination);
     let moved = source.run("migrate", &["--to", &address]);
     assert!(moved.status.success(), "{moved:?}");
     let listened = listening.wait_with_output().unwrap();
@@ -115,11 +86,11 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
 #[test]
 fn a_listen_is_cancelled_while_the_vmm_is_asked() {
     let folder = tempfile::tempdir().unwrap();
-    let source = Side::new(folder.path(), "source");
-    let destination = Side::new(folder.path(), "destination");
+    let source = Side::full(folder.path(), "source");
+    let destination = Side::full(folder.path(), "destination");
     let (release, resumes) =
         (destination.vmm.vmm.block(At::AcceptGuest), destination.vmm.vmm.resumes());
-    let (listening, address) = destination.listen();
+    let (listening, address) = listen(&destination);
     let migrate = source.command("migrate", &["--to", &address]);
     let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("the question", PATIENCE, || {
@@ -152,10 +123,10 @@ fn a_listen_is_cancelled_while_the_vmm_is_asked() {
 #[test]
 fn a_guest_that_was_given_up_for_one_that_dies_on_its_way_is_said_to_be_lost() {
     let folder = tempfile::tempdir().unwrap();
-    let mut source = Side::new(folder.path(), "source");
-    let destination = Side::new(folder.path(), "destination");
+    let mut source = Side::full(folder.path(), "source");
+    let destination = Side::full(folder.path(), "destination");
     destination.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
-    let (listening, address) = destination.listen();
+    let (listening, address) = listen(&destination);
     let slow = ["--to", &address, "--bandwidth", "64K", "--detach"];
     assert!(source.run("migrate", &slow).status.success());
     wait_until("pages", PATIENCE, || {
@@ -174,7 +145,7 @@ fn a_guest_that_was_given_up_for_one_that_dies_on_its_way_is_said_to_be_lost() {
 #[test]
 fn a_listen_for_nobody_ends_no_increments() {
     let folder = tempfile::tempdir().unwrap();
-    let side = Side::new(folder.path(), "agent");
+    let side = Side::full(folder.path(), "agent");
     let paused = SnapshotOptions {
         mode: pageferry_client::SnapshotMode::Paused,
         track: true,
@@ -183,7 +154,7 @@ fn a_listen_for_nobody_ends_no_increments() {
     let image = |name: &str| folder.path().join(name);
     let job = side.vmm.client.start_snapshot(&image("one"), &paused).unwrap().job;
     assert_eq!(side.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
-    let (listening, _) = side.listen();
+    let (listening, _) = listen(&side);
     assert!(side.run("cancel", &[]).status.success());
     assert_eq!(listening.wait_with_output().unwrap().status.code(), Some(1));
     let increment = SnapshotOptions { base: image("one").display().to_string(), ..paused };
@@ -195,7 +166,7 @@ fn a_listen_for_nobody_ends_no_increments() {
 #[test]
 fn an_operator_changes_a_job_that_runs() {
     let folder = tempfile::tempdir().unwrap();
-    let source = Side::new(folder.path(), "source");
+    let source = Side::full(folder.path(), "source");
     let refused = |more: &[&str], code, word: &str| {
         let refused = source.run("set", more);
         assert_eq!(refused.status.code(), Some(code), "{refused:?}");
@@ -219,9 +190,9 @@ fn an_operator_changes_a_job_that_runs() {
     assert_eq!(source.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
 
     // A migration that does not end by itself: no pass of 64 KiB/s fits the downtime limit.
-    let destination = Side::new(folder.path(), "destination");
+    let destination = Side::full(folder.path(), "destination");
     destination.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
-    let (listening, address) = destination.listen();
+    let (listening, address) = listen(&destination);
     let migrate = source.command("migrate", &["--to", &address, "--bandwidth", "64K"]);
     let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("passes", PATIENCE, || source.vmm.client.status().unwrap().phase == Phase::Passes)

@@ -8,6 +8,7 @@
 //! - [`outcomes`]: exit codes, and what goes to standard output and standard error;
 //! - [`manual`]: man pages, completions, and `check`;
 //! - [`systemd`]: sockets from systemd, messages to it, and the units;
+//! - [`side`]: an agent, its VMM, and the commands of its operator;
 //! - [`pty`]: a terminal of 80 columns;
 //! - [`image`]: images: info, verify, merge and map.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -18,5 +19,6 @@ mod manual;
 mod operator;
 mod outcomes;
 mod pty;
+mod side;
 mod systemd;
 mod vm;

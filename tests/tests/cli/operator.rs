@@ -2,56 +2,14 @@
 
 //! Commands of an operator beside the VMM: status, watch, migrate, cancel, and their errors.
 
+use super::side::{PAGES, Side, last_object, text};
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Punch, Target, Trackers};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::scenario::{Attached, Ram};
 use pageferry_tests::vmm::PATIENCE;
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::{Command, Output, Stdio};
-
-const PAGES: u64 = 4096;
-
-/// An agent process, and its VMM in this process.
-struct Side {
-    vmm: Attached,
-    agent: AgentProcess,
-}
-
-impl Side {
-    fn new(folder: &Path, name: &str) -> Self {
-        let agent = AgentProcess::spawn(program(), folder, name).unwrap();
-        Self { vmm: Attached::new(agent.socket(), Ram::odd(PAGES)), agent }
-    }
-
-    fn command(&self, what: &str, more: &[&str]) -> Command {
-        let mut command = Command::new(program());
-        command.arg(what).arg("--socket").arg(self.agent.socket()).args(more).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, what: &str, more: &[&str]) -> Output {
-        self.command(what, more).output().unwrap()
-    }
-
-    /// The last object that the command prints.
-    fn json(&self, what: &str) -> Value {
-        last_object(&self.run(what, &["--json"]))
-    }
-}
-
-fn last_object(output: &Output) -> Value {
-    let text = String::from_utf8(output.stdout.clone()).unwrap();
-    serde_json::from_str(
-        text.lines().last().unwrap_or_else(|| panic!("nothing printed: {output:?}")),
-    )
-    .unwrap()
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8(bytes.to_vec()).unwrap()
-}
+use std::process::{Command, Stdio};
 
 #[test]
 fn an_operator_migrates_a_guest_and_reads_how_it_ended() {
