@@ -20,7 +20,7 @@ use crate::error::Error;
 use crate::hooks::{HookChannel, Hooks, tell_attached};
 use crate::link::Link;
 use crate::sync::lock;
-use crate::threads::{catch_panic, spawn_thread};
+use crate::threads::{catch_panic, join, spawn_thread};
 use crate::wakeup::Wakeup;
 use pageferry_protocol::error::chain;
 use std::process::{Child, Command};
@@ -163,10 +163,7 @@ impl<H: Hooks + 'static> Supervisor<H> {
     /// [`Config::request_timeout`] hangs and is killed. But if the guest was given up, this does
     /// not wait for the agent, and nobody kills it: the guest may need it elsewhere.
     pub fn join(self) -> H {
-        match self.thread.join() {
-            Ok(hooks) => hooks,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        join(self.thread)
     }
 }
 

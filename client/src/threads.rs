@@ -10,7 +10,7 @@
 
 use crate::error::Error;
 use std::any::Any;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::thread::{Builder, JoinHandle};
 
 /// Starts a thread with this name.
@@ -24,6 +24,11 @@ pub(crate) fn spawn_thread<T: Send + 'static>(
         .name(name.to_owned())
         .spawn(run)
         .map_err(|source| Error::Thread { name: name.to_owned(), source })
+}
+
+/// Waits for the end of a thread. Its panic, if it had one, continues here.
+pub(crate) fn join<T>(thread: JoinHandle<T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Runs `run` and turns a panic into its message. The panic leaves the state of `run` as it was at

@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::heartbeat::Heartbeat;
 use crate::link::Link;
 use crate::ownership::{Migration, SharedOwnership};
-use crate::threads::{catch_panic, spawn_thread};
+use crate::threads::{catch_panic, join, spawn_thread};
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::hook::{self, Hook};
 use pageferry_protocol::control::hook_reply::{
@@ -333,9 +333,6 @@ impl<H> HookThread<H> {
     /// Waits for the end of the agent, and returns the hooks. Drop the client first, or this waits
     /// for the agent to die.
     pub fn join(self) -> H {
-        match self.thread.join() {
-            Ok(hooks) => hooks,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+        join(self.thread)
     }
 }
