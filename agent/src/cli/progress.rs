@@ -67,10 +67,11 @@ impl Progress {
             Sink::Json => writeln!(io::stdout().lock(), "{}", Value::Object(to_json(status))),
             Sink::Bar(bar) => {
                 let (done, total) = amount(status);
+                // The bar may be drawn after each of these: a phase always has its numbers.
+                bar.set_message(self.meter.sentence(status));
                 bar.set_length(total.max(1));
                 bar.set_position(done.min(total));
                 bar.set_prefix(phase_name(status));
-                bar.set_message(self.meter.sentence(status));
                 Ok(())
             }
             Sink::Lines { out, last } => {

@@ -93,7 +93,7 @@ pub enum ImageFault {
         source: Box<ImageFault>,
     },
     /// The file exists, and the caller does not allow to replace it.
-    #[error("the file exists: choose another name, or have it replaced")]
+    #[error("the file exists: choose another name, or replace it (--replace)")]
     Exists,
     /// The file exists and is of another kind, so it is not replaced.
     #[error(

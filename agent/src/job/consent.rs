@@ -14,6 +14,29 @@ use crate::hooks::HookError;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use std::sync::Arc;
 
+/// What becomes of the VMM's own guest if the one of the job does not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum OwnGuest {
+    /// The VMM was not asked: it has none, or has started the job itself.
+    #[default]
+    Unasked,
+    /// It goes on.
+    Kept,
+    /// It is lost: its memory was changed.
+    Replaced,
+}
+
+impl OwnGuest {
+    /// What an operator has to know, to be added to the error of the job.
+    pub(super) fn in_words(self) -> &'static str {
+        match self {
+            Self::Unasked => "",
+            Self::Kept => "; the VMM keeps its own guest",
+            Self::Replaced => "; the VMM has given up its own guest for this one",
+        }
+    }
+}
+
 /// A guest whose VMM was asked to give it up. The drop returns it.
 pub struct GivenUpGuest {
     job: Arc<Job>,
@@ -29,6 +52,7 @@ impl GivenUpGuest {
     pub fn ask(job: &Arc<Job>, origin: GuestOrigin) -> Result<Self, JobError> {
         // This exists before the VMM answers, which may be late and agree all the same.
         let mut asked = Self { job: job.clone(), settled: false };
+        job.set_own_guest(OwnGuest::Kept);
         job.note("the VMM is asked whether it gives up its own guest for this one");
         let hook = Hook::AcceptGuest { origin };
         let answer = job.hooks.ask_until(&hook, job.hook_timeout, || job.cancel.is_cancelled());
@@ -44,7 +68,7 @@ impl GivenUpGuest {
     /// The memory is about to be replaced. From now on the guest is lost.
     pub fn replace(mut self) {
         self.settled = true;
-        self.job.set_guest_replaced();
+        self.job.set_own_guest(OwnGuest::Replaced);
     }
 }
 

@@ -34,6 +34,7 @@ use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
+use consent::OwnGuest;
 use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::control::reply::ErrorCode;
@@ -79,8 +80,8 @@ struct State {
     remaining: Option<Arc<HostPageSet>>,
     /// A failure that does not end the job.
     warning: Option<String>,
-    /// True if the VMM gave its own guest up for the one of this job, and its memory was changed.
-    guest_replaced: bool,
+    /// What becomes of the VMM's own guest if the one of this job does not come.
+    own_guest: OwnGuest,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
     ended_as: Option<Phase>,
 }
@@ -111,7 +112,7 @@ impl Job {
                 populates_refused: false,
                 remaining: None,
                 warning: None,
-                guest_replaced: false,
+                own_guest: OwnGuest::default(),
                 ended_as: None,
             }),
             entered: Condvar::new(),
@@ -319,9 +320,7 @@ impl Job {
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
         let lost = match outcome {
-            Err(_) if state.guest_replaced && !state.status.arrived => {
-                "; the VMM has given up its own guest for this one"
-            }
+            Err(_) if !state.status.arrived => state.own_guest.in_words(),
             _ => "",
         };
         state.status.error = error.map(|error| error + lost);
@@ -333,8 +332,8 @@ impl Job {
         self.enter(phase);
     }
 
-    fn set_guest_replaced(&self) {
-        self.state().guest_replaced = true;
+    fn set_own_guest(&self, own_guest: OwnGuest) {
+        self.state().own_guest = own_guest;
     }
 
     /// How long the VMM may take to answer a hook: near the end of a stop, less than the operator

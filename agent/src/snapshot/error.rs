@@ -29,6 +29,6 @@ pub enum SnapshotError {
     #[error("writes into protected memory are not answered as they should be; the log says why")]
     Faults,
     /// The agent does not know what changed since the base of an increment.
-    #[error("{0}: save all of it, with track on if increments are to follow")]
+    #[error("{0}: save all of it, with track on (--track) if increments are to follow")]
     NoIncrement(String),
 }

@@ -44,7 +44,9 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     assert!(stderr(&moved).contains("the guest is here, as it was before"), "{moved:?}");
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1), "{listened:?}");
-    assert!(stderr(&listened).contains("does not wait for a migration at tcp:127.0.0.1:"));
+    let said = stderr(&listened);
+    assert!(said.contains("does not wait for a migration at tcp:127.0.0.1:"), "{said}");
+    assert!(said.contains("; the VMM keeps its own guest"), "{said}");
     assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
     assert_eq!(destination.vmm.ram.stamp(3), 999);
     assert!(!source.vmm.vmm.is_paused());

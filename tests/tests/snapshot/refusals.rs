@@ -238,7 +238,9 @@ fn an_image_that_is_there_is_replaced_only_on_request() {
     scene.saved("image", &paused());
     let status = scene.save("image", &paused());
     assert!(
-        status.error_text().contains("the file exists: choose another name, or have it replaced"),
+        status
+            .error_text()
+            .contains("the file exists: choose another name, or replace it (--replace)"),
         "{}",
         status.error_text()
     );
