@@ -355,7 +355,8 @@ impl Session {
         self.running().is_none() && self.previous.job().is_none_or(|job| job.phase().is_final())
     }
 
-    /// Takes the jobs whose threads have not been joined.
+    /// Takes the jobs whose threads have not been joined: the one of this VMM, and then the one of
+    /// the previous VMM.
     fn take_jobs(&mut self) -> Vec<(SessionJob, Option<JoinHandle<()>>)> {
         let mut jobs: Vec<_> = self.job.take().into_iter().collect();
         if let PreviousJob::Ending(job, thread) = std::mem::take(&mut self.previous) {

@@ -206,9 +206,9 @@ impl SharedSession {
         locked.stop();
         let jobs = locked.take_jobs();
         drop(locked);
-        for (job, thread) in jobs {
+        // The job of this VMM comes last: operators who watch it get its end.
+        for (job, thread) in jobs.into_iter().rev() {
             join(&job, thread);
-            // Operators who watch it get its end.
             self.lock().keep_ended(&job);
         }
     }

@@ -120,6 +120,18 @@ fn a_listen_is_cancelled_while_the_vmm_is_asked() {
     assert_eq!(destination.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
 }
 
+#[test]
+fn an_agent_that_is_ended_tells_how_its_job_ended() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut side = Side::new(folder.path(), "agent");
+    let (listening, _) = listen(&side);
+    side.agent.process().terminate().unwrap();
+    let listened = listening.wait_with_output().unwrap();
+    assert_eq!(listened.status.code(), Some(1));
+    let said = stderr(&listened);
+    assert!(said.contains("job 1 (incoming) was cancelled"), "{said}");
+}
+
 /// Once the agent has changed the memory, the guest that was there is lost, and the operator reads
 /// it.
 #[test]

@@ -72,8 +72,8 @@ impl Supervised {
     fn assert_stays_alone(&self) {
         wait_until("the loss of the agent", SOON, || self.attached.client.status().is_err())
             .unwrap();
-        // Nothing tells that nothing comes. The first attempt would come after 100 ms; a machine that
-        // is slower than this misses a failure, and finds none that is not there.
+        // Nothing tells that nothing comes. The first attempt would come after 100 ms; a machine
+        // that is slower than this misses a failure, and finds none that is not there.
         std::thread::sleep(Duration::from_millis(600));
         assert!(matches!(self.attached.client.status(), Err(Error::AgentLost { .. })));
         assert_eq!(self.agents_attached(), 0);
