@@ -186,9 +186,8 @@ impl Server {
     /// If the reactor fails.
     pub fn run(&mut self) -> io::Result<()> {
         let outcome = self.serve();
-        // The session gives its jobs away to wait for them, so a scrape would miss them.
-        self.metrics = None;
         self.hub.session.stop_and_join();
+        self.metrics = None;
         self.end_connections();
         outcome
     }

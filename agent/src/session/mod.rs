@@ -152,11 +152,6 @@ impl Session {
         }
     }
 
-    /// Keeps the status of a job that has ended, and was taken by [`Session::take_jobs`].
-    fn keep_ended(&mut self, job: &SessionJob) {
-        self.previous = PreviousJob::Ended(Box::new(job.status()));
-    }
-
     /// To be called when a job has changed its phase. If the job of the previous VMM has ended,
     /// this drops the job and its memory.
     pub fn job_changed(&mut self) {
@@ -355,14 +350,16 @@ impl Session {
         self.running().is_none() && self.previous.job().is_none_or(|job| job.phase().is_final())
     }
 
-    /// Takes the jobs whose threads have not been joined: the one of this VMM, and then the one of
-    /// the previous VMM.
-    fn take_jobs(&mut self) -> Vec<(SessionJob, Option<JoinHandle<()>>)> {
-        let mut jobs: Vec<_> = self.job.take().into_iter().collect();
-        if let PreviousJob::Ending(job, thread) = std::mem::take(&mut self.previous) {
-            jobs.push((job, thread));
-        }
-        jobs
+    /// Takes the threads of the jobs, to wait for them. The jobs stay, so their status can still be
+    /// queried.
+    fn take_threads(&mut self) -> Vec<(SessionJob, Option<JoinHandle<()>>)> {
+        let previous = match &mut self.previous {
+            PreviousJob::Ending(job, thread) => Some((&*job, thread)),
+            PreviousJob::None | PreviousJob::Ended(_) => None,
+        };
+        let own = self.job.as_mut().map(|(job, thread)| (&*job, thread));
+        let threads = own.into_iter().chain(previous);
+        threads.map(|(job, thread)| (job.clone(), thread.take())).collect()
     }
 }
 

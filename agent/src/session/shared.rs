@@ -204,12 +204,10 @@ impl SharedSession {
         may_wait("wait for the jobs to end");
         let mut locked = self.lock();
         locked.stop();
-        let jobs = locked.take_jobs();
+        let jobs = locked.take_threads();
         drop(locked);
-        // The job of this VMM comes last: operators who watch it get its end.
-        for (job, thread) in jobs.into_iter().rev() {
+        for (job, thread) in jobs {
             join(&job, thread);
-            self.lock().keep_ended(&job);
         }
     }
 }

@@ -16,14 +16,19 @@ use std::process::{Child, Output, Stdio};
 fn listen(side: &Side) -> (Child, String) {
     let mut command = side.command("listen", &["tcp:127.0.0.1:0", "--json"]);
     let mut listening = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let mut first = String::new();
-    // A line at a time: the rest stays in the pipe.
-    let stdout = listening.stdout.take().unwrap();
-    let mut stdout = BufReader::with_capacity(1, stdout);
-    stdout.read_line(&mut first).unwrap();
-    listening.stdout = Some(stdout.into_inner());
+    let first = next_line(&mut listening);
     let object: Value = serde_json::from_str(&first).unwrap();
     (listening, object["listening"].as_str().unwrap().to_owned())
+}
+
+/// The next line of the standard output of a command.
+fn next_line(command: &mut Child) -> String {
+    let mut line = String::new();
+    // A line at a time: the rest stays in the pipe.
+    let mut stdout = BufReader::with_capacity(1, command.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    command.stdout = Some(stdout.into_inner());
+    line
 }
 
 fn stderr(output: &Output) -> String {
@@ -124,7 +129,9 @@ fn a_listen_is_cancelled_while_the_vmm_is_asked() {
 fn an_agent_that_is_ended_tells_how_its_job_ended() {
     let folder = tempfile::tempdir().unwrap();
     let mut side = Side::new(folder.path(), "agent");
-    let (listening, _) = listen(&side);
+    let (mut listening, _) = listen(&side);
+    // The command watches the job.
+    assert!(next_line(&mut listening).contains("connecting"));
     side.agent.process().terminate().unwrap();
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1));
