@@ -64,7 +64,12 @@ fn to_json(finding: &Finding) -> Value {
         Err(why) => (false, why),
     };
     let rules_out = (!available).then_some(finding.rules_out);
-    json!({ "name": finding.name, "available": available, "detail": detail, "rules_out": rules_out })
+    json!({
+        "name": finding.name,
+        "available": available,
+        "detail": detail,
+        "rules_out": rules_out,
+    })
 }
 
 fn findings() -> Vec<Finding> {

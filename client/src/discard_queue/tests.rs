@@ -34,8 +34,10 @@ fn any_step() -> impl Strategy<Value = Step> {
         offset,
         length,
     });
+    let push =
+        (0usize..3, vec(range, 0..4)).prop_map(|(kind, ranges)| Step::Push(KINDS[kind], ranges));
     prop_oneof![
-        8 => (0usize..3, vec(range, 0..4)).prop_map(|(kind, ranges)| Step::Push(KINDS[kind], ranges)),
+        8 => push,
         1 => (0usize..8).prop_map(Step::TakeAndPutBack),
         1 => Just(Step::Merge),
     ]
@@ -56,7 +58,8 @@ proptest! {
             match step {
                 Step::Push(kind, ranges) => {
                     prop_assert_eq!(push(&queue, &ranges, kind, ANY), Pushed::All);
-                    naive.extend(ranges.iter().flat_map(|range| bytes_of(&Entry::new(kind, range))));
+                    let entries = ranges.iter().map(|range| Entry::new(kind, range));
+                    naive.extend(entries.flat_map(|entry| bytes_of(&entry)));
                 }
                 Step::TakeAndPutBack(count) => {
                     let taken = queue.take();
@@ -72,7 +75,8 @@ proptest! {
                 Step::Merge => queue.lock().merge(),
             }
             let queued = queue.lock();
-            prop_assert_eq!(queued.bytes, queued.entries.iter().map(|entry| entry.length).sum::<u64>());
+            let lengths = queued.entries.iter().map(|entry| entry.length);
+            prop_assert_eq!(queued.bytes, lengths.sum::<u64>());
         }
         let taken = queue.take();
         prop_assert_eq!(taken.iter().flat_map(bytes_of).collect::<BTreeSet<_>>(), naive);
