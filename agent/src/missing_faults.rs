@@ -17,7 +17,7 @@ use crate::memory::missing_pages::{FaultOutcome, MissingPages};
 use crate::memory::page_placer::PlaceError;
 use crate::memory::pool;
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::userfault::{MAX_FAULTS, Userfaultfd};
+use pageferry_protocol::userfault::{Events, Userfaultfd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -195,7 +195,7 @@ fn handle_until_stopped(
     job: &Job, missing_pages: &MissingPages, requester: &mut impl PageRequester,
     stop: BorrowedFd<'_>,
 ) -> Result<(), JobError> {
-    let mut faults = [0; MAX_FAULTS];
+    let mut events = Events::default();
     let mut failed = Vec::new();
     let mut shortage = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
@@ -212,7 +212,7 @@ fn handle_until_stopped(
         }
         let since = Instant::now();
         requester.request_pages(|to_ask| {
-            read(job, missing_pages, &mut faults, since, to_ask, &mut failed)
+            read(job, missing_pages, &mut events, since, to_ask, &mut failed)
         })?;
         match failed.first() {
             None => shortage.clear(),
@@ -261,19 +261,25 @@ fn wait_for(
     }
 }
 
-/// Reads the pending faults, and resolves those that can be resolved here.
+/// Reads the pending removals and faults, and resolves those that can be resolved here. A fault may
+/// come with the removal of its page, so removals are first.
 fn read(
-    job: &Job, missing_pages: &MissingPages, faults: &mut [u64; MAX_FAULTS], since: Instant,
+    job: &Job, missing_pages: &MissingPages, events: &mut Events, since: Instant,
     to_ask: &mut Vec<HostPage>, failed: &mut Vec<HostPage>,
 ) -> Result<(), JobError> {
     let _answering = missing_pages.handling_faults();
-    let count = missing_pages.uffd().read_faults(faults).map_err(PlaceError::Read)?;
-    for address in &faults[..count] {
+    missing_pages.uffd().read_events(events).map_err(PlaceError::Read)?;
+    for removed in events.removed() {
+        missing_pages.removed(&job.memory.readers, *removed);
+    }
+    for address in events.faults() {
         let Some(page) = missing_pages.locate(*address) else { continue };
         match missing_pages.fault(&job.memory.readers, page, since) {
             Ok(FaultOutcome::Request) => to_ask.push(page),
             Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}
             Err(error) if error.is_gone() => return Err(error.into()),
+            // The thread faults again, after the removal that comes first.
+            Err(error) if error.is_changing() => missing_pages.retry(page),
             Err(error) => {
                 log::debug!("{}", crate::error::chain(&error));
                 failed.push(page);

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::registration::Registration;
 use crate::stop::{StopSource, StopToken, stop_pair};
 use crate::threads::{catch_panic, spawn_thread};
-use pageferry_protocol::userfault::{MAX_FAULTS, Poisoned};
+use pageferry_protocol::userfault::{Events, Poisoned};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ impl Poisoner {
         let (stop, stopped) = stop_pair()?;
         let weak = Arc::downgrade(registered);
         let run = move || {
-            let mut faults = [0; MAX_FAULTS];
+            let mut events = Events::default();
             let mut marked = Vec::new();
             while let Some(registered) = weak.upgrade() {
                 // The agent has read the faults of the accesses that wait already. They have to
@@ -43,7 +43,7 @@ impl Poisoner {
                 for range in &registered.ranges {
                     let _ = registered.uffd.wake(*range);
                 }
-                match catch_panic(|| poison_faults(&registered, &stopped, &mut faults, &mut marked))
+                match catch_panic(|| poison_faults(&registered, &stopped, &mut events, &mut marked))
                 {
                     Ok(true) => {}
                     Ok(false) => break,
@@ -66,8 +66,7 @@ impl Poisoner {
 /// Poisons the pages of the faults that arrive within [`WAKE_INTERVAL`] and adds them to `marked`.
 /// False if the thread is to end.
 fn poison_faults(
-    registered: &Registration, stopped: &StopToken, faults: &mut [u64; MAX_FAULTS],
-    marked: &mut Vec<Poisoned>,
+    registered: &Registration, stopped: &StopToken, events: &mut Events, marked: &mut Vec<Poisoned>,
 ) -> bool {
     let until = Instant::now() + WAKE_INTERVAL;
     while Instant::now() < until {
@@ -82,8 +81,10 @@ fn poison_faults(
         if !polled[1].revents().is_empty() {
             return false;
         }
-        let Ok(count) = registered.uffd.read_faults(faults) else { return false };
-        for address in &faults[..count] {
+        if registered.uffd.read_events(events).is_err() {
+            return false;
+        }
+        for address in events.faults() {
             let Some(page) = registered.page_of(*address) else { continue };
             // The page may be there by now, or marked already.
             match registered.uffd.poison(page) {

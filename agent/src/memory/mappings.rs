@@ -50,6 +50,16 @@ impl Mappings {
         Some((at, (address - self.0[at].start) / self.0[at].unit))
     }
 
+    /// The blocks and host pages that lie in a range of addresses of the VMM.
+    pub fn locate_range(&self, range: AddressRange) -> impl Iterator<Item = (usize, PageRange)> {
+        let end = range.start.saturating_add(range.length);
+        self.0.iter().enumerate().filter_map(move |(at, mapping)| {
+            let first = range.start.saturating_sub(mapping.start).div_ceil(mapping.unit);
+            let end = end.saturating_sub(mapping.start).min(mapping.length) / mapping.unit;
+            (first < end).then(|| (at, PageRange::new(first, end - first)))
+        })
+    }
+
     /// The addresses of host pages of the block at index `at`.
     pub fn addresses(&self, at: usize, host_pages: PageRange) -> AddressRange {
         let mapping = &self.0[at];

@@ -31,6 +31,10 @@
 //!   page by itself.
 //! - A **free** does the same without the mark: the page is a hole then, and ordinary memory from
 //!   the next touch on.
+//! - A **removal** is a free that the VMM did by itself, while its thread waits in madvise
+//!   (`UFFD_EVENT_REMOVE`). The thread that reads the faults takes the page, waits for arrivals that
+//!   took it before, and takes it once more. It never frees the page: the VMM has done so before,
+//!   and continues as soon as the event was read. So what is there now may be new.
 //! - A **failed arrival** makes the page missing again before it leaves the fence, so a discard
 //!   that waits in the fence finds it again.
 //!
@@ -53,12 +57,17 @@ use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
-use pageferry_protocol::userfault::Userfaultfd;
+use pageferry_protocol::userfault::{AddressRange, Userfaultfd};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::yield_now;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often an arrival is tried again while the VMM changes its mappings, and the pause between two
+/// tries. Seconds in all: the thread that reads the removals may not get a processor for a while.
+const MAX_TRIES: u32 = 10_000;
+const PAUSE: Duration = Duration::from_micros(200);
 
 /// The outcome of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -285,21 +294,20 @@ impl MissingPages {
     pub fn place_pages(
         &self, readers: &Readers, worker: usize, at: usize, range: PageRange, content: &[u8],
     ) -> Result<u64, PlaceError> {
-        let mut used = 0;
-        for (word, mask) in words_of(range) {
-            let _reading = readers.reading(worker, at, word);
-            let taken = self.missing.take(at, word, mask);
-            for run in runs_of_word(word * WORD_BITS, taken) {
-                let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
-                let placed =
-                    self.placer.place(at, run, &content[start..start + run.bytes() as usize]);
-                placed.map_err(|error| self.return_unplaced(at, word, taken, error))?;
+        self.place_patiently(|used| {
+            for (word, mask) in words_of(range) {
+                let _reading = readers.reading(worker, at, word);
+                let taken = self.missing.take(at, word, mask);
+                for run in runs_of_word(word * WORD_BITS, taken) {
+                    let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
+                    let placed =
+                        self.placer.place(at, run, &content[start..start + run.bytes() as usize]);
+                    placed.map_err(|error| self.return_unplaced(at, word, taken, error, used))?;
+                }
+                self.finish_placed(at, word, taken, used);
             }
-            used += u64::from(taken.count_ones());
-            self.finish_placed(at, word, taken);
-        }
-        self.notify_if_complete(used);
-        Ok(used)
+            Ok(())
+        })
     }
 
     /// The content of a whole host page arrived. Returns the number of pages that were still
@@ -312,15 +320,15 @@ impl MissingPages {
     ) -> Result<u64, PlaceError> {
         let missing = self.missing.block(at);
         let (word, bit) = (host_page / WORD_BITS, 1 << (host_page % WORD_BITS));
-        let _reading = readers.reading(worker, at, missing.word_of(host_page));
-        if self.missing.take(at, word, bit) == 0 {
-            return Ok(0);
-        }
-        let placed = self.placer.place(at, PageRange::new(host_page, 1), content);
-        placed.map_err(|error| self.return_unplaced(at, word, bit, error))?;
-        self.finish_placed(at, word, bit);
-        self.notify_if_complete(missing.unit());
-        Ok(missing.unit())
+        self.place_patiently(|used| {
+            let _reading = readers.reading(worker, at, missing.word_of(host_page));
+            if self.missing.take(at, word, bit) != 0 {
+                let placed = self.placer.place(at, PageRange::new(host_page, 1), content);
+                placed.map_err(|error| self.return_unplaced(at, word, bit, error, used))?;
+                self.finish_placed(at, word, bit, used);
+            }
+            Ok(())
+        })
     }
 
     /// The host pages `range` are zero at the source. Places those that the guest waits for.
@@ -332,35 +340,59 @@ impl MissingPages {
         &self, readers: &Readers, worker: usize, at: usize, range: PageRange,
     ) -> Result<u64, PlaceError> {
         let missing = self.missing.block(at);
-        let mut used = 0;
-        for (word, mask) in fence_words(range, missing.unit()) {
-            let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
-            let _reading = readers.reading(worker, at, missing.word_of(first));
-            let taken = self.missing.take(at, word, mask);
-            if taken == 0 {
-                continue;
-            }
-            let waited_for = requested_of(&self.requested[at], word, taken);
-            for run in runs_of_word(word * WORD_BITS, waited_for) {
-                for host_page in run.first..run.end() {
-                    let placed = self.placer.place_zero(at, host_page);
-                    placed.map_err(|failed| self.return_unplaced(at, word, taken, failed))?;
+        self.place_patiently(|used| {
+            for (word, mask) in fence_words(range, missing.unit()) {
+                let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
+                let _reading = readers.reading(worker, at, missing.word_of(first));
+                let taken = self.missing.take(at, word, mask);
+                let waited_for = requested_of(&self.requested[at], word, taken);
+                for run in runs_of_word(word * WORD_BITS, waited_for) {
+                    for host_page in run.first..run.end() {
+                        let placed = self.placer.place_zero(at, host_page);
+                        placed
+                            .map_err(|error| self.return_unplaced(at, word, taken, error, used))?;
+                    }
                 }
+                self.finish_placed(at, word, taken, used);
             }
-            used += u64::from(taken.count_ones()) * missing.unit();
-            self.finish_placed(at, word, taken);
+            Ok(())
+        })
+    }
+
+    /// Runs `place`, which adds the number of pages that it used, and again while the VMM changes
+    /// its mappings. Returns that number.
+    ///
+    /// The thread that reads the removals may wait in the fence for this thread, so `place` leaves
+    /// the fence, and the wait is here.
+    fn place_patiently(
+        &self, place: impl Fn(&mut u64) -> Result<(), PlaceError>,
+    ) -> Result<u64, PlaceError> {
+        let mut used = 0;
+        let mut tries = 0;
+        let placed = loop {
+            match place(&mut used) {
+                Err(error) if error.is_changing() && tries < MAX_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(PAUSE);
+                }
+                placed => break placed,
+            }
+        };
+        if used > 0 && self.missing.remaining_pages() == 0 {
+            self.notify();
         }
-        self.notify_if_complete(used);
-        Ok(used)
+        placed.map(|()| used)
     }
 
     /// Makes those host pages of word `word` missing again that were taken and not placed: the one
     /// that failed, and those after it. Those before it are placed. Call this before leaving the
     /// fence.
-    fn return_unplaced(&self, at: usize, word: u64, taken: u64, failed: Failed) -> PlaceError {
+    fn return_unplaced(
+        &self, at: usize, word: u64, taken: u64, failed: Failed, used: &mut u64,
+    ) -> PlaceError {
         let placed = word_mask(0, failed.0 - word * WORD_BITS);
         self.missing.add(at, word, taken & !placed);
-        self.finish_placed(at, word, taken & placed);
+        self.finish_placed(at, word, taken & placed, used);
         self.placer.failed(at)(failed)
     }
 
@@ -370,29 +402,22 @@ impl MissingPages {
         self.placer.wake(at, host_page);
     }
 
-    /// Host pages that were taken are placed, or zero and not waited for. Counts them, and notes
-    /// them for the acknowledgement.
-    fn finish_placed(&self, at: usize, word: u64, bits: u64) {
+    /// Host pages that were taken are placed, or zero and not waited for. Counts them, adds their
+    /// pages to `used`, and notes them for the acknowledgement.
+    fn finish_placed(&self, at: usize, word: u64, bits: u64, used: &mut u64) {
         if bits == 0 {
             return;
         }
+        let unit = self.missing.block(at).unit();
+        *used += u64::from(bits.count_ones()) * unit;
         let waited_for = self.requested[at].take_bits(word, bits);
         for run in runs_of_word(word * WORD_BITS, waited_for) {
             (run.first..run.end()).for_each(|host_page| self.count_resolved(at, host_page));
         }
         let pushed = bits & !waited_for;
-        add(
-            &self.live.pushed_pages,
-            u64::from(pushed.count_ones()) * self.missing.block(at).unit(),
-        );
+        add(&self.live.pushed_pages, u64::from(pushed.count_ones()) * unit);
         if let Some(placed) = &self.placed {
             placed[at].or_word(word, bits);
-        }
-    }
-
-    fn notify_if_complete(&self, pages: u64) {
-        if pages > 0 && self.missing.remaining_pages() == 0 {
-            self.notify();
         }
     }
 
@@ -440,6 +465,19 @@ impl MissingPages {
                 at,
                 host_pages.pages(PageRange::new(first, end.saturating_sub(first))),
             );
+        }
+    }
+
+    /// The VMM gave up the memory at these addresses, and punched it by itself. The pages that are
+    /// missing need not come any more.
+    pub fn removed(&self, readers: &Readers, removed: AddressRange) {
+        for (at, host_pages) in self.placer.mappings().locate_range(removed) {
+            let pages = self.missing.block(at).pages(host_pages);
+            self.drop_missing(at, pages);
+            readers
+                .wait(|index, word| index == at && self.published_pages(at, word).overlaps(&pages));
+            self.drop_missing(at, pages);
+            self.wake_waiting(at, pages);
         }
     }
 

@@ -43,6 +43,11 @@ impl PlaceError {
         matches!(self, Self::Place { source: Errno::NOMEM | Errno::NOSPC, .. })
     }
 
+    /// True if the VMM is changing its mappings, and its removals have to be read first.
+    pub fn is_changing(&self) -> bool {
+        matches!(self, Self::Place { source: Errno::AGAIN, .. })
+    }
+
     /// True if the process that would wait for the page is gone.
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Place { source: Errno::SRCH, .. })
@@ -69,6 +74,11 @@ impl PagePlacer {
     /// The userfaultfd. Readable when there are faults.
     pub(super) fn uffd(&self) -> &Userfaultfd {
         &self.uffd
+    }
+
+    /// The mappings.
+    pub(super) fn mappings(&self) -> &Mappings {
+        &self.mappings
     }
 
     /// The block and host page of an address in the VMM. `None` if it is not guest memory.
@@ -111,7 +121,7 @@ impl PagePlacer {
         Ok(())
     }
 
-    /// Answers a fault with zero. If there is a page by now, wakes the waiters instead.
+    /// Places zero. If there is a page by now, wakes the waiters instead.
     pub(super) fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
         let unit = self.mappings.all()[at].unit;
         let range = self.addresses(at, PageRange::new(host_page, 1));

@@ -22,7 +22,7 @@ use crate::memory::copy_before_write::CopyBeforeWrite;
 use crate::missing_faults::wait;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappingError;
-use pageferry_protocol::userfault::MAX_FAULTS;
+use pageferry_protocol::userfault::Events;
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
@@ -152,15 +152,14 @@ fn handle_faults(
     job: &Job, shared: &WatchState, stop: &Event, buffers: &Buffers,
 ) -> Result<(), CaptureError> {
     let uffd = &shared.protection.uffd;
-    let mut faults = [0; MAX_FAULTS];
+    let mut events = Events::default();
     while wait(uffd, stop.as_fd()).map_err(CaptureError::ReadFaults)? {
         let since = Instant::now();
         // Locked before the faults are read: a thread that gets the lock after this one finds that
         // all faults that were read are handled.
         let mode = shared.mode();
-        let read = uffd.read_faults(&mut faults);
-        let count = read.map_err(CaptureError::ReadFaults)?;
-        for address in &faults[..count] {
+        uffd.read_events(&mut events).map_err(CaptureError::ReadFaults)?;
+        for address in events.faults() {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
             // After an error the other faults are still handled.
             if let Err(error) = handle_fault(job, shared, &mode, page, buffers) {

@@ -13,7 +13,7 @@ mod watching;
 use pageferry_client::{BlockSpec, Client, MappedBitmap};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::hook_reply::decode_hook_reply;
-use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, Userfaultfd};
+use pageferry_protocol::userfault::{AddressRange, Events, Userfaultfd};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -95,9 +95,10 @@ pub(crate) fn assert_waits_at(uffd: &Userfaultfd, page: AddressRange) {
         Ok(true),
         "a fault"
     );
-    let mut faults = [0; MAX_FAULTS];
-    assert_eq!(uffd.read_faults(&mut faults), Ok(1));
-    assert_eq!(faults[0] / PAGE * PAGE, page.start);
+    let mut events = Events::default();
+    uffd.read_events(&mut events).unwrap();
+    assert_eq!(events.faults().len(), 1);
+    assert_eq!(events.faults()[0] / PAGE * PAGE, page.start);
 }
 
 /// A VMM with one block whose writes are watched. All of it is protected.

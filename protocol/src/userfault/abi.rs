@@ -8,6 +8,7 @@ use zerocopy::FromBytes;
 /// Features to ask for (`UFFD_FEATURE_*`).
 pub mod feature {
     #![allow(missing_docs)]
+    pub const EVENT_REMOVE: u64 = 1 << 3;
     pub const MISSING_HUGETLBFS: u64 = 1 << 4;
     pub const MISSING_SHMEM: u64 = 1 << 5;
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
@@ -78,7 +79,8 @@ pub(super) struct UffdioWriteProtect {
 /// `UFFDIO_WRITEPROTECT_MODE_WP`.
 pub(super) const MODE_WP: u64 = 1;
 
-/// `struct uffd_msg`, as far as it is a page fault.
+/// `struct uffd_msg`, with the names of a page fault. A removal has its first address in `flags` and
+/// the address after its last in `address`.
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy, FromBytes, zerocopy::IntoBytes)]
 pub(super) struct UffdMsg {
@@ -91,6 +93,8 @@ pub(super) struct UffdMsg {
 
 /// `UFFD_EVENT_PAGEFAULT`.
 pub(super) const EVENT_PAGEFAULT: u8 = 0x12;
+/// `UFFD_EVENT_REMOVE`.
+pub(super) const EVENT_REMOVE: u8 = 0x15;
 
 pub(super) const GROUP: u8 = 0xaa;
 pub(super) const UFFDIO_API: Opcode = opcode::read_write::<UffdioApi>(GROUP, 0x3f);

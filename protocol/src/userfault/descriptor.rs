@@ -4,9 +4,9 @@
 #![allow(unsafe_code)]
 
 use super::abi::{
-    AddressRange, EVENT_PAGEFAULT, MODE_WP, UFFDIO_CONTINUE, UFFDIO_COPY, UFFDIO_POISON,
-    UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_ZEROPAGE, UffdMsg,
-    UffdioCopy, UffdioFill, UffdioRegister, UffdioWriteProtect,
+    AddressRange, EVENT_PAGEFAULT, EVENT_REMOVE, MODE_WP, UFFDIO_CONTINUE, UFFDIO_COPY,
+    UFFDIO_POISON, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
+    UFFDIO_ZEROPAGE, UffdMsg, UffdioCopy, UffdioFill, UffdioRegister, UffdioWriteProtect,
 };
 use super::open::{self, UserfaultError};
 use rustix::io::Errno;
@@ -46,12 +46,14 @@ fn has_hole(range: AddressRange) -> bool {
 #[derive(Debug)]
 pub struct Userfaultfd {
     fd: OwnedFd,
+    /// The mappings are those of this process.
+    is_own: bool,
 }
 
 impl From<OwnedFd> for Userfaultfd {
-    /// A descriptor that another process opened.
+    /// A descriptor of another process, which made the handshake.
     fn from(fd: OwnedFd) -> Self {
-        Self { fd }
+        Self { fd, is_own: false }
     }
 }
 
@@ -67,7 +69,21 @@ impl Userfaultfd {
     /// # Errors
     /// If it is not allowed, or the kernel is too old.
     pub fn open(features: u64) -> Result<Self, UserfaultError> {
-        open::open(features).map(Self::from)
+        open::open(features).map(Self::of_this_process)
+    }
+
+    /// A descriptor of this process, after the handshake.
+    pub(super) fn of_this_process(fd: OwnedFd) -> Self {
+        Self { fd, is_own: true }
+    }
+
+    /// A descriptor that was created in another process, for its mappings. Makes the handshake with
+    /// `features`.
+    ///
+    /// # Errors
+    /// If the kernel is too old, or the handshake was made already.
+    pub fn of_another_process(fd: OwnedFd, features: u64) -> Result<Self, UserfaultError> {
+        open::handshake_of_another(fd, features).map(Self::from)
     }
 
     /// Opens one for a process that places pages in a mapping of its own and never waits for a
@@ -76,14 +92,15 @@ impl Userfaultfd {
     /// # Errors
     /// If the kernel has none.
     pub fn open_for_placing() -> Result<Self, UserfaultError> {
-        open::open_user_mode_only().map(Self::from)
+        open::open_user_mode_only().map(Self::of_this_process)
     }
 
-    /// Registers a mapping of this process, which opened the descriptor: all of it, or nothing.
+    /// Registers a mapping of the process that the descriptor belongs to: all of it, or nothing.
     ///
     /// # Errors
     /// What the kernel said, or EFAULT if a part of the range is not mapped. The kernel alone
     /// reports success then, and registers the rest (userfaultfd_register() in fs/userfaultfd.c).
+    /// Only mappings of this process are looked at: for those of another one the caller has to.
     pub fn register(&self, range: AddressRange, what: RegisterMode) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
         let purpose =
@@ -94,7 +111,7 @@ impl Userfaultfd {
             purpose,
             source,
         };
-        if has_hole(range) {
+        if self.is_own && has_hole(range) {
             return Err(refused(Errno::FAULT));
         }
         // SAFETY: the struct is the one of this number. A registered mapping holds the same memory
@@ -142,8 +159,8 @@ impl Userfaultfd {
     /// # Errors
     /// If a page exists already or cannot be placed. The pages before it were placed.
     pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<(), FillError> {
-        let mut done = 0;
         let mut retries = Retries::default();
+        let mut done = 0;
         while done < bytes.len() {
             let rest = &bytes[done..];
             let (dst, src, len) =
@@ -183,8 +200,12 @@ impl Userfaultfd {
     /// the file is written or punched. Only for mappings of this process that are still registered.
     ///
     /// # Errors
-    /// What the kernel said; ENOENT if no mapping is registered there.
+    /// What the kernel said; ENOENT if no mapping is registered there, EOPNOTSUPP for mappings of
+    /// another process.
     pub fn clear_poison(&self, Poisoned(range): Poisoned) -> Result<(), Errno> {
+        if !self.is_own {
+            return Err(Errno::OPNOTSUPP);
+        }
         // Only if it is still registered: another mapping there must not be touched.
         match self.fill::<UFFDIO_POISON>(range) {
             Ok(()) | Err(FillError { errno: Errno::EXIST, .. }) => {}
@@ -264,29 +285,68 @@ impl Userfaultfd {
         Ok(())
     }
 
-    /// Reads the addresses of pending faults, as many as `into` holds. Returns their number; 0 if
-    /// there are none.
+    /// Reads pending faults and removals, as many as `into` holds, in place of what it has. There
+    /// may be none.
     ///
     /// # Errors
     /// What the kernel said.
-    pub fn read_faults(&self, into: &mut [u64; MAX_FAULTS]) -> Result<usize, Errno> {
+    pub fn read_events(&self, into: &mut Events) -> Result<(), Errno> {
+        into.clear();
         let mut messages = [UffdMsg::default(); MAX_FAULTS];
         let read = loop {
             match rustix::io::read(&self.fd, zerocopy::IntoBytes::as_mut_bytes(&mut messages)) {
                 Ok(bytes) => break bytes / size_of::<UffdMsg>(),
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(0),
+                Err(Errno::AGAIN) => return Ok(()),
                 Err(errno) => return Err(errno),
             }
         };
-        let mut count = 0;
-        // No other event was requested.
-        for message in messages.iter().take(read).filter(|message| message.event == EVENT_PAGEFAULT)
-        {
-            into[count] = message.address;
-            count += 1;
+        for message in &messages[..read] {
+            match message.event {
+                EVENT_PAGEFAULT => into.faults.push(message.address),
+                EVENT_REMOVE => {
+                    let (start, end) = (message.flags, message.address);
+                    let length = end.saturating_sub(start);
+                    into.removed.push(AddressRange { start, length });
+                }
+                // No other event was asked for.
+                _ => {}
+            }
         }
-        Ok(count)
+        Ok(())
+    }
+}
+
+/// What [`Userfaultfd::read_events`] has read. Reading again allocates nothing.
+#[derive(Debug)]
+pub struct Events {
+    faults: Vec<u64>,
+    removed: Vec<AddressRange>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self { faults: Vec::with_capacity(MAX_FAULTS), removed: Vec::with_capacity(MAX_FAULTS) }
+    }
+}
+
+impl Events {
+    /// The addresses of the faults.
+    pub fn faults(&self) -> &[u64] {
+        &self.faults
+    }
+
+    /// Mappings whose content the process gives up by madvise. The thread that does it goes on when
+    /// its event was read. Only a descriptor with the feature `EVENT_REMOVE` reports them.
+    ///
+    /// A fault of such a page may have been read before its removal. So handle removals first.
+    pub fn removed(&self) -> &[AddressRange] {
+        &self.removed
+    }
+
+    fn clear(&mut self) {
+        self.faults.clear();
+        self.removed.clear();
     }
 }
 
@@ -301,11 +361,11 @@ impl Poisoned {
     }
 }
 
-/// Largest number of faults in one [`Userfaultfd::read_faults`].
+/// Largest number of faults and removals in one [`Userfaultfd::read_events`].
 pub const MAX_FAULTS: usize = 64;
 
 /// How often in a row a call is repeated that made no progress because the mappings were changing.
-const MAX_RETRIES: u32 = 10_000;
+const MAX_RETRIES: u32 = 1000;
 
 /// Calls in a row that made no progress.
 #[derive(Debug, Default)]
@@ -314,7 +374,7 @@ struct Retries(u32);
 impl Retries {
     /// Decides whether to repeat a call. The kernel stops a call while the mappings change, until
     /// the change is complete. If the process asked for events, that takes until a thread reads
-    /// them. If nobody does, this thread must not wait for ever.
+    /// them. This may be that thread, or hold something that it waits for: so it must not wait.
     fn retry(&mut self, errno: Errno, progress: bool) -> Result<(), Errno> {
         match errno {
             Errno::INTR => {}

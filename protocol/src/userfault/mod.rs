@@ -20,6 +20,6 @@ mod open;
 mod source;
 
 pub use abi::{AddressRange, feature};
-pub use descriptor::{FillError, MAX_FAULTS, Poisoned, RegisterMode, Userfaultfd};
+pub use descriptor::{Events, FillError, MAX_FAULTS, Poisoned, RegisterMode, Userfaultfd};
 pub use open::UserfaultError;
 pub use source::UserfaultSource;

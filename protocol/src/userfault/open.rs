@@ -12,7 +12,8 @@ use std::ffi::c_void;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 /// Names of the features that this project asks for, `UFFD_FEATURE_*`, and their bits.
-const FEATURE_NAMES: [(&str, u64); 6] = [
+const FEATURE_NAMES: [(&str, u64); 7] = [
+    ("EVENT_REMOVE", feature::EVENT_REMOVE),
     ("MISSING_HUGETLBFS", feature::MISSING_HUGETLBFS),
     ("MISSING_SHMEM", feature::MISSING_SHMEM),
     ("WP_HUGETLBFS_SHMEM", feature::WP_HUGETLBFS_SHMEM),
@@ -98,16 +99,44 @@ pub(super) fn handshake_with(
     features: u64, next: impl Fn() -> Result<OwnedFd, UserfaultError>,
 ) -> Result<OwnedFd, UserfaultError> {
     let uffd = next()?;
-    let Err(source) = handshake(&uffd, features) else { return Ok(uffd) };
-    // One handshake per descriptor: a second descriptor asks what the kernel offers.
-    let offered = handshake(&next()?, 0).map_err(|source| UserfaultError::Handshake { source })?;
+    match handshake(&uffd, features) {
+        Ok(_) => Ok(uffd),
+        // One handshake per descriptor: a second descriptor asks what the kernel offers.
+        Err(source) => Err(refused(features, source, &next()?)),
+    }
+}
+
+/// Makes the handshake for `features` with a descriptor of any process.
+///
+/// # Errors
+/// If the kernel refuses it.
+pub(super) fn handshake_of_another(
+    uffd: OwnedFd, features: u64,
+) -> Result<OwnedFd, UserfaultError> {
+    match handshake(&uffd, features) {
+        Ok(_) => Ok(uffd),
+        // All processes have the same kernel, so one of this process tells what it offers.
+        Err(source) => Err(match user_mode_only() {
+            Ok(own) => refused(features, source, &own),
+            Err(_) => UserfaultError::Handshake { source },
+        }),
+    }
+}
+
+/// Why the kernel has refused the handshake for `features` with `source`, as the unused descriptor
+/// `unused` tells.
+fn refused(features: u64, source: Errno, unused: &OwnedFd) -> UserfaultError {
+    let offered = match handshake(unused, 0) {
+        Ok(offered) => offered,
+        Err(source) => return UserfaultError::Handshake { source },
+    };
     let lacks = |bit: &u64| features & bit != 0 && offered & bit == 0;
     let missing: Vec<&str> =
         FEATURE_NAMES.iter().filter(|(_, bit)| lacks(bit)).map(|(name, _)| *name).collect();
     if missing.is_empty() {
-        return Err(UserfaultError::Handshake { source });
+        return UserfaultError::Handshake { source };
     }
-    Err(UserfaultError::Feature { missing: missing.join(", ") })
+    UserfaultError::Feature { missing: missing.join(", ") }
 }
 
 /// Opens a userfaultfd that reports faults from user mode only. This takes no privilege.
@@ -115,16 +144,18 @@ pub(super) fn handshake_with(
 /// # Errors
 /// If the kernel has none.
 pub(super) fn open_user_mode_only() -> Result<OwnedFd, UserfaultError> {
-    /// `UFFD_USER_MODE_ONLY`, from the kernel's `linux/userfaultfd.h`.
-    const USER_MODE_ONLY: u32 = 1;
-    let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    let flags = flags | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
-    // SAFETY: a new descriptor gives power over no memory before something is registered with it.
-    let uffd = unsafe { rustix::mm::userfaultfd(flags) }
-        .map_err(|source| UserfaultError::Open { source })?;
+    let uffd = user_mode_only().map_err(|source| UserfaultError::Open { source })?;
     handshake(&uffd, feature::MISSING_SHMEM)
         .map_err(|source| UserfaultError::Handshake { source })?;
     Ok(uffd)
+}
+
+fn user_mode_only() -> Result<OwnedFd, Errno> {
+    /// `UFFD_USER_MODE_ONLY`, from the kernel's `linux/userfaultfd.h`.
+    const USER_MODE_ONLY: u32 = 1;
+    let flags = flags() | UserfaultfdFlags::from_bits_retain(USER_MODE_ONLY);
+    // SAFETY: a new descriptor gives power over no memory before something is registered with it.
+    unsafe { rustix::mm::userfaultfd(flags) }
 }
 
 /// Returns the features that the kernel offers.

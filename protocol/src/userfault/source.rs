@@ -67,7 +67,7 @@ impl UserfaultSource {
             // What is missing now may still be allowed when it is needed.
             let _ = fill(&mut self.pool(), device);
         }
-        opened.map(Userfaultfd::from)
+        opened.map(Userfaultfd::of_this_process)
     }
 
     /// Finds out whether a userfaultfd with these features can be opened. Takes none from the pool.

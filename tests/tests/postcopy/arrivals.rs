@@ -6,7 +6,7 @@ use pageferry_agent::memory::host_page_set::HostPageSet;
 use pageferry_agent::memory::missing_pages::{FaultOutcome, MissingPages};
 use pageferry_agent::memory::{Backing, Block, GuestMemory};
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
-use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, RegisterMode, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, Events, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::require;
 use std::os::fd::AsFd;
@@ -59,11 +59,12 @@ fn a_fault_on_a_page_being_placed_gets_its_content() {
                     .get_atomic_ref::<std::sync::atomic::AtomicU64>((page * PAGE_SIZE) as usize);
                 word.unwrap().load(Ordering::Relaxed)
             });
-            let mut faults = [0; MAX_FAULTS];
-            while uffd.read_faults(&mut faults).unwrap() == 0 {
+            let mut events = Events::default();
+            while events.faults().is_empty() {
+                uffd.read_events(&mut events).unwrap();
                 std::thread::yield_now();
             }
-            assert_eq!(missing_pages.locate(faults[0]), Some((0, page)));
+            assert_eq!(missing_pages.locate(events.faults()[0]), Some((0, page)));
             // Like an arriving page: it takes the page, and then places it.
             let fault = scope.spawn(|| {
                 taken.wait();

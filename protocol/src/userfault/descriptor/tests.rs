@@ -38,10 +38,12 @@ fn mappings_that_stay_in_a_change_are_not_waited_for_for_ever() {
             (Err(Errno::AGAIN), Err(Errno::AGAIN))
         );
         // Hears of it, so that the remover goes on.
-        let mut faults = [0; MAX_FAULTS];
+        let (mut events, mut removed) = (Events::default(), Vec::new());
         while !remover.is_finished() {
-            let _ = uffd.read_faults(&mut faults);
+            uffd.read_events(&mut events).unwrap();
+            removed.extend_from_slice(events.removed());
         }
+        assert_eq!(removed, [all]);
         remover.join().unwrap().unwrap();
     });
     assert_eq!(uffd.protect(all), Ok(()));

@@ -11,7 +11,7 @@ use super::{Times, shuffled};
 use pageferry_protocol::control::{Frame, FrameSocket};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::RECORD_SIZE;
-use pageferry_protocol::userfault::{AddressRange, MAX_FAULTS, RegisterMode, Userfaultfd, feature};
+use pageferry_protocol::userfault::{AddressRange, Events, RegisterMode, Userfaultfd, feature};
 use pageferry_tests::memory::TestMemory;
 use pageferry_tests::process::Process;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -89,11 +89,11 @@ pub fn answer(control: &Path) {
     std::thread::spawn(move || answer_questions(&listener, unit));
     control.send(&Frame::reply(0, port.to_le_bytes().to_vec()), deadline()).unwrap();
     let page = vec![1; unit as usize];
-    let mut faults = [0; MAX_FAULTS];
+    let mut events = Events::default();
     loop {
         poll(&mut [PollFd::new(&uffd, PollFlags::IN)], None).unwrap();
-        let count = uffd.read_faults(&mut faults).unwrap();
-        for address in &faults[..count] {
+        uffd.read_events(&mut events).unwrap();
+        for address in events.faults() {
             uffd.copy(address / unit * unit, &page).unwrap();
         }
     }
