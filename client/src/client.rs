@@ -104,7 +104,8 @@ impl Client {
     /// handshake or breaks it.
     pub fn from_socket(socket: OwnedFd, config: Config) -> Result<(Self, HookChannel), Error> {
         config.check()?;
-        let (memory, fence) = (Arc::new(Memory::new(config.log_covers)?), Arc::new(Fence::new()?));
+        let memory = Arc::new(Memory::new(config.log_covers, config.mapped_by.clone())?);
+        let fence = Arc::new(Fence::new()?);
         let ownership = Arc::new(SharedOwnership::new());
         let (missing, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
         let timeouts = Timeouts::new(&config, &ownership, &writes);

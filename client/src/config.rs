@@ -3,7 +3,9 @@
 //! How a client is set up.
 
 use crate::error::Error;
+use crate::mapping_process::MappingProcess;
 use pageferry_protocol::control::request::MAX_VM_NAME;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Shortest duration in a [`Config`]. With less, threads of the client would do nothing but look at
@@ -19,6 +21,10 @@ pub struct Config {
     /// can lie outside. The default of 4 TiB takes a memfd of 128 MiB, which is sparse: it costs
     /// memory only where guest pages are dirty.
     pub log_covers: u64,
+    /// The process that has the guest's memory mapped, if it is not this one:
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) are its addresses, and userfaultfds
+    /// are for its mappings.
+    pub mapped_by: Option<Arc<dyn MappingProcess>>,
     /// How long the agent may take to answer a request, and to accept an answer. It is lost if it
     /// takes longer.
     ///
@@ -48,6 +54,7 @@ impl Default for Config {
         Self {
             name: String::new(),
             log_covers: 4 << 40,
+            mapped_by: None,
             request_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(3),
             heartbeat: Duration::from_secs(5),
@@ -61,7 +68,7 @@ impl Config {
     /// # Errors
     /// Which one, and what is allowed.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let Config { ref name, request_timeout, stall_timeout, heartbeat, log_covers: _ } = *self;
+        let Config { ref name, request_timeout, stall_timeout, heartbeat, .. } = *self;
         if name.len() > MAX_VM_NAME || name.chars().any(char::is_control) {
             return Err(Error::VmName { name: name.clone() });
         }

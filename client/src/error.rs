@@ -229,6 +229,14 @@ pub enum Error {
     /// There is no userfaultfd, or a mapping cannot be registered.
     #[error(transparent)]
     Userfault(#[from] pageferry_protocol::userfault::UserfaultError),
+    /// Something cannot be done in the process that maps the guest's memory, which is another one
+    /// ([`Config::mapped_by`](crate::Config::mapped_by)).
+    #[error("the process of the VMM")]
+    MappingProcess {
+        /// Why.
+        #[source]
+        source: crate::MappingProcessError,
+    },
     /// The set of trackers is empty.
     #[error(
         "the set of trackers is empty; if every writer marks the dirty log, declare Trackers::LOG_IS_COMPLETE"

@@ -167,8 +167,8 @@
 // - `memory`, `block`, `memfd`: what survives the agent;
 // - `missing_pages`, `poison`: pages that are still missing while the guest runs;
 // - `watched_writes`: pages that a background snapshot has not saved yet;
-// - `registration`: the userfaultfd registration that both need; `userfaultfd`: whether there is
-//   one.
+// - `registration`: the userfaultfd registration that both need; `mapping_process`: where
+//   userfaultfds come from; `userfaultfd`: whether there is one.
 //
 // `threads`, `stop`, `sync`: threads that never end silently, ending them, and locks. `error`:
 // errors.
@@ -200,6 +200,7 @@ mod heartbeat;
 mod hooks;
 mod jobs;
 mod link;
+mod mapping_process;
 mod memfd;
 mod memory;
 mod missing_pages;
@@ -233,6 +234,7 @@ pub use error::{Error, PathError};
 pub use guest_memory::GuestRegions;
 pub use hooks::{Dispatch, HookChannel, HookError, HookThread, Hooks, StatePiece};
 pub use jobs::Target;
+pub use mapping_process::{MappingProcess, MappingProcessError, UserfaultPurpose};
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::hook::GuestOrigin;
@@ -248,6 +250,7 @@ pub use pageferry_protocol::invariants;
 pub use pageferry_protocol::memory::PageRange;
 pub use pageferry_protocol::shm::{DirtyLog, MappedBitmap};
 pub use pageferry_protocol::stream::Kind;
+pub use pageferry_protocol::userfault::{AddressRange, Userfaultfd};
 pub use supervisor::Supervisor;
 pub use tracking::{ClearPages, Tracker};
 /// The version of `vm-memory` whose guest memory [`Client::add_guest_memory`] takes.

@@ -11,6 +11,7 @@
 use crate::addresses::AddressMap;
 use crate::block::{Block, BlockSpec};
 use crate::error::Error;
+use crate::mapping_process::{MappingProcess, Userfaults};
 use crate::memfd::sealed_memfd;
 use crate::sync::lock;
 use pageferry_protocol::control::request::BlockRange;
@@ -27,7 +28,7 @@ pub(crate) struct Memory {
     pub(crate) log_fd: OwnedFd,
     pub(crate) log: Arc<DirtyLog>,
     /// For the registrations of the mappings of the blocks.
-    pub(crate) userfaults: UserfaultSource,
+    pub(crate) userfaults: Arc<Userfaults>,
     /// Bytes of the guest physical address space that the log covers.
     covers: u64,
     blocks: Mutex<Blocks>,
@@ -44,8 +45,13 @@ struct Blocks {
 }
 
 impl Memory {
-    /// A log that covers `covers` bytes of guest physical addresses, and no blocks.
-    pub(crate) fn new(covers: u64) -> Result<Self, Error> {
+    /// A log that covers `covers` bytes of guest physical addresses, and no blocks. `mapped_by` is
+    /// the process that maps the blocks; `None` for this one.
+    pub(crate) fn new(
+        covers: u64, mapped_by: Option<Arc<dyn MappingProcess>>,
+    ) -> Result<Self, Error> {
+        let userfaults =
+            mapped_by.map_or_else(|| Userfaults::Own(UserfaultSource::new()), Userfaults::Of);
         // Whole pages of log: a page holds 32,768 bits, which is 128 MiB of guest.
         let length = covers.div_ceil(PAGE_SIZE).div_ceil(8).max(1).next_multiple_of(PAGE_SIZE);
         let log_fd = sealed_memfd("pageferry-log", length)?;
@@ -55,7 +61,7 @@ impl Memory {
             log_fd,
             covers: log.pages() * PAGE_SIZE,
             log: Arc::new(log),
-            userfaults: UserfaultSource::new(),
+            userfaults: Arc::new(userfaults),
             blocks: Mutex::default(),
         })
     }

@@ -42,6 +42,7 @@
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
+use crate::mapping_process::UserfaultPurpose;
 use crate::memory::Memory;
 use crate::ownership::{Ownership, SharedOwnership};
 use crate::poison::Poisoner;
@@ -50,16 +51,12 @@ use crate::stop::StopToken;
 use crate::sync::lock;
 use crate::tracking::active::ActiveTrackers;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
-use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Time that the VMM has to stop its guest before accesses to missing pages become errors.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Features of a userfaultfd for missing pages.
-pub(crate) const MISSING_FEATURES: u64 =
-    feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON;
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct MissingPages(Mutex<State>);
@@ -99,11 +96,10 @@ impl MissingPages {
             // The agent stops its trackers before it asks for the registration. That the mappings
             // can be registered shows in theirs.
             State::Complete if tracking.is_registered() => {
-                Ok(memory.userfaults.check(MISSING_FEATURES)?)
+                memory.userfaults.check(&[UserfaultPurpose::MissingPages])
             }
             State::Complete => {
-                Registration::register_all(memory, MISSING_FEATURES, RegisterMode::Missing)
-                    .map(drop)
+                Registration::register_all(memory, UserfaultPurpose::MissingPages).map(drop)
             }
             State::Pending { .. } | State::Lost { .. } => Ok(()),
         }
@@ -116,8 +112,7 @@ impl MissingPages {
         probe: Probe,
     ) -> Result<OwnedFd, Error> {
         self.forget_lost();
-        let registered =
-            Registration::register_all(memory, MISSING_FEATURES, RegisterMode::Missing)?;
+        let registered = Registration::register_all(memory, UserfaultPurpose::MissingPages)?;
         let for_agent = registered.duplicate()?;
         // Locked first: the heartbeat may find the agent dead at once, and then needs the state.
         let mut state = self.state();
@@ -259,6 +254,18 @@ impl MissingPages {
                     State::Lost { registered, poisoner, link, reported: reported || is_reported };
             }
             State::Complete => {}
+        }
+    }
+}
+
+impl Drop for MissingPages {
+    /// Without a client nobody takes the registration back: to unregister would make zero of pages
+    /// that are missing, while the guest may run. Its accesses wait for ever, or get SIGBUS.
+    fn drop(&mut self) {
+        match std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+            State::Complete => {}
+            State::Pending { registered, .. } => std::mem::forget(registered),
+            lost @ State::Lost { .. } => std::mem::forget(lost),
         }
     }
 }

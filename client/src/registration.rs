@@ -4,10 +4,14 @@
 //! protected pages.
 
 use crate::error::Error;
+use crate::mapping_process::{UserfaultPurpose, Userfaults};
 use crate::memory::Memory;
-use pageferry_protocol::userfault::{AddressRange, RegisterMode, UserfaultError, Userfaultfd};
+use pageferry_protocol::userfault::{
+    AddressRange, Events, RegisterMode, UserfaultError, Userfaultfd,
+};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 /// The registration. Dropping it unregisters the mappings.
 #[derive(Debug)]
@@ -15,26 +19,30 @@ pub(crate) struct Registration {
     pub(crate) uffd: Userfaultfd,
     pub(crate) ranges: Vec<AddressRange>,
     host_pages: Vec<u64>,
+    purpose: UserfaultPurpose,
+    userfaults: Arc<Userfaults>,
 }
 
 impl Registration {
-    /// Opens a userfaultfd with these features and registers the mappings of all blocks.
+    /// Opens a userfaultfd for this purpose and registers the mappings of all blocks.
     ///
     /// # Errors
     /// If a block is not mapped, there is no userfaultfd, or a mapping cannot be registered. Then
     /// no mapping stays registered.
-    pub(crate) fn register_all(
-        memory: &Memory, features: u64, what: RegisterMode,
-    ) -> Result<Self, Error> {
-        let uffd = memory.userfaults.open(features)?;
-        let mut registered = Self { uffd, ranges: Vec::new(), host_pages: Vec::new() };
+    pub(crate) fn register_all(memory: &Memory, purpose: UserfaultPurpose) -> Result<Self, Error> {
+        let userfaults = Arc::clone(&memory.userfaults);
+        let uffd = userfaults.open(purpose)?;
+        let (ranges, host_pages) = (Vec::new(), Vec::new());
+        let mut registered = Self { uffd, ranges, host_pages, purpose, userfaults };
+        let mode = purpose.mode();
         for block in memory.all() {
             let (id, length) = (block.geometry.id, block.geometry.length);
             if block.vmm_address == 0 {
                 return Err(Error::NotMapped { id });
             }
             let range = AddressRange { start: block.vmm_address, length };
-            registered.uffd.register(range, what).map_err(|error| match (what, error) {
+            registered.userfaults.check_mapped(range)?;
+            registered.uffd.register(range, mode).map_err(|error| match (mode, error) {
                 (
                     RegisterMode::WriteProtect,
                     UserfaultError::Register { source: Errno::BUSY, .. },
@@ -57,6 +65,11 @@ impl Registration {
     /// process that has a duplicate of the userfaultfd can do nothing with these mappings any more.
     pub(crate) fn unregister(&self) {
         self.ranges.iter().for_each(|range| self.unregister_range(*range));
+        // A thread of the VMM that gives memory up by madvise waits until its event is read, also
+        // if its mapping is not registered any more (userfaultfd_event_wait_completion() in
+        // fs/userfaultfd.c).
+        let mut events = Events::default();
+        while self.uffd.read_events(&mut events).is_ok() && !events.removed().is_empty() {}
     }
 
     /// The same for the mapping at this address, if it is one of these.
@@ -89,5 +102,6 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.unregister();
+        self.userfaults.closed(self.purpose);
     }
 }

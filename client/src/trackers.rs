@@ -4,9 +4,8 @@
 
 use crate::client::Client;
 use crate::error::Error;
-use crate::tracking::active::SCAN_FEATURES;
+use crate::mapping_process::UserfaultPurpose;
 use crate::tracking::declared::DeclaredTrackers;
-use crate::tracking::uffd::open_pagemap;
 use pageferry_protocol::control::Trackers;
 
 impl Client {
@@ -33,8 +32,9 @@ impl Client {
         }
         let pagemap = if trackers.contains(Trackers::WRITE_PROTECT) {
             // Fails now instead of in the middle of a job.
-            self.memory().userfaults.check(SCAN_FEATURES)?;
-            Some(open_pagemap().map_err(Error::kernel("open /proc/self/pagemap"))?)
+            let userfaults = &self.memory().userfaults;
+            userfaults.check(&[UserfaultPurpose::WriteTracking])?;
+            Some(userfaults.open_pagemap()?)
         } else {
             None
         };

@@ -4,13 +4,15 @@
 
 use crate::client::Client;
 use crate::error::Error;
-use crate::missing_pages::MISSING_FEATURES;
-use crate::tracking::active::SCAN_FEATURES;
-use crate::watched_writes::WATCH_FEATURES;
+use crate::mapping_process::UserfaultPurpose;
 use pageferry_protocol::error::chain;
 
 /// All that any job or tracker needs.
-const FEATURES: u64 = MISSING_FEATURES | WATCH_FEATURES | SCAN_FEATURES;
+const PURPOSES: [UserfaultPurpose; 3] = [
+    UserfaultPurpose::MissingPages,
+    UserfaultPurpose::WatchedWrites,
+    UserfaultPurpose::WriteTracking,
+];
 
 impl Client {
     /// Finds out whether the VMM can do what needs userfaultfd: postcopy and hybrid migration in
@@ -31,12 +33,12 @@ impl Client {
     /// [`Error::Userfault`]: which right is missing, or which feature the kernel lacks. The jobs
     /// and trackers above then fail with the same error when they need it.
     pub fn check_userfaultfd(&self) -> Result<(), Error> {
-        Ok(self.memory().userfaults.check(FEATURES)?)
+        self.memory().userfaults.check(&PURPOSES)
     }
 
     /// Logs once that there is no userfaultfd, if that is known. Many VMMs need none.
     pub(crate) fn log_missing_userfaultfd(&self) {
-        if let Some(error) = self.memory().userfaults.known_failure(FEATURES) {
+        if let Some(error) = self.memory().userfaults.known_failure(&PURPOSES) {
             log::info!(
                 "postcopy, hybrid, lazy restore, background snapshots and Trackers::WRITE_PROTECT are not possible \
                  in this VM: {}",

@@ -26,15 +26,13 @@
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
+use crate::mapping_process::UserfaultPurpose;
 use crate::memory::Memory;
 use crate::registration::Registration;
 use crate::sync::lock;
-use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Features of a userfaultfd for watched writes.
-pub(crate) const WATCH_FEATURES: u64 = feature::WP_HUGETLBFS_SHMEM;
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
 pub(crate) struct WatchedWrites {
@@ -101,8 +99,7 @@ impl WatchedWrites {
         }
         // The registration of an earlier agent, whose heartbeat is about to find its end.
         *watched = None;
-        let registered =
-            Registration::register_all(memory, WATCH_FEATURES, RegisterMode::WriteProtect)?;
+        let registered = Registration::register_all(memory, UserfaultPurpose::WatchedWrites)?;
         let for_agent = registered.duplicate()?;
         let weak = Arc::downgrade(self);
         let heartbeat = Heartbeat::start(

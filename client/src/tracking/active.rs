@@ -31,17 +31,13 @@
 //! what the VMM does is held while its hook runs.
 
 use crate::error::Error;
+use crate::mapping_process::UserfaultPurpose;
 use crate::memory::Memory;
 use crate::registration::Registration;
 use crate::sync::lock;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
-use pageferry_protocol::userfault::{RegisterMode, feature};
 use std::sync::{Mutex, MutexGuard};
-
-/// Features of a userfaultfd for write-protect scanning.
-pub(crate) const SCAN_FEATURES: u64 =
-    feature::WP_HUGETLBFS_SHMEM | feature::WP_UNPOPULATED | feature::WP_ASYNC;
 
 /// A client and its hook channels share it.
 #[derive(Debug, Default)]
@@ -236,7 +232,7 @@ impl Scan {
 }
 
 fn register(memory: &Memory) -> Result<Registration, Error> {
-    Registration::register_all(memory, SCAN_FEATURES, RegisterMode::WriteProtect)
+    Registration::register_all(memory, UserfaultPurpose::WriteTracking)
 }
 
 #[cfg(test)]
@@ -284,7 +280,7 @@ mod tests {
     fn the_agent_before_takes_no_registration_from_the_scan_of_the_next_one() {
         let tracking = ActiveTrackers::default();
         *tracking.scanning() = Some(Scan { link: NEW, registered: None });
-        let memory = Memory::new(1 << 30).unwrap();
+        let memory = Memory::new(1 << 30, None).unwrap();
         assert_eq!(tracking.start_scanning(OLD, &memory).unwrap_err().code, ErrorCode::State);
         assert_eq!(tracking.suspend(OLD), Err(Replaced("write-protect scanning")));
         tracking.stop_scanning(OLD);

@@ -14,9 +14,8 @@
 //! This sees the writes of vCPUs and of the VMM through this mapping. It does not see `write()` to
 //! the file, or other mappings of the file. Such writers mark the shared log.
 
-use super::active::SCAN_FEATURES;
+use crate::mapping_process::{UserfaultPurpose, open_own_pagemap};
 use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd};
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -73,11 +72,6 @@ pub enum UffdError {
     },
 }
 
-/// The pagemap of this process.
-pub(crate) fn open_pagemap() -> rustix::io::Result<OwnedFd> {
-    rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-}
-
 /// Mappings of this process whose first writes are tracked. Dropping it unregisters them, which
 /// removes the protection.
 #[derive(Debug)]
@@ -96,8 +90,8 @@ impl WriteProtect {
     /// If userfaultfd is not allowed or too old, or for the reasons of [`WriteProtect::add`]. Then
     /// no mapping stays registered.
     pub fn register(ranges: &[(u64, u64)]) -> Result<Self, UffdError> {
-        let uffd = Userfaultfd::open(SCAN_FEATURES)?;
-        let pagemap = open_pagemap().map_err(|source| UffdError::Pagemap { source })?;
+        let uffd = Userfaultfd::open(UserfaultPurpose::WriteTracking.features())?;
+        let pagemap = open_own_pagemap().map_err(|source| UffdError::Pagemap { source })?;
         let mut this = Self { uffd, pagemap, registered: BTreeMap::new() };
         for &(start, length) in ranges {
             this.add(start, length)?;
