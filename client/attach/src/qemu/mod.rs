@@ -1,3 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! QEMU, attached from outside.
+//!
+//! - [`monitor`]: commands and events of QEMU, by QMP;
+//! - [`device_state`]: the state of the devices, by QEMU's own migration.
+
+pub mod device_state;
+pub mod monitor;

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+use super::*;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixListener;
+
+/// A monitor at a socket, which answers each command with the next of `answers`; `ID` in it becomes
+/// the id of the command.
+fn with_monitor<T>(
+    greeting: &str, answers: &[&str], test: impl FnOnce(Result<Monitor, MonitorError>) -> T,
+) -> T {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut socket = listener.accept().unwrap().0;
+            let mut commands = BufReader::new(socket.try_clone().unwrap()).lines();
+            socket.write_all(greeting.as_bytes()).unwrap();
+            for answer in answers {
+                let Some(Ok(command)) = commands.next() else { return };
+                let command: Value = serde_json::from_str(&command).unwrap();
+                let _ =
+                    socket.write_all(answer.replace("ID", &command["id"].to_string()).as_bytes());
+            }
+            // One more command gets no answer: QEMU exits.
+            let _ = commands.next();
+        });
+        test(Monitor::connect(&path))
+    })
+}
+
+const GREETING: &str = "{\"QMP\": {}}\r\n";
+const DONE: &str = "{\"return\": {}, \"id\": ID}\r\n";
+
+#[test]
+fn events_between_a_command_and_its_answer_are_kept_in_order() {
+    let answer = "{\"event\": \"STOP\", \"data\": {\"a\": 1}}\n{\"event\": \"RESUME\"}\n\
+                  {\"return\": [1], \"id\": ID}\n{\"event\": \"RESET\"}\n";
+    with_monitor(GREETING, &[DONE, answer], |monitor| {
+        let mut monitor = monitor.unwrap();
+        assert_eq!(monitor.command("query", Value::Null).unwrap(), json!([1]));
+        let soon = Instant::now() + Duration::from_secs(10);
+        let reset = monitor.wait_for_event(soon, |event| event.name == "RESET").unwrap().unwrap();
+        assert_eq!(reset.content, Value::Null);
+        let rest = monitor.take_events().unwrap();
+        assert_eq!(rest[0], Event { name: "STOP".into(), content: json!({"a": 1}) });
+        assert_eq!(rest[1].name, "RESUME");
+        assert_eq!(rest.len(), 2);
+    });
+}
+
+#[test]
+fn a_late_answer_to_an_earlier_command_is_not_the_answer_to_this_one() {
+    let answer = "{\"return\": \"late\", \"id\": 1}\n{\"return\": \"now\", \"id\": ID}\n";
+    with_monitor(GREETING, &[DONE, answer], |monitor| {
+        assert_eq!(monitor.unwrap().command("query", Value::Null).unwrap(), json!("now"));
+    });
+}
+
+#[test]
+fn a_refusal_has_the_words_of_qemu() {
+    let answer =
+        "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}, \"id\": ID}\n";
+    with_monitor(GREETING, &[DONE, answer], |monitor| {
+        let error = monitor.unwrap().command("query", Value::Null).unwrap_err();
+        assert_eq!(error.to_string(), "QEMU refuses query: no such thing");
+    });
+}
+
+#[test]
+fn what_is_not_qmp_is_an_error_that_quotes_it() {
+    for (greeting, quoted) in [("hello\n", "JSON: hello"), ("{\"a\": 1}\n", "a greeting")] {
+        with_monitor(greeting, &[], |monitor| {
+            let error = monitor.unwrap_err().to_string();
+            assert!(error.contains(quoted), "{error}");
+        });
+    }
+}
+
+#[test]
+fn the_end_of_qemu_is_a_broken_connection() {
+    with_monitor(GREETING, &[DONE], |monitor| {
+        let error = monitor.unwrap().command("quit", Value::Null).unwrap_err();
+        assert!(matches!(error, MonitorError::Broken { source: None }), "{error}");
+    });
+}
