@@ -19,6 +19,7 @@
 //! - [`mock_vmm`]: the command line `mock_vmm source|destination`;
 //! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`scenario`]: scenes that a test steps through, with VMMs that follow a script;
+//! - [`linux_guest`]: real Linux guests under unmodified QEMUs;
 //! - [`decoders`]: what every decoder must do with arbitrary bytes;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: the kernel's pool of huge
 //!   pages;
@@ -40,6 +41,7 @@ pub mod gate;
 pub mod guest;
 pub mod huge_pages;
 pub mod in_process;
+pub mod linux_guest;
 pub mod memory;
 pub mod mock_vmm;
 pub mod plug;

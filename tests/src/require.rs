@@ -12,10 +12,11 @@
 //!
 //! If a need is not met, the test prints `skipped: why`. If the environment variable
 //! `PAGEFERRY_REQUIRE` names the need (comma separated:
-//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk`), the test fails instead. So a machine that
-//! should run everything skips nothing unnoticed.
+//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk,qemu`), the test fails instead. So a machine
+//! that should run everything skips nothing unnoticed.
 
 use crate::huge_pages::HugePages;
+use crate::linux_guest::QemuTools;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
@@ -110,6 +111,14 @@ fn try_file_on_disk(folder: &Path, length: u64) -> Result<File, Box<dyn Error>> 
 /// If nothing works, and `PAGEFERRY_REQUIRE` names `net`.
 pub fn net_namespace() -> Option<&'static str> {
     met("net", try_net_namespace())
+}
+
+/// The QEMUs and the Linux guest that `tests/guests/install` gets.
+///
+/// # Panics
+/// If they are not there, and `PAGEFERRY_REQUIRE` names `qemu`.
+pub fn qemu() -> Option<QemuTools> {
+    met("qemu", QemuTools::find().map_err(Into::into))
 }
 
 fn try_net_namespace() -> Result<&'static str, Box<dyn Error>> {
