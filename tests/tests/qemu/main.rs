@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Linux guests under unmodified QEMUs, of an old and a new version.
+//!
+//! - [`guests`]: the guests themselves, on which the other tests here rely.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod guests;
