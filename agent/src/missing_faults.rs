@@ -295,7 +295,8 @@ mod tests {
     use crate::memory::host_page_set::HostPageSet;
     use crate::memory::{GuestMemory, test_support};
     use pageferry_protocol::control::job::JobKind;
-    use pageferry_protocol::memory::PAGE_SIZE;
+    use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+    use pageferry_protocol::userfault::feature;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Arc;
 
@@ -375,10 +376,15 @@ mod tests {
 
     impl Waiting {
         fn new() -> Option<Self> {
-            let ram = test_support::Registered::new(64)?;
+            Self::with_missing(1 << MISSING)
+        }
+
+        fn with_missing(pages: u64) -> Option<Self> {
+            let features = feature::MISSING_SHMEM | feature::EVENT_REMOVE;
+            let ram = test_support::Registered::with_features(64, features)?;
             let job = test_support::job_of(JobKind::Incoming, ram.memory.clone());
             let missing = HostPageSet::empty(ram.memory.blocks(), &[PAGE_SIZE]).unwrap();
-            missing.add(0, 0, 1 << MISSING);
+            missing.add(0, 0, pages);
             let (missing, uffd) = (Arc::new(missing), ram.for_agent());
             let missing_pages =
                 MissingPages::new(ram.memory.blocks(), missing, uffd, false, job.live.clone())
@@ -436,5 +442,39 @@ mod tests {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.missing_pages.finish_load());
         assert!(!waiting.continues_after(|| waiting.job.cancel.force_cancel()));
+    }
+
+    /// A VMM that knows nothing of its agent frees pages while others arrive.
+    #[test]
+    fn pages_that_the_vmm_frees_by_itself_need_not_come() {
+        const CONTENT: [u8; PAGE_SIZE as usize] = [7; PAGE_SIZE as usize];
+        for _ in 0..100 {
+            let Some(waiting) = Waiting::with_missing(u64::MAX) else { return };
+            std::thread::scope(|scope| {
+                let Waiting { job, ram, missing_pages, stop } = &waiting;
+                let (stopping, mut reads) = (stop.stop_on_drop(), Reads);
+                scope.spawn(move || {
+                    handle_faults(job, missing_pages, &mut reads, stop.as_fd(), |error| {
+                        panic!("{error}")
+                    });
+                });
+                // Every other page is freed, the last of them just as it arrives.
+                let frees =
+                    scope.spawn(|| (0..64).step_by(2).for_each(|page| ram.free_untold(page)));
+                for page in (0..64).rev() {
+                    let range = PageRange::new(page, 1);
+                    missing_pages.place_pages(&ram.memory.readers, 0, 0, range, &CONTENT).unwrap();
+                }
+                frees.join().unwrap();
+                assert_eq!(missing_pages.missing().remaining_pages(), 0);
+                // Nobody waits any more, and what was not freed is here.
+                for page in 0..64 {
+                    let word = ram.touch(page);
+                    assert!(word == u64::from_le_bytes([7; 8]) || (page % 2 == 0 && word == 0));
+                }
+                drop(stopping);
+            });
+            waiting.missing_pages.unregister();
+        }
     }
 }

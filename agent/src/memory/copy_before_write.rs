@@ -81,6 +81,15 @@ pub enum CaptureError {
         #[source]
         source: Errno,
     },
+    /// Memory was freed after the instant, by a VMM that does not tell.
+    #[error(
+        "block {id}: the guest gave memory back while it was saved, and what it held is lost: save it again, with \
+         --mode paused if that comes again (a balloon and free page reporting give memory back)"
+    )]
+    Freed {
+        /// The block.
+        id: u32,
+    },
     /// The guest waited to write while the sink took nothing.
     #[error(
         "nothing was written to the image for {:?}, while the guest waited to write: hook_timeout allows no more, and the guest runs on without the snapshot",
@@ -116,6 +125,16 @@ pub trait Sink: std::fmt::Debug + Send + Sync {
     }
 }
 
+/// The page tables of the VMM.
+pub trait PageTables: std::fmt::Debug + Send + Sync {
+    /// True if all pages in `length` bytes from `address` are write-protected by a userfaultfd. A
+    /// page loses the protection when it is freed, by whomever.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    fn is_protected(&self, address: u64, length: u64) -> Result<bool, Errno>;
+}
+
 /// The write protection of the VMM's mappings.
 #[derive(Debug)]
 pub struct Protection {
@@ -123,6 +142,8 @@ pub struct Protection {
     pub uffd: Userfaultfd,
     /// The addresses of the mappings.
     pub mappings: Mappings,
+    /// For a VMM that frees memory without telling.
+    pub untold_frees: Option<Arc<dyn PageTables>>,
 }
 
 impl Protection {
@@ -134,6 +155,22 @@ impl Protection {
         self.uffd
             .protect(self.mappings.addresses(at, host_pages))
             .map_err(|source| self.failed(at, source))
+    }
+
+    /// Checks that these pages, which were just read, were protected until now. A page that a VMM
+    /// has freed without telling has lost its protection: it is a hole, or holds what the guest
+    /// has written since.
+    ///
+    /// # Errors
+    /// If one was freed, or the pagemap cannot be read.
+    fn check_not_freed(&self, at: usize, pages: PageRange) -> Result<(), CaptureError> {
+        let Some(tables) = &self.untold_frees else { return Ok(()) };
+        let mapping = &self.mappings.all()[at];
+        match tables.is_protected(mapping.start + pages.offset(), pages.bytes()) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(CaptureError::Freed { id: mapping.id }),
+            Err(source) => Err(self.failed(at, source)),
+        }
     }
 
     /// Removes the protection of host pages, and wakes the threads that wait to write there.
@@ -302,6 +339,7 @@ impl CopyBeforeWrite {
         if let Some(protection) = &self.protection {
             // The guest does not wait for the disk: the protection is removed first.
             for (at, pages, _) in &batch.runs {
+                protection.check_not_freed(*at, *pages)?;
                 protection.unprotect(*at, self.pending.block(*at).covering(*pages))?;
             }
         }
@@ -359,6 +397,7 @@ impl CopyBeforeWrite {
                 .backing
                 .read(pages.offset(), &mut into[..pages.bytes() as usize])
                 .map_err(failed)?;
+            self.protection.as_ref().map_or(Ok(()), |it| it.check_not_freed(at, pages))?;
             add(&self.live.copied_before_write_pages, pages.count);
             self.cursor.fault(at, pages.end());
             Ok(())

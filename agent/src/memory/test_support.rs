@@ -6,7 +6,7 @@ use super::{Backing, Block, GuestMemory};
 use crate::hooks::Hooks;
 use crate::job::{Job, notifier};
 use pageferry_protocol::control::job::{IncomingOptions, JobKind};
-use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::mapping::MappedWords;
 use pageferry_protocol::userfault::{AddressRange, RegisterMode, Userfaultfd, feature};
 use std::os::fd::{AsFd, OwnedFd};
@@ -67,6 +67,11 @@ pub(crate) struct Registered {
 impl Registered {
     /// A registered block of `pages` pages. `None` if this process must not open a userfaultfd.
     pub(crate) fn new(pages: u64) -> Option<Self> {
+        Self::with_features(pages, feature::MISSING_SHMEM)
+    }
+
+    /// The same, with these features of the userfaultfd.
+    pub(crate) fn with_features(pages: u64, features: u64) -> Option<Self> {
         if !has_userfaultfd() {
             return None;
         }
@@ -76,7 +81,7 @@ impl Registered {
         let address = mapping.address_range().start as u64;
         let backing = Backing::new(fd, 0, length).unwrap();
         let block = Block::new(geometry(0, length), backing, address, None).unwrap();
-        let uffd = Userfaultfd::open(feature::MISSING_SHMEM).unwrap();
+        let uffd = Userfaultfd::open(features).unwrap();
         uffd.register(AddressRange { start: address, length }, RegisterMode::Missing).unwrap();
         let memory = GuestMemory::new(vec![Arc::new(block)], BlockTable::new(), None);
         Some(Self { memory: Arc::new(memory), uffd, mapping })
@@ -85,6 +90,20 @@ impl Registered {
     /// A duplicate of the userfaultfd, as an agent receives it.
     pub(crate) fn for_agent(&self) -> OwnedFd {
         self.uffd.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    /// Frees a page as a VMM does that tells nobody: it punches the file, and gives up its mapping.
+    #[allow(unsafe_code)]
+    pub(crate) fn free_untold(&self, page: u64) {
+        self.memory.blocks()[0].backing.punch(PageRange::new(page, 1)).unwrap();
+        let start = self.mapping.address_range().start + (page * PAGE_SIZE) as usize;
+        let start = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: the page is mapped as long as `self`, and its words are atomics, so that another
+        // content is as good as a write of another thread.
+        unsafe {
+            rustix::mm::madvise(start, PAGE_SIZE as usize, rustix::mm::Advice::LinuxDontNeed)
+        }
+        .unwrap();
     }
 
     /// Touches a page as a guest does. Returns its first word.

@@ -125,7 +125,7 @@ fn capture(
         SnapshotMode::Background => {
             job.enter(Phase::Protecting);
             changes.suspend();
-            Some(WriteWatch::begin(job)?)
+            Some(WriteWatch::begin(job, &plan.trackers)?)
         }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };

@@ -19,12 +19,13 @@ use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
-use crate::memory::copy_before_write::Protection;
+use crate::memory::copy_before_write::{PageTables, Protection};
 use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::mappings::Mappings;
 use crate::snapshot::SnapshotError;
-use crate::tracking::DirtyPages;
+use crate::tracking::{DirtyPages, TrackerChoice};
+use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -52,6 +53,13 @@ pub struct WriteWatch {
     watching: bool,
 }
 
+/// The page tables of a VMM that frees memory without telling.
+fn untold(trackers: &TrackerChoice) -> Option<Arc<dyn PageTables>> {
+    let is_untold = trackers.declared.contains(Trackers::UNTOLD_FREES);
+    let pagemap = trackers.pagemap.clone().filter(|_| is_untold)?;
+    Some(pagemap)
+}
+
 impl WriteWatch {
     /// Refuses memory that cannot be write-protected. Call this before the image is created.
     ///
@@ -75,8 +83,9 @@ impl WriteWatch {
         Ok(())
     }
 
-    /// Has the VMM register its mappings, and starts to handle faults.
-    pub fn begin(job: &Arc<Job>) -> Result<Self, JobError> {
+    /// Has the VMM register its mappings, and starts to handle faults. `trackers` say whether the
+    /// VMM frees memory without telling.
+    pub fn begin(job: &Arc<Job>, trackers: &TrackerChoice) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
         let ahead = ahead.map(|block| {
             BlockHostPages::empty(block.geometry.pages(), block.backing.host_page_size())
@@ -87,7 +96,8 @@ impl WriteWatch {
         let timeout = job.hook_timeout;
         let undo = UnwatchOnDrop { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
-        let protection = Arc::new(Protection { uffd, mappings: Mappings::of(job.memory.blocks()) });
+        let mappings = Mappings::of(job.memory.blocks());
+        let protection = Arc::new(Protection { uffd, mappings, untold_frees: untold(trackers) });
         let shared = Arc::new(WatchState::new(protection, ahead));
         let thread = write_faults::start(job, &shared, end)?;
         undo.disarm();

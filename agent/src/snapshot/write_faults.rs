@@ -257,7 +257,10 @@ mod tests {
                 CopyBeforeWrite::new(job.memory.blocks(), pending, None, sink, Arc::default());
             let copier = Arc::new(copier);
             let (uffd, mappings) = (memfd(0).into(), Mappings::of(job.memory.blocks()));
-            let shared = WatchState::new(Arc::new(Protection { uffd, mappings }), Vec::new());
+            let shared = WatchState::new(
+                Arc::new(Protection { uffd, mappings, untold_frees: None }),
+                Vec::new(),
+            );
             let ((to_free, free), (captured, _to_put)) = (channel(), channel());
             let pools = vec![BufferPool { free, to_free }];
             let buffers = Buffers { pools, of_block: vec![0], captured, limit: CHECK_INTERVAL * 3 };
