@@ -1,3 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! The process of a VMM, seen from outside.
+//!
+//! - [`target`]: the process itself: is it alive, may it be traced, and copies of its files;
+//! - [`denial`]: why the kernel refuses access to it;
+//! - [`mappings`]: what it maps, and which of its descriptors a mapping comes from.
+
+pub mod denial;
+pub mod mappings;
+pub mod target;
