@@ -7,5 +7,11 @@
 //! - [`mappings`]: what it maps, and which of its descriptors a mapping comes from.
 
 pub mod denial;
+pub mod injection;
 pub mod mappings;
 pub mod target;
+pub mod userfault;
+
+// Their children make system calls for each other.
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests;

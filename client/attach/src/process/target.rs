@@ -4,7 +4,8 @@
 //!
 //! The kernel gives a process id to a new process once the old one is gone. [`TargetProcess`] holds
 //! a pidfd and the folder `/proc/PID`, both opened at the start. Both stay with the process that
-//! they were opened for: after its end they answer ESRCH, even if its id is in use again.
+//! they were opened for: after its end they answer ESRCH, even if its id is in use again. Only
+//! ptrace takes a process id; [`super::injection`] checks the pidfd after it has attached.
 
 use super::denial::Denial;
 use super::mappings::{MalformedLine, Mappings};
@@ -134,6 +135,12 @@ impl TargetProcess {
         self.pid.as_raw_pid().unsigned_abs()
     }
 
+    /// The id as ptrace takes it.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn raw_pid(&self) -> i32 {
+        self.pid.as_raw_pid()
+    }
+
     /// Another handle of the same process.
     ///
     /// # Errors
@@ -239,6 +246,11 @@ impl TargetProcess {
             .read_to_end(&mut text)
             .map_err(|source| self.refused(action, source))?;
         Mappings::parse(&text).map_err(|source| ProcessError::Mappings { pid: self.pid(), source })
+    }
+
+    /// Its memory, for reading.
+    pub(super) fn memory(&self) -> Result<File, ProcessError> {
+        self.open_file("mem", "read the memory of")
     }
 
     /// Its folder `/proc/PID`. Files in it fail with ESRCH or ENOENT after the end of the process.
