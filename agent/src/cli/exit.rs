@@ -14,7 +14,8 @@ Exit codes:
        says why
   2    the command line is wrong
   3    the postcopy is paused: recover it
-  130  Ctrl-C ended the command; a job that it watched goes on";
+  130  Ctrl-C ended the command; a job that it watched goes on
+`pageferry qemu run` and `receive` end with the exit code of QEMU.";
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,8 @@ pub enum Exit {
     Interrupted,
     /// The reader of its output has gone. As if SIGPIPE had ended it.
     NoReader,
+    /// As the program that it ran.
+    OfProgram(u8),
 }
 
 impl From<Exit> for ExitCode {
@@ -42,6 +45,7 @@ impl From<Exit> for ExitCode {
             Exit::Paused => 3,
             Exit::Interrupted => 130,
             Exit::NoReader => 141,
+            Exit::OfProgram(code) => code,
         })
     }
 }

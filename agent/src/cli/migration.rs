@@ -147,6 +147,13 @@ pub struct ListenArgs {
     /// which port it is.
     #[arg(value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) address: String,
+    #[command(flatten)]
+    pub(super) options: IncomingArgs,
+}
+
+/// Options of a guest that comes here.
+#[derive(Debug, Args)]
+pub struct IncomingArgs {
     /// Whether the guest runs here.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
           help = "Whether the guest runs here: auto, if it ran at its source; never, it stays paused")]
@@ -159,9 +166,9 @@ pub struct ListenArgs {
     hook_timeout: Duration,
 }
 
-impl From<&ListenArgs> for IncomingOptions {
-    fn from(args: &ListenArgs) -> Self {
-        let &ListenArgs { resume, peer_timeout, hook_timeout, .. } = args;
+impl From<&IncomingArgs> for IncomingOptions {
+    fn from(args: &IncomingArgs) -> Self {
+        let &IncomingArgs { resume, peer_timeout, hook_timeout } = args;
         Self { resume, peer_timeout, hook_timeout }
     }
 }

@@ -10,6 +10,7 @@
 //! - [`migration`]: the arguments of migrations;
 //! - [`snapshot`]: the arguments of snapshots and restores;
 //! - [`parse`]: the values of options;
+//! - [`qemu`]: agents for unmodified QEMUs;
 //! - [`image`]: tools for image files, which need no agent;
 //! - [`check`]: what this machine offers;
 //! - [`manual`]: man pages, and completions for shells;
@@ -33,6 +34,7 @@ pub mod migration;
 pub mod operator;
 pub mod parse;
 pub mod progress;
+pub mod qemu;
 pub mod run_agent;
 pub mod show;
 pub mod show_agent;
@@ -88,6 +90,9 @@ enum Command {
     Recover(RecoverArgs),
     /// Resume a guest here whose hand-over was never confirmed.
     Resume(ResumeArgs),
+    /// Move and save the guest of an unmodified QEMU.
+    #[command(subcommand)]
+    Qemu(qemu::QemuCommand),
     /// Show, check and merge images of guests. This needs no agent.
     #[command(subcommand)]
     Image(image::ImageCommand),
@@ -235,13 +240,14 @@ where
         Command::Restore(args) => operator::restore(args),
         Command::Listen(args) => {
             let watched = operator::Watched::new(args.detach, &args.pause);
-            operator::listen(&args.operator, &args.address, watched, (&args).into())
+            operator::listen(&args.operator, &args.address, watched, (&args.options).into())
         }
         Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
         Command::Cancel(args) => operator::cancel(&args),
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),
         Command::Resume(args) => operator::resume(&args.operator, args.force),
+        Command::Qemu(command) => qemu::run(&command),
         Command::Image(command) => image::run(&command),
         Command::Check(args) => check::run(&args),
         Command::Man(args) => manual::write_man_pages(Cli::command(), &args),

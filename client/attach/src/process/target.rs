@@ -12,7 +12,7 @@ use super::mappings::{MalformedLine, Mappings};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -128,6 +128,19 @@ impl TargetProcess {
         let process = Self { pid: raw, pidfd, folder };
         // The process of the pidfd is still there, so the folder is that of the same process.
         if process.has_exited()? { Err(gone) } else { Ok(process) }
+    }
+
+    /// Readable when the process has ended.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Sends a signal to the process, and never to another one with the same number.
+    ///
+    /// # Errors
+    /// If the process has ended, or this one may not.
+    pub fn signal(&self, signal: Signal) -> Result<(), Errno> {
+        rustix::process::pidfd_send_signal(&self.pidfd, signal)
     }
 
     /// Its id.

@@ -2,12 +2,20 @@
 
 //! QEMU, attached from outside.
 //!
-//! - [`command_line`]: QEMU's arguments, rewritten for memory in files of ours;
-//! - [`ram_layout`]: QEMU's account of its memory;
+//! - [`launch`]: starts a QEMU; [`command_line`]: its arguments, rewritten for memory in our files;
+//! - [`attachment`]: an agent for it; [`hooks`]: what the agent asks; [`machine`]: what both share;
+//! - [`suitability`]: what cannot be served;
+//! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that;
 //! - [`monitor`]: commands and events of QEMU, by QMP;
 //! - [`device_state`]: the state of the devices, by QEMU's own migration.
 
+pub mod attachment;
 pub mod command_line;
 pub mod device_state;
+pub mod guest_memory;
+mod hooks;
+pub mod launch;
+mod machine;
 pub mod monitor;
 pub mod ram_layout;
+pub mod suitability;

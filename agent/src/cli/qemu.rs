@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! `pageferry qemu`: an agent for an unmodified QEMU.
+//!
+//! The command stays as long as QEMU does. It stands for the VMM: it starts the agent as a child,
+//! hands the memory over, and answers the agent's hooks by QMP.
+
+use super::exit::Exit;
+use super::migration::IncomingArgs;
+use super::parse::{parse_name, parse_size};
+use clap::{Args, Subcommand};
+use pageferry_attach::process::target::TargetProcess;
+use pageferry_attach::qemu::attachment::{AgentCommand, Attachment, End};
+use pageferry_attach::qemu::command_line::Purpose;
+use pageferry_attach::qemu::launch::{Launch, Launched, monitor_beside};
+use pageferry_attach::qemu::monitor::Monitor;
+use pageferry_client::IncomingOptions;
+use rustix::process::Signal;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::Duration;
+
+/// How long a QEMU that was asked to end may take.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// `pageferry qemu`.
+#[derive(Debug, Subcommand)]
+pub enum QemuCommand {
+    /// Start QEMU with its guest memory in files that an agent can serve, and start the agent. Ends
+    /// with QEMU, and with its exit code.
+    Run(RunArgs),
+    /// Start an agent for a QEMU that runs already. Its guest memory must be in files that are
+    /// mapped shared (memory-backend-file,share=on). SIGINT and SIGTERM end the agent, not QEMU.
+    Attach(AttachArgs),
+    /// Start QEMU for a guest that comes from elsewhere: by a migration to --listen, or by
+    /// `pageferry restore` or `pageferry listen` with the same --socket. Give QEMU the same
+    /// arguments as at the source.
+    Receive(ReceiveArgs),
+}
+
+/// The agent, and QEMU's name.
+#[derive(Debug, Args)]
+struct AgentOptions {
+    /// The agent's socket, for `pageferry migrate`, `snapshot`, `status` and all others. QEMU's
+    /// monitor for pageferry is beside it, with `.qmp` at the end of its name.
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Name of the VM, in the log and the status.
+    #[arg(long, value_parser = parse_name)]
+    name: Option<String>,
+    /// Serve metrics over HTTP at this address, as `pageferry agent` does.
+    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = parse_metrics)]
+    metrics: Option<String>,
+}
+
+/// QEMU's command line.
+#[derive(Debug, Args)]
+struct QemuLine {
+    /// Put the guest's memory into huge pages of this size, such as 2M.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    huge_pages: Option<u64>,
+    /// QEMU and its arguments. What they say about memory is rewritten, so that it is in files of
+    /// ours: -m, -object memory-backend-..., -machine memory-backend=..., -mem-path.
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    qemu: Vec<OsString>,
+}
+
+/// `pageferry qemu run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    #[command(flatten)]
+    agent: AgentOptions,
+    #[command(flatten)]
+    line: QemuLine,
+}
+
+/// `pageferry qemu attach`.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    #[command(flatten)]
+    agent: AgentOptions,
+    /// A QMP monitor of QEMU that no other program uses (-qmp unix:PATH,server=on,wait=off).
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// QEMU's process.
+    #[arg(long)]
+    pid: u32,
+}
+
+/// `pageferry qemu receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    #[command(flatten)]
+    agent: AgentOptions,
+    /// Wait here for a source (tcp:HOST:PORT or unix:PATH). Without it, the agent waits for
+    /// `pageferry listen` or `pageferry restore`.
+    #[arg(long, value_name = "ADDRESS", value_parser = super::parse::parse_address)]
+    listen: Option<String>,
+    #[command(flatten)]
+    incoming: IncomingArgs,
+    #[command(flatten)]
+    line: QemuLine,
+}
+
+impl AgentOptions {
+    fn command(&self) -> Result<AgentCommand, Box<dyn Error>> {
+        let mut arguments: Vec<OsString> = vec![std::env::current_exe()?.into()];
+        arguments.extend(["agent", "--stdin", "--socket"].map(OsString::from));
+        arguments.push(std::path::absolute(&self.socket)?.into());
+        if let Some(name) = &self.name {
+            arguments.extend([OsString::from("--name"), name.into()]);
+        }
+        if let Some(address) = &self.metrics {
+            arguments.extend([OsString::from("--metrics"), address.into()]);
+        }
+        Ok(AgentCommand { arguments, vm_name: self.name.clone().unwrap_or_default() })
+    }
+}
+
+/// The address of the metrics, as the agent gets it.
+fn parse_metrics(text: &str) -> Result<String, String> {
+    crate::metrics::address::parse(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
+}
+
+/// Runs one of the commands.
+///
+/// # Errors
+/// If QEMU cannot be started or served, or the guest that it was started for does not come.
+pub fn run(command: &QemuCommand) -> Result<Exit, Box<dyn Error>> {
+    match command {
+        QemuCommand::Run(args) => launch(&args.agent, &args.line, None),
+        QemuCommand::Receive(args) => {
+            launch(&args.agent, &args.line, Some((args.listen.as_deref(), (&args.incoming).into())))
+        }
+        QemuCommand::Attach(args) => attach(args),
+    }
+}
+
+/// A descriptor that is readable after a signal that asks this process to end.
+fn signals() -> std::io::Result<UnixStream> {
+    let (signals, wake) = UnixStream::pair()?;
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
+    }
+    Ok(signals)
+}
+
+fn launch(
+    agent: &AgentOptions, line: &QemuLine, receive: Option<(Option<&str>, IncomingOptions)>,
+) -> Result<Exit, Box<dyn Error>> {
+    let signals = signals()?;
+    let launch = Launch {
+        arguments: line.qemu.clone(),
+        monitor: std::path::absolute(monitor_beside(&agent.socket))?,
+        huge_page_size: line.huge_pages,
+        purpose: if receive.is_some() { Purpose::Receive } else { Purpose::Run },
+    };
+    let Launched { monitor, process, mut child } = launch.start()?;
+    // The guest that was just started is nothing without its agent: the command line was wrong.
+    let mut kill = |error: Box<dyn Error>| {
+        let _ = child.kill();
+        let _ = child.wait();
+        error
+    };
+    let is_empty = receive.is_some();
+    let command = agent.command().map_err(&mut kill)?;
+    let attachment =
+        Attachment::new(monitor, process, command, is_empty).map_err(|error| kill(error.into()))?;
+    if let Some((Some(address), options)) = &receive {
+        attachment.listen(address, options).map_err(|error| kill(error.into()))?;
+    }
+    say(&format!("{}; agent at {}", attachment.summary(), agent.socket.display()));
+    let end = attachment.serve(signals.as_fd())?;
+    let outcome = match end {
+        End::Exited => None,
+        End::Moved(_) => {
+            say("the guest has moved away; its QEMU here is ended");
+            attachment.quit_qemu()?;
+            Some(Ok(Exit::Done))
+        }
+        End::Useless(why) => {
+            let _ = attachment.quit_qemu();
+            Some(Err(why))
+        }
+        End::Stopped => {
+            let _ = rustix::process::kill_process(pid(&child)?, Signal::TERM);
+            None
+        }
+    };
+    let code = wait(&mut child)?;
+    attachment.detach();
+    match outcome {
+        Some(Ok(exit)) => Ok(exit),
+        Some(Err(why)) => Err(why.into()),
+        None => Ok(Exit::OfProgram(code)),
+    }
+}
+
+fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
+    let signals = signals()?;
+    let process = TargetProcess::open(args.pid)?;
+    let monitor = Monitor::connect(&args.qmp)?;
+    let attachment = Attachment::new(monitor, process, args.agent.command()?, false)?;
+    say(&format!("{}; agent at {}", attachment.summary(), args.agent.socket.display()));
+    let end = attachment.serve(signals.as_fd())?;
+    attachment.detach();
+    match end {
+        End::Exited => say("QEMU has ended"),
+        End::Moved(_) => say("the guest has moved away; its QEMU here is paused, and can be ended"),
+        End::Stopped => say("the agent has ended; QEMU goes on"),
+        End::Useless(why) => return Err(why.into()),
+    }
+    Ok(Exit::Done)
+}
+
+/// Tells the operator. Standard output is QEMU's.
+fn say(sentence: &str) {
+    // Nobody can be told if standard error cannot be written.
+    let _ = writeln!(std::io::stderr(), "pageferry: {sentence}");
+}
+
+fn pid(child: &Child) -> Result<rustix::process::Pid, Box<dyn Error>> {
+    Ok(rustix::process::Pid::from_child(child))
+}
+
+/// Waits for the end of QEMU, which was asked to end or has ended. Returns its exit code; for a
+/// signal 128 and its number, as shells do.
+fn wait(child: &mut Child) -> Result<u8, Box<dyn Error>> {
+    use std::os::unix::process::ExitStatusExt;
+    let process = TargetProcess::open(child.id()).ok();
+    if let Some(process) = process
+        && !process.wait(Some(QUIT_TIMEOUT))?
+    {
+        log::warn!("QEMU has not ended in {QUIT_TIMEOUT:?} and is killed");
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
+    Ok(u8::try_from(code).unwrap_or(1))
+}

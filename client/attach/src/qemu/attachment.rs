@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! An agent for a QEMU: hands the memory over, answers hooks, and follows hotplug.
+
+use super::guest_memory::{self, GuestMemoryError};
+use super::hooks::{QemuHooks, has_left};
+use super::machine::Machine;
+use super::monitor::{Monitor, MonitorError};
+use super::suitability::{self, Unsuitable};
+use crate::process::injection::Seccomp;
+use crate::process::target::{ProcessError, TargetProcess};
+use crate::process::vmm_process::VmmProcess;
+use pageferry_client::error::chain;
+use pageferry_client::{
+    Client, Config, ErrorCode, IncomingOptions, JobKind, JobStatus, Ownership, Phase, Supervisor,
+    Target, Trackers,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::os::fd::BorrowedFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Interval at which QEMU is asked for memory that was plugged in or out.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Why a QEMU cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// QEMU cannot be served.
+    #[error(transparent)]
+    Unsuitable(#[from] Unsuitable),
+    /// The memory.
+    #[error(transparent)]
+    GuestMemory(#[from] GuestMemoryError),
+    /// The agent.
+    #[error(transparent)]
+    Client(#[from] pageferry_client::Error),
+    /// The kernel refuses a descriptor.
+    #[error("cannot wait for QEMU")]
+    Wait(#[from] std::io::Error),
+}
+
+/// How an attachment ended.
+#[derive(Debug)]
+pub enum End {
+    /// QEMU has exited.
+    Exited,
+    /// The guest has moved away. Its QEMU is paused and of no more use.
+    Moved(Box<JobStatus>),
+    /// There is no guest in this QEMU, and it takes no other.
+    Useless(String),
+    /// The caller wants an end.
+    Stopped,
+}
+
+/// What an agent is started with.
+#[derive(Debug, Clone)]
+pub struct AgentCommand {
+    /// The program and its arguments: `pageferry agent --socket PATH --stdin`.
+    pub arguments: Vec<std::ffi::OsString>,
+    /// Name of the VM, for people. May be empty.
+    pub vm_name: String,
+}
+
+impl AgentCommand {
+    fn command(&self) -> Command {
+        use std::os::unix::process::CommandExt;
+        let mut words = self.arguments.iter();
+        let mut command = Command::new(words.next().cloned().unwrap_or_default());
+        // Ctrl-C on the terminal is for QEMU.
+        command.args(words).process_group(0);
+        command
+    }
+}
+
+/// A QEMU with its agent.
+#[derive(Debug)]
+pub struct Attachment {
+    machine: Arc<Machine>,
+    vmm: Arc<VmmProcess>,
+    client: Client,
+    supervisor: Supervisor<QemuHooks>,
+}
+
+impl Attachment {
+    /// Starts an agent for the QEMU that `monitor` controls, and hands it the memory. `is_empty`:
+    /// QEMU was started for a guest that comes from elsewhere.
+    ///
+    /// # Errors
+    /// If QEMU cannot be served, or an agent cannot be started. QEMU goes on as before.
+    pub fn new(
+        mut monitor: Monitor, process: TargetProcess, agent: AgentCommand, is_empty: bool,
+    ) -> Result<Self, AttachError> {
+        suitability::check(&mut monitor)?;
+        // Found before an agent is started: most of what can be wrong is wrong here.
+        guest_memory::find(&mut monitor, &process)?;
+        let vmm = Arc::new(VmmProcess::new(process.try_clone()?, Seccomp::Harmless));
+        let config = Config {
+            name: agent.vm_name.clone(),
+            mapped_by: Some(vmm.clone()),
+            ..Config::default()
+        };
+        let machine = Machine::new(monitor, process, is_empty)?;
+        let hooks = QemuHooks::new(Arc::clone(&machine));
+        let (client, supervisor) = Supervisor::spawn(move || agent.command(), config, hooks)?;
+        let this = Self { machine, vmm, client, supervisor };
+        this.follow_memory()?;
+        // QEMU punches what the guest gives back, and tells nobody.
+        this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES)?;
+        Ok(this)
+    }
+
+    /// Waits for a guest at `address`.
+    ///
+    /// # Errors
+    /// If the agent refuses.
+    pub fn listen(&self, address: &str, options: &IncomingOptions) -> Result<(), AttachError> {
+        self.client.start_incoming(Target::Address(address.to_owned()), options)?;
+        Ok(())
+    }
+
+    /// The longest time that QEMU's main thread was stopped to create userfaultfds.
+    pub fn longest_stop(&self) -> Duration {
+        self.vmm.longest_stop()
+    }
+
+    /// What the agent serves, for people.
+    pub fn summary(&self) -> String {
+        let state = self.machine.state();
+        let bytes: u64 = state.known.iter().map(|block| block.spec().length).sum();
+        format!(
+            "QEMU {} has {} MiB of guest memory in {} blocks",
+            self.machine.process.pid(),
+            bytes >> 20,
+            state.known.len()
+        )
+    }
+
+    /// Serves until QEMU exits, its guest leaves, or `stop` is readable.
+    ///
+    /// # Errors
+    /// If the kernel refuses to wait.
+    pub fn serve(&self, stop: BorrowedFd<'_>) -> Result<End, AttachError> {
+        loop {
+            if self.machine.process.has_exited()? {
+                return Ok(End::Exited);
+            }
+            if let Some(end) = self.end_of_guest() {
+                return Ok(end);
+            }
+            if let Err(error) = self.follow_memory() {
+                log::debug!("QEMU's memory: {}", chain(&error));
+            }
+            let mut polled = [
+                PollFd::from_borrowed_fd(stop, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.machine.process.pidfd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.machine.news(), PollFlags::IN),
+            ];
+            let timeout = Timespec::try_from(LOOK).ok();
+            match poll(&mut polled, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(AttachError::Wait(errno.into())),
+            }
+            if !polled[0].revents().is_empty() {
+                return Ok(End::Stopped);
+            }
+            self.machine.clear_news();
+        }
+    }
+
+    /// What the jobs that have ended since mean for the guest.
+    fn end_of_guest(&self) -> Option<End> {
+        let (ended, is_useless, is_empty) = {
+            let mut state = self.machine.state();
+            (std::mem::take(&mut state.ended), state.is_useless.clone(), state.is_empty)
+        };
+        if let Some(status) = ended.iter().find(|status| has_left(status)) {
+            return Some(End::Moved(Box::new(status.clone())));
+        }
+        let failed = ended.iter().find(|status| {
+            matches!(status.kind, JobKind::Incoming | JobKind::Restore)
+                && status.phase != Phase::Completed
+        });
+        match (is_useless, failed) {
+            (Some(why), failed) => {
+                let job = failed.map(JobStatus::error_text).filter(|text| !text.is_empty());
+                Some(End::Useless(job.map_or(why, str::to_owned)))
+            }
+            // An operator may try again, but a guest that this QEMU was started for has not come.
+            (None, Some(failed)) if is_empty => Some(End::Useless(failed.error_text().to_owned())),
+            (None, _) => None,
+        }
+    }
+
+    /// Adds the blocks of memory that was plugged in, and removes those of memory that is gone.
+    fn follow_memory(&self) -> Result<(), AttachError> {
+        // A guest that has left, or is on its way, has its memory.
+        if self.client.ownership() == Ownership::Relinquished {
+            return Ok(());
+        }
+        let Some(mut monitor) = self.machine.free_monitor() else { return Ok(()) };
+        let account = guest_memory::account(&mut monitor)?;
+        if self.machine.state().account == account {
+            return Ok(());
+        }
+        let found = guest_memory::find(&mut monitor, &self.machine.process)?;
+        // Removing a block may wait for hooks.
+        drop(monitor);
+        let known: Vec<_> = self
+            .machine
+            .state()
+            .known
+            .iter()
+            .map(|block| (block.id(), block.ram.clone()))
+            .collect();
+        let is_among =
+            |id, ram: &_| found.iter().any(|block| block.id() == id && block.ram == *ram);
+        for (id, _) in known.iter().filter(|(id, ram)| !is_among(*id, ram)) {
+            self.client.remove_block(*id)?;
+            self.machine.state().known.retain(|block| block.id() != *id);
+        }
+        for block in found {
+            if self.machine.state().known.iter().any(|known| known.id() == block.id()) {
+                continue;
+            }
+            match self.client.add_block(block.spec()) {
+                Ok(_) => self.machine.state().known.push(block),
+                // Added after the job. A job that needs it finds out when it pauses the guest.
+                Err(pageferry_client::Error::Refused { code: ErrorCode::Busy, .. }) => {
+                    return Ok(());
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.machine.state().account = account;
+        Ok(())
+    }
+
+    /// Ends the agent. QEMU and its guest go on.
+    pub fn detach(self) {
+        drop(self.client);
+        drop(self.supervisor.join());
+    }
+
+    /// Asks QEMU to end.
+    ///
+    /// # Errors
+    /// If QEMU does not answer.
+    pub fn quit_qemu(&self) -> Result<(), AttachError> {
+        match self.machine.monitor().command("quit", serde_json::Value::Null) {
+            Ok(_) | Err(MonitorError::Broken { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

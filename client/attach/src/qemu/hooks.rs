@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What an agent asks of a VMM, carried out by QMP.
+//!
+//! A missing page is never waited for here: QEMU may touch one while it loads its devices, and the
+//! agent answers that by itself.
+
+use super::device_state;
+use super::machine::Machine;
+use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
+use pageferry_client::{Ownership, StatePiece};
+use rustix::process::Signal;
+use serde_json::Value;
+use std::sync::Arc;
+
+/// Answers the hooks of an agent.
+#[derive(Debug)]
+pub(super) struct QemuHooks {
+    machine: Arc<Machine>,
+}
+
+impl QemuHooks {
+    pub(super) fn new(machine: Arc<Machine>) -> Self {
+        Self { machine }
+    }
+}
+
+impl Hooks for QemuHooks {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        let answer = self.machine.monitor().command("query-status", Value::Null)?;
+        match answer.get("status").and_then(Value::as_str) {
+            Some("running") => Ok(RunState::Running),
+            Some("inmigrate") => Err(HookError::new("this QEMU has no guest yet")),
+            Some("shutdown" | "guest-panicked" | "internal-error") => Err(HookError::new(format!(
+                "the guest has ended: QEMU is {}",
+                answer.get("status").and_then(Value::as_str).unwrap_or_default()
+            ))),
+            // `paused`, `prelaunch`, `io-error`, ...: it does not run, and may later.
+            _ => Ok(RunState::Paused),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), HookError> {
+        let mut monitor = self.machine.monitor();
+        monitor.command("stop", Value::Null)?;
+        // Memory that was plugged in since is in no block, so it would be missing where the guest
+        // arrives.
+        if self.machine.has_known_memory(&mut monitor)? {
+            return Ok(());
+        }
+        self.machine.notify();
+        Err(HookError::new("memory was plugged in or out while the job ran: start it again"))
+    }
+
+    fn resume(&mut self) -> Result<(), HookError> {
+        self.machine.monitor().command("cont", Value::Null)?;
+        self.machine.state().is_empty = false;
+        Ok(())
+    }
+
+    fn stay_paused(&mut self) -> Result<(), HookError> {
+        self.machine.state().is_empty = false;
+        Ok(())
+    }
+
+    fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
+        if percent == 0 {
+            return Ok(());
+        }
+        Err(HookError::new("QEMU has no throttle for others: use --mode hybrid for a busy guest"))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        Ok(device_state::save(&mut self.machine.monitor())?)
+    }
+
+    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
+        device_state::load(&mut self.machine.monitor(), &state).map_err(|error| {
+            let sentence = pageferry_client::error::chain(&error);
+            // QEMU takes no second guest after a failed one.
+            self.machine.set_useless(format!("the guest could not be loaded: {sentence}"));
+            HookError::new(sentence)
+        })
+    }
+
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        if self.machine.state().is_empty {
+            return Ok(());
+        }
+        Err(HookError::new(format!(
+            "this QEMU has a guest, so it takes no other ({origin}): start one for it with `pageferry qemu receive`"
+        )))
+    }
+
+    fn memory_lost(&mut self) {
+        log::error!("memory of the guest is missing and will not come: its QEMU is killed");
+        if let Err(error) = self.machine.process.signal(Signal::KILL) {
+            log::error!("cannot kill QEMU: {}", pageferry_client::error::chain(&error));
+        }
+        self.machine.set_useless("memory of the guest was missing, and its agent was lost");
+    }
+
+    fn event(&mut self, status: &JobStatus) {
+        if status.phase.is_final() {
+            self.machine.state().ended.push(status.clone());
+            self.machine.notify();
+        }
+    }
+
+    fn agent_lost(&mut self, ownership: Ownership) {
+        log::warn!("the agent is lost; the guest is {ownership:?}");
+        self.machine.notify();
+    }
+
+    fn agent_attached(&mut self) {
+        log::warn!("another agent is attached");
+        self.machine.notify();
+    }
+}
+
+/// True if this is the end of a migration that took the guest away.
+pub(super) fn has_left(status: &JobStatus) -> bool {
+    status.kind == JobKind::Outgoing && status.phase == Phase::Completed
+}

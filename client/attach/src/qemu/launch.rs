@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Starts a QEMU whose guest memory is in files of ours.
+
+use super::command_line::{self, MemoryFile, Purpose, Settings};
+use super::monitor::{Monitor, MonitorError};
+use crate::process::target::{ProcessError, TargetProcess};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::{FdFlags, fcntl_setfd};
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
+
+/// How long QEMU may take until its monitor answers. It allocates memory before, if it is asked to.
+const START_TIMEOUT: Duration = Duration::from_secs(120);
+/// Interval at which the monitor is tried.
+const TRY: Duration = Duration::from_millis(5);
+/// Longest path of a UNIX socket.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Why QEMU cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The command line.
+    #[error("QEMU's command line")]
+    CommandLine(#[from] command_line::Error),
+    /// A memory file cannot be made.
+    #[error("cannot make the memory of {name}, {size} bytes{}",
+            huge_page_size.map_or_else(String::new, |size| format!(" in pages of {size} bytes")))]
+    MemoryFile {
+        /// Its name.
+        name: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Size of its huge pages.
+        huge_page_size: Option<u64>,
+        /// What the kernel said.
+        #[source]
+        source: rustix::io::Errno,
+    },
+    /// The program cannot be started.
+    #[error("cannot start {}", program.display())]
+    Spawn {
+        /// The program.
+        program: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// QEMU exited before its monitor answered. It has said why on standard error.
+    #[error("QEMU has ended before its monitor answered: {status}")]
+    Ended {
+        /// How.
+        status: ExitStatus,
+    },
+    /// The path of the monitor is too long.
+    #[error(
+        "the monitor's path {} has more than {MAX_SOCKET_PATH} bytes: choose a shorter --socket", path.display()
+    )]
+    LongPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The monitor.
+    #[error(transparent)]
+    Monitor(#[from] MonitorError),
+    /// The process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+}
+
+/// A QEMU that was started.
+#[derive(Debug)]
+pub struct Launched {
+    /// Its monitor, for us alone.
+    pub monitor: Monitor,
+    /// Its process.
+    pub process: TargetProcess,
+    /// The same, to be waited for.
+    pub child: Child,
+}
+
+/// How QEMU is started.
+#[derive(Debug, Clone)]
+pub struct Launch {
+    /// The program and its arguments, as the user gave them.
+    pub arguments: Vec<OsString>,
+    /// Where QEMU listens for us.
+    pub monitor: PathBuf,
+    /// Size of the huge pages of guest memory.
+    pub huge_page_size: Option<u64>,
+    /// For a guest of its own, or for one that comes from elsewhere.
+    pub purpose: Purpose,
+}
+
+impl Launch {
+    /// Starts QEMU. Its standard streams are those of this process.
+    ///
+    /// # Errors
+    /// If the command line cannot be served, or QEMU does not start.
+    pub fn start(&self) -> Result<Launched, LaunchError> {
+        if self.monitor.as_os_str().len() > MAX_SOCKET_PATH {
+            return Err(LaunchError::LongPath { path: self.monitor.clone() });
+        }
+        let settings = Settings {
+            purpose: self.purpose,
+            monitor: &self.monitor,
+            huge_page_size: self.huge_page_size,
+            default_huge_page_size: default_huge_page_size(),
+        };
+        let plan = command_line::plan(&self.arguments, &settings, &huge_page_size_of)?;
+        let files: Vec<OwnedFd> = plan.files().iter().map(make_file).collect::<Result<_, _>>()?;
+        let arguments = plan.arguments(|index| files[index].as_raw_fd());
+        let mut child = spawn(&arguments, &files)?;
+        match self.connect(&mut child) {
+            Ok((monitor, process)) => Ok(Launched { monitor, process, child }),
+            Err(error) => {
+                // Fails if it has ended.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    fn connect(&self, child: &mut Child) -> Result<(Monitor, TargetProcess), LaunchError> {
+        let process = TargetProcess::open(child.id())?;
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            if let Some(status) = child.try_wait().ok().flatten() {
+                return Err(LaunchError::Ended { status });
+            }
+            match Monitor::connect(&self.monitor) {
+                Ok(monitor) => return Ok((monitor, process)),
+                Err(MonitorError::Connect { .. } | MonitorError::Broken { .. })
+                    if Instant::now() < deadline =>
+                {
+                    std::thread::sleep(TRY);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Starts QEMU with these descriptors, at their own numbers.
+fn spawn(arguments: &[OsString], files: &[OwnedFd]) -> Result<Child, LaunchError> {
+    let mut words = arguments.iter();
+    let program = words.next().cloned().unwrap_or_default();
+    let failed = |source| LaunchError::Spawn { program: PathBuf::from(program.clone()), source };
+    let inherit = |flags: FdFlags| {
+        files.iter().try_for_each(|file| fcntl_setfd(file, flags)).map_err(std::io::Error::from)
+    };
+    // No other thread starts a process now, which would inherit them, too.
+    let spawned =
+        inherit(FdFlags::empty()).and_then(|()| Command::new(&program).args(words).spawn());
+    inherit(FdFlags::CLOEXEC).map_err(failed)?;
+    spawned.map_err(failed)
+}
+
+fn make_file(file: &MemoryFile) -> Result<OwnedFd, LaunchError> {
+    let MemoryFile { name, size, huge_page_size } = file;
+    let failed = |source| LaunchError::MemoryFile {
+        name: name.clone(),
+        size: *size,
+        huge_page_size: *huge_page_size,
+        source,
+    };
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if let Some(size) = huge_page_size {
+        /// `MFD_HUGE_SHIFT` of `linux/memfd.h`: above it is the logarithm of the page size.
+        const HUGE_SHIFT: u32 = 26;
+        flags |= MemfdFlags::HUGETLB;
+        flags |= MemfdFlags::from_bits_retain(size.trailing_zeros() << HUGE_SHIFT);
+    }
+    let made = memfd_create(format!("pageferry-{name}").as_str(), flags).map_err(failed)?;
+    ftruncate(&made, *size).map_err(failed)?;
+    fcntl_add_seals(&made, SealFlags::SHRINK).map_err(failed)?;
+    Ok(made)
+}
+
+/// Size of the pages of a file system with huge pages.
+fn huge_page_size_of(path: &Path) -> Option<u64> {
+    let statfs = rustix::fs::statfs(path).ok()?;
+    // The types of the fields differ between architectures.
+    #[allow(clippy::unnecessary_cast)]
+    let (kind, size) = (statfs.f_type as u64, statfs.f_bsize as u64);
+    (kind == HUGETLBFS_MAGIC).then_some(size)
+}
+
+/// `HUGETLBFS_MAGIC` of `linux/magic.h`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// Size of the huge pages that the kernel uses if nobody says which.
+fn default_huge_page_size() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("Hugepagesize:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map_or(2 << 20, |kib| kib << 10)
+}
+
+/// Where the QEMU of an agent listens for us, beside the agent's socket.
+pub fn monitor_beside(agent_socket: &Path) -> PathBuf {
+    let mut path = agent_socket.as_os_str().to_owned();
+    path.push(".qmp");
+    path.into()
+}

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A QEMU that is attached, as the hooks and the main loop share it.
+
+use super::guest_memory::{self, FoundBlock};
+use super::monitor::{Monitor, MonitorError};
+use crate::process::target::TargetProcess;
+use pageferry_client::JobStatus;
+use rustix::event::{EventfdFlags, eventfd};
+use serde_json::Value;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+
+/// The QEMU.
+#[derive(Debug)]
+pub(super) struct Machine {
+    monitor: Mutex<Monitor>,
+    pub(super) process: TargetProcess,
+    state: Mutex<State>,
+    /// Readable when `state` has news for the main loop.
+    news: OwnedFd,
+}
+
+/// What the hooks and the main loop tell each other.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// The account of QEMU's memory when the blocks were looked at last.
+    pub(super) account: Value,
+    /// The blocks that the agent knows.
+    pub(super) known: Vec<FoundBlock>,
+    /// Jobs that have ended, for the main loop.
+    pub(super) ended: Vec<JobStatus>,
+    /// This QEMU was started for a guest that comes from elsewhere, and has none yet.
+    pub(super) is_empty: bool,
+    /// Why there is no guest any more, and this QEMU can take no other.
+    pub(super) is_useless: Option<String>,
+}
+
+impl Machine {
+    pub(super) fn new(
+        monitor: Monitor, process: TargetProcess, is_empty: bool,
+    ) -> std::io::Result<Arc<Self>> {
+        let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let state = State { is_empty, ..State::default() };
+        Ok(Arc::new(Self { monitor: Mutex::new(monitor), process, state: Mutex::new(state), news }))
+    }
+
+    pub(super) fn monitor(&self) -> MutexGuard<'_, Monitor> {
+        self.monitor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The monitor, unless a hook uses it.
+    pub(super) fn free_monitor(&self) -> Option<MutexGuard<'_, Monitor>> {
+        match self.monitor.try_lock() {
+            Ok(monitor) => Some(monitor),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// Never held while QEMU or the agent is asked.
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the main loop.
+    pub(super) fn notify(&self) {
+        // Fails only if the counter is full, and then the loop is awake.
+        let _ = rustix::io::write(&self.news, &1u64.to_ne_bytes());
+    }
+
+    pub(super) fn news(&self) -> BorrowedFd<'_> {
+        self.news.as_fd()
+    }
+
+    /// Nothing new until the next [`Machine::notify`].
+    pub(super) fn clear_news(&self) {
+        let _ = rustix::io::read(&self.news, &mut [0; 8]);
+    }
+
+    /// True if QEMU has the memory that the agent knows.
+    pub(super) fn has_known_memory(&self, monitor: &mut Monitor) -> Result<bool, MonitorError> {
+        let now = guest_memory::account(monitor)?;
+        Ok(self.state().account == now)
+    }
+
+    /// There is no guest here any more.
+    pub(super) fn set_useless(&self, why: impl Into<String>) {
+        self.state().is_useless.get_or_insert(why.into());
+        self.notify();
+    }
+}
