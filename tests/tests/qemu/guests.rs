@@ -3,7 +3,7 @@
 //! The guests themselves: what they can do, without an agent.
 
 use pageferry_tests::linux_guest::{
-    Echo, GuestMemory, LinuxGuest, QemuVersion, RunningGuest, Status, VirtioMem,
+    Echo, GuestMemory, LinuxGuest, QemuVersion, RunningGuest, Sockets, Status, VirtioMem,
 };
 use pageferry_tests::require;
 use serde_json::json;
@@ -76,6 +76,57 @@ fn uses_and_frees_memory(version: QemuVersion) {
     running.verify().unwrap();
     assert!(running.console.bad().is_empty());
     running.power_off().unwrap();
+}
+
+#[test]
+fn guest_goes_on_after_a_migration_of_an_old_qemu() {
+    goes_on_after_a_migration(QemuVersion::V10_0);
+}
+
+#[test]
+fn guest_goes_on_after_a_migration_of_a_new_qemu() {
+    goes_on_after_a_migration(QemuVersion::V11_1);
+}
+
+/// QEMU's own migration. If a guest survives this one but not one by an agent, the agent is to
+/// blame.
+fn goes_on_after_a_migration(version: QemuVersion) {
+    let Some(tools) = require::qemu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(4 * MIB).unwrap();
+    let echo = Echo::start().unwrap();
+    let guest = LinuxGuest { disk: Some(disk.path().to_owned()), ..LinuxGuest::new(192 * MIB) };
+    let mut source = RunningGuest::boot(&tools, version, &guest).unwrap();
+    for task in ["check 32M 200", "churn 16M 200", "disk", "tick"] {
+        source.console.command(task).unwrap();
+    }
+    source.console.command(&format!("net {}", echo.port())).unwrap();
+    source.console.wait_for_ticks(3).unwrap();
+
+    let sockets = Sockets::new(folder.path(), "destination");
+    sockets.create().unwrap();
+    let guest = LinuxGuest { incoming: Some("defer".to_owned()), ..guest };
+    let line = guest.command_line(&tools, version, &sockets);
+    let mut destination = RunningGuest::start(&line, sockets).unwrap();
+    let uri = json!({ "uri": format!("unix:{}", folder.path().join("stream").display()) });
+    destination.qmp.execute("migrate-incoming", uri.clone()).unwrap();
+    let before = source.console.status().unwrap();
+    source.qmp.execute("migrate", uri).unwrap();
+    destination.qmp.wait_for_event("RESUME").unwrap();
+    drop(source);
+
+    destination.console.wait_for_ticks(3).unwrap();
+    let after = destination.console.wait_for_status("all tasks at work", |now| {
+        now.check > before.check + 2
+            && now.churn > before.churn + 2
+            && now.disk > before.disk + 2
+            && now.net_echoed > before.net_echoed
+    });
+    assert!(after.unwrap().monotonic > before.monotonic);
+    destination.console.command("stop").unwrap();
+    destination.verify().unwrap();
+    destination.power_off().unwrap();
 }
 
 /// What every other test with such a guest relies on.
