@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Time for an answer, and for what a guest does soon. A guest under TCG on a busy machine is slow.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Time for a boot.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(180);

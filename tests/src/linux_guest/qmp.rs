@@ -2,6 +2,7 @@
 
 //! A client of QEMU's monitor (QMP), enough for tests.
 
+use super::console::PATIENCE;
 use crate::Error;
 use crate::deadline::wait_for;
 use serde_json::{Value, json};
@@ -10,9 +11,6 @@ use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// Time for an answer.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to a monitor, after the handshake.
 #[derive(Debug)]

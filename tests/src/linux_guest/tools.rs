@@ -45,7 +45,8 @@ impl QemuTools {
     /// # Errors
     /// If one is missing.
     pub fn find() -> Result<Self, Error> {
-        let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let workspace = package.parent().unwrap_or(package);
         let folder = std::env::var_os(VARIABLE)
             .map_or_else(|| workspace.join("target/guests"), PathBuf::from);
         let folder = std::path::absolute(&folder)
