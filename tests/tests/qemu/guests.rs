@@ -2,12 +2,14 @@
 
 //! The guests themselves: what they can do, without an agent.
 
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::linux_guest::console::PATIENCE;
 use pageferry_tests::linux_guest::{
     Echo, GuestMemory, LinuxGuest, QemuVersion, RunningGuest, Sockets, Status, VirtioMem,
 };
 use pageferry_tests::require;
 use serde_json::json;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::Instant;
 
 const MIB: u64 = 1 << 20;
@@ -127,6 +129,27 @@ fn goes_on_after_a_migration(version: QemuVersion) {
     destination.console.command("stop").unwrap();
     destination.verify().unwrap();
     destination.power_off().unwrap();
+}
+
+#[test]
+fn guest_that_frees_memory_reports_it() {
+    let Some(tools) = require::qemu() else { return };
+    let memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    let path = memory.path().display();
+    let backend = format!("memory-backend-file,id=ram0,size=256M,mem-path={path},share=on");
+    let guest = LinuxGuest { memory: GuestMemory::Backend(backend), ..LinuxGuest::new(256 * MIB) };
+    let mut running = RunningGuest::boot(&tools, QemuVersion::V10_0, &guest).unwrap();
+    // One task alone: two that first touch their memory at the same time get alternate pages, and
+    // one of them then frees no block that is large enough to be reported.
+    let used = || memory.as_file().metadata().unwrap().blocks() * 512;
+    let before = used();
+    running.console.command("check 64M").unwrap();
+    running.console.wait_for_status("a generation", |now| now.check > 0).unwrap();
+    let busy = used();
+    assert!(busy > before + 16 * MIB, "{before} {busy}");
+    running.console.command("stop check").unwrap();
+    wait_until("free page reporting", PATIENCE, || used() + 32 * MIB < busy).unwrap();
+    running.verify().unwrap();
 }
 
 /// What every other test with such a guest relies on.
