@@ -168,10 +168,10 @@ fn launch(
         let _ = child.wait();
         error
     };
-    let is_empty = receive.is_some();
+    let awaits_guest = receive.is_some();
     let command = agent.command().map_err(&mut kill)?;
-    let attachment =
-        Attachment::new(monitor, process, command, is_empty).map_err(|error| kill(error.into()))?;
+    let attachment = Attachment::new(monitor, process, command, awaits_guest)
+        .map_err(|error| kill(error.into()))?;
     if let Some((Some(address), options)) = &receive {
         attachment.listen(address, options).map_err(|error| kill(error.into()))?;
     }

@@ -327,8 +327,13 @@ impl CopyBeforeWrite {
         let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
         let take = || self.pending.take(at, word, mask);
         let read = |taken| {
-            let mut runs = runs_of_word(word * WORD_BITS, taken);
-            runs.try_for_each(|run| batch.read(at, block, host_pages.pages(run)))
+            runs_of_word(word * WORD_BITS, taken).try_for_each(|run| {
+                let pages = host_pages.pages(run);
+                batch.read(at, block, pages)?;
+                // Here, since a write fault removes the protection as soon as this thread has left
+                // the fence.
+                self.protection.as_ref().map_or(Ok(()), |it| it.check_not_freed(at, pages))
+            })
         };
         let taken = capture(readers, (worker, at, host_pages.word_of(first)), take, read)?;
         Ok(u64::from(taken.count_ones()) * host_pages.unit())
@@ -339,7 +344,6 @@ impl CopyBeforeWrite {
         if let Some(protection) = &self.protection {
             // The guest does not wait for the disk: the protection is removed first.
             for (at, pages, _) in &batch.runs {
-                protection.check_not_freed(*at, *pages)?;
                 protection.unprotect(*at, self.pending.block(*at).covering(*pages))?;
             }
         }

@@ -4,7 +4,7 @@
 
 use super::guest_memory::{self, GuestMemoryError};
 use super::hooks::{QemuHooks, has_left};
-use super::machine::Machine;
+use super::machine::{Guest, Machine};
 use super::monitor::{Monitor, MonitorError};
 use super::suitability::{self, Unsuitable};
 use crate::process::injection::Seccomp;
@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use std::os::fd::BorrowedFd;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Interval at which QEMU is asked for memory that was plugged in or out.
@@ -88,16 +89,17 @@ pub struct Attachment {
     vmm: Arc<VmmProcess>,
     client: Client,
     supervisor: Supervisor<QemuHooks>,
+    listens: AtomicBool,
 }
 
 impl Attachment {
-    /// Starts an agent for the QEMU that `monitor` controls, and hands it the memory. `is_empty`:
+    /// Starts an agent for the QEMU that `monitor` controls, and hands it the memory. `awaits_guest`:
     /// QEMU was started for a guest that comes from elsewhere.
     ///
     /// # Errors
     /// If QEMU cannot be served, or an agent cannot be started. QEMU goes on as before.
     pub fn new(
-        mut monitor: Monitor, process: TargetProcess, agent: AgentCommand, is_empty: bool,
+        mut monitor: Monitor, process: TargetProcess, agent: AgentCommand, awaits_guest: bool,
     ) -> Result<Self, AttachError> {
         suitability::check(&mut monitor)?;
         // Found before an agent is started: most of what can be wrong is wrong here.
@@ -108,10 +110,12 @@ impl Attachment {
             mapped_by: Some(vmm.clone()),
             ..Config::default()
         };
-        let machine = Machine::new(monitor, process, is_empty)?;
+        let guest = if awaits_guest { Guest::Awaited } else { Guest::Here };
+        let machine = Machine::new(monitor, process, guest)?;
         let hooks = QemuHooks::new(Arc::clone(&machine));
         let (client, supervisor) = Supervisor::spawn(move || agent.command(), config, hooks)?;
-        let this = Self { machine, vmm, client, supervisor };
+        let listens = AtomicBool::new(false);
+        let this = Self { machine, vmm, client, supervisor, listens };
         this.follow_memory()?;
         // QEMU punches what the guest gives back, and tells nobody.
         this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES)?;
@@ -124,7 +128,13 @@ impl Attachment {
     /// If the agent refuses.
     pub fn listen(&self, address: &str, options: &IncomingOptions) -> Result<(), AttachError> {
         self.client.start_incoming(Target::Address(address.to_owned()), options)?;
+        self.listens.store(true, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// True if QEMU was started for the guest that [`Attachment::listen`] waits for.
+    fn listens(&self, guest: Guest) -> bool {
+        guest == Guest::Awaited && self.listens.load(Ordering::Relaxed)
     }
 
     /// The longest time that QEMU's main thread was stopped to create userfaultfds.
@@ -178,9 +188,9 @@ impl Attachment {
 
     /// What the jobs that have ended since mean for the guest.
     fn end_of_guest(&self) -> Option<End> {
-        let (ended, is_useless, is_empty) = {
+        let (ended, is_useless, guest) = {
             let mut state = self.machine.state();
-            (std::mem::take(&mut state.ended), state.is_useless.clone(), state.is_empty)
+            (std::mem::take(&mut state.ended), state.is_useless.clone(), state.guest)
         };
         if let Some(status) = ended.iter().find(|status| has_left(status)) {
             return Some(End::Moved(Box::new(status.clone())));
@@ -194,8 +204,10 @@ impl Attachment {
                 let job = failed.map(JobStatus::error_text).filter(|text| !text.is_empty());
                 Some(End::Useless(job.map_or(why, str::to_owned)))
             }
-            // An operator may try again, but a guest that this QEMU was started for has not come.
-            (None, Some(failed)) if is_empty => Some(End::Useless(failed.error_text().to_owned())),
+            // An operator may try again, unless QEMU has loaded what is of no use.
+            (None, Some(failed)) if guest == Guest::Loaded || self.listens(guest) => {
+                Some(End::Useless(failed.error_text().to_owned()))
+            }
             (None, _) => None,
         }
     }

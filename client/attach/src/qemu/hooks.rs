@@ -6,7 +6,7 @@
 //! agent answers that by itself.
 
 use super::device_state;
-use super::machine::Machine;
+use super::machine::{Guest, Machine};
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
 use rustix::process::Signal;
@@ -30,12 +30,12 @@ impl Hooks for QemuHooks {
         let answer = self.machine.monitor().command("query-status", Value::Null)?;
         match answer.get("status").and_then(Value::as_str) {
             Some("running") => Ok(RunState::Running),
-            Some("inmigrate") => Err(HookError::new("this QEMU has no guest yet")),
             Some("shutdown" | "guest-panicked" | "internal-error") => Err(HookError::new(format!(
                 "the guest has ended: QEMU is {}",
                 answer.get("status").and_then(Value::as_str).unwrap_or_default()
             ))),
-            // `paused`, `prelaunch`, `io-error`, ...: it does not run, and may later.
+            // `paused`, `prelaunch`, `io-error`, ...: it does not run, and may later. `inmigrate`:
+            // there is none, which does not run either.
             _ => Ok(RunState::Paused),
         }
     }
@@ -53,13 +53,15 @@ impl Hooks for QemuHooks {
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
-        self.machine.monitor().command("cont", Value::Null)?;
-        self.machine.state().is_empty = false;
+        if self.machine.state().guest != Guest::Awaited {
+            self.machine.monitor().command("cont", Value::Null)?;
+        }
+        self.machine.guest_arrived();
         Ok(())
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {
-        self.machine.state().is_empty = false;
+        self.machine.guest_arrived();
         Ok(())
     }
 
@@ -75,7 +77,9 @@ impl Hooks for QemuHooks {
     }
 
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
-        device_state::load(&mut self.machine.monitor(), &state).map_err(|error| {
+        let loaded = device_state::load(&mut self.machine.monitor(), &state);
+        self.machine.state().guest = Guest::Loaded;
+        loaded.map_err(|error| {
             let sentence = pageferry_client::error::chain(&error);
             // QEMU takes no second guest after a failed one.
             self.machine.set_useless(format!("the guest could not be loaded: {sentence}"));
@@ -84,7 +88,7 @@ impl Hooks for QemuHooks {
     }
 
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
-        if self.machine.state().is_empty {
+        if self.machine.state().guest == Guest::Awaited {
             return Ok(());
         }
         Err(HookError::new(format!(
@@ -108,12 +112,12 @@ impl Hooks for QemuHooks {
     }
 
     fn agent_lost(&mut self, ownership: Ownership) {
-        log::warn!("the agent is lost; the guest is {ownership:?}");
+        log::debug!("the agent is lost; the guest is {ownership:?}");
         self.machine.notify();
     }
 
     fn agent_attached(&mut self) {
-        log::warn!("another agent is attached");
+        log::debug!("another agent is attached");
         self.machine.notify();
     }
 }

@@ -21,6 +21,18 @@ pub(super) struct Machine {
     news: OwnedFd,
 }
 
+/// Whether a QEMU has a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Guest {
+    /// QEMU was started for a guest that comes from elsewhere, and nothing of it is here.
+    Awaited,
+    /// Its devices were loaded. It has not arrived yet: its source may still keep it.
+    Loaded,
+    /// It is here.
+    #[default]
+    Here,
+}
+
 /// What the hooks and the main loop tell each other.
 #[derive(Debug, Default)]
 pub(super) struct State {
@@ -30,18 +42,18 @@ pub(super) struct State {
     pub(super) known: Vec<FoundBlock>,
     /// Jobs that have ended, for the main loop.
     pub(super) ended: Vec<JobStatus>,
-    /// This QEMU was started for a guest that comes from elsewhere, and has none yet.
-    pub(super) is_empty: bool,
+    /// Whether there is a guest.
+    pub(super) guest: Guest,
     /// Why there is no guest any more, and this QEMU can take no other.
     pub(super) is_useless: Option<String>,
 }
 
 impl Machine {
     pub(super) fn new(
-        monitor: Monitor, process: TargetProcess, is_empty: bool,
+        monitor: Monitor, process: TargetProcess, guest: Guest,
     ) -> std::io::Result<Arc<Self>> {
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let state = State { is_empty, ..State::default() };
+        let state = State { guest, ..State::default() };
         Ok(Arc::new(Self { monitor: Mutex::new(monitor), process, state: Mutex::new(state), news }))
     }
 
@@ -82,6 +94,14 @@ impl Machine {
     pub(super) fn has_known_memory(&self, monitor: &mut Monitor) -> Result<bool, MonitorError> {
         let now = guest_memory::account(monitor)?;
         Ok(self.state().account == now)
+    }
+
+    /// The guest is here, if its devices were loaded.
+    pub(super) fn guest_arrived(&self) {
+        let mut state = self.state();
+        if state.guest == Guest::Loaded {
+            state.guest = Guest::Here;
+        }
     }
 
     /// There is no guest here any more.

@@ -212,10 +212,11 @@ impl Plan {
     }
 
     fn add_monitor(&mut self, path: &Path) {
-        let mut socket = OsString::from("socket,id=pageferry-qmp,server=on,wait=off,path=");
+        let mut socket = OsString::from("unix:");
         socket.push(escape(path.as_os_str()));
-        self.add([OsString::from("-chardev"), socket]);
-        self.add(["-mon", "chardev=pageferry-qmp,mode=control"]);
+        socket.push(",server=on,wait=off");
+        // Not -mon, which QEMU 11.1 calls deprecated.
+        self.add([OsString::from("-qmp"), socket]);
     }
 
     fn add_receive(&mut self) {

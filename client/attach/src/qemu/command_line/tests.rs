@@ -42,12 +42,7 @@ fn sizes(arguments: &[&str]) -> Vec<(String, u64)> {
     plan.files().iter().map(|file| (file.name.clone(), file.size / MIB)).collect()
 }
 
-const MONITOR: [&str; 4] = [
-    "-chardev",
-    "socket,id=pageferry-qmp,server=on,wait=off,path=/run/q",
-    "-mon",
-    "chardev=pageferry-qmp,mode=control",
-];
+const MONITOR: [&str; 2] = ["-qmp", "unix:/run/q,server=on,wait=off"];
 
 #[test]
 fn plain_memory_becomes_an_object_of_the_machine() {
@@ -131,7 +126,7 @@ fn a_shared_file_of_the_user_can_be_the_memory_of_the_machine() {
     ];
     let plan = run(&arguments).unwrap();
     assert!(plan.files().is_empty());
-    assert_eq!(words(&plan)[5..], arguments);
+    assert_eq!(words(&plan)[3..], arguments);
 }
 
 #[test]
@@ -146,7 +141,7 @@ fn memory_that_is_nowhere_is_an_error() {
 fn mem_path_is_replaced_and_decides_about_huge_pages() {
     let plan = run(&["-mem-path", "/huge", "-m", "2G", "-mem-prealloc"]).unwrap();
     assert_eq!(plan.files()[0].huge_page_size, Some(1 << 30));
-    assert_eq!(words(&plan)[9..], ["-m", "2G", "-mem-prealloc"]);
+    assert_eq!(words(&plan)[7..], ["-m", "2G", "-mem-prealloc"]);
 
     let plan = run(&["-mem-path", "/dev/shm", "-m", "2G"]).unwrap();
     assert_eq!(plan.files()[0].huge_page_size, None);
@@ -171,7 +166,7 @@ fn receive_waits_for_a_guest_and_remembers_the_pause_of_the_user() {
 
     let plan = plan_with(&settings, &["-m", "64"]).unwrap();
     assert!(!plan.starts_paused());
-    assert_eq!(words(&plan)[5..8], ["-incoming", "defer", "-S"]);
+    assert_eq!(words(&plan)[3..6], ["-incoming", "defer", "-S"]);
 
     let plan = plan_with(&settings, &["-m", "64", "-S"]).unwrap();
     assert!(plan.starts_paused());
@@ -182,14 +177,14 @@ fn receive_waits_for_a_guest_and_remembers_the_pause_of_the_user() {
 fn commas_in_the_path_of_the_monitor_are_doubled() {
     let settings = Settings { monitor: Path::new("/run/a,b,,c"), ..settings() };
     let plan = plan_with(&settings, &[]).unwrap();
-    assert!(words(&plan)[2].ends_with(",path=/run/a,,b,,,,c"));
+    assert!(words(&plan)[2].starts_with("unix:/run/a,,b,,,,c,server"));
 }
 
 #[test]
 fn a_path_that_is_not_utf8_is_kept() {
     let monitor = Path::new(OsStr::from_bytes(b"/run/\xff"));
     let plan = plan_with(&Settings { monitor, ..settings() }, &[]).unwrap();
-    assert!(plan.arguments(|_| 3)[2].as_bytes().ends_with(b"path=/run/\xff"));
+    assert!(plan.arguments(|_| 3)[2].as_bytes().starts_with(b"unix:/run/\xff,server"));
 }
 
 #[test]
