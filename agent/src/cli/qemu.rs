@@ -10,8 +10,9 @@ use super::migration::IncomingArgs;
 use super::parse::{parse_name, parse_size};
 use clap::{Args, Subcommand};
 use pageferry_attach::process::target::TargetProcess;
-use pageferry_attach::qemu::attachment::{AgentCommand, Attachment, End};
+use pageferry_attach::qemu::attachment::{Attachment, End, Helpers};
 use pageferry_attach::qemu::command_line::Purpose;
+use pageferry_attach::qemu::guard;
 use pageferry_attach::qemu::launch::{Launch, Launched, monitor_beside};
 use pageferry_attach::qemu::monitor::Monitor;
 use pageferry_client::IncomingOptions;
@@ -22,7 +23,7 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
 
@@ -42,6 +43,18 @@ pub enum QemuCommand {
     /// `pageferry restore` or `pageferry listen` with the same --socket. Give QEMU the same
     /// arguments as at the source.
     Receive(ReceiveArgs),
+    /// Resume the guest if the standard input ends while a job has it paused.
+    #[command(hide = true)]
+    Guard(GuardArgs),
+}
+
+/// `pageferry qemu guard`, which the others start.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    #[arg(long)]
+    qmp: PathBuf,
+    #[arg(long)]
+    pid: u32,
 }
 
 /// The agent, and QEMU's name.
@@ -109,17 +122,26 @@ pub struct ReceiveArgs {
 }
 
 impl AgentOptions {
-    fn command(&self) -> Result<AgentCommand, Box<dyn Error>> {
-        let mut arguments: Vec<OsString> = vec![std::env::current_exe()?.into()];
-        arguments.extend(["agent", "--stdin", "--socket"].map(OsString::from));
-        arguments.push(std::path::absolute(&self.socket)?.into());
+    /// The processes for the QEMU with this monitor and process. They are this program.
+    fn helpers(&self, monitor: &Path, pid: u32) -> Result<Helpers, Box<dyn Error>> {
+        let program = OsString::from(std::env::current_exe()?);
+        let mut agent = vec![program.clone()];
+        agent.extend(["agent", "--stdin", "--socket"].map(OsString::from));
+        agent.push(std::path::absolute(&self.socket)?.into());
         if let Some(name) = &self.name {
-            arguments.extend([OsString::from("--name"), name.into()]);
+            agent.extend([OsString::from("--name"), name.into()]);
         }
         if let Some(address) = &self.metrics {
-            arguments.extend([OsString::from("--metrics"), address.into()]);
+            agent.extend([OsString::from("--metrics"), address.into()]);
         }
-        Ok(AgentCommand { arguments, vm_name: self.name.clone().unwrap_or_default() })
+        let mut guard = vec![program];
+        guard.extend(["qemu", "guard", "--qmp"].map(OsString::from));
+        guard.extend([
+            std::path::absolute(monitor)?.into(),
+            "--pid".into(),
+            pid.to_string().into(),
+        ]);
+        Ok(Helpers { agent, guard, vm_name: self.name.clone().unwrap_or_default() })
     }
 }
 
@@ -139,6 +161,10 @@ pub fn run(command: &QemuCommand) -> Result<Exit, Box<dyn Error>> {
             launch(&args.agent, &args.line, Some((args.listen.as_deref(), (&args.incoming).into())))
         }
         QemuCommand::Attach(args) => attach(args),
+        QemuCommand::Guard(args) => {
+            guard::run(std::io::stdin().lock(), &args.qmp, args.pid)?;
+            Ok(Exit::Done)
+        }
     }
 }
 
@@ -169,8 +195,8 @@ fn launch(
         error
     };
     let awaits_guest = receive.is_some();
-    let command = agent.command().map_err(&mut kill)?;
-    let attachment = Attachment::new(monitor, process, command, awaits_guest)
+    let helpers = agent.helpers(&launch.monitor, process.pid()).map_err(&mut kill)?;
+    let attachment = Attachment::new(monitor, process, helpers, awaits_guest)
         .map_err(|error| kill(error.into()))?;
     if let Some((Some(address), options)) = &receive {
         attachment.listen(address, options).map_err(|error| kill(error.into()))?;
@@ -206,7 +232,8 @@ fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
     let signals = signals()?;
     let process = TargetProcess::open(args.pid)?;
     let monitor = Monitor::connect(&args.qmp)?;
-    let attachment = Attachment::new(monitor, process, args.agent.command()?, false)?;
+    let helpers = args.agent.helpers(&args.qmp, args.pid)?;
+    let attachment = Attachment::new(monitor, process, helpers, false)?;
     say(&format!("{}; agent at {}", attachment.summary(), args.agent.socket.display()));
     let end = attachment.serve(signals.as_fd())?;
     attachment.detach();

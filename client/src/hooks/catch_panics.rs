@@ -111,6 +111,10 @@ impl Hooks for CatchPanics<'_> {
         self.notify("writes unwatched", |hooks| hooks.writes_unwatched());
     }
 
+    fn guest_given_up(&mut self) {
+        self.notify("guest given up", |hooks| hooks.guest_given_up());
+    }
+
     fn event(&mut self, status: &JobStatus) {
         self.notify("event", |hooks| hooks.event(status));
     }

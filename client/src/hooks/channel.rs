@@ -182,7 +182,7 @@ impl HookChannel {
         let sequence = reply_sequence(&frame.body).unwrap_or(NO_SEQUENCE);
         match self.decode(&frame) {
             Ok(Hook::Relinquish { session, release }) => {
-                self.relinquish(sequence, Migration { session, release })
+                self.relinquish(sequence, Migration { session, release }, hooks)
             }
             Ok(hook) => self.call(hook, sequence, &frame.fds, hooks),
             Err(error) => {
@@ -274,11 +274,16 @@ impl HookChannel {
 
     /// Gives the guest up (`one-owner`). Ownership changes before the answer is sent, and changes
     /// back only if the agent cannot have received the answer.
-    fn relinquish(&mut self, sequence: u64, migration: Migration) -> Result<(), SocketError> {
+    fn relinquish(
+        &mut self, sequence: u64, migration: Migration, hooks: &mut dyn Hooks,
+    ) -> Result<(), SocketError> {
         let HookContext { ownership, link, .. } = &self.context;
         let reply = ownership.lock().relinquish(link.id, migration).map_err(forbidden);
         match &reply {
-            Ok(()) => self.paused = None,
+            Ok(()) => {
+                self.paused = None;
+                hooks.guest_given_up();
+            }
             Err(error) => log::warn!("hook relinquish: {error}"),
         }
         let sent = self.answer(hook::code::RELINQUISH, &encode_hook_reply(sequence, &reply), &[]);

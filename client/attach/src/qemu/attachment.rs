@@ -2,6 +2,7 @@
 
 //! An agent for a QEMU: hands the memory over, answers hooks, and follows hotplug.
 
+use super::guard::{Duty, Guard};
 use super::guest_memory::{self, GuestMemoryError};
 use super::hooks::{QemuHooks, has_left};
 use super::machine::{Guest, Machine};
@@ -17,7 +18,9 @@ use pageferry_client::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use std::ffi::OsString;
 use std::os::fd::BorrowedFd;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,9 +47,9 @@ pub enum AttachError {
     /// The agent.
     #[error(transparent)]
     Client(#[from] pageferry_client::Error),
-    /// The kernel refuses a descriptor.
-    #[error("cannot wait for QEMU")]
-    Wait(#[from] std::io::Error),
+    /// The kernel refuses a descriptor or a process.
+    #[error("cannot watch QEMU")]
+    Watch(#[from] std::io::Error),
 }
 
 /// How an attachment ended.
@@ -62,19 +65,20 @@ pub enum End {
     Stopped,
 }
 
-/// What an agent is started with.
+/// The processes that are started for a QEMU.
 #[derive(Debug, Clone)]
-pub struct AgentCommand {
-    /// The program and its arguments: `pageferry agent --socket PATH --stdin`.
-    pub arguments: Vec<std::ffi::OsString>,
+pub struct Helpers {
+    /// The agent, and its arguments: `pageferry agent --socket PATH --stdin`.
+    pub agent: Vec<OsString>,
+    /// The guard, and its arguments: a program that calls [`guard::run`](super::guard::run).
+    pub guard: Vec<OsString>,
     /// Name of the VM, for people. May be empty.
     pub vm_name: String,
 }
 
-impl AgentCommand {
-    fn command(&self) -> Command {
-        use std::os::unix::process::CommandExt;
-        let mut words = self.arguments.iter();
+impl Helpers {
+    fn agent_command(&self) -> Command {
+        let mut words = self.agent.iter();
         let mut command = Command::new(words.next().cloned().unwrap_or_default());
         // Ctrl-C on the terminal is for QEMU.
         command.args(words).process_group(0);
@@ -99,21 +103,25 @@ impl Attachment {
     /// # Errors
     /// If QEMU cannot be served, or an agent cannot be started. QEMU goes on as before.
     pub fn new(
-        mut monitor: Monitor, process: TargetProcess, agent: AgentCommand, awaits_guest: bool,
+        mut monitor: Monitor, process: TargetProcess, helpers: Helpers, awaits_guest: bool,
     ) -> Result<Self, AttachError> {
         suitability::check(&mut monitor)?;
         // Found before an agent is started: most of what can be wrong is wrong here.
         guest_memory::find(&mut monitor, &process)?;
         let vmm = Arc::new(VmmProcess::new(process.try_clone()?, Seccomp::Harmless));
         let config = Config {
-            name: agent.vm_name.clone(),
+            name: helpers.vm_name.clone(),
             mapped_by: Some(vmm.clone()),
             ..Config::default()
         };
         let guest = if awaits_guest { Guest::Awaited } else { Guest::Here };
         let machine = Machine::new(monitor, process, guest)?;
-        let hooks = QemuHooks::new(Arc::clone(&machine));
-        let (client, supervisor) = Supervisor::spawn(move || agent.command(), config, hooks)?;
+        let mut guard = Guard::new(helpers.guard.clone());
+        // Now, and not in the pause of a guest.
+        guard.set(Duty::Nothing)?;
+        let hooks = QemuHooks::new(Arc::clone(&machine), guard);
+        let (client, supervisor) =
+            Supervisor::spawn(move || helpers.agent_command(), config, hooks)?;
         let listens = AtomicBool::new(false);
         let this = Self { machine, vmm, client, supervisor, listens };
         this.follow_memory()?;
@@ -177,7 +185,7 @@ impl Attachment {
             let timeout = Timespec::try_from(LOOK).ok();
             match poll(&mut polled, timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => return Err(AttachError::Wait(errno.into())),
+                Err(errno) => return Err(AttachError::Watch(errno.into())),
             }
             if !polled[0].revents().is_empty() {
                 return Ok(End::Stopped);

@@ -6,6 +6,7 @@
 //! agent answers that by itself.
 
 use super::device_state;
+use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
@@ -17,30 +18,47 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(super) struct QemuHooks {
     machine: Arc<Machine>,
+    guard: Guard,
+    /// As QEMU said it last.
+    run_state: RunState,
 }
 
 impl QemuHooks {
-    pub(super) fn new(machine: Arc<Machine>) -> Self {
-        Self { machine }
+    pub(super) fn new(machine: Arc<Machine>, guard: Guard) -> Self {
+        Self { machine, guard, run_state: RunState::Paused }
     }
-}
 
-impl Hooks for QemuHooks {
-    fn run_state(&mut self) -> Result<RunState, HookError> {
+    /// Tells the guard what to do if this process dies.
+    fn set_guard(&mut self, duty: Duty) {
+        if let Err(error) = self.guard.set(duty) {
+            log::warn!("nobody resumes the guest if this process dies while it is paused: {error}");
+        }
+    }
+
+    fn ask_run_state(&self) -> Result<RunState, HookError> {
         let answer = self.machine.monitor().command("query-status", Value::Null)?;
         match answer.get("status").and_then(Value::as_str) {
             Some("running") => Ok(RunState::Running),
-            Some("shutdown" | "guest-panicked" | "internal-error") => Err(HookError::new(format!(
-                "the guest has ended: QEMU is {}",
-                answer.get("status").and_then(Value::as_str).unwrap_or_default()
-            ))),
+            Some(ended @ ("shutdown" | "guest-panicked" | "internal-error")) => {
+                Err(HookError::new(format!("the guest has ended: QEMU is {ended}")))
+            }
             // `paused`, `prelaunch`, `io-error`, ...: it does not run, and may later. `inmigrate`:
             // there is none, which does not run either.
             _ => Ok(RunState::Paused),
         }
     }
+}
+
+impl Hooks for QemuHooks {
+    fn run_state(&mut self) -> Result<RunState, HookError> {
+        self.run_state = self.ask_run_state()?;
+        Ok(self.run_state)
+    }
 
     fn pause(&mut self) -> Result<(), HookError> {
+        if self.run_state == RunState::Running {
+            self.set_guard(Duty::Resume);
+        }
         let mut monitor = self.machine.monitor();
         monitor.command("stop", Value::Null)?;
         // Memory that was plugged in since is in no block, so it would be missing where the guest
@@ -56,13 +74,19 @@ impl Hooks for QemuHooks {
         if self.machine.state().guest != Guest::Awaited {
             self.machine.monitor().command("cont", Value::Null)?;
         }
+        self.set_guard(Duty::Nothing);
         self.machine.guest_arrived();
         Ok(())
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {
+        self.set_guard(Duty::Nothing);
         self.machine.guest_arrived();
         Ok(())
+    }
+
+    fn guest_given_up(&mut self) {
+        self.set_guard(Duty::Nothing);
     }
 
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {

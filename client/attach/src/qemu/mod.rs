@@ -4,6 +4,7 @@
 //!
 //! - [`launch`]: starts a QEMU; [`command_line`]: its arguments, rewritten for memory in our files;
 //! - [`attachment`]: an agent for it; [`hooks`]: what the agent asks; [`machine`]: what both share;
+//! - [`guard`]: resumes the guest if the attachment dies;
 //! - [`suitability`]: what cannot be served;
 //! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that;
 //! - [`monitor`]: commands and events of QEMU, by QMP;
@@ -12,6 +13,7 @@
 pub mod attachment;
 pub mod command_line;
 pub mod device_state;
+pub mod guard;
 pub mod guest_memory;
 mod hooks;
 pub mod launch;

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! A guard process for the moments in which a job has paused the guest.
+//!
+//! QEMU does not notice when the attachment dies: a guest that is paused for a job would stay paused.
+//! So a second process waits for the end of the first one. If that comes while a job has the guest
+//! paused, and the guest was not given up, the guard resumes it by the same monitor
+//! (`vmm-survives`).
+//!
+//! The attachment tells the guard by a pipe what would have to be done, one byte each, *before* the
+//! guest is paused, and before the agent may send a commit. So the guard never resumes a guest that
+//! may run elsewhere (`one-owner`). If it is told of the commit and the attachment dies before the
+//! agent hears it, the guest stays paused, although it was never sent: an operator has to resume it.
+
+use super::monitor::{Monitor, MonitorError};
+use crate::process::target::{ProcessError, TargetProcess};
+use serde_json::Value;
+use std::ffi::OsString;
+use std::io::{PipeWriter, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long the guard tries to reach the monitor, which was in use until a moment ago.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval at which it tries.
+const TRY: Duration = Duration::from_millis(20);
+
+/// What the guard has to do when the attachment is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Duty {
+    /// Nothing: no job has paused the guest, or it may run elsewhere.
+    Nothing = b'n',
+    /// Resume the guest.
+    Resume = b'r',
+}
+
+/// The attachment's end of a guard.
+#[derive(Debug)]
+pub(super) struct Guard {
+    /// The command that starts one.
+    command: Vec<OsString>,
+    running: Option<(Child, PipeWriter)>,
+}
+
+impl Guard {
+    /// Starts no process yet. `command` is one that calls [`run`].
+    pub(super) fn new(command: Vec<OsString>) -> Self {
+        Self { command, running: None }
+    }
+
+    /// Tells the guard its duty, which counts when this returns. Starts a guard if there is none:
+    /// the first, or one in place of one that was killed.
+    ///
+    /// # Errors
+    /// If there is none, and none can be started. Then nobody does what the guard would do.
+    pub(super) fn set(&mut self, duty: Duty) -> std::io::Result<()> {
+        if self.tell(duty).is_ok() {
+            return Ok(());
+        }
+        self.end();
+        self.start()?;
+        self.tell(duty)
+    }
+
+    fn start(&mut self) -> std::io::Result<()> {
+        let (theirs, ours) = std::io::pipe()?;
+        let mut words = self.command.iter();
+        let mut command = Command::new(words.next().cloned().unwrap_or_default());
+        // What ends the attachment by its group is not to end the guard.
+        command.args(words).process_group(0).stdin(Stdio::from(theirs)).stdout(Stdio::null());
+        self.running = Some((command.spawn()?, ours));
+        Ok(())
+    }
+
+    fn tell(&mut self, duty: Duty) -> std::io::Result<()> {
+        match &mut self.running {
+            Some((_, pipe)) => pipe.write_all(&[duty as u8]),
+            None => Err(std::io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some((mut child, pipe)) = self.running.take() {
+            drop(pipe);
+            // It ends at once: its pipe is closed, and it has nothing to do, or it is dead.
+            let _ = child.wait();
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let _ = self.tell(Duty::Nothing);
+        self.end();
+    }
+}
+
+/// The guard process: waits until `told` ends, and then does what the last byte says, for the QEMU
+/// with this monitor and process.
+///
+/// # Errors
+/// If the guest cannot be resumed.
+pub fn run(mut told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> {
+    let process = TargetProcess::open(pid)?;
+    let mut duty = Duty::Nothing as u8;
+    let mut byte = [0];
+    loop {
+        match told.read(&mut byte) {
+            Ok(0) => break,
+            Ok(_) => duty = byte[0],
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    if duty != Duty::Resume as u8 {
+        return Ok(());
+    }
+    log::warn!("the attachment of QEMU {pid} is gone while it had the guest paused: resuming it");
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        if process.has_exited()? {
+            return Ok(());
+        }
+        let resumed = Monitor::connect(monitor).and_then(|mut monitor| resume(&mut monitor));
+        match resumed {
+            Ok(()) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error.into()),
+            Err(error) => log::debug!("{}", pageferry_client::error::chain(&error)),
+        }
+        // Ends early with QEMU.
+        let _ = process.wait(Some(TRY))?;
+    }
+}
+
+/// Resumes the guest, also if QEMU is still saving its state.
+fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
+    // Refused if none is under way.
+    let _ = monitor.command("migrate_cancel", Value::Null);
+    monitor.command("cont", Value::Null).map(drop)
+}
+
+/// Why the guest cannot be resumed.
+#[derive(Debug, thiserror::Error)]
+pub enum GuardError {
+    /// The process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The monitor.
+    #[error("the guest stays paused")]
+    Monitor(#[from] MonitorError),
+}
