@@ -101,9 +101,9 @@ pub struct AttachArgs {
     /// A QMP monitor of QEMU that no other program uses (-qmp unix:PATH,server=on,wait=off).
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
-    /// QEMU's process.
+    /// QEMU's process. Without it, the one that listens at --qmp.
     #[arg(long)]
-    pid: u32,
+    pid: Option<u32>,
 }
 
 /// `pageferry qemu receive`.
@@ -230,9 +230,19 @@ fn launch(
 
 fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
     let signals = signals()?;
-    let process = TargetProcess::open(args.pid)?;
     let monitor = Monitor::connect(&args.qmp)?;
-    let helpers = args.agent.helpers(&args.qmp, args.pid)?;
+    let listens = monitor.process();
+    let process = match (args.pid, listens) {
+        (Some(pid), Some(other)) if pid != other && TargetProcess::open(other).is_ok() => {
+            let path = args.qmp.display();
+            return Err(
+                format!("--pid {pid}: the monitor at {path} is that of process {other}").into()
+            );
+        }
+        (Some(pid), _) | (None, Some(pid)) => TargetProcess::open(pid)?,
+        (None, None) => return Err("--pid is needed: the kernel does not tell it".into()),
+    };
+    let helpers = args.agent.helpers(&args.qmp, process.pid())?;
     let attachment = Attachment::new(monitor, process, helpers, false)?;
     say(&format!("{}; agent at {}", attachment.summary(), args.agent.socket.display()));
     let end = attachment.serve(signals.as_fd())?;

@@ -82,6 +82,10 @@ impl Helpers {
         let mut command = Command::new(words.next().cloned().unwrap_or_default());
         // Ctrl-C on the terminal is for QEMU.
         command.args(words).process_group(0);
+        // The terminal is QEMU's, too: no line for each phase of a job.
+        if std::env::var_os("RUST_LOG").is_none() {
+            command.env("RUST_LOG", "warn");
+        }
         command
     }
 }

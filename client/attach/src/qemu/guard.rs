@@ -152,3 +152,53 @@ pub enum GuardError {
     #[error("the guest stays paused")]
     Monitor(#[from] MonitorError),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::monitor::test_support::{DONE, at_monitor};
+    use serde_json::json;
+
+    /// The commands that a guard sends which was told this, in the process of this test.
+    fn commands(told: &[u8]) -> Vec<String> {
+        let (outcome, commands) = at_monitor(
+            |_| Some(DONE.to_owned()),
+            |path| {
+                let outcome = run(told, path, std::process::id());
+                // The monitor waits for one client.
+                let _ = std::os::unix::net::UnixStream::connect(path);
+                outcome
+            },
+        );
+        outcome.unwrap();
+        let name = |command: &Value| command["execute"].as_str().unwrap().to_owned();
+        commands.iter().map(name).collect()
+    }
+
+    #[test]
+    fn a_guest_that_was_paused_and_not_given_up_is_resumed() {
+        let all = ["qmp_capabilities", "migrate_cancel", "cont"];
+        assert_eq!(commands(b"nr"), all);
+        assert_eq!(commands(b"rnr"), all);
+    }
+
+    #[test]
+    fn a_guest_that_runs_or_was_given_up_is_left_alone() {
+        assert!(commands(b"").is_empty());
+        assert!(commands(b"n").is_empty());
+        assert!(commands(b"rn").is_empty());
+    }
+
+    #[test]
+    fn a_refused_cancel_does_not_keep_the_guest_paused() {
+        let refused = r#"{"error": {"desc": "none"}, "id": ID}"#;
+        let answer = |command: &Value| {
+            let is_cancel = command["execute"] == json!("migrate_cancel");
+            Some(if is_cancel { format!("{refused}\n") } else { DONE.to_owned() })
+        };
+        let (outcome, commands) =
+            at_monitor(answer, |path| run(&b"r"[..], path, std::process::id()));
+        outcome.unwrap();
+        assert_eq!(commands.last().unwrap()["execute"], json!("cont"));
+    }
+}

@@ -12,7 +12,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
 use std::io::{ErrorKind, IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -129,9 +129,10 @@ impl Monitor {
         Ok(this)
     }
 
-    /// Readable when QEMU has said something.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+    /// The process that listens for this monitor: QEMU.
+    pub fn process(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.socket).ok()?;
+        u32::try_from(peer.pid.as_raw_pid()).ok()
     }
 
     /// Sends a command and returns QEMU's answer. `arguments` is an object, or null.
@@ -230,29 +231,6 @@ impl Monitor {
         }
     }
 
-    /// Takes the events that have arrived so far.
-    ///
-    /// # Errors
-    /// If QEMU has exited.
-    pub fn take_events(&mut self) -> Result<Vec<Event>, MonitorError> {
-        while let Some(said) = self.line(Instant::now())? {
-            self.keep_event(said);
-        }
-        Ok(self.events.drain(..).collect())
-    }
-
-    /// Forgets the events with this name that have arrived so far.
-    ///
-    /// # Errors
-    /// If QEMU has exited.
-    pub fn forget_events(&mut self, name: &str) -> Result<(), MonitorError> {
-        while let Some(said) = self.line(Instant::now())? {
-            self.keep_event(said);
-        }
-        self.events.retain(|event| event.name != name);
-        Ok(())
-    }
-
     /// Sends all bytes, with the descriptor beside the first. False if QEMU reads too slowly.
     fn send(
         &mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Instant,
@@ -328,5 +306,7 @@ impl Monitor {
     }
 }
 
+#[cfg(test)]
+pub(super) mod test_support;
 #[cfg(test)]
 mod tests;

@@ -141,3 +141,68 @@ fn check_networks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::monitor::test_support::at_monitor;
+
+    /// What [`check`] says of a QEMU with these answers by command, where the answers are not those
+    /// of a QEMU that can be served.
+    fn checked(answers: &[(&str, Value)]) -> Result<(), String> {
+        let answer = |command: &Value| {
+            let (name, arguments) = (command["execute"].as_str().unwrap(), &command["arguments"]);
+            let key = format!("{name}{}", arguments["path"].as_str().unwrap_or_default());
+            let said = answers.iter().find(|(command, _)| *command == key);
+            let said = said.map_or_else(
+                || match name {
+                    "query-memdev" | "qom-list" => json!([]),
+                    "human-monitor-command" => json!(""),
+                    _ => json!({}),
+                },
+                |(_, said)| said.clone(),
+            );
+            Some(format!("{}\n", json!({ "return": said, "id": command["id"] })))
+        };
+        let (outcome, _) = at_monitor(answer, |path| {
+            check(&mut Monitor::connect(path).unwrap()).map_err(|error| error.to_string())
+        });
+        outcome
+    }
+
+    #[test]
+    fn what_cannot_be_served_is_refused_by_name() {
+        let shared = json!([{ "id": "m", "share": true }]);
+        let memfd = json!("memory-backend-memfd");
+        let device = |kind: &str| json!([{ "name": "d0", "type": format!("child<{kind}>") }]);
+        assert_eq!(checked(&[]), Ok(()));
+        assert_eq!(checked(&[("query-memdev", shared.clone())]), Ok(()));
+        for (answers, named) in [
+            (
+                vec![("query-memdev", json!([{ "id": "m", "share": false }]))],
+                "memory backend m is private",
+            ),
+            (
+                vec![("query-memdev", shared), ("qom-get/objects/m", memfd)],
+                "memory backend m is a memory-backend-memfd",
+            ),
+            (vec![("qom-list/machine/peripheral", device("vfio-pci"))], "device d0 (vfio-pci)"),
+            (
+                vec![("qom-list/machine/peripheral-anon", device("vhost-user-fs-pci"))],
+                "device d0 (vhost-user-fs-pci)",
+            ),
+            (
+                vec![("human-monitor-command", json!("net0: type=user\nnet1: type=vhost-user\n"))],
+                "network net1: type=vhost-user",
+            ),
+            (
+                vec![("query-migrate", json!({ "blocked-reasons": ["a", "b"] }))],
+                "cannot migrate: a; b",
+            ),
+        ] {
+            let said = checked(&answers).unwrap_err();
+            assert!(said.contains(named), "{said}");
+        }
+        assert_eq!(checked(&[("qom-list/machine/peripheral", device("virtio-net-pci"))]), Ok(()));
+    }
+}
