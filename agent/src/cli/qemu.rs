@@ -198,10 +198,12 @@ fn launch(
     let helpers = agent.helpers(&launch.monitor, process.pid()).map_err(&mut kill)?;
     let attachment = Attachment::new(monitor, process, helpers, awaits_guest)
         .map_err(|error| kill(error.into()))?;
+    let mut sentence = format!("{}; agent at {}", attachment.summary(), agent.socket.display());
     if let Some((Some(address), options)) = &receive {
-        attachment.listen(address, options).map_err(|error| kill(error.into()))?;
+        let address = attachment.listen(address, options).map_err(|error| kill(error.into()))?;
+        sentence += &format!("; it listens at {address}");
     }
-    say(&format!("{}; agent at {}", attachment.summary(), agent.socket.display()));
+    say(&sentence);
     let end = attachment.serve(signals.as_fd())?;
     let outcome = match end {
         End::Exited => None,

@@ -134,14 +134,16 @@ impl Attachment {
         Ok(this)
     }
 
-    /// Waits for a guest at `address`.
+    /// Waits for a guest at `address`. Returns the address with the port that the kernel chose, if
+    /// `address` has port 0.
     ///
     /// # Errors
     /// If the agent refuses.
-    pub fn listen(&self, address: &str, options: &IncomingOptions) -> Result<(), AttachError> {
-        self.client.start_incoming(Target::Address(address.to_owned()), options)?;
+    pub fn listen(&self, address: &str, options: &IncomingOptions) -> Result<String, AttachError> {
+        let target = Target::Address(address.to_owned());
+        let job = self.client.start_incoming(target, options)?;
         self.listens.store(true, Ordering::Relaxed);
-        Ok(())
+        Ok(job.address)
     }
 
     /// True if QEMU was started for the guest that [`Attachment::listen`] waits for.
