@@ -7,7 +7,10 @@
 //!
 //! - [`tools`]: where all this is; [`command_line`]: the options of a QEMU for such a guest;
 //! - [`console`]: the serial line to the program in the guest; [`qmp`]: QEMU's monitor;
-//! - [`running`]: a QEMU as a child of the test; [`echo`]: a host that the guest can talk to.
+//! - [`running`]: a QEMU as a child of the test; [`echo`]: a host that the guest can talk to;
+//! - [`attached`]: a QEMU that `pageferry qemu` serves; [`operator`]: the commands of its operator;
+//! - [`memory_files`]: the holes and the content of its memory; [`other_process`]: processes that
+//!   are no children of the test.
 //!
 //! The parts can be used alone. A test that starts QEMU by another program puts this program before
 //! [`LinuxGuest::command_line`], and connects a [`Console`] to [`Sockets::console`].
@@ -26,16 +29,24 @@
 //! # }
 //! ```
 
+pub mod attached;
 pub mod command_line;
 pub mod console;
 pub mod echo;
+pub mod memory_files;
+pub mod operator;
+pub mod other_process;
 pub mod qmp;
 pub mod running;
 pub mod tools;
 
+pub use attached::{AttachedGuest, Place, SideCar};
 pub use command_line::{GuestMemory, LinuxGuest, Sockets, VirtioMem};
 pub use console::{Console, Status, Tick};
 pub use echo::Echo;
+pub use memory_files::{Difference, MemoryFiles};
+pub use operator::Operator;
+pub use other_process::OtherProcess;
 pub use qmp::Qmp;
 pub use running::RunningGuest;
 pub use tools::{QemuTools, QemuVersion};
