@@ -15,6 +15,7 @@
 //! - [`live`]: a guest that writes while it migrates;
 //! - [`postcopy`]: a guest that runs before its memory is there;
 //! - [`snapshots`]: a guest that is saved to a file, and may keep running;
+//! - [`qemu_guest`]: a Linux guest that moves between unmodified QEMUs;
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast discards are acknowledged;
 //! - [`codec`]: zero scan, checksum and records; an idle agent.
@@ -38,6 +39,7 @@ mod live;
 mod ours;
 mod postcopy;
 mod qemu;
+mod qemu_guest;
 mod snapshots;
 mod table;
 
@@ -50,7 +52,7 @@ use table::Table;
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
     /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking,
-    /// postcopy, snapshots, bitmaps, discards, queued, bytes.
+    /// postcopy, snapshots, bitmaps, discards, queued, bytes, qemu-guest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -72,7 +74,13 @@ struct Cli {
     /// Write the table as JSON to this file, too.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// In `full` and `snapshots`, run only these: pageferry, floor, qemu.
+    /// In `qemu-guest`, move only these guests: idle, writes, balloon.
+    #[arg(long, value_delimiter = ',')]
+    guests: Vec<String>,
+    /// In `qemu-guest`, the versions of QEMU: 10.0, 11.1.
+    #[arg(long, value_delimiter = ',', default_value = "10.0")]
+    qemu_versions: Vec<String>,
+    /// In `full`, `snapshots` and `qemu-guest`, run only these: pageferry, floor, qemu.
     #[arg(long, value_delimiter = ',', default_value = "pageferry,floor,qemu")]
     who: Vec<String>,
     /// In `full`, numbers of streams and sockets.
@@ -81,8 +89,8 @@ struct Cli {
     /// Leave QEMU out even if it is installed.
     #[arg(long)]
     no_qemu: bool,
-    /// Given by `cargo bench`. Without it everything is tiny, and `live` and `tracking` are left
-    /// out: this only tests that the bench works.
+    /// Given by `cargo bench`. Without it everything is tiny, and `live`, `tracking` and
+    /// `qemu-guest` are left out: this only tests that the bench works.
     #[arg(long, hide = true)]
     bench: bool,
     /// Be the other process of `postcopy`'s floor, which gets its instructions over this socket.
@@ -106,7 +114,11 @@ pub struct Bench {
     pub shrink: u64,
     /// QEMU, if it is installed.
     pub qemu: Option<qemu::Qemu>,
-    /// The programs that run in `full` and `snapshots`.
+    /// The guests of `qemu-guest`. All of them if none is named.
+    pub guests: Vec<String>,
+    /// The versions of QEMU in `qemu-guest`.
+    pub qemu_versions: Vec<String>,
+    /// The programs that run in `full`, `snapshots` and `qemu-guest`.
     pub who: Vec<String>,
     /// Numbers of streams in `full`.
     pub streams: Vec<u16>,
@@ -119,7 +131,7 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 12] = [
+    let parts: [(&str, Part); 13] = [
         ("full", copying::full),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
@@ -132,9 +144,12 @@ fn main() {
         ("snapshots", snapshots::snapshots),
         ("live", live::live),
         ("tracking", live::tracking),
+        ("qemu-guest", qemu_guest::qemu_guest),
     ];
-    check("only", &cli.only, &parts);
-    check("snapshots", &cli.snapshots, &snapshots::PARTS);
+    check("only", &cli.only, &parts.map(|(name, _)| name));
+    check("snapshots", &cli.snapshots, &snapshots::PARTS.map(|(name, _)| name));
+    check("guests", &cli.guests, &qemu_guest::names());
+    check("qemu-versions", &cli.qemu_versions, &qemu_guest::versions());
     let qemu = if cli.no_qemu || !cli.bench { None } else { qemu::Qemu::find() };
     let bench = Bench {
         folder: cli.folder,
@@ -144,6 +159,8 @@ fn main() {
         rounds: if cli.bench { cli.rounds } else { 1 },
         shrink: if cli.bench { 1 } else { 128 },
         qemu,
+        guests: cli.guests,
+        qemu_versions: cli.qemu_versions,
         who: cli.who,
         streams: cli.streams,
     };
@@ -156,9 +173,9 @@ fn main() {
             .map_or("skipped: no qemu-system-x86_64".to_owned(), |qemu| qemu.version.clone()),
     );
     for (name, part) in parts {
-        // A test is short, but writers need their time.
+        // A test is short, but writers need their time, and Linux boots slowly.
         let wanted = if cli.only.is_empty() {
-            cli.bench || !matches!(name, "live" | "tracking")
+            cli.bench || !matches!(name, "live" | "tracking" | "qemu-guest")
         } else {
             cli.only.iter().any(|only| only == name)
         };
@@ -174,10 +191,10 @@ fn main() {
     }
 }
 
-/// Ends the program if one of the `wanted` parts does not exist.
-fn check(flag: &str, wanted: &[String], parts: &[(&str, Part)]) {
-    if let Some(unknown) = wanted.iter().find(|name| !parts.iter().any(|(part, _)| part == name)) {
-        let known: Vec<&str> = parts.iter().map(|(name, _)| *name).collect();
+/// Ends the program if one of the `wanted` names does not exist.
+fn check(flag: &str, wanted: &[String], known: &[impl AsRef<str>]) {
+    let known: Vec<&str> = known.iter().map(AsRef::as_ref).collect();
+    if let Some(unknown) = wanted.iter().find(|name| !known.contains(&name.as_str())) {
         eprintln!("--{flag} {unknown}: write {}", known.join(", "));
         std::process::exit(2);
     }
