@@ -128,9 +128,10 @@ impl Attachment {
             Supervisor::spawn(move || helpers.agent_command(), config, hooks)?;
         let listens = AtomicBool::new(false);
         let this = Self { machine, vmm, client, supervisor, listens };
-        this.follow_memory()?;
-        // QEMU punches what the guest gives back, and tells nobody.
+        // QEMU punches what the guest gives back, and tells nobody. Declared before the memory: who
+        // waits for the memory (`pageferry status --wait`) may start any job.
         this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES)?;
+        this.follow_memory()?;
         Ok(this)
     }
 
@@ -160,12 +161,12 @@ impl Attachment {
     pub fn summary(&self) -> String {
         let state = self.machine.state();
         let bytes: u64 = state.known.iter().map(|block| block.spec().length).sum();
-        format!(
-            "QEMU {} has {} MiB of guest memory in {} blocks",
-            self.machine.process.pid(),
-            bytes >> 20,
-            state.known.len()
-        )
+        let blocks = match state.known.len() {
+            1 => "1 block".to_owned(),
+            count => format!("{count} blocks"),
+        };
+        let pid = self.machine.process.pid();
+        format!("QEMU {pid} has {} MiB of guest memory in {blocks}", bytes >> 20)
     }
 
     /// Serves until QEMU exits, its guest leaves, or `stop` is readable.
