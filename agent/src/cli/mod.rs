@@ -90,7 +90,7 @@ enum Command {
     Recover(RecoverArgs),
     /// Resume a guest here whose hand-over was never confirmed.
     Resume(ResumeArgs),
-    /// Move and save the guest of an unmodified QEMU.
+    /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]
     Qemu(qemu::QemuCommand),
     /// Show, check and merge images of guests. This needs no agent.

@@ -33,15 +33,26 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
 /// `pageferry qemu`.
 #[derive(Debug, Subcommand)]
 pub enum QemuCommand {
-    /// Start QEMU with its guest memory in files that an agent can serve, and start the agent. Ends
-    /// with QEMU, and with its exit code.
+    /// Start QEMU for a new guest, and an agent for it.
+    ///
+    /// The command stays in the foreground as long as QEMU does, and ends with its exit code.
+    /// SIGINT and SIGTERM end QEMU. Standard input, output and error are QEMU's.
+    #[command(after_help = RUN_EXAMPLE)]
     Run(RunArgs),
-    /// Start an agent for a QEMU that runs already. Its guest memory must be in files that are
-    /// mapped shared (memory-backend-file,share=on). SIGINT and SIGTERM end the agent, not QEMU.
+    /// Start an agent for a QEMU that runs already.
+    ///
+    /// Its guest memory must be in files that are mapped shared (-object
+    /// memory-backend-file,share=on). The command stays in the foreground until QEMU ends or its
+    /// guest has moved away. SIGINT and SIGTERM end the agent, not QEMU.
+    #[command(after_help = ATTACH_EXAMPLE)]
     Attach(AttachArgs),
-    /// Start QEMU for a guest that comes from elsewhere: by a migration to --listen, or by
-    /// `pageferry restore` or `pageferry listen` with the same --socket. Give QEMU the same
-    /// arguments as at the source.
+    /// Start QEMU for a guest that is migrated here or restored, and an agent for it.
+    ///
+    /// Give QEMU the same arguments as at the source, without -incoming. The guest comes by
+    /// `pageferry migrate` at its source if there is --listen, and otherwise by `pageferry listen`
+    /// or `pageferry restore` with the same --socket. From then on the command is like `pageferry
+    /// qemu run`. It fails if the guest that it listens for does not arrive.
+    #[command(after_help = RECEIVE_EXAMPLE)]
     Receive(ReceiveArgs),
     /// Resume the guest if the standard input ends while a job has it paused.
     #[command(hide = true)]
@@ -57,17 +68,38 @@ pub struct GuardArgs {
     pid: u32,
 }
 
+const RUN_EXAMPLE: &str = "\
+Example:
+  pageferry qemu run --socket /run/vm1.sock -- qemu-system-x86_64 -m 4G -drive ...
+  pageferry snapshot --socket /run/vm1.sock /images/monday
+No disk is moved or saved. docs/qemu.md says what is refused, and what each mode needs.";
+
+const ATTACH_EXAMPLE: &str = "\
+Example:
+  qemu-system-x86_64 -m 4G -machine memory-backend=ram \\
+      -object memory-backend-file,id=ram,size=4G,mem-path=/dev/shm/vm1,share=on \\
+      -qmp unix:/run/vm1.qmp,server=on,wait=off -drive ... &
+  pageferry qemu attach --socket /run/vm1.sock --qmp /run/vm1.qmp --pid $!";
+
+const RECEIVE_EXAMPLE: &str = "\
+Example, a migration:
+  pageferry qemu receive --socket /run/vm1.sock --listen tcp:10.0.0.2:4444 -- \\
+      qemu-system-x86_64 -m 4G -drive ...
+  pageferry migrate --socket /run/vm1.sock --to tcp:10.0.0.2:4444        (at the source)
+Example, a restore:
+  pageferry qemu receive --socket /run/vm1.sock -- qemu-system-x86_64 -m 4G -drive ... &
+  pageferry restore --socket /run/vm1.sock /images/monday --lazy";
+
 /// The agent, and QEMU's name.
 #[derive(Debug, Args)]
 struct AgentOptions {
-    /// The agent's socket, for `pageferry migrate`, `snapshot`, `status` and all others. QEMU's
-    /// monitor for pageferry is beside it, with `.qmp` at the end of its name.
+    /// Socket of the agent. Give it to `pageferry status`, `migrate`, `snapshot` and the others.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// Name of the VM, in the log and the status.
+    /// Name of the VM, in the log, the status and the metrics.
     #[arg(long, value_parser = parse_name)]
     name: Option<String>,
-    /// Serve metrics over HTTP at this address, as `pageferry agent` does.
+    /// Serve the agent's metrics over HTTP at this address, as `pageferry agent --metrics` does.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = parse_metrics)]
     metrics: Option<String>,
 }
@@ -75,11 +107,12 @@ struct AgentOptions {
 /// QEMU's command line.
 #[derive(Debug, Args)]
 struct QemuLine {
-    /// Put the guest's memory into huge pages of this size, such as 2M.
+    /// Put the memory of -m into huge pages of this size, such as 2M. The kernel must have them.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     huge_pages: Option<u64>,
-    /// QEMU and its arguments. What they say about memory is rewritten, so that it is in files of
-    /// ours: -m, -object memory-backend-..., -machine memory-backend=..., -mem-path.
+    /// QEMU and its arguments. Guest memory is moved to shared files, whatever -m, -object
+    /// memory-backend-... and -mem-path say about it. A QMP monitor for pageferry is added, at the
+    /// path of --socket with .qmp at its end.
     #[arg(last = true, required = true, value_name = "QEMU")]
     qemu: Vec<OsString>,
 }
@@ -98,10 +131,11 @@ pub struct RunArgs {
 pub struct AttachArgs {
     #[command(flatten)]
     agent: AgentOptions,
-    /// A QMP monitor of QEMU that no other program uses (-qmp unix:PATH,server=on,wait=off).
+    /// Socket of a QMP monitor of QEMU that no other program uses, such as libvirt (-qmp
+    /// unix:PATH,server=on,wait=off).
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
-    /// QEMU's process. Without it, the one that listens at --qmp.
+    /// Process id of QEMU. Without it, the process that listens at --qmp.
     #[arg(long)]
     pid: Option<u32>,
 }
@@ -111,8 +145,8 @@ pub struct AttachArgs {
 pub struct ReceiveArgs {
     #[command(flatten)]
     agent: AgentOptions,
-    /// Wait here for a source (tcp:HOST:PORT or unix:PATH). Without it, the agent waits for
-    /// `pageferry listen` or `pageferry restore`.
+    /// Wait at this address for a source (tcp:HOST:PORT or unix:PATH). With port 0 the kernel
+    /// chooses one, and the command prints it.
     #[arg(long, value_name = "ADDRESS", value_parser = super::parse::parse_address)]
     listen: Option<String>,
     #[command(flatten)]
