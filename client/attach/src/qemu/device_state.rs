@@ -3,20 +3,28 @@
 //! The state of QEMU's devices, by QEMU's own migration.
 //!
 //! QEMU leaves out memory that is shared and has a name (capability `x-ignore-shared`), so its
-//! stream has the state of the devices, and memory that is not guest RAM, such as that of a VGA
-//! card. This side gets and gives the stream by one end of a socket pair, of which QEMU gets the
-//! other (`getfd`).
+//! stream has the state of the devices, and memory that is not guest RAM, such as firmware and that
+//! of a VGA card. This side gets and gives the stream by one end of a socket pair, of which QEMU
+//! gets the other (`getfd`).
 //!
-//! Afterwards the source is in the run state `postmigrate`, and `cont` resumes it.
+//! A save begins while the guest runs ([`Saving::begin`]). QEMU sends the memory, pauses the guest
+//! by itself, and waits (capability `pause-before-switchover`). [`Saving::finish`] lets it send the
+//! devices. The source is then in the run state `postmigrate`, and `cont` resumes it. A save that
+//! was not finished is cancelled first, after which QEMU resumes the guest by itself.
 //!
-//! What is set in QEMU for this is set back: the capabilities and parameters belong to the user.
+//! What is set in QEMU for this is set back ([`Settings`]): the capabilities and parameters belong
+//! to the user. QEMU reads its monitor byte by byte, about 5 us each, and the guest is paused for
+//! some of it. So only what differs is set, and it is set back when the guest runs.
 
-use super::monitor::{Monitor, MonitorError};
+use super::monitor::{Event, Monitor, MonitorError};
 use pageferry_client::StatePiece;
-use serde_json::{Value, json};
+use pageferry_client::error::chain;
+use serde_json::{Map, Value, json};
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// Name of the one piece of state.
@@ -27,11 +35,16 @@ const FD_NAME: &str = "pageferry-state";
 const MAX_STATE: u64 = 1 << 30;
 /// How long QEMU's migration may make no progress.
 const STALL: Duration = Duration::from_secs(20);
-/// Interval at which QEMU is asked how far it is.
+/// Interval at which a migration is asked for whose end is not an event.
 const POLL: Duration = Duration::from_millis(1);
-/// Bytes per second that QEMU may send: as good as unlimited, for the state goes to a pipe, and the
-/// guest is paused.
-const BANDWIDTH: u64 = 1 << 40;
+/// Capabilities for a save. All others are off.
+const SAVE: [&str; 3] = ["events", "pause-before-switchover", "x-ignore-shared"];
+/// Capabilities for a load. All others are off.
+const LOAD: [&str; 2] = ["events", "x-ignore-shared"];
+
+/// Parameters for a save: bytes per second, as good as unlimited, since the stream stays on this
+/// host; and milliseconds. With a low limit QEMU might not pause a guest that draws on a screen.
+const SAVE_PARAMETERS: [(&str, u64); 2] = [("max-bandwidth", 1 << 40), ("downtime-limit", 300)];
 
 /// Why the state cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -66,47 +79,78 @@ pub enum DeviceStateError {
     },
 }
 
-/// What a migration needs, and what was set before.
-struct Settings {
-    capabilities: Value,
-    bandwidth: Option<u64>,
+/// What was set in QEMU before a save or a load.
+#[derive(Debug)]
+#[must_use]
+pub struct Settings {
+    /// The capabilities that were changed, as they were.
+    capabilities: Vec<Value>,
+    /// The parameters that were changed, as they were.
+    parameters: Map<String, Value>,
 }
 
 impl Settings {
-    /// Sets the capabilities and parameters for a transfer of the state.
-    fn set(monitor: &mut Monitor) -> Result<Self, MonitorError> {
-        let before = monitor.command("query-migrate-capabilities", Value::Null)?;
-        let wanted: Vec<Value> = before
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|one| one.get("capability")?.as_str())
-            .map(|name| {
-                let state = matches!(name, "x-ignore-shared" | "events");
-                json!({ "capability": name, "state": state })
-            })
-            .collect();
-        monitor.command("migrate-set-capabilities", json!({ "capabilities": wanted }))?;
-        let parameters = monitor.command("query-migrate-parameters", Value::Null)?;
-        let bandwidth = parameters.get("max-bandwidth").and_then(Value::as_u64);
-        let this = Self { capabilities: before, bandwidth };
-        let set = monitor.command("migrate-set-parameters", json!({ "max-bandwidth": BANDWIDTH }));
-        if let Err(error) = set {
-            this.restore(monitor);
-            return Err(error);
-        }
-        Ok(this)
+    /// Sets what a load needs.
+    ///
+    /// # Errors
+    /// If QEMU refuses. Nothing has changed then.
+    pub fn for_load(monitor: &mut Monitor) -> Result<Self, MonitorError> {
+        Self::set(monitor, &LOAD, &[])
     }
 
-    fn restore(&self, monitor: &mut Monitor) {
-        let capabilities = json!({ "capabilities": self.capabilities });
-        let restored = monitor.command("migrate-set-capabilities", capabilities).and_then(|_| {
-            match self.bandwidth {
-                Some(bytes) => {
-                    monitor.command("migrate-set-parameters", json!({ "max-bandwidth": bytes }))
-                }
-                None => Ok(Value::Null),
+    /// Sets what a save needs.
+    ///
+    /// # Errors
+    /// If QEMU refuses. Nothing has changed then.
+    pub fn for_save(monitor: &mut Monitor) -> Result<Self, MonitorError> {
+        Self::set(monitor, &SAVE, &SAVE_PARAMETERS)
+    }
+
+    fn set(
+        monitor: &mut Monitor, on: &[&str], parameters: &[(&str, u64)],
+    ) -> Result<Self, MonitorError> {
+        let capabilities = monitor.command("query-migrate-capabilities", Value::Null)?;
+        let (mut before, mut wanted) = (Vec::new(), Vec::new());
+        for one in capabilities.as_array().into_iter().flatten() {
+            let name = one.get("capability").and_then(Value::as_str).unwrap_or_default();
+            let state = on.contains(&name);
+            if one.get("state").and_then(Value::as_bool) != Some(state) {
+                before.push(one.clone());
+                wanted.push(json!({ "capability": name, "state": state }));
             }
+        }
+        set_capabilities(monitor, wanted)?;
+        let mut this = Self { capabilities: before, parameters: Map::new() };
+        match this.set_parameters(monitor, parameters) {
+            Ok(()) => Ok(this),
+            Err(error) => {
+                this.restore(monitor);
+                Err(error)
+            }
+        }
+    }
+
+    fn set_parameters(
+        &mut self, monitor: &mut Monitor, wanted: &[(&str, u64)],
+    ) -> Result<(), MonitorError> {
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let before = monitor.command("query-migrate-parameters", Value::Null)?;
+        let set = wanted.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
+        monitor.command("migrate-set-parameters", Value::Object(set))?;
+        let old = |name: &str| Some((name.to_owned(), before.get(name)?.clone()));
+        self.parameters = wanted.iter().filter_map(|(name, _)| old(name)).collect();
+        Ok(())
+    }
+
+    /// Sets all back.
+    pub fn restore(self, monitor: &mut Monitor) {
+        let restored = set_capabilities(monitor, self.capabilities).and_then(|()| {
+            if self.parameters.is_empty() {
+                return Ok(Value::Null);
+            }
+            monitor.command("migrate-set-parameters", Value::Object(self.parameters))
         });
         if let Err(error) = restored {
             log::warn!("QEMU's migration settings stay changed: {error}");
@@ -114,39 +158,140 @@ impl Settings {
     }
 }
 
-/// Saves the state of the devices of a paused guest.
-///
-/// # Errors
-/// If QEMU refuses or fails. The guest can be resumed.
-pub fn save(monitor: &mut Monitor) -> Result<Vec<StatePiece>, DeviceStateError> {
-    let settings = Settings::set(monitor)?;
-    let saved = save_with_settings(monitor);
-    if saved.is_err() {
-        // Refused if it has ended.
-        let _ = monitor.command("migrate_cancel", Value::Null);
-        let _ = wait_for_end(monitor);
+fn set_capabilities(monitor: &mut Monitor, wanted: Vec<Value>) -> Result<(), MonitorError> {
+    if wanted.is_empty() {
+        return Ok(());
     }
-    settings.restore(monitor);
-    Ok(vec![StatePiece { name: PIECE.into(), bytes: saved? }])
+    monitor.command("migrate-set-capabilities", json!({ "capabilities": wanted })).map(drop)
 }
 
-fn save_with_settings(monitor: &mut Monitor) -> Result<Vec<u8>, DeviceStateError> {
-    let (ours, qemus) = UnixStream::pair()?;
-    monitor.command_with_fd("getfd", json!({ "fdname": FD_NAME }), qemus.as_fd())?;
-    drop(qemus);
-    ours.set_read_timeout(Some(STALL))?;
-    monitor.command("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+/// A save that QEMU has begun, under [`Settings::for_save`].
+#[derive(Debug)]
+pub struct Saving {
+    stream: UnixStream,
+    /// What the thread that reads the stream has read at its end.
+    read: Receiver<Result<Vec<u8>, DeviceStateError>>,
+    has_finished: bool,
+}
+
+impl Saving {
+    /// Has QEMU save the memory that is not shared, and pause the guest if it runs.
+    ///
+    /// # Errors
+    /// If QEMU refuses or fails. The save is cancelled then.
+    pub fn begin(monitor: &mut Monitor) -> Result<Self, DeviceStateError> {
+        let (stream, qemus) = UnixStream::pair()?;
+        monitor.command_with_fd("getfd", json!({ "fdname": FD_NAME }), qemus.as_fd())?;
+        drop(qemus);
+        let (send, read) = channel();
+        let ours = stream.try_clone()?;
+        // QEMU waits when the socket is full, so this reads all the time. It ends when QEMU has
+        // sent all or has failed, or when `stream` is shut down.
+        std::thread::Builder::new().name("device-state".into()).spawn(move || {
+            let _ = send.send(read_all(&ours));
+            let _ = ours.shutdown(Shutdown::Both);
+        })?;
+        let mut this = Self { stream, read, has_finished: false };
+        match this.reach_pause(monitor) {
+            Ok(()) => Ok(this),
+            Err(error) => {
+                this.cancel(monitor);
+                // A state that is too large makes QEMU fail because nobody reads on.
+                Err(this.read.try_recv().ok().and_then(Result::err).unwrap_or(error))
+            }
+        }
+    }
+
+    fn reach_pause(&mut self, monitor: &mut Monitor) -> Result<(), DeviceStateError> {
+        monitor.forget_events(MIGRATION)?;
+        monitor.command("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        wait_for(monitor, "pre-switchover")
+    }
+
+    /// Has QEMU save the devices of the guest, which is paused. Returns the whole state.
+    ///
+    /// # Errors
+    /// If QEMU refuses or fails.
+    pub fn finish(&mut self, monitor: &mut Monitor) -> Result<Vec<StatePiece>, DeviceStateError> {
+        monitor.command("migrate-continue", json!({ "state": "pre-switchover" }))?;
+        wait_for(monitor, "completed")?;
+        self.has_finished = true;
+        let bytes = match self.read.recv_timeout(STALL) {
+            Ok(read) => read?,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                return Err(DeviceStateError::Stalled);
+            }
+        };
+        Ok(vec![StatePiece { name: PIECE.into(), bytes }])
+    }
+
+    /// Cancels a save that has not finished. QEMU then resumes a guest that it has paused.
+    pub fn cancel(&mut self, monitor: &mut Monitor) {
+        if std::mem::replace(&mut self.has_finished, true) {
+            return;
+        }
+        // QEMU accepts this also if nothing is to be cancelled.
+        let cancelled = monitor.command("migrate_cancel", Value::Null).map_err(Into::into);
+        if let Err(error) = cancelled.and_then(|_| wait_for_end(monitor)) {
+            log::warn!("cannot cancel QEMU's migration: {}", chain(&error));
+        }
+    }
+}
+
+impl Drop for Saving {
+    fn drop(&mut self) {
+        // Ends the thread that reads.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn read_all(stream: &UnixStream) -> Result<Vec<u8>, DeviceStateError> {
     let mut bytes = Vec::new();
-    // The end comes when QEMU has sent all, or has failed.
-    (&ours).take(MAX_STATE + 1).read_to_end(&mut bytes).map_err(stalled)?;
+    stream.take(MAX_STATE + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > MAX_STATE {
         return Err(DeviceStateError::TooLarge);
     }
-    wait_for_end(monitor)?;
     Ok(bytes)
 }
 
-/// Loads the state into a QEMU that was started with `-incoming defer`.
+/// Resumes the guest. QEMU says that a migration has ended before the guest can be resumed.
+///
+/// # Errors
+/// If QEMU refuses.
+pub fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
+    let deadline = Instant::now() + STALL;
+    loop {
+        match monitor.command("cont", Value::Null) {
+            Err(MonitorError::Refused { .. })
+                if Instant::now() < deadline && !is_finalized(monitor)? =>
+            {
+                std::thread::sleep(POLL);
+            }
+            resumed => return resumed.map(drop),
+        }
+    }
+}
+
+fn is_finalized(monitor: &mut Monitor) -> Result<bool, MonitorError> {
+    let answer = monitor.command("query-status", Value::Null)?;
+    Ok(answer.get("status").and_then(Value::as_str) != Some("finish-migrate"))
+}
+
+/// Waits until no migration runs.
+fn wait_for_end(monitor: &mut Monitor) -> Result<(), DeviceStateError> {
+    let deadline = Instant::now() + STALL;
+    loop {
+        let answer = monitor.command("query-migrate", Value::Null)?;
+        match answer.get("status").and_then(Value::as_str) {
+            None | Some("none" | "completed" | "failed" | "cancelled") => return Ok(()),
+            Some(_) if Instant::now() > deadline => return Err(DeviceStateError::Stalled),
+            Some(_) => std::thread::sleep(POLL),
+        }
+    }
+}
+
+/// Loads the state into a QEMU that was started with `-incoming defer`, under
+/// [`Settings::for_load`].
 ///
 /// # Errors
 /// If the state is not that of a QEMU, or QEMU refuses it. That QEMU is of no use any more then.
@@ -157,32 +302,26 @@ pub fn load(monitor: &mut Monitor, state: &[StatePiece]) -> Result<(), DeviceSta
     if name != PIECE {
         return Err(other_vmm(state));
     }
-    let settings = Settings::set(monitor)?;
-    let loaded = load_bytes(monitor, bytes);
-    settings.restore(monitor);
-    loaded
-}
-
-fn load_bytes(monitor: &mut Monitor, bytes: &[u8]) -> Result<(), DeviceStateError> {
     let (ours, qemus) = UnixStream::pair()?;
     monitor.command_with_fd("getfd", json!({ "fdname": FD_NAME }), qemus.as_fd())?;
     drop(qemus);
     ours.set_write_timeout(Some(STALL))?;
+    monitor.forget_events(MIGRATION)?;
     // QEMU loads in its main loop, so the answer may come after the load has begun.
     let written = std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             (&ours).write_all(bytes)?;
-            ours.shutdown(std::net::Shutdown::Write)
+            ours.shutdown(Shutdown::Write)
         });
         let begun = monitor.command("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }));
         if begun.is_err() {
-            let _ = ours.shutdown(std::net::Shutdown::Both);
+            let _ = ours.shutdown(Shutdown::Both);
         }
         let written = writer.join().unwrap_or_else(|_| Err(std::io::ErrorKind::Other.into()));
         begun.map(|_| written)
     })?;
     // A QEMU that refuses the state closes the stream, and says why.
-    wait_for_end(monitor)?;
+    wait_for(monitor, "completed")?;
     written.map_err(stalled)
 }
 
@@ -197,22 +336,27 @@ fn stalled(error: std::io::Error) -> DeviceStateError {
     }
 }
 
-/// Waits for the end of QEMU's migration.
-fn wait_for_end(monitor: &mut Monitor) -> Result<(), DeviceStateError> {
+/// The event of a migration that has reached another state.
+const MIGRATION: &str = "MIGRATION";
+
+/// Waits until QEMU's migration is in this state.
+fn wait_for(monitor: &mut Monitor, wanted: &str) -> Result<(), DeviceStateError> {
+    fn status(event: &Event) -> Option<&str> {
+        event.content.get("status")?.as_str()
+    }
     let deadline = Instant::now() + STALL;
-    loop {
-        let answer = monitor.command("query-migrate", Value::Null)?;
-        match answer.get("status").and_then(Value::as_str) {
-            Some("completed") => return Ok(()),
-            Some(status @ ("failed" | "cancelled")) => {
-                let reason = answer.get("error-desc").and_then(Value::as_str).unwrap_or(status);
-                return Err(DeviceStateError::Failed { reason: reason.to_owned() });
-            }
-            None | Some("none") => {
-                return Err(DeviceStateError::Failed { reason: "it did not begin".to_owned() });
-            }
-            Some(_) if Instant::now() > deadline => return Err(DeviceStateError::Stalled),
-            Some(_) => std::thread::sleep(POLL),
+    let is_over = |event: &Event| {
+        let status = status(event).unwrap_or_default();
+        event.name == MIGRATION && (status == wanted || matches!(status, "failed" | "cancelled"))
+    };
+    match monitor.wait_for_event(deadline, is_over)? {
+        None => Err(DeviceStateError::Stalled),
+        Some(event) if status(&event) == Some(wanted) => Ok(()),
+        Some(event) => {
+            let answer = monitor.command("query-migrate", Value::Null)?;
+            let reason = answer.get("error-desc").and_then(Value::as_str);
+            let reason = reason.or(status(&event)).unwrap_or_default().to_owned();
+            Err(DeviceStateError::Failed { reason })
         }
     }
 }

@@ -5,9 +5,10 @@
 //! A missing page is never waited for here: QEMU may touch one while it loads its devices, and the
 //! agent answers that by itself.
 
-use super::device_state;
+use super::device_state::{self, Saving, Settings};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
+use super::monitor::Monitor;
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
 use rustix::process::Signal;
@@ -21,11 +22,46 @@ pub(super) struct QemuHooks {
     guard: Guard,
     /// As QEMU said it last.
     run_state: RunState,
+    /// The save that has begun. It is kept until the guest runs again, here or elsewhere.
+    saving: Option<Saving>,
+    /// What is to be set back in QEMU when the guest runs again.
+    settings: Option<Settings>,
+    /// The state of a guest that its operator has paused. QEMU does not save it twice.
+    saved: Option<Vec<StatePiece>>,
 }
 
 impl QemuHooks {
     pub(super) fn new(machine: Arc<Machine>, guard: Guard) -> Self {
-        Self { machine, guard, run_state: RunState::Paused }
+        let run_state = RunState::Paused;
+        Self { machine, guard, run_state, saving: None, settings: None, saved: None }
+    }
+
+    /// Has QEMU begin to save its state, which pauses the guest.
+    fn begin_save(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
+        // Of a job whose end this side has missed.
+        self.set_back(monitor);
+        self.settings = Some(Settings::for_save(monitor)?);
+        self.saving = Some(Saving::begin(monitor)?);
+        Ok(())
+    }
+
+    /// Sets in QEMU what a load needs. Called early, since each command costs a millisecond, and
+    /// once more when it must be done.
+    fn prepare_load(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
+        if self.settings.is_none() {
+            self.settings = Some(Settings::for_load(monitor)?);
+        }
+        Ok(())
+    }
+
+    /// After a save or a load: QEMU is as it was before, except for the run state.
+    fn set_back(&mut self, monitor: &mut Monitor) {
+        if let Some(mut saving) = self.saving.take() {
+            saving.cancel(monitor);
+        }
+        if let Some(settings) = self.settings.take() {
+            settings.restore(monitor);
+        }
     }
 
     /// Tells the guard what to do if this process dies.
@@ -35,9 +71,14 @@ impl QemuHooks {
         }
     }
 
-    fn ask_run_state(&self) -> Result<RunState, HookError> {
+    fn ask_run_state(&mut self) -> Result<RunState, HookError> {
         let answer = self.machine.monitor().command("query-status", Value::Null)?;
-        match answer.get("status").and_then(Value::as_str) {
+        let status = answer.get("status").and_then(Value::as_str);
+        if status != Some("postmigrate") {
+            // It has run since.
+            self.saved = None;
+        }
+        match status {
             Some("running") => Ok(RunState::Running),
             Some(ended @ ("shutdown" | "guest-panicked" | "internal-error")) => {
                 Err(HookError::new(format!("the guest has ended: QEMU is {ended}")))
@@ -59,8 +100,11 @@ impl Hooks for QemuHooks {
         if self.run_state == RunState::Running {
             self.set_guard(Duty::Resume);
         }
-        let mut monitor = self.machine.monitor();
-        monitor.command("stop", Value::Null)?;
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        if self.saved.is_none() {
+            self.begin_save(&mut monitor)?;
+        }
         // Memory that was plugged in since is in no block, so it would be missing where the guest
         // arrives.
         if self.machine.has_known_memory(&mut monitor)? {
@@ -71,17 +115,26 @@ impl Hooks for QemuHooks {
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
-        if self.machine.state().guest != Guest::Awaited {
-            self.machine.monitor().command("cont", Value::Null)?;
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        if let Some(saving) = &mut self.saving {
+            saving.cancel(&mut monitor);
+        }
+        if machine.state().guest != Guest::Awaited {
+            device_state::resume(&mut monitor)?;
         }
         self.set_guard(Duty::Nothing);
-        self.machine.guest_arrived();
+        machine.guest_arrived();
+        // The guest runs, and does not wait for this.
+        self.set_back(&mut monitor);
         Ok(())
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {
         self.set_guard(Duty::Nothing);
-        self.machine.guest_arrived();
+        let machine = Arc::clone(&self.machine);
+        self.set_back(&mut machine.monitor());
+        machine.guest_arrived();
         Ok(())
     }
 
@@ -97,11 +150,31 @@ impl Hooks for QemuHooks {
     }
 
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(device_state::save(&mut self.machine.monitor())?)
+        if let Some(saved) = &self.saved {
+            return Ok(saved.clone());
+        }
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        if self.saving.is_none() {
+            // For a snapshot of a guest that is paused by its operator.
+            self.begin_save(&mut monitor)?;
+        }
+        let Some(saving) = &mut self.saving else {
+            return Err(HookError::new("no save has begun"));
+        };
+        let saved = saving.finish(&mut monitor)?;
+        if self.run_state == RunState::Paused {
+            self.saved = Some(saved.clone());
+        }
+        Ok(saved)
     }
 
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
-        let loaded = device_state::load(&mut self.machine.monitor(), &state);
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        self.prepare_load(&mut monitor)?;
+        let loaded = device_state::load(&mut monitor, &state);
+        drop(monitor);
         self.machine.state().guest = Guest::Loaded;
         loaded.map_err(|error| {
             let sentence = pageferry_client::error::chain(&error);
@@ -129,7 +202,14 @@ impl Hooks for QemuHooks {
     }
 
     fn event(&mut self, status: &JobStatus) {
+        if status.kind == JobKind::Incoming && status.phase == Phase::Passes {
+            let machine = Arc::clone(&self.machine);
+            // The guest still runs at its source. If this fails, so will the load, which tells.
+            let _ = self.prepare_load(&mut machine.monitor());
+        }
         if status.phase.is_final() {
+            let machine = Arc::clone(&self.machine);
+            self.set_back(&mut machine.monitor());
             self.machine.state().ended.push(status.clone());
             self.machine.notify();
         }

@@ -231,6 +231,18 @@ impl Monitor {
         }
     }
 
+    /// Forgets the events with this name that have arrived so far.
+    ///
+    /// # Errors
+    /// If QEMU has exited.
+    pub fn forget_events(&mut self, name: &str) -> Result<(), MonitorError> {
+        while let Some(said) = self.line(Instant::now())? {
+            self.keep_event(said);
+        }
+        self.events.retain(|event| event.name != name);
+        Ok(())
+    }
+
     /// Sends all bytes, with the descriptor beside the first. False if QEMU reads too slowly.
     fn send(
         &mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Instant,
