@@ -40,10 +40,15 @@ impl MemoryFiles {
     pub fn of(pid: u32) -> Result<Self, Error> {
         let folder = format!("/proc/{pid}/fd");
         let entries = std::fs::read_dir(&folder).map_err(Error::io(format!("read {folder}")))?;
+        // QEMU inherits the descriptors, and keeps those of memory that was plugged out.
+        let maps = format!("/proc/{pid}/maps");
+        let mapped = std::fs::read_to_string(&maps).map_err(Error::io(format!("read {maps}")))?;
         let mut files = BTreeMap::new();
         for entry in entries.flatten() {
             let Ok(target) = std::fs::read_link(entry.path()) else { continue };
-            let Some(name) = name(&target) else { continue };
+            let Some(name) = name(&target).filter(|name| is_mapped(&mapped, name)) else {
+                continue;
+            };
             let path = entry.path();
             let opened =
                 File::open(&path).map_err(Error::io(format!("open {}", path.display())))?;
@@ -79,6 +84,10 @@ impl MemoryFiles {
         }
         Ok(found)
     }
+}
+
+fn is_mapped(maps: &str, name: &str) -> bool {
+    maps.contains(&format!("{PREFIX}{name} "))
 }
 
 fn name(target: &Path) -> Option<String> {

@@ -4,9 +4,22 @@
 //!
 //! - [`guests`]: the guests themselves, on which the other tests here rely;
 //! - [`migrations`]: busy guests move in every mode, and their memory takes no more room there;
-//! - [`busy`]: a guest with work for all its devices.
+//! - [`snapshots`]: guests are saved and restored;
+//! - [`attach`]: QEMUs that run already;
+//! - [`hotplug`]: memory that is plugged in and out;
+//! - [`failures`]: the source goes on when a process is killed before the guest has moved;
+//! - [`lost_pages`]: processes that are killed in a postcopy;
+//! - [`refusals`]: what cannot be served is named;
+//! - [`busy`]: a guest with work for all its devices; [`moves`]: moves it to the next QEMU.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+mod attach;
 mod busy;
+mod failures;
 mod guests;
+mod hotplug;
+mod lost_pages;
 mod migrations;
+mod moves;
+mod refusals;
+mod snapshots;

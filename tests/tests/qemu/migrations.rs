@@ -3,67 +3,132 @@
 //! Migrations between unmodified QEMUs, with busy guests.
 
 use crate::busy::{MIB, Stage, goes_on_well};
-use pageferry_tests::linux_guest::{AttachedGuest, Difference, LinuxGuest, QemuVersion};
+use crate::moves::{HYBRID, POSTCOPY, PRECOPY, migrate, migrate_and_compare, proceed};
+use pageferry_tests::linux_guest::operator::wait_slowly;
+use pageferry_tests::linux_guest::{QemuVersion, Status, VirtioMem};
+use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;
-use serde_json::{Value, json};
+use serde_json::json;
 
-/// The options of a precopy that ends, whatever the guest writes.
-const PRECOPY: &[&str] = &["--max-passes", "4", "--policy", "stop"];
-/// One that does not end as a precopy.
-const HYBRID: &[&str] = &["--mode", "hybrid", "--switch-after", "1", "--downtime-limit", "1ms"];
-const POSTCOPY: &[&str] = &["--mode", "postcopy"];
+/// Name of the variable with the number of moves of a guest, for a long run.
+const MOVES: &str = "PAGEFERRY_QEMU_MOVES";
 
-/// Moves a guest to a new QEMU. Returns it, and how the job ended.
-fn migrate(
-    stage: &Stage, name: &str, guest: &LinuxGuest, source: &mut AttachedGuest, options: &[&str],
-) -> (AttachedGuest, Value) {
-    let destination = stage.place().receive(name, guest).unwrap();
-    let to = ["--to", destination.address.as_deref().unwrap()];
-    let job = source.agent.run("migrate", &[&to, options].concat()).unwrap();
-    assert_eq!(job["status"], "completed");
-    // The side-car of a QEMU that it has started ends it, and then itself.
-    source.qemu.wait_for_end().unwrap();
-    assert!(source.side_car.wait().unwrap().success());
-    (destination, job)
-}
-
-/// The same, and compares the memory of both ends while the guest is paused. Then it continues.
-fn migrate_and_compare(
-    stage: &Stage, name: &str, guest: &LinuxGuest, source: &mut AttachedGuest, options: &[&str],
-) -> AttachedGuest {
-    let memory = source.memory().unwrap();
-    let options = [options, &["--resume", "never"]].concat();
-    let (mut destination, job) = migrate(stage, name, guest, source, &options);
-    assert_eq!(destination.run_state().unwrap(), "paused", "{job}");
-    let there = destination.memory().unwrap();
-    let found = memory.compare(&there).unwrap();
-    eprintln!("{name}: {found:?}, allocated {:?} and {:?}", memory.allocated(), there.allocated());
-    assert_eq!(found, Difference::default(), "{job}");
-    destination.qmp.execute("cont", json!({})).unwrap();
-    destination
+/// How often a guest moves.
+fn moves(by_default: usize) -> usize {
+    std::env::var(MOVES).map_or(by_default, |count| count.parse().unwrap())
 }
 
 #[test]
-fn busy_guest_moves_in_every_mode() {
+fn busy_guest_of_an_old_qemu_moves_in_every_mode() {
+    moves_again_and_again(QemuVersion::V10_0, 5);
+}
+
+#[test]
+fn busy_guest_of_a_new_qemu_moves_there_and_back() {
+    moves_again_and_again(QemuVersion::V11_1, 2);
+}
+
+fn moves_again_and_again(version: QemuVersion, moves_by_default: usize) {
     let Some(tools) = require::qemu() else { return };
-    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let stage = Stage::new(tools, version);
     let guest = stage.guest(512 * MIB);
-    let mut here = stage.place().boot("a", &guest).unwrap();
+    let mut here = stage.place().boot("first", &guest).unwrap();
     here.qmp.balloon(384 * MIB).unwrap();
     here.qmp.wait_for_balloon(384 * MIB).unwrap();
-    let mut moment = stage.start(&mut here.console);
+    let mut moment = stage.start(&guest, &mut here.console);
 
-    for (name, options) in [("b", PRECOPY), ("c", HYBRID), ("d", POSTCOPY)] {
-        let (mut there, job) = migrate(&stage, name, &guest, &mut here, options);
-        eprintln!("{name}: {job}");
-        moment = goes_on_well(&mut there, &moment);
-        here = there;
-    }
-    for (name, options) in [("e", PRECOPY), ("f", POSTCOPY)] {
-        let mut there = migrate_and_compare(&stage, name, &guest, &mut here, options);
-        moment = goes_on_well(&mut there, &moment);
-        here = there;
+    let modes = [HYBRID, POSTCOPY, PRECOPY].into_iter().cycle();
+    for (number, mode) in modes.take(moves(moves_by_default)).enumerate() {
+        let name = format!("move-{number}");
+        // In a postcopy that is compared no page is fetched for the guest, since it is paused.
+        here = match number % 5 {
+            2..=4 => migrate_and_compare(&stage, &name, &guest, &mut here, mode),
+            _ => migrate(&stage, &name, &guest, &mut here, mode).0,
+        };
+        moment = goes_on_well(&mut here, &moment);
     }
     here.console.command("stop").unwrap();
     here.verify().unwrap();
+}
+
+#[test]
+fn guest_with_memory_above_the_hole_moves() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let mut guest = stage.guest(4096 * MIB);
+    guest.machine = "q35".to_owned();
+    guest.vcpus = 2;
+    let mut here = stage.place().boot("source", &guest).unwrap();
+    let blocks = here.agent.status().unwrap()["agent"]["blocks"].clone();
+    assert_eq!(blocks.as_array().unwrap().len(), 2, "{blocks}");
+    assert!(blocks[1]["gpa"].as_u64().unwrap() >= 4096 * MIB, "{blocks}");
+    let moment = stage.start(&guest, &mut here.console);
+    let mut there = migrate_and_compare(&stage, "destination", &guest, &mut here, HYBRID);
+    goes_on_well(&mut there, &moment);
+}
+
+#[test]
+fn memory_is_plugged_and_unplugged_while_the_guest_moves() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let mut guest = stage.guest(256 * MIB);
+    guest.virtio_mem = Some(VirtioMem { size: 256 * MIB, requested: 0, backend: None });
+    let mut here = stage.place().boot("source", &guest).unwrap();
+    let total = here.console.status().unwrap().total;
+    let moment = stage.start(&guest, &mut here.console);
+    let request = |size: u64| json!({ "path": "/machine/peripheral/vm0", "property": "requested-size", "value": size });
+
+    let memory = here.memory().unwrap();
+    let there = stage.place().receive("destination", &guest).unwrap();
+    let to = ["--to", there.address.as_deref().unwrap(), "--bandwidth", "32M", "--max-passes", "0"];
+    let job = here.agent.start("migrate", &[&to[..], &["--resume", "never"]].concat()).unwrap();
+    here.agent.wait_for_pages_sent(1000).unwrap();
+    here.qmp.execute("qom-set", request(256 * MIB)).unwrap();
+    let plugged = |now: &Status| now.total >= total + 256 * MIB;
+    here.console.wait_for_status("plugged memory", plugged).unwrap();
+    // The memory of this task is movable, so it begins in what was plugged in.
+    here.console.command("churn 128M 0").unwrap();
+    let busy = here.console.status().unwrap();
+    here.console.wait_for_status("its use", |now| now.churn > busy.churn + 2).unwrap();
+    here.qmp.execute("qom-set", request(128 * MIB)).unwrap();
+    let smaller = |now: &Status| now.total <= total + 128 * MIB;
+    here.console.wait_for_status("unplugged memory", smaller).unwrap();
+    assert_eq!(here.agent.status().unwrap()["status"], "passes", "the job has ended before");
+    let fast = ["--bandwidth", "0", "--max-passes", "1", "--policy", "stop"];
+    here.agent.run("set", &fast).unwrap();
+    let job = job.end().unwrap();
+
+    let mut there = proceed(there, &memory, &job);
+    goes_on_well(&mut there, &moment);
+    there.qmp.execute("qom-set", request(0)).unwrap();
+    let same = |now: &Status| now.total == total;
+    there.console.wait_for_status("no plugged memory", same).unwrap();
+    there.verify().unwrap();
+}
+
+#[test]
+fn postcopy_that_was_cut_is_recovered() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let guest = stage.guest(256 * MIB);
+    let mut here = stage.place().boot("source", &guest).unwrap();
+    let moment = stage.start(&guest, &mut here.console);
+    let mut there = stage.place().receive("destination", &guest).unwrap();
+    let proxy = Proxy::to(there.address.as_deref().unwrap()).unwrap();
+    let slow = ["--to", proxy.address(), "--bandwidth", "4M", "--no-wait"];
+    let job = here.agent.start("migrate", &[&slow, POSTCOPY].concat()).unwrap();
+    here.agent.wait_for_phase("postcopy").unwrap();
+    there.wait_for_run_state("running").unwrap();
+    proxy.cut();
+    let (code, _, said) = job.outcome().unwrap();
+    assert_eq!(code, 3, "{said}");
+    there.agent.wait_for_phase("postcopy-paused").unwrap();
+
+    let recovered = here.agent.start("recover", &[]).unwrap();
+    wait_slowly("the recovery", || Ok(here.agent.status()?["status"] != "postcopy-paused"))
+        .unwrap();
+    here.agent.run("set", &["--bandwidth", "0"]).unwrap();
+    assert_eq!(recovered.end().unwrap()["status"], "completed");
+    assert!(here.side_car.wait().unwrap().success());
+    goes_on_well(&mut there, &moment);
 }

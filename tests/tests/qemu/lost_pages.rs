@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Processes that are killed in a postcopy: a guest never reads zeroes in place of its memory.
+
+use crate::busy::{MIB, Moment, Stage, goes_on_well};
+use crate::moves::POSTCOPY;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::linux_guest::console::PATIENCE;
+use pageferry_tests::linux_guest::operator::Running;
+use pageferry_tests::linux_guest::{AttachedGuest, LinuxGuest, QemuVersion};
+use pageferry_tests::require;
+
+/// Guests of one image, each in a postcopy of its own.
+struct Scene {
+    stage: Stage,
+    guest: LinuxGuest,
+    image: String,
+    moment: Moment,
+}
+
+impl Scene {
+    fn new() -> Option<Self> {
+        let stage = Stage::new(require::qemu()?, QemuVersion::V10_0);
+        let guest = LinuxGuest::new(256 * MIB);
+        let mut first = stage.place().boot("first", &guest).unwrap();
+        let moment = stage.start(&guest, &mut first.console);
+        let image = stage.file("image");
+        first.agent.run("snapshot", &[&image, "--mode", "paused"]).unwrap();
+        Some(Self { stage, guest, image, moment })
+    }
+
+    /// A postcopy that takes minutes. The guest runs at its destination.
+    fn postcopy(&self, name: &str) -> (AttachedGuest, AttachedGuest, Running) {
+        let place = self.stage.place();
+        let here = place.receive_image(&format!("{name}-a"), &self.guest).unwrap();
+        here.agent.run("restore", &[&self.image]).unwrap();
+        let mut there = place.receive(&format!("{name}-b"), &self.guest).unwrap();
+        let to = ["--to", there.address.as_deref().unwrap(), "--bandwidth", "64K", "--no-wait"];
+        let job = here.agent.start("migrate", &[&to, POSTCOPY].concat()).unwrap();
+        here.agent.wait_for_phase("postcopy").unwrap();
+        there.wait_for_run_state("running").unwrap();
+        (here, there, job)
+    }
+}
+
+#[test]
+fn lost_agent_ends_a_guest_that_misses_pages() {
+    let Some(scene) = Scene::new() else { return };
+    let (here, mut there, job) = scene.postcopy("agent");
+    there.agent_process().unwrap().kill().unwrap();
+    there.qemu.wait_for_end().unwrap();
+    assert!(!there.side_car.wait().unwrap().success());
+    assert_eq!(there.console.bad(), [""; 0]);
+    let (code, _, said) = job.outcome().unwrap();
+    assert_eq!(code, 3, "{said}");
+    drop((here, there));
+
+    let (here, there, job) = scene.postcopy("side-car");
+    let agent = there.agent_process().unwrap();
+    there.side_car.kill().unwrap();
+    agent.wait_for_end().unwrap();
+    // QEMU keeps a userfaultfd that nobody reads: the guest waits for ever.
+    let mut ticks = usize::MAX;
+    wait_until("a guest that hangs", PATIENCE, || {
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        let now = there.console.ticks().len();
+        now == std::mem::replace(&mut ticks, now)
+    })
+    .unwrap();
+    assert_eq!(there.console.bad(), [""; 0]);
+    assert!(!there.qemu.has_ended());
+    let (code, _, said) = job.outcome().unwrap();
+    assert_eq!(code, 3, "{said}");
+    drop((here, there));
+
+    // The memory of the source is in files, so its QEMU is not needed for it.
+    let (mut here, mut there, job) = scene.postcopy("source");
+    here.qemu.kill().unwrap();
+    let (code, _, said) = job.outcome().unwrap();
+    eprintln!(
+        "SOURCE QEMU KILLED: {code} {said}\n{:?}\n{:?}",
+        here.agent.status(),
+        there.agent.status()
+    );
+    eprintln!("{}", here.messages());
+    eprintln!("{:?}", here.side_car.wait());
+    goes_on_well(&mut there, &scene.moment);
+}

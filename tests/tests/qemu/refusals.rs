@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What `pageferry qemu` does not serve, and what it says then. No guest needs to boot for this.
+
+use crate::busy::{MIB, Stage};
+use pageferry_tests::linux_guest::{
+    GuestMemory, LinuxGuest, QemuVersion, Qmp, RunningGuest, SideCar, Sockets,
+};
+use pageferry_tests::require;
+use std::ffi::OsString;
+
+/// Memory that can be served.
+fn good() -> GuestMemory {
+    let backend = "memory-backend-file,id=ram0,size=128M,mem-path=/dev/shm,share=on";
+    GuestMemory::Backend(backend.to_owned())
+}
+
+fn guest(memory: GuestMemory, more: &[&str]) -> LinuxGuest {
+    LinuxGuest {
+        memory,
+        more: more.iter().map(OsString::from).collect(),
+        ..LinuxGuest::new(128 * MIB)
+    }
+}
+
+/// What `pageferry qemu attach` says to a QEMU. It must fail, and QEMU must not notice.
+fn attach(stage: &Stage, name: &str, guest: &LinuxGuest, is_monitor_free: bool) -> String {
+    let place = stage.place();
+    let sockets = Sockets::new(place.folder, name);
+    sockets.create().unwrap();
+    let monitor = format!("unix:{},server=on,wait=off", stage.file(&format!("{name}/ours")));
+    let mut guest = guest.clone();
+    guest.more.extend(["-qmp".into(), monitor.into()]);
+    let line = guest.command_line(place.tools, place.version, &sockets);
+    let mut running = RunningGuest::start(&line, sockets).unwrap();
+    let ours = stage.file(&format!("{name}/ours"));
+    let _other = (!is_monitor_free).then(|| Qmp::connect(ours.as_ref()).unwrap());
+    let said = fails(&[
+        "attach".into(),
+        "--socket".into(),
+        place.agent_socket(name).into(),
+        "--qmp".into(),
+        ours.into(),
+        "--pid".into(),
+        running.process.id().to_string().into(),
+    ]);
+    let status = running.qmp.execute("query-status", serde_json::json!({})).unwrap();
+    assert_eq!(status["status"], "running");
+    said
+}
+
+/// What a command says that fails.
+fn fails(arguments: &[OsString]) -> String {
+    let mut side_car = SideCar::spawn(arguments).unwrap();
+    let status = side_car.wait().unwrap();
+    let said = side_car.lines().join("\n");
+    assert!(!status.success(), "{said}");
+    said
+}
+
+#[test]
+fn attach_names_what_stands_in_its_way() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let memfd = GuestMemory::Backend("memory-backend-memfd,id=ram0,size=128M,share=on".to_owned());
+    let own = GuestMemory::Backend(
+        "memory-backend-file,id=ram0,size=128M,mem-path=/dev/shm,share=off".to_owned(),
+    );
+    for (name, guest, is_monitor_free, named) in [
+        ("plain", guest(GuestMemory::Private, &[]), true, "memory backend pc.ram is private"),
+        ("memfd", guest(memfd, &[]), true, "memory backend ram0 is a memory-backend-memfd"),
+        ("private", guest(own, &[]), true, "memory backend ram0 is private"),
+        ("monitor", guest(good(), &[]), false, "another program uses it"),
+    ] {
+        let said = attach(&stage, name, &guest, is_monitor_free);
+        assert!(said.contains(named), "{name}: {said}");
+    }
+}
+
+#[test]
+fn run_names_options_that_it_cannot_use() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    for (action, option, named) in [
+        ("run", &["-daemonize"][..], "-daemonize cannot be used"),
+        ("run", &["-incoming", "defer"], "-incoming cannot be used"),
+        ("receive", &["-incoming", "defer"], "-incoming cannot be used"),
+        ("run", &["-numa", "node,mem=128M"], "-numa node,mem=128M cannot be used"),
+        ("run", &["-device", "no-such-device"], "QEMU has ended before its monitor answered"),
+    ] {
+        let guest = guest(GuestMemory::Private, option);
+        let arguments = stage.place().arguments(action, "refused", &[], &guest).unwrap();
+        let said = fails(&arguments);
+        assert!(said.contains(named), "{option:?}: {said}");
+    }
+}

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Snapshots of Linux guests, and guests that are restored from them.
+//!
+//! An image has no disk, so these guests have none.
+
+use crate::busy::{MIB, Stage, goes_on_well};
+use pageferry_tests::linux_guest::{AttachedGuest, LinuxGuest, Operator, QemuVersion};
+use pageferry_tests::require;
+
+/// A new QEMU with the guest of an image.
+fn restore(
+    stage: &Stage, name: &str, guest: &LinuxGuest, image: &str, options: &[&str],
+) -> AttachedGuest {
+    let restored = stage.place().receive_image(name, guest).unwrap();
+    let job = restored.agent.run("restore", &[&[image], options].concat()).unwrap();
+    assert_eq!(job["status"], "completed");
+    restored
+}
+
+#[test]
+fn guest_that_runs_is_saved_and_restored() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let mut guest = LinuxGuest::new(256 * MIB);
+    guest.balloon = false;
+    let mut running = stage.place().boot("first", &guest).unwrap();
+    let moment = stage.start(&guest, &mut running.console);
+    let [background, full, increment] =
+        ["background", "full", "increment"].map(|name| stage.file(name));
+    let save = |agent: &Operator, image: &str, options: &[&str]| {
+        let saved = agent.run("snapshot", &[&[image], options].concat()).unwrap();
+        assert_eq!(saved["status"], "completed");
+        saved
+    };
+    let saved = save(&running.agent, &background, &[]);
+    assert!(saved["copied_before_write_pages"].as_u64().unwrap() > 0, "{saved}");
+    // Background snapshots take the tracker away, so increments come after paused ones.
+    save(&running.agent, &full, &["--mode", "paused", "--track"]);
+    let later = goes_on_well(&mut running, &moment);
+    let saved = save(&running.agent, &increment, &["--mode", "paused", "--base", &full]);
+    assert!(saved["unchanged_pages"].as_u64().unwrap() > 0, "{saved}");
+    goes_on_well(&mut running, &later);
+    drop(running);
+
+    let mut eager = restore(&stage, "eager", &guest, &background, &[]);
+    goes_on_well(&mut eager, &moment);
+    drop(eager);
+    let mut lazy = restore(&stage, "lazy", &guest, &increment, &["--lazy"]);
+    goes_on_well(&mut lazy, &later);
+}
+
+#[test]
+fn guest_that_gives_memory_back_is_saved_while_it_is_paused() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V11_1);
+    let guest = LinuxGuest::new(256 * MIB);
+    let mut running = stage.place().boot("first", &guest).unwrap();
+    let moment = stage.start(&guest, &mut running.console);
+    let image = stage.file("image");
+
+    // QEMU frees memory that the image still needs. Nobody writes to it before.
+    running.console.command("stop check").unwrap();
+    let before = running.console.status().unwrap();
+    running.console.command("check 48M 600000").unwrap();
+    running.console.wait_for_status("idle memory", |now| now.check > before.check).unwrap();
+    let slow = [&image, "--bandwidth", "1M"];
+    let job = running.agent.start("snapshot", &slow).unwrap();
+    running.agent.wait_for_phase("saving").unwrap();
+    running.console.command("stop check").unwrap();
+    let said = job.fail().unwrap();
+    assert!(said.contains("--mode paused"), "{said}");
+    running.console.command("check 48M").unwrap();
+    let moment = goes_on_well(&mut running, &moment);
+
+    let saved = running.agent.run("snapshot", &[&image, "--mode", "paused"]).unwrap();
+    assert_eq!(saved["status"], "completed");
+    let memory = running.memory().unwrap().allocated().unwrap();
+    goes_on_well(&mut running, &moment);
+    drop(running);
+    let mut restored = restore(&stage, "second", &guest, &image, &["--lazy"]);
+    let restored_memory = restored.memory().unwrap().allocated().unwrap();
+    assert!(restored_memory < memory + 32 * MIB, "{restored_memory} {memory}");
+    goes_on_well(&mut restored, &moment);
+}
