@@ -84,7 +84,7 @@ pub struct Server {
     /// Token of the connection that this process inherited. The agent ends with it.
     inherited: Option<u64>,
     signals: Option<OwnedFd>,
-    /// True once a signal was received.
+    /// True once a signal was received, or the inherited connection has ended.
     stopping: bool,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
@@ -206,16 +206,20 @@ impl Server {
             }
             self.resume_accepting();
             self.sign_of_life();
-            if self.stopping && self.hub.session.lock().is_idle() {
-                return Ok(());
+            // A postcopy whose VMM is gone continues. Until it has ended, operators are answered.
+            let is_left =
+                self.inherited.is_some_and(|token| !self.connections.contains_key(&token));
+            if is_left && !self.stopping {
+                self.stop();
             }
-            if self.inherited.is_some_and(|token| !self.connections.contains_key(&token)) {
+            if self.stopping && self.hub.session.lock().is_idle() {
                 return Ok(());
             }
         }
     }
 
-    /// Reacts to a signal: the session cancels its job, or completes it if it cannot be cancelled.
+    /// Reacts to a signal, or to the end of the inherited connection: the session cancels its job,
+    /// or completes it if it cannot be cancelled.
     /// Until then the agent still answers all connections. A VMM whose guest waits for memory would
     /// take an agent that does not answer for dead.
     fn stop(&mut self) {
