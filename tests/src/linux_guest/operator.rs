@@ -142,8 +142,8 @@ impl Running {
         let status = ended.map_err(|error| {
             Error::Mismatch(format!("{}: {}; it said {said}", self.what, error.sentence()))
         })?;
-        let objects = said.lines().filter_map(|line| serde_json::from_str(line).ok());
-        let object = objects.last().unwrap_or_default();
+        let object = said.lines().rev().find_map(|line| serde_json::from_str(line).ok());
+        let object = object.unwrap_or_default();
         Ok((status.code().unwrap_or(-1), object, format!("{}: {said}", self.what)))
     }
 }

@@ -52,7 +52,7 @@ impl Stage {
         LinuxGuest { disk: Some(self.disk().to_owned()), ..LinuxGuest::new(memory_size) }
     }
 
-    /// Puts memory, network and disk, if there is one, to work. Returns when all of them have begun.
+    /// Puts memory, network and the disk, if there is one, to work. Returns when all have begun.
     pub fn start(&self, guest: &LinuxGuest, console: &mut Console) -> Moment {
         let status = console.status().unwrap();
         let before = Moment { at: Instant::now(), status, has_disk: guest.disk.is_some() };

@@ -5,7 +5,7 @@
 use crate::busy::{MIB, Stage, goes_on_well};
 use crate::moves::{HYBRID, POSTCOPY, PRECOPY, migrate, migrate_and_compare, proceed};
 use pageferry_tests::linux_guest::operator::wait_slowly;
-use pageferry_tests::linux_guest::{QemuVersion, Status, VirtioMem};
+use pageferry_tests::linux_guest::{Difference, QemuVersion, Status, VirtioMem};
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;
 use serde_json::json;
@@ -69,7 +69,21 @@ fn guest_with_memory_above_the_hole_moves() {
 
 #[test]
 fn memory_is_plugged_and_unplugged_while_the_guest_moves() {
-    let Some(tools) = require::qemu() else { return };
+    let Some(found) = plug_and_unplug() else { return };
+    assert_eq!((found.lost, found.changed), (0, 0));
+}
+
+/// The kernel does not report a page as written that was punched while it was write-protected: it
+/// keeps a marker of the protection (`zap_install_uffd_wp_if_needed()` in mm/memory.c).
+#[test]
+#[ignore = "memory that was sent and then unplugged stays allocated at the destination"]
+fn memory_that_is_unplugged_takes_no_room_at_the_destination() {
+    let Some(found) = plug_and_unplug() else { return };
+    assert_eq!(found, Difference::default());
+}
+
+fn plug_and_unplug() -> Option<Difference> {
+    let tools = require::qemu()?;
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let mut guest = stage.guest(256 * MIB);
     guest.virtio_mem = Some(VirtioMem { size: 256 * MIB, requested: 0, backend: None });
@@ -87,9 +101,10 @@ fn memory_is_plugged_and_unplugged_while_the_guest_moves() {
     let plugged = |now: &Status| now.total >= total + 256 * MIB;
     here.console.wait_for_status("plugged memory", plugged).unwrap();
     // The memory of this task is movable, so it begins in what was plugged in.
-    here.console.command("churn 128M 0").unwrap();
+    here.console.command("stop churn").unwrap();
+    here.console.command("churn 64M 0").unwrap();
     let busy = here.console.status().unwrap();
-    here.console.wait_for_status("its use", |now| now.churn > busy.churn + 2).unwrap();
+    here.console.wait_for_status("its use", |now| now.churn > busy.churn).unwrap();
     here.qmp.execute("qom-set", request(128 * MIB)).unwrap();
     let smaller = |now: &Status| now.total <= total + 128 * MIB;
     here.console.wait_for_status("unplugged memory", smaller).unwrap();
@@ -98,12 +113,14 @@ fn memory_is_plugged_and_unplugged_while_the_guest_moves() {
     here.agent.run("set", &fast).unwrap();
     let job = job.end().unwrap();
 
-    let mut there = proceed(there, &memory, &job);
+    assert_eq!(job["status"], "completed");
+    let (mut there, found) = proceed(there, &memory);
     goes_on_well(&mut there, &moment);
     there.qmp.execute("qom-set", request(0)).unwrap();
     let same = |now: &Status| now.total == total;
     there.console.wait_for_status("no plugged memory", same).unwrap();
     there.verify().unwrap();
+    Some(found)
 }
 
 #[test]

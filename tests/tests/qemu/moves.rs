@@ -33,16 +33,19 @@ pub fn migrate_and_compare(
     let memory = source.memory().unwrap();
     let options = [options, &["--resume", "never"]].concat();
     let (destination, job) = migrate(stage, name, guest, source, &options);
-    proceed(destination, &memory, &job)
+    let (destination, found) = proceed(destination, &memory);
+    assert_eq!(found, Difference::default(), "{job}");
+    destination
 }
 
 /// Compares the memory of both ends of a migration that has left the guest paused. Then it
 /// continues.
-pub fn proceed(mut destination: AttachedGuest, memory: &MemoryFiles, job: &Value) -> AttachedGuest {
-    assert_eq!(destination.run_state().unwrap(), "paused", "{job}");
+pub fn proceed(
+    mut destination: AttachedGuest, memory: &MemoryFiles,
+) -> (AttachedGuest, Difference) {
+    assert_eq!(destination.run_state().unwrap(), "paused");
     let there = destination.memory().unwrap();
     let found = memory.compare(&there).unwrap();
-    assert_eq!(found, Difference::default(), "{job}");
     destination.qmp.execute("cont", json!({})).unwrap();
-    destination
+    (destination, found)
 }
