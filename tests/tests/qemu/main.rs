@@ -9,6 +9,7 @@
 //! - [`hotplug`]: memory that is plugged in and out;
 //! - [`failures`]: the source goes on when a process is killed before the guest has moved;
 //! - [`lost_pages`]: processes that are killed in a postcopy;
+//! - [`rollback`]: a migration that fails late, and the settings of QEMU;
 //! - [`refusals`]: what cannot be served is named;
 //! - [`busy`]: a guest with work for all its devices; [`moves`]: moves it to the next QEMU.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -22,4 +23,5 @@ mod lost_pages;
 mod migrations;
 mod moves;
 mod refusals;
+mod rollback;
 mod snapshots;

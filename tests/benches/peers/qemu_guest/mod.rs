@@ -145,7 +145,7 @@ fn compare(bench: &Bench, tools: &QemuTools, version: QemuVersion, kind: &Kind, 
     for traveller in &mut travellers {
         traveller.verify();
     }
-    let rows: [(&str, &'static str, fn(&Sample) -> f64); 6] = [
+    let rows: [Row; 6] = [
         ("total", "ms", |sample| millis(sample.total)),
         ("downtime, limit 300", "ms", |sample| millis(sample.downtime)),
         ("longest gap of its ticks", "ms", |sample| millis(sample.gap)),
@@ -166,6 +166,9 @@ fn compare(bench: &Bench, tools: &QemuTools, version: QemuVersion, kind: &Kind, 
         }
     }
 }
+
+/// What is measured, its unit, and the figure of a sample.
+type Row = (&'static str, &'static str, fn(&Sample) -> f64);
 
 fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
