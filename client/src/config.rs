@@ -22,8 +22,8 @@ pub struct Config {
     /// memory only where guest pages are dirty.
     pub log_covers: u64,
     /// The process that has the guest's memory mapped, if it is not this one:
-    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) are its addresses, and userfaultfds
-    /// are for its mappings.
+    /// [`BlockSpec::vmm_address`](crate::BlockSpec::vmm_address) are its addresses, and
+    /// userfaultfds are for its mappings.
     pub mapped_by: Option<Arc<dyn MappingProcess>>,
     /// How long the agent may take to answer a request, and to accept an answer. It is lost if it
     /// takes longer.

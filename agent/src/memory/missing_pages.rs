@@ -32,9 +32,9 @@
 //! - A **free** does the same without the mark: the page is a hole then, and ordinary memory from
 //!   the next touch on.
 //! - A **removal** is a free that the VMM did by itself, while its thread waits in madvise
-//!   (`UFFD_EVENT_REMOVE`). The thread that reads the faults takes the page, waits for arrivals that
-//!   took it before, and takes it once more. It never frees the page: the VMM has done so before,
-//!   and continues as soon as the event was read. So what is there now may be new.
+//!   (`UFFD_EVENT_REMOVE`). The thread that reads the faults takes the page, waits for arrivals
+//!   that took it before, and takes it once more. It never frees the page: the VMM has done so
+//!   before, and continues as soon as the event was read. So what is there now may be new.
 //! - A **failed arrival** makes the page missing again before it leaves the fence, so a discard
 //!   that waits in the fence finds it again.
 //!
@@ -64,8 +64,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::yield_now;
 use std::time::{Duration, Instant};
 
-/// How often an arrival is tried again while the VMM changes its mappings, and the pause between two
-/// tries. Seconds in all: the thread that reads the removals may not get a processor for a while.
+/// How often an arrival is tried again while the VMM changes its mappings, and the pause between
+/// two tries. Seconds in all: the thread that reads the removals may not get a processor for a
+/// while.
 const MAX_TRIES: u32 = 10_000;
 const PAUSE: Duration = Duration::from_micros(200);
 

@@ -215,8 +215,8 @@ pub trait Hooks: Send {
     /// [`Hooks::writes_watched`], and ends it.
     fn writes_unwatched(&mut self) {}
 
-    /// The guest is given up to its destination, and is [`Ownership::Relinquished`] now. Comes before
-    /// the agent may send the commit. From now on the VMM resumes the guest only by
+    /// The guest is given up to its destination, and is [`Ownership::Relinquished`] now. Comes
+    /// before the agent may send the commit. From now on the VMM resumes the guest only by
     /// [`Hooks::resume`], which still comes if no commit was sent. For a VMM that has others who
     /// would resume the guest: they must not any more.
     fn guest_given_up(&mut self) {}

@@ -79,8 +79,8 @@ pub(super) struct UffdioWriteProtect {
 /// `UFFDIO_WRITEPROTECT_MODE_WP`.
 pub(super) const MODE_WP: u64 = 1;
 
-/// `struct uffd_msg`, with the names of a page fault. A removal has its first address in `flags` and
-/// the address after its last in `address`.
+/// `struct uffd_msg`, with the names of a page fault. A removal has its first address in `flags`
+/// and the address after its last in `address`.
 #[repr(C)]
 #[derive(Debug, Default, Clone, Copy, FromBytes, zerocopy::IntoBytes)]
 pub(super) struct UffdMsg {

@@ -101,8 +101,8 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// Starts an agent for the QEMU that `monitor` controls, and hands it the memory. `awaits_guest`:
-    /// QEMU was started for a guest that comes from elsewhere.
+    /// Starts an agent for the QEMU that `monitor` controls, and hands it the memory.
+    /// `awaits_guest`: QEMU was started for a guest that comes from elsewhere.
     ///
     /// # Errors
     /// If QEMU cannot be served, or an agent cannot be started. QEMU goes on as before.

@@ -2,15 +2,16 @@
 
 //! A guard process for the moments in which a job has paused the guest.
 //!
-//! QEMU does not notice when the attachment dies: a guest that is paused for a job would stay paused.
-//! So a second process waits for the end of the first one. If that comes while a job has the guest
-//! paused, and the guest was not given up, the guard resumes it by the same monitor
+//! QEMU does not notice when the attachment dies: a guest that is paused for a job would stay
+//! paused. So a second process waits for the end of the first one. If that comes while a job has
+//! the guest paused, and the guest was not given up, the guard resumes it by the same monitor
 //! (`vmm-survives`).
 //!
 //! The attachment tells the guard by a pipe what would have to be done, one byte each, *before* the
 //! guest is paused, and before the agent may send a commit. So the guard never resumes a guest that
 //! may run elsewhere (`one-owner`). If it is told of the commit and the attachment dies before the
-//! agent hears it, the guest stays paused, although it was never sent: an operator has to resume it.
+//! agent hears it, the guest stays paused, although it was never sent: an operator has to resume
+//! it.
 
 use super::monitor::{Monitor, MonitorError};
 use crate::process::target::{ProcessError, TargetProcess};

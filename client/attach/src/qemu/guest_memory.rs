@@ -2,8 +2,8 @@
 
 //! Finds the guest's memory in a QEMU: which blocks there are, and their files.
 //!
-//! QEMU tells its RAM blocks and where the guest sees them ([`super::ram_layout`]). The kernel tells
-//! which file is mapped at the address of each (`/proc/PID/maps`).
+//! QEMU tells its RAM blocks and where the guest sees them ([`super::ram_layout`]). The kernel
+//! tells which file is mapped at the address of each (`/proc/PID/maps`).
 
 use super::monitor::{Monitor, MonitorError};
 use super::ram_layout::{self, GuestRam};
@@ -88,9 +88,9 @@ impl FoundBlock {
     }
 }
 
-/// The id of the block at a guest physical address. Both ends of a migration have to choose the same
-/// ids, also for memory that was plugged in later, so an id is the number of the MiB where the block
-/// begins.
+/// The id of the block at a guest physical address. Both ends of a migration have to choose the
+/// same ids, also for memory that was plugged in later, so an id is the number of the MiB where the
+/// block begins.
 pub(super) fn id_at(gpa: u64) -> Option<u32> {
     u32::try_from(gpa / ID_UNIT).ok()
 }
@@ -143,8 +143,8 @@ fn layout(monitor: &mut Monitor, mappings: &Mappings) -> Result<Vec<GuestRam>, G
     Ok(ram_layout::guest_ram(&ram_blocks, &flat_view, &devices, is_shared)?)
 }
 
-/// The first mapping of a part of a RAM block, and where the part begins in the file. All of it must
-/// be mapped from that file, in order.
+/// The first mapping of a part of a RAM block, and where the part begins in the file. All of it
+/// must be mapped from that file, in order.
 fn file_of<'a>(
     mappings: &'a Mappings, ram: &GuestRam,
 ) -> Result<(&'a Mapping, u64), GuestMemoryError> {

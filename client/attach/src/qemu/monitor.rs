@@ -2,8 +2,8 @@
 
 //! QMP: the machine protocol of a QEMU monitor.
 //!
-//! One JSON object a line, in both directions: a greeting, commands and their answers, and events in
-//! between. This side sends one command at a time and keeps the events that arrive meanwhile.
+//! One JSON object a line, in both directions: a greeting, commands and their answers, and events
+//! in between. This side sends one command at a time and keeps the events that arrive meanwhile.
 //! Source: `docs/interop/qmp-spec.rst` in QEMU.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
