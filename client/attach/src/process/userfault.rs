@@ -71,8 +71,8 @@ pub enum RemoteUserfaultError {
     /// The process may not create one.
     #[error(
         "process {pid} may not create a userfaultfd that reports faults of the kernel: set sysctl \
-         vm.unprivileged_userfaultfd=1, or give the process CAP_SYS_PTRACE (tracking of writes \
-         alone works without, with user_mode_only); a seccomp filter or SELinux may forbid it, too"
+         vm.unprivileged_userfaultfd=1, or give the process CAP_SYS_PTRACE (precopy and paused \
+         snapshots work without); a seccomp filter or SELinux may forbid it, too"
     )]
     NotAllowed {
         /// Its id.

@@ -3,7 +3,7 @@
 //! QEMU, attached from outside.
 //!
 //! - [`launch`]: starts a QEMU; [`command_line`]: its arguments, rewritten for memory in our files;
-//! - [`attachment`]: an agent for it; [`hooks`]: what the agent asks; [`machine`]: what both share;
+//! - [`attachment`]: an agent for it; `hooks`: what the agent asks; `machine`: what both share;
 //! - [`guard`]: resumes the guest if the attachment dies;
 //! - [`suitability`]: what cannot be served;
 //! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that;
