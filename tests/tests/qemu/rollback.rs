@@ -139,7 +139,7 @@ fn goes_on_after_failures(version: QemuVersion) {
 
     // A snapshot saves the state, and the guest goes on here.
     let image = folder.path().join("image");
-    let (exit, said) = source.command("snapshot", &[image.to_str().unwrap()]);
+    let (exit, said) = source.command("snapshot", &["--mode", "paused", image.to_str().unwrap()]);
     assert!(exit.success(), "{said}");
     source.assert_runs();
     assert_eq!(source.settings(), settings);

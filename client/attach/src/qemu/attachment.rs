@@ -18,6 +18,7 @@ use pageferry_client::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use std::cell::RefCell;
 use std::ffi::OsString;
 use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
@@ -28,6 +29,9 @@ use std::time::Duration;
 
 /// Interval at which QEMU is asked for memory that was plugged in or out.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// How long a job may take to report that its guest could not be loaded.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a QEMU cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +102,8 @@ pub struct Attachment {
     client: Client,
     supervisor: Supervisor<QemuHooks>,
     listens: AtomicBool,
+    /// Why the memory cannot be followed, as it was logged last.
+    last_error: RefCell<Option<String>>,
 }
 
 impl Attachment {
@@ -127,7 +133,8 @@ impl Attachment {
         let (client, supervisor) =
             Supervisor::spawn(move || helpers.agent_command(), config, hooks)?;
         let listens = AtomicBool::new(false);
-        let this = Self { machine, vmm, client, supervisor, listens };
+        let last_error = RefCell::default();
+        let this = Self { machine, vmm, client, supervisor, listens, last_error };
         // QEMU punches what the guest gives back, and tells nobody. Declared before the memory: who
         // waits for the memory (`pageferry status --wait`) may start any job.
         this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES)?;
@@ -182,7 +189,10 @@ impl Attachment {
                 return Ok(end);
             }
             if let Err(error) = self.follow_memory() {
-                log::debug!("QEMU's memory: {}", chain(&error));
+                let error = chain(&error);
+                if self.last_error.replace(Some(error.clone())) != Some(error.clone()) {
+                    log::warn!("no job can pause this guest: QEMU's memory: {error}");
+                }
             }
             let mut polled = [
                 PollFd::from_borrowed_fd(stop, PollFlags::IN),
@@ -215,9 +225,13 @@ impl Attachment {
                 && status.phase != Phase::Completed
         });
         match (is_useless, failed) {
-            (Some(why), failed) => {
-                let job = failed.map(JobStatus::error_text).filter(|text| !text.is_empty());
-                Some(End::Useless(job.map_or(why, str::to_owned)))
+            (Some((why, _)), Some(failed)) => {
+                let text = Some(failed.error_text()).filter(|text| !text.is_empty());
+                Some(End::Useless(text.map_or(why, str::to_owned)))
+            }
+            // The agent has yet to tell the source why.
+            (Some((why, since)), None) => {
+                (since.elapsed() > REPORT_TIMEOUT).then_some(End::Useless(why))
             }
             // An operator may try again, unless QEMU has loaded what is of no use.
             (None, Some(failed)) if guest == Guest::Loaded || self.listens(guest) => {

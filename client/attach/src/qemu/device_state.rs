@@ -313,7 +313,9 @@ pub fn load(monitor: &mut Monitor, state: &[StatePiece]) -> Result<(), DeviceSta
             (&ours).write_all(bytes)?;
             ours.shutdown(Shutdown::Write)
         });
-        let begun = monitor.command("migrate-incoming", json!({ "uri": format!("fd:{FD_NAME}") }));
+        // A QEMU that exits at once would take the reason with it.
+        let arguments = json!({ "uri": format!("fd:{FD_NAME}"), "exit-on-error": false });
+        let begun = monitor.command("migrate-incoming", arguments);
         if begun.is_err() {
             let _ = ours.shutdown(Shutdown::Both);
         }

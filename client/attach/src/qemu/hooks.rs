@@ -9,6 +9,7 @@ use super::device_state::{self, Saving, Settings};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
 use super::monitor::Monitor;
+use super::suitability;
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
 use rustix::process::Signal;
@@ -45,6 +46,16 @@ impl QemuHooks {
         Ok(())
     }
 
+    /// Refuses if memory was plugged in since: it is in no block, so it would be missing where the
+    /// guest arrives.
+    fn check_memory(&self, monitor: &mut Monitor) -> Result<(), HookError> {
+        if self.machine.has_known_memory(monitor)? {
+            return Ok(());
+        }
+        self.machine.notify();
+        Err(HookError::new("memory was plugged in or out while the job ran: start it again"))
+    }
+
     /// Sets in QEMU what a load needs. Called early, since each command costs a millisecond, and
     /// once more when it must be done.
     fn prepare_load(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
@@ -79,7 +90,8 @@ impl QemuHooks {
             self.saved = None;
         }
         match status {
-            Some("running") => Ok(RunState::Running),
+            // A guest that sleeps wakes by itself.
+            Some("running" | "suspended") => Ok(RunState::Running),
             Some(ended @ ("shutdown" | "guest-panicked" | "internal-error")) => {
                 Err(HookError::new(format!("the guest has ended: QEMU is {ended}")))
             }
@@ -105,13 +117,7 @@ impl Hooks for QemuHooks {
         if self.saved.is_none() {
             self.begin_save(&mut monitor)?;
         }
-        // Memory that was plugged in since is in no block, so it would be missing where the guest
-        // arrives.
-        if self.machine.has_known_memory(&mut monitor)? {
-            return Ok(());
-        }
-        self.machine.notify();
-        Err(HookError::new("memory was plugged in or out while the job ran: start it again"))
+        self.check_memory(&mut monitor)
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
@@ -138,6 +144,19 @@ impl Hooks for QemuHooks {
         Ok(())
     }
 
+    fn writes_watched(&mut self) -> Result<(), HookError> {
+        // QEMU punches at once, and the kernel keeps the protection of a punched page
+        // (zap_install_uffd_wp_if_needed() in mm/memory.c): nobody can tell it from a page of
+        // zeroes.
+        match suitability::gives_memory_back(&mut self.machine.monitor())? {
+            None => Ok(()),
+            Some(device) => Err(HookError::new(format!(
+                "the guest can give memory back by {device} while it is saved, and what it held would be lost: use \
+                 --mode paused"
+            ))),
+        }
+    }
+
     fn guest_given_up(&mut self) {
         self.set_guard(Duty::Nothing);
     }
@@ -150,11 +169,15 @@ impl Hooks for QemuHooks {
     }
 
     fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        if self.saving.is_none() {
+            // A snapshot of a guest that its operator has paused may come without a pause.
+            self.check_memory(&mut monitor)?;
+        }
         if let Some(saved) = &self.saved {
             return Ok(saved.clone());
         }
-        let machine = Arc::clone(&self.machine);
-        let mut monitor = machine.monitor();
         if self.saving.is_none() {
             // For a snapshot of a guest that is paused by its operator.
             self.begin_save(&mut monitor)?;
@@ -217,6 +240,11 @@ impl Hooks for QemuHooks {
 
     fn agent_lost(&mut self, ownership: Ownership) {
         log::debug!("the agent is lost; the guest is {ownership:?}");
+        if ownership == Ownership::Awaiting && self.machine.state().guest == Guest::Loaded {
+            self.machine.set_useless("the agent was lost while the guest arrived");
+        }
+        let machine = Arc::clone(&self.machine);
+        self.set_back(&mut machine.monitor());
         self.machine.notify();
     }
 

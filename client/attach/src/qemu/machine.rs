@@ -10,6 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use serde_json::Value;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Instant;
 
 /// The QEMU.
 #[derive(Debug)]
@@ -44,8 +45,8 @@ pub(super) struct State {
     pub(super) ended: Vec<JobStatus>,
     /// Whether there is a guest.
     pub(super) guest: Guest,
-    /// Why there is no guest any more, and this QEMU can take no other.
-    pub(super) is_useless: Option<String>,
+    /// Why there is no guest any more, and this QEMU can take no other; and since when.
+    pub(super) is_useless: Option<(String, Instant)>,
 }
 
 impl Machine {
@@ -106,7 +107,7 @@ impl Machine {
 
     /// There is no guest here any more.
     pub(super) fn set_useless(&self, why: impl Into<String>) {
-        self.state().is_useless.get_or_insert(why.into());
+        self.state().is_useless.get_or_insert((why.into(), Instant::now()));
         self.notify();
     }
 }

@@ -42,6 +42,15 @@ pub enum Unsuitable {
         /// Why it stands in the way.
         why: &'static str,
     },
+    /// A disk whose reads go straight into guest memory.
+    #[error(
+        "disk {device} bypasses the page cache (cache.direct=on, as with cache=none): the kernel writes what it reads \
+         into guest memory after pageferry has looked, and the guest would lose it. Use cache=writeback"
+    )]
+    DirectDisk {
+        /// Its name in QEMU.
+        device: String,
+    },
     /// A network back-end writes guest memory behind QEMU's back.
     #[error(
         "network {line}: the other process writes guest memory without a log that pageferry can read"
@@ -82,6 +91,7 @@ pub fn check(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     check_backends(monitor)?;
     check_devices(monitor)?;
     check_networks(monitor)?;
+    check_disks(monitor)?;
     let migration = monitor.command("query-migrate", Value::Null)?;
     let reasons: Vec<&str> = migration
         .get("blocked-reasons")
@@ -104,7 +114,9 @@ fn check_backends(monitor: &mut Monitor) -> Result<(), Unsuitable> {
         let path = json!({ "path": format!("/objects/{id}"), "property": "type" });
         let kind = monitor.command("qom-get", path)?;
         let kind = kind.as_str().unwrap_or("memory-backend").to_owned();
-        if matches!(kind.as_str(), "memory-backend-memfd" | "memory-backend-shm") {
+        // Also a memory-backend-ram with share=on, which is a memfd inside QEMU.
+        let is_shared = backend.get("share").and_then(Value::as_bool) == Some(true);
+        if is_shared && kind != "memory-backend-file" {
             return Err(Unsuitable::Unnamed { id: id.to_owned(), kind });
         }
         if backend.get("share").and_then(Value::as_bool) != Some(true) {
@@ -115,11 +127,11 @@ fn check_backends(monitor: &mut Monitor) -> Result<(), Unsuitable> {
 }
 
 fn check_devices(monitor: &mut Monitor) -> Result<(), Unsuitable> {
-    for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
+    for folder in DEVICE_FOLDERS {
         let devices = monitor.command("qom-list", json!({ "path": folder }))?;
         for device in devices.as_array().into_iter().flatten() {
             let text = |field: &str| device.get(field).and_then(Value::as_str).unwrap_or_default();
-            let kind = text("type").trim_start_matches("child<").trim_end_matches('>');
+            let kind = kind_of(text("type"));
             if let Some((_, why)) = REFUSED.iter().find(|(start, _)| kind.starts_with(start)) {
                 return Err(Unsuitable::Device {
                     device: text("name").to_owned(),
@@ -131,6 +143,46 @@ fn check_devices(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     }
     Ok(())
 }
+
+/// The kernel writes to the pages of a direct read when the disk has answered. If they were
+/// protected again meanwhile, nobody notices that.
+fn check_disks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
+    let disks = monitor.command("query-block", Value::Null)?;
+    for disk in disks.as_array().into_iter().flatten() {
+        let text = |field: &str| disk.get(field).and_then(Value::as_str).unwrap_or_default();
+        let is_direct = disk.pointer("/inserted/cache/direct").and_then(Value::as_bool);
+        if is_direct == Some(true) {
+            let device = [text("device"), text("qdev")].into_iter().find(|name| !name.is_empty());
+            return Err(Unsuitable::DirectDisk { device: device.unwrap_or("?").to_owned() });
+        }
+    }
+    Ok(())
+}
+
+/// A device by which the guest gives memory back, while it runs and by itself.
+///
+/// # Errors
+/// If QEMU does not answer.
+pub fn gives_memory_back(monitor: &mut Monitor) -> Result<Option<String>, MonitorError> {
+    for folder in DEVICE_FOLDERS {
+        let devices = monitor.command("qom-list", json!({ "path": folder }))?;
+        for device in devices.as_array().into_iter().flatten() {
+            let text = |field: &str| device.get(field).and_then(Value::as_str).unwrap_or_default();
+            let kind = text("type");
+            if kind.contains("virtio-balloon") || kind.contains("virtio-mem") {
+                return Ok(Some(format!("{} ({})", text("name"), kind_of(kind))));
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn kind_of(child: &str) -> &str {
+    child.trim_start_matches("child<").trim_end_matches('>')
+}
+
+/// Where QEMU's tree of objects has the devices that the user gave.
+const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 fn check_networks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     let networks = monitor.human("info network")?;
@@ -156,7 +208,7 @@ mod tests {
             let said = answers.iter().find(|(command, _)| *command == key);
             let said = said.map_or_else(
                 || match name {
-                    "query-memdev" | "qom-list" => json!([]),
+                    "query-memdev" | "qom-list" | "query-block" => json!([]),
                     "human-monitor-command" => json!(""),
                     _ => json!({}),
                 },
@@ -176,7 +228,8 @@ mod tests {
         let memfd = json!("memory-backend-memfd");
         let device = |kind: &str| json!([{ "name": "d0", "type": format!("child<{kind}>") }]);
         assert_eq!(checked(&[]), Ok(()));
-        assert_eq!(checked(&[("query-memdev", shared.clone())]), Ok(()));
+        let file = ("qom-get/objects/m", json!("memory-backend-file"));
+        assert_eq!(checked(&[("query-memdev", shared.clone()), file]), Ok(()));
         for (answers, named) in [
             (
                 vec![("query-memdev", json!([{ "id": "m", "share": false }]))],
