@@ -56,8 +56,7 @@ fn guest_with_memory_above_the_hole_moves() {
     let Some(tools) = require::qemu() else { return };
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let mut guest = stage.guest(4096 * MIB);
-    guest.machine = "q35".to_owned();
-    guest.vcpus = 2;
+    (guest.machine, guest.vcpus, guest.balloon) = ("q35".to_owned(), 2, false);
     let mut here = stage.place().boot("source", &guest).unwrap();
     let blocks = here.agent.status().unwrap()["agent"]["blocks"].clone();
     assert_eq!(blocks.as_array().unwrap().len(), 2, "{blocks}");
