@@ -42,7 +42,7 @@ fn guest_of_a_qemu_that_runs_is_left_and_moved() {
             here.process.id().to_string().into(),
         ])
         .unwrap();
-        side_car.wait_for_line("256 MiB of guest memory in 1 blocks").unwrap();
+        side_car.wait_for_line("256 MiB of guest memory in 1 block").unwrap();
         side_car
     };
     let mut first = attach();
