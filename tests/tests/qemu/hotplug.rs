@@ -5,7 +5,6 @@
 use crate::busy::{MIB, Stage, goes_on_well};
 use crate::moves::{PRECOPY, migrate_and_compare};
 use pageferry_tests::linux_guest::{AttachedGuest, GuestMemory, QemuVersion};
-use pageferry_tests::require;
 use serde_json::json;
 
 fn wait_for_blocks(guest: &AttachedGuest, count: usize) {
@@ -18,7 +17,7 @@ fn wait_for_blocks(guest: &AttachedGuest, count: usize) {
 
 #[test]
 fn plugged_memory_is_served_until_it_is_unplugged() {
-    let Some(tools) = require::qemu() else { return };
+    let Some(tools) = crate::soak() else { return };
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let mut guest = stage.guest(256 * MIB);
     guest.memory = GuestMemory::LeftOut;

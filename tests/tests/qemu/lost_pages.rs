@@ -8,7 +8,6 @@ use pageferry_tests::deadline::wait_until;
 use pageferry_tests::linux_guest::console::PATIENCE;
 use pageferry_tests::linux_guest::operator::Running;
 use pageferry_tests::linux_guest::{AttachedGuest, LinuxGuest, QemuVersion};
-use pageferry_tests::require;
 
 /// Guests of one image, each in a postcopy of its own.
 struct Scene {
@@ -20,7 +19,7 @@ struct Scene {
 
 impl Scene {
     fn new() -> Option<Self> {
-        let stage = Stage::new(require::qemu()?, QemuVersion::V10_0);
+        let stage = Stage::new(crate::soak()?, QemuVersion::V10_0);
         let guest = LinuxGuest::new(256 * MIB);
         let mut first = stage.place().boot("first", &guest).unwrap();
         let moment = stage.start(&guest, &mut first.console);

@@ -12,7 +12,13 @@
 //! - [`rollback`]: a migration that fails late, and the settings of QEMU;
 //! - [`refusals`]: what cannot be served is named;
 //! - [`busy`]: a guest with work for all its devices; [`moves`]: moves it to the next QEMU.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+#![allow(
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
 
 mod attach;
 mod busy;
@@ -25,3 +31,12 @@ mod moves;
 mod refusals;
 mod rollback;
 mod snapshots;
+
+/// For scenarios that are too long for every run of the suite: `PAGEFERRY_SOAK=1` runs them.
+fn soak() -> Option<pageferry_tests::linux_guest::QemuTools> {
+    if std::env::var_os("PAGEFERRY_SOAK").is_none() {
+        eprintln!("skipped: a long scenario, which PAGEFERRY_SOAK=1 runs");
+        return None;
+    }
+    pageferry_tests::require::qemu()
+}

@@ -7,7 +7,6 @@ use crate::moves::{HYBRID, POSTCOPY, PRECOPY, migrate, migrate_and_compare, proc
 use pageferry_tests::linux_guest::operator::wait_slowly;
 use pageferry_tests::linux_guest::{Difference, QemuVersion, Status, VirtioMem};
 use pageferry_tests::proxy::Proxy;
-use pageferry_tests::require;
 use serde_json::json;
 
 /// Name of the variable with the number of moves of a guest, for a long run.
@@ -29,7 +28,7 @@ fn busy_guest_of_a_new_qemu_moves_there_and_back() {
 }
 
 fn moves_again_and_again(version: QemuVersion, moves_by_default: usize) {
-    let Some(tools) = require::qemu() else { return };
+    let Some(tools) = crate::soak() else { return };
     let stage = Stage::new(tools, version);
     let guest = stage.guest(512 * MIB);
     let mut here = stage.place().boot("first", &guest).unwrap();
@@ -53,7 +52,7 @@ fn moves_again_and_again(version: QemuVersion, moves_by_default: usize) {
 
 #[test]
 fn guest_with_memory_above_the_hole_moves() {
-    let Some(tools) = require::qemu() else { return };
+    let Some(tools) = crate::soak() else { return };
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let mut guest = stage.guest(4096 * MIB);
     (guest.machine, guest.vcpus, guest.balloon) = ("q35".to_owned(), 2, false);
@@ -82,7 +81,7 @@ fn memory_that_is_unplugged_takes_no_room_at_the_destination() {
 }
 
 fn plug_and_unplug() -> Option<Difference> {
-    let tools = require::qemu()?;
+    let tools = crate::soak()?;
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let mut guest = stage.guest(256 * MIB);
     guest.virtio_mem = Some(VirtioMem { size: 256 * MIB, requested: 0, backend: None });
@@ -124,7 +123,7 @@ fn plug_and_unplug() -> Option<Difference> {
 
 #[test]
 fn postcopy_that_was_cut_is_recovered() {
-    let Some(tools) = require::qemu() else { return };
+    let Some(tools) = crate::soak() else { return };
     let stage = Stage::new(tools, QemuVersion::V10_0);
     let guest = stage.guest(256 * MIB);
     let mut here = stage.place().boot("source", &guest).unwrap();

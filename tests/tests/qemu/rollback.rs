@@ -6,7 +6,6 @@
 use pageferry_tests::linux_guest::console::{BOOT_PATIENCE, PATIENCE};
 use pageferry_tests::linux_guest::{LinuxGuest, QemuTools, QemuVersion, RunningGuest, Sockets};
 use pageferry_tests::process::{Process, program};
-use pageferry_tests::require;
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::net::TcpListener;
@@ -90,7 +89,7 @@ fn guest_of_a_new_qemu_goes_on_after_failures() {
 }
 
 fn goes_on_after_failures(version: QemuVersion) {
-    let Some(tools) = require::qemu() else { return };
+    let Some(tools) = crate::soak() else { return };
     let folder = tempfile::tempdir().unwrap();
     // Room for memory that is plugged in. The last -m counts.
     let more = ["-m", "192M,slots=1,maxmem=512M"].map(OsString::from).to_vec();
