@@ -460,7 +460,7 @@ mod tests {
                 });
                 // Every other page is freed, the last of them just as it arrives.
                 let frees =
-                    scope.spawn(|| (0..64).step_by(2).for_each(|page| ram.free_untold(page)));
+                    scope.spawn(|| (0..64).step_by(2).for_each(|page| ram.free_unannounced(page)));
                 for page in (0..64).rev() {
                     let range = PageRange::new(page, 1);
                     missing_pages.place_pages(&ram.memory.readers, 0, 0, range, &CONTENT).unwrap();

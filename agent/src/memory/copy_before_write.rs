@@ -58,6 +58,11 @@ use std::time::Duration;
 /// in the processor's cache until then.
 pub const BATCH: usize = 1 << 20;
 
+/// How often a change of the protection is tried again while the VMM frees memory, and the pause
+/// between two tries. Seconds in all: the thread that reads the removals may wait for the disk.
+const MAX_TRIES: u32 = 10_000;
+const PAUSE: Duration = Duration::from_micros(200);
+
 /// Why a [`Sink`] cannot take a page.
 pub type SinkError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -81,7 +86,7 @@ pub enum CaptureError {
         #[source]
         source: Errno,
     },
-    /// Memory was freed after the instant, by a VMM that does not tell.
+    /// Memory was freed after the instant, by a VMM that makes no request for it.
     #[error(
         "block {id}: the guest gave memory back while it was saved, and what it held is lost: save it again, with \
          --mode paused if that comes again (a balloon and free page reporting give memory back)"
@@ -125,16 +130,6 @@ pub trait Sink: std::fmt::Debug + Send + Sync {
     }
 }
 
-/// The page tables of the VMM.
-pub trait PageTables: std::fmt::Debug + Send + Sync {
-    /// True if all pages in `length` bytes from `address` are write-protected by a userfaultfd. A
-    /// page loses the protection when it is freed, by whomever.
-    ///
-    /// # Errors
-    /// What the kernel said.
-    fn is_protected(&self, address: u64, length: u64) -> Result<bool, Errno>;
-}
-
 /// The write protection of the VMM's mappings.
 #[derive(Debug)]
 pub struct Protection {
@@ -142,8 +137,9 @@ pub struct Protection {
     pub uffd: Userfaultfd,
     /// The addresses of the mappings.
     pub mappings: Mappings,
-    /// For a VMM that frees memory without telling.
-    pub untold_frees: Option<Arc<dyn PageTables>>,
+    /// The VMM frees memory without a request. Then a page that reads as zero may be one that was
+    /// freed after the instant.
+    pub unannounced_frees: bool,
 }
 
 impl Protection {
@@ -152,35 +148,49 @@ impl Protection {
     /// # Errors
     /// If they are no longer registered, or the kernel refuses.
     pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
-        self.uffd
-            .protect(self.mappings.addresses(at, host_pages))
-            .map_err(|source| self.failed(at, source))
+        let addresses = self.mappings.addresses(at, host_pages);
+        self.patiently(at, || self.uffd.protect(addresses))
     }
 
-    /// Checks that these pages, which were just read, were protected until now. A page that a VMM
-    /// has freed without telling has lost its protection: it is a hole, or holds what the guest
-    /// has written since.
-    ///
-    /// # Errors
-    /// If one was freed, or the pagemap cannot be read.
-    fn check_not_freed(&self, at: usize, pages: PageRange) -> Result<(), CaptureError> {
-        let Some(tables) = &self.untold_frees else { return Ok(()) };
-        let mapping = &self.mappings.all()[at];
-        match tables.is_protected(mapping.start + pages.offset(), pages.bytes()) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(CaptureError::Freed { id: mapping.id }),
-            Err(source) => Err(self.failed(at, source)),
-        }
-    }
-
-    /// Removes the protection of host pages, and wakes the threads that wait to write there.
+    /// Removes the protection of host pages, and wakes the threads that wait to write there. Not
+    /// for the thread that reads the events.
     ///
     /// # Errors
     /// As for [`Protection::protect`].
     pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
-        self.uffd
-            .unprotect(self.mappings.addresses(at, host_pages))
-            .map_err(|source| self.failed(at, source))
+        let addresses = self.mappings.addresses(at, host_pages);
+        self.patiently(at, || self.uffd.unprotect(addresses))
+    }
+
+    /// Removes the protection of a host page for a thread that waits to write there. For the thread
+    /// that reads the events: if it has to read a removal first, the writer is only woken, and
+    /// faults again.
+    ///
+    /// # Errors
+    /// As for [`Protection::protect`].
+    pub fn allow_write(&self, at: usize, host_page: u64) -> Result<(), CaptureError> {
+        let addresses = self.mappings.addresses(at, PageRange::new(host_page, 1));
+        let allowed = match self.uffd.unprotect(addresses) {
+            Err(Errno::AGAIN) => self.uffd.wake(addresses),
+            allowed => allowed,
+        };
+        allowed.map_err(|source| self.failed(at, source))
+    }
+
+    /// Runs `change`, and again while the VMM frees memory and its removals are not read yet.
+    fn patiently(
+        &self, at: usize, change: impl Fn() -> Result<(), Errno>,
+    ) -> Result<(), CaptureError> {
+        let mut tries = 0;
+        loop {
+            match change() {
+                Err(Errno::AGAIN) if tries < MAX_TRIES => {
+                    tries += 1;
+                    std::thread::sleep(PAUSE);
+                }
+                changed => return changed.map_err(|source| self.failed(at, source)),
+            }
+        }
     }
 
     fn failed(&self, at: usize, source: Errno) -> CaptureError {
@@ -239,7 +249,8 @@ impl Batch {
         self.filled >= self.full
     }
 
-    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<(), CaptureError> {
+    /// Reads pages, and returns their bytes.
+    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<&[u8], CaptureError> {
         let start = self.filled;
         let bytes = pages.bytes() as usize;
         let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
@@ -254,7 +265,7 @@ impl Batch {
             }
             _ => self.runs.push((at, pages, start)),
         }
-        Ok(())
+        Ok(&self.buffer[start..start + bytes])
     }
 }
 
@@ -329,10 +340,8 @@ impl CopyBeforeWrite {
         let read = |taken| {
             runs_of_word(word * WORD_BITS, taken).try_for_each(|run| {
                 let pages = host_pages.pages(run);
-                batch.read(at, block, pages)?;
-                // Here, since a write fault removes the protection as soon as this thread has left
-                // the fence.
-                self.protection.as_ref().map_or(Ok(()), |it| it.check_not_freed(at, pages))
+                let bytes = batch.read(at, block, pages)?;
+                self.check_not_freed(block, pages, bytes)
             })
         };
         let taken = capture(readers, (worker, at, host_pages.word_of(first)), take, read)?;
@@ -401,7 +410,7 @@ impl CopyBeforeWrite {
                 .backing
                 .read(pages.offset(), &mut into[..pages.bytes() as usize])
                 .map_err(failed)?;
-            self.protection.as_ref().map_or(Ok(()), |it| it.check_not_freed(at, pages))?;
+            self.check_not_freed(block, pages, &into[..pages.bytes() as usize])?;
             add(&self.live.copied_before_write_pages, pages.count);
             self.cursor.fault(at, pages.end());
             Ok(())
@@ -410,7 +419,7 @@ impl CopyBeforeWrite {
         let lift = || {
             add(&self.live.write_faults, 1);
             let Some(protection) = &self.protection else { return Ok(()) };
-            let lifted = protection.unprotect(at, PageRange::new(host_page, 1));
+            let lifted = protection.allow_write(at, host_page);
             // At its end, a snapshot unregisters the mappings while this thread still reads faults.
             // Unregistering has woken the writers already, so this error does no harm.
             if self.stopped.load(Ordering::Acquire) { Ok(()) } else { lifted }
@@ -418,6 +427,38 @@ impl CopyBeforeWrite {
         let place = (FAULTS, at, host_pages.word_of(host_page));
         let taken = before_write(readers, place, take, read, overlaps, lift)?;
         Ok((taken != 0).then_some(pages))
+    }
+
+    /// Checks that none of these pages, which were just read, was freed after the instant by a VMM
+    /// that makes no request. Such a page is a hole until the VMM's removal is read: only then may
+    /// the guest use it again. Pages that neither begin nor end with zero need no look.
+    fn check_not_freed(
+        &self, block: &Block, pages: PageRange, bytes: &[u8],
+    ) -> Result<(), CaptureError> {
+        if !self.protection.as_ref().is_some_and(|protection| protection.unannounced_frees) {
+            return Ok(());
+        }
+        let id = block.geometry.id;
+        for (page, bytes) in (pages.first..).zip(bytes.chunks_exact(PAGE_SIZE as usize)) {
+            if !bytes.starts_with(&[0; 8]) && !bytes.ends_with(&[0; 8]) {
+                continue;
+            }
+            let data = block.backing.first_data(PageRange::new(page, 1));
+            if data.map_err(|source| MemoryError::Backing { id, source })?.is_none() {
+                return Err(CaptureError::Freed { id });
+            }
+        }
+        Ok(())
+    }
+
+    /// The VMM has freed these host pages after the instant. If one of them is pending, its content
+    /// is lost, and so is the snapshot.
+    pub fn freed_unannounced(&self, at: usize, host_pages: PageRange) {
+        let mut any = false;
+        self.pending.take_range(at, host_pages, |_, _| any = true);
+        if any {
+            self.fail(CaptureError::Freed { id: self.blocks[at].geometry.id });
+        }
     }
 
     /// A discard of `range` has set its marks: captures what is pending of the range. A discard

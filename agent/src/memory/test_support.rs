@@ -94,7 +94,7 @@ impl Registered {
 
     /// Frees a page as a VMM does that tells nobody: it punches the file, and gives up its mapping.
     #[allow(unsafe_code)]
-    pub(crate) fn free_untold(&self, page: u64) {
+    pub(crate) fn free_unannounced(&self, page: u64) {
         self.memory.blocks()[0].backing.punch(PageRange::new(page, 1)).unwrap();
         let start = self.mapping.address_range().start + (page * PAGE_SIZE) as usize;
         let start = std::ptr::with_exposed_provenance_mut(start);

@@ -25,6 +25,15 @@ pub enum SnapshotError {
         /// The block.
         id: u32,
     },
+    /// The VMM frees memory without a request, and the file does not tell its holes.
+    #[error(
+        "block {id} has huge pages, whose holes nobody tells, and its VMM frees memory without a request \
+         (unannounced-frees): use mode paused"
+    )]
+    UnannouncedFrees {
+        /// The block.
+        id: u32,
+    },
     /// The thread that handles write faults failed.
     #[error("writes into protected memory are not answered as they should be; the log says why")]
     Faults,

@@ -74,7 +74,7 @@ pub fn run(job: &Arc<Job>, plan: &SnapshotPlan) {
 fn save(job: &Arc<Job>, plan: &SnapshotPlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     if plan.options.mode == SnapshotMode::Background {
-        WriteWatch::check_memory(job)?;
+        WriteWatch::check_memory(job, plan.trackers.declared)?;
     }
     if let Some(id) = job.memory.block_of_file(&plan.path) {
         return Err(ImageFault::IsGuestMemory { id }.of(&plan.path).into());
@@ -125,7 +125,7 @@ fn capture(
         SnapshotMode::Background => {
             job.enter(Phase::Protecting);
             changes.suspend();
-            Some(WriteWatch::begin(job, &plan.trackers)?)
+            Some(WriteWatch::begin(job, plan.trackers.declared)?)
         }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };

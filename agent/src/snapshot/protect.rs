@@ -19,12 +19,12 @@ use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
-use crate::memory::copy_before_write::{PageTables, Protection};
+use crate::memory::copy_before_write::Protection;
 use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::mappings::Mappings;
 use crate::snapshot::SnapshotError;
-use crate::tracking::{DirtyPages, TrackerChoice};
+use crate::tracking::DirtyPages;
 use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -53,20 +53,17 @@ pub struct WriteWatch {
     watching: bool,
 }
 
-/// The page tables of a VMM that frees memory without telling.
-fn untold(trackers: &TrackerChoice) -> Option<Arc<dyn PageTables>> {
-    let is_untold = trackers.declared.contains(Trackers::UNTOLD_FREES);
-    let pagemap = trackers.pagemap.clone().filter(|_| is_untold)?;
-    Some(pagemap)
-}
-
 impl WriteWatch {
     /// Refuses memory that cannot be write-protected. Call this before the image is created.
     ///
     /// # Errors
     /// Which block it is, and how it can be saved.
-    pub fn check_memory(job: &Job) -> Result<(), JobError> {
+    pub fn check_memory(job: &Job, trackers: Trackers) -> Result<(), JobError> {
+        let is_unannounced = trackers.contains(Trackers::UNANNOUNCED_FREES);
         for block in job.memory.blocks() {
+            if is_unannounced && !block.backing.tells_holes() {
+                return Err(SnapshotError::UnannouncedFrees { id: block.geometry.id }.into());
+            }
             let (id, size) = (block.geometry.id, block.backing.host_page_size());
             if block.backing.kind() == BackingKind::File {
                 return Err(SnapshotError::OnDisk { id }.into());
@@ -84,8 +81,8 @@ impl WriteWatch {
     }
 
     /// Has the VMM register its mappings, and starts to handle faults. `trackers` say whether the
-    /// VMM frees memory without telling.
-    pub fn begin(job: &Arc<Job>, trackers: &TrackerChoice) -> Result<Self, JobError> {
+    /// VMM frees memory without a request.
+    pub fn begin(job: &Arc<Job>, trackers: Trackers) -> Result<Self, JobError> {
         let ahead = job.memory.blocks().iter();
         let ahead = ahead.map(|block| {
             BlockHostPages::empty(block.geometry.pages(), block.backing.host_page_size())
@@ -97,7 +94,8 @@ impl WriteWatch {
         let undo = UnwatchOnDrop { job, armed: true };
         let uffd: Userfaultfd = job.hooks.watch_writes(timeout)?.into();
         let mappings = Mappings::of(job.memory.blocks());
-        let protection = Arc::new(Protection { uffd, mappings, untold_frees: untold(trackers) });
+        let unannounced_frees = trackers.contains(Trackers::UNANNOUNCED_FREES);
+        let protection = Arc::new(Protection { uffd, mappings, unannounced_frees });
         let shared = Arc::new(WatchState::new(protection, ahead));
         let thread = write_faults::start(job, &shared, end)?;
         undo.disarm();
@@ -242,8 +240,12 @@ mod tests {
 
     #[test]
     fn too_large_host_pages_are_refused_with_advice() {
-        WriteWatch::check_memory(&huge(2 << 20)).unwrap();
-        let error = WriteWatch::check_memory(&gigantic()).unwrap_err().to_string();
+        let announced = Trackers::WRITE_PROTECT;
+        let unannounced = announced | Trackers::UNANNOUNCED_FREES;
+        WriteWatch::check_memory(&huge(2 << 20), announced).unwrap();
+        let error = WriteWatch::check_memory(&huge(2 << 20), unannounced).unwrap_err().to_string();
+        assert!(error.contains("use mode paused"), "{error}");
+        let error = WriteWatch::check_memory(&gigantic(), announced).unwrap_err().to_string();
         assert!(
             error.contains("block 0")
                 && error.contains("0x40000000")

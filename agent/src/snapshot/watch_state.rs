@@ -63,7 +63,7 @@ impl WatchState {
     pub fn allow_write(&self, (at, host_page): (usize, u64)) -> Result<(), CaptureError> {
         let page = PageRange::new(host_page, 1);
         protect_ordering::unprotect(self.ahead[at].bits(), page, || {
-            self.protection.unprotect(at, page)
+            self.protection.allow_write(at, host_page)
         })
     }
 }

@@ -19,10 +19,11 @@ use crate::job::{Job, JobError};
 use crate::memory::PageBuffer;
 use crate::memory::copy_before_write::CaptureError;
 use crate::memory::copy_before_write::CopyBeforeWrite;
+use crate::memory::guest_memory::DiscardObserver;
 use crate::missing_faults::wait;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappingError;
-use pageferry_protocol::userfault::Events;
+use pageferry_protocol::userfault::{AddressRange, Events};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
@@ -159,6 +160,9 @@ fn handle_faults(
         // all faults that were read are handled.
         let mode = shared.mode();
         uffd.read_events(&mut events).map_err(CaptureError::ReadFaults)?;
+        for removed in events.removed() {
+            handle_removal(shared, &mode, *removed);
+        }
         for address in events.faults() {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
             // After an error the other faults are still handled.
@@ -172,6 +176,16 @@ fn handle_faults(
         }
     }
     Ok(())
+}
+
+/// The VMM has freed memory without a request, and may let the guest use it from now on.
+fn handle_removal(shared: &WatchState, mode: &WriteFaultAction, removed: AddressRange) {
+    for (at, host_pages) in shared.protection.mappings.locate_range(removed) {
+        match mode {
+            WriteFaultAction::Ahead => shared.on_freed(at, shared.ahead[at].pages(host_pages)),
+            WriteFaultAction::CopyBeforeWrite(copier) => copier.freed_unannounced(at, host_pages),
+        }
+    }
 }
 
 fn handle_fault(
@@ -258,7 +272,7 @@ mod tests {
             let copier = Arc::new(copier);
             let (uffd, mappings) = (memfd(0).into(), Mappings::of(job.memory.blocks()));
             let shared = WatchState::new(
-                Arc::new(Protection { uffd, mappings, untold_frees: None }),
+                Arc::new(Protection { uffd, mappings, unannounced_frees: false }),
                 Vec::new(),
             );
             let ((to_free, free), (captured, _to_put)) = (channel(), channel());

@@ -20,12 +20,9 @@
 //!
 //! Numbers and layouts: `linux/fs.h`. Semantics: `Documentation/admin-guide/mm/pagemap.rst`. Linux
 //! 6.7.
-//! 6.7.
 #![allow(unsafe_code)]
 
 use crate::lock::lock;
-use crate::memory::copy_before_write::PageTables;
-use pageferry_protocol::memory::PAGE_SHIFT;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use std::ffi::c_void;
@@ -63,15 +60,6 @@ const HUGE: Target = Target { category: PAGE_IS_HUGE, flags: 0 };
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
-
-/// Bytes of an entry of the pagemap, which describes one page.
-const ENTRY: usize = 8;
-/// Entries that are read at once, in 4 KiB.
-const PROTECTION_ENTRIES: usize = 512;
-/// Bit 57 of an entry, in little-endian order: the page is write-protected by a userfaultfd
-/// (pagemap.rst).
-const UFFD_WP_BYTE: usize = 7;
-const UFFD_WP_BIT: u8 = 1 << 1;
 
 /// `struct pm_scan_arg`.
 #[repr(C)]
@@ -245,27 +233,6 @@ impl Pagemap {
             start = walk_end;
         }
         Ok(())
-    }
-}
-
-impl PageTables for Pagemap {
-    fn is_protected(&self, address: u64, length: u64) -> Result<bool, Errno> {
-        let mut entries = [0; PROTECTION_ENTRIES * ENTRY];
-        let (mut next, end) = (address >> PAGE_SHIFT, (address + length) >> PAGE_SHIFT);
-        while next < end {
-            let wanted = (end - next).min(PROTECTION_ENTRIES as u64) as usize * ENTRY;
-            let read =
-                match rustix::io::pread(&self.fd, &mut entries[..wanted], next * ENTRY as u64) {
-                    Err(Errno::INTR) => continue,
-                    read => read? / ENTRY,
-                };
-            let is_protected = |entry: &[u8]| entry[UFFD_WP_BYTE] & UFFD_WP_BIT != 0;
-            if read == 0 || !entries[..read * ENTRY].chunks_exact(ENTRY).all(is_protected) {
-                return Ok(false);
-            }
-            next += read as u64;
-        }
-        Ok(true)
     }
 }
 

@@ -28,17 +28,16 @@ impl Trackers {
     /// Every writer marks the shared log: vCPUs, emulated devices, other processes. No other
     /// tracker is needed.
     pub const LOG_IS_COMPLETE: Self = Self(1 << 2);
-    /// The VMM frees memory without telling anyone, as one does that knows nothing of its agent: it
-    /// punches its file. No tracker, but it goes with [`Trackers::WRITE_PROTECT`], which sees it as
-    /// a write. A background snapshot finds it by the protection that is gone with the page.
-    pub const UNTOLD_FREES: Self = Self(1 << 3);
+    /// The VMM frees memory without a request, as one does that knows nothing of its agent: it
+    /// punches its file. No tracker, but it goes with [`Trackers::WRITE_PROTECT`].
+    pub const UNANNOUNCED_FREES: Self = Self(1 << 3);
 
     /// All of them with the names that users see.
     const NAMES: [(Self, &'static str); 4] = [
         (Self::HOOKS, "hooks"),
         (Self::WRITE_PROTECT, "write-protect"),
         (Self::LOG_IS_COMPLETE, "log-is-complete"),
-        (Self::UNTOLD_FREES, "untold-frees"),
+        (Self::UNANNOUNCED_FREES, "unannounced-frees"),
     ];
 
     /// The set as it travels.
@@ -48,7 +47,7 @@ impl Trackers {
 
     /// True if the VMM has declared what reports the writes of the guest.
     pub const fn is_declared(self) -> bool {
-        self.0 & !Self::UNTOLD_FREES.0 != 0
+        self.0 & !Self::UNANNOUNCED_FREES.0 != 0
     }
 
     /// True if all of `other` are in this set.
@@ -68,12 +67,12 @@ impl Trackers {
     pub fn from_wire(field: &'static str, value: u32) -> Result<Self, DecodeError> {
         let known = Self::NAMES.iter().fold(0, |known, (one, _)| known | one.0);
         let set = Self(value);
-        let is_alone = set.contains(Self::UNTOLD_FREES) && !set.contains(Self::WRITE_PROTECT);
+        let is_alone = set.contains(Self::UNANNOUNCED_FREES) && !set.contains(Self::WRITE_PROTECT);
         if value & !known == 0 && !is_alone {
             return Ok(set);
         }
         let allowed = "bit 0, hooks, bit 1, write-protect, bit 2, log-is-complete, and with bit 1 \
-                       bit 3, untold-frees";
+                       bit 3, unannounced-frees";
         Err(DecodeError::InvalidValue { field, value: value.into(), allowed })
     }
 }
@@ -108,9 +107,9 @@ mod tests {
         assert_eq!(Trackers::default().to_string(), "not declared");
         assert!(both.is_declared() && !Trackers::default().is_declared());
         assert_eq!(Trackers::from_wire("sources", both.bits()), Ok(both));
-        let untold = Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES;
-        assert_eq!(Trackers::from_wire("sources", untold.bits()), Ok(untold));
-        for wrong in [Trackers::UNTOLD_FREES.bits(), 1 << 4] {
+        let unannounced = Trackers::WRITE_PROTECT | Trackers::UNANNOUNCED_FREES;
+        assert_eq!(Trackers::from_wire("sources", unannounced.bits()), Ok(unannounced));
+        for wrong in [Trackers::UNANNOUNCED_FREES.bits(), 1 << 4] {
             let refused = Trackers::from_wire("sources", wrong).unwrap_err();
             assert!(refused.to_string().contains("sources"), "{refused}");
         }

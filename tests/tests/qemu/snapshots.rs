@@ -72,12 +72,7 @@ fn guest_that_gives_memory_back_is_saved_while_it_is_paused() {
 }
 
 /// QEMU frees memory that the image still needs, and tells nobody.
-///
-/// The kernel keeps a marker of the write protection when a page of a shared file is punched
-/// (`zap_install_uffd_wp_if_needed()` in mm/memory.c), so today the agent takes the hole for a
-/// page that is still as it was.
 #[test]
-#[ignore = "the agent does not notice it, so the side-car refuses guests that can give memory back"]
 fn background_snapshot_fails_when_unsaved_memory_is_freed() {
     let Some(tools) = require::qemu() else { return };
     let stage = Stage::new(tools, QemuVersion::V10_0);

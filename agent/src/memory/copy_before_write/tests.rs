@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::memory::GuestMemory;
-use crate::memory::test_support::{let_others_run, memory};
+use crate::memory::test_support::{let_others_run, memfd, memory};
 
 const PAGES: u64 = 8;
 
@@ -18,13 +18,26 @@ impl Sink for Nowhere {
 
 /// A block of eight pages. Page 3 is pending.
 fn copier() -> (GuestMemory, CopyBeforeWrite) {
+    copier_with(None)
+}
+
+/// The same, of a VMM that frees memory without a request. Nothing is protected: the descriptor is
+/// no userfaultfd.
+fn copier_of_unannounced_frees() -> (GuestMemory, CopyBeforeWrite) {
+    let memory = memory(&[PAGES]);
+    let mappings = Mappings::of(memory.blocks());
+    let uffd = memfd(0).into();
+    copier_with(Some(Arc::new(Protection { uffd, mappings, unannounced_frees: true })))
+}
+
+fn copier_with(protection: Option<Arc<Protection>>) -> (GuestMemory, CopyBeforeWrite) {
     let memory = memory(&[PAGES]);
     let pending = HostPageSet::empty(memory.blocks(), &[PAGE_SIZE]).unwrap();
     pending.add(0, 0, 1 << 3);
     let copier = CopyBeforeWrite::new(
         memory.blocks(),
         Arc::new(pending),
-        None,
+        protection,
         Arc::new(Nowhere),
         Arc::default(),
     );
@@ -43,6 +56,37 @@ fn finish_waits_for_a_fault_that_reads() {
         drop(reading);
         finished.join().unwrap().unwrap();
     });
+}
+
+/// What a page of this content is found to be when it is read: its error.
+fn read_error(content: Option<[u8; PAGE_SIZE as usize]>) -> CaptureError {
+    let (memory, copier) = copier_of_unannounced_frees();
+    if let Some(content) = content {
+        memory.blocks()[0].backing.write(3 * PAGE_SIZE, &content).unwrap();
+    }
+    let mut batch = copier.batch().unwrap();
+    copier.sweep(&memory.readers, 0, 0, PageRange::new(0, PAGES), &mut batch).unwrap_err()
+}
+
+#[test]
+fn page_that_was_punched_before_it_was_read_fails_the_snapshot() {
+    let punched = read_error(None);
+    assert!(matches!(punched, CaptureError::Freed { id: 0 }), "{punched}");
+    // A page that exists is captured, whatever it has: only its protection cannot be removed here.
+    for content in [0, 7] {
+        let captured = read_error(Some([content; PAGE_SIZE as usize]));
+        assert!(matches!(captured, CaptureError::Protection { .. }), "{captured}");
+    }
+}
+
+#[test]
+fn removal_of_a_captured_page_costs_nothing_and_of_a_pending_one_the_snapshot() {
+    let (_, copier) = copier_of_unannounced_frees();
+    copier.freed_unannounced(0, PageRange::new(4, 4));
+    copier.check().unwrap();
+    copier.freed_unannounced(0, PageRange::new(2, 2));
+    assert!(matches!(copier.check(), Err(CaptureError::Freed { id: 0 })));
+    assert_eq!(copier.pending.remaining_pages(), 0);
 }
 
 #[test]

@@ -78,8 +78,10 @@ impl MappingProcess for VmmProcess {
         if is_missing {
             *kept = created.kept;
         }
-        // The VMM frees memory without telling anyone. In postcopy the kernel has to tell.
-        let removals = if is_missing { feature::EVENT_REMOVE } else { 0 };
+        // The VMM frees memory without a request. Where an agent reads events, the kernel reports
+        // it. A VMM that frees waits until its event is read, so tracking must not ask for it.
+        let has_reader = purpose != UserfaultPurpose::WriteTracking;
+        let removals = if has_reader { feature::EVENT_REMOVE } else { 0 };
         let features = purpose.features() | removals;
         let opened = Userfaultfd::of_another_process(created.fd, features);
         Ok(opened.inspect_err(|_| self.close(&mut kept))?)

@@ -137,7 +137,7 @@ impl Attachment {
         let this = Self { machine, vmm, client, supervisor, listens, last_error };
         // QEMU punches what the guest gives back, and tells nobody. Declared before the memory: who
         // waits for the memory (`pageferry status --wait`) may start any job.
-        this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNTOLD_FREES)?;
+        this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNANNOUNCED_FREES)?;
         this.follow_memory()?;
         Ok(this)
     }

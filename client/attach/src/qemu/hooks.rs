@@ -9,7 +9,6 @@ use super::device_state::{self, Saving, Settings};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
 use super::monitor::Monitor;
-use super::suitability;
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
 use rustix::process::Signal;
@@ -142,19 +141,6 @@ impl Hooks for QemuHooks {
         self.set_back(&mut machine.monitor());
         machine.guest_arrived();
         Ok(())
-    }
-
-    fn writes_watched(&mut self) -> Result<(), HookError> {
-        // QEMU punches at once, and the kernel keeps the protection of a punched page
-        // (zap_install_uffd_wp_if_needed() in mm/memory.c): nobody can tell it from a page of
-        // zeroes.
-        match suitability::gives_memory_back(&mut self.machine.monitor())? {
-            None => Ok(()),
-            Some(device) => Err(HookError::new(format!(
-                "the guest can give memory back by {device} while it is saved, and what it held would be lost: use \
-                 --mode paused"
-            ))),
-        }
     }
 
     fn guest_given_up(&mut self) {

@@ -159,24 +159,6 @@ fn check_disks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     Ok(())
 }
 
-/// A device by which the guest gives memory back, while it runs and by itself.
-///
-/// # Errors
-/// If QEMU does not answer.
-pub fn gives_memory_back(monitor: &mut Monitor) -> Result<Option<String>, MonitorError> {
-    for folder in DEVICE_FOLDERS {
-        let devices = monitor.command("qom-list", json!({ "path": folder }))?;
-        for device in devices.as_array().into_iter().flatten() {
-            let text = |field: &str| device.get(field).and_then(Value::as_str).unwrap_or_default();
-            let kind = text("type");
-            if kind.contains("virtio-balloon") || kind.contains("virtio-mem") {
-                return Ok(Some(format!("{} ({})", text("name"), kind_of(kind))));
-            }
-        }
-    }
-    Ok(None)
-}
-
 fn kind_of(child: &str) -> &str {
     child.trim_start_matches("child<").trim_end_matches('>')
 }
