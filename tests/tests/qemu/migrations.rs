@@ -88,7 +88,10 @@ fn plug_and_unplug() -> Option<Difference> {
     let mut here = stage.place().boot("source", &guest).unwrap();
     let total = here.console.status().unwrap().total;
     let moment = stage.start(&guest, &mut here.console);
-    let request = |size: u64| json!({ "path": "/machine/peripheral/vm0", "property": "requested-size", "value": size });
+    let request = |size: u64| {
+        let path = "/machine/peripheral/vm0";
+        json!({ "path": path, "property": "requested-size", "value": size })
+    };
 
     let memory = here.memory().unwrap();
     let there = stage.place().receive("destination", &guest).unwrap();
