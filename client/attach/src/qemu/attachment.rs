@@ -3,7 +3,7 @@
 //! An agent for a QEMU: hands the memory over, answers hooks, and follows hotplug.
 
 use super::guard::{Duty, Guard};
-use super::guest_memory::{self, GuestMemoryError};
+use super::guest_memory::{self, FoundBlock, GuestMemoryError};
 use super::hooks::{QemuHooks, has_left};
 use super::machine::{Guest, Machine};
 use super::monitor::{Monitor, MonitorError};
@@ -18,13 +18,11 @@ use pageferry_client::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use std::cell::RefCell;
 use std::ffi::OsString;
 use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Interval at which QEMU is asked for memory that was plugged in or out.
@@ -101,9 +99,6 @@ pub struct Attachment {
     vmm: Arc<VmmProcess>,
     client: Client,
     supervisor: Supervisor<QemuHooks>,
-    listens: AtomicBool,
-    /// Why the memory cannot be followed, as it was logged last.
-    last_error: RefCell<Option<String>>,
 }
 
 impl Attachment {
@@ -132,9 +127,7 @@ impl Attachment {
         let hooks = QemuHooks::new(Arc::clone(&machine), guard);
         let (client, supervisor) =
             Supervisor::spawn(move || helpers.agent_command(), config, hooks)?;
-        let listens = AtomicBool::new(false);
-        let last_error = RefCell::default();
-        let this = Self { machine, vmm, client, supervisor, listens, last_error };
+        let this = Self { machine, vmm, client, supervisor };
         // QEMU punches what the guest gives back, and tells nobody. Declared before the memory: who
         // waits for the memory (`pageferry status --wait`) may start any job.
         this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNANNOUNCED_FREES)?;
@@ -150,13 +143,8 @@ impl Attachment {
     pub fn listen(&self, address: &str, options: &IncomingOptions) -> Result<String, AttachError> {
         let target = Target::Address(address.to_owned());
         let job = self.client.start_incoming(target, options)?;
-        self.listens.store(true, Ordering::Relaxed);
+        self.machine.state().listens = true;
         Ok(job.address)
-    }
-
-    /// True if QEMU was started for the guest that [`Attachment::listen`] waits for.
-    fn listens(&self, guest: Guest) -> bool {
-        guest == Guest::Awaited && self.listens.load(Ordering::Relaxed)
     }
 
     /// The longest time that QEMU's main thread was stopped to create userfaultfds.
@@ -188,12 +176,7 @@ impl Attachment {
             if let Some(end) = self.end_of_guest() {
                 return Ok(end);
             }
-            if let Err(error) = self.follow_memory() {
-                let error = chain(&error);
-                if self.last_error.replace(Some(error.clone())) != Some(error.clone()) {
-                    log::warn!("no job can pause this guest: QEMU's memory: {error}");
-                }
-            }
+            self.look_at_memory();
             let mut polled = [
                 PollFd::from_borrowed_fd(stop, PollFlags::IN),
                 PollFd::from_borrowed_fd(self.machine.process.pidfd(), PollFlags::IN),
@@ -213,9 +196,10 @@ impl Attachment {
 
     /// What the jobs that have ended since mean for the guest.
     fn end_of_guest(&self) -> Option<End> {
-        let (ended, is_useless, guest) = {
+        let (ended, is_useless, guest, listens) = {
             let mut state = self.machine.state();
-            (std::mem::take(&mut state.ended), state.is_useless.clone(), state.guest)
+            let ended = std::mem::take(&mut state.ended);
+            (ended, state.is_useless.clone(), state.guest, state.listens)
         };
         if let Some(status) = ended.iter().find(|status| has_left(status)) {
             return Some(End::Moved(Box::new(status.clone())));
@@ -234,39 +218,55 @@ impl Attachment {
                 (since.elapsed() > REPORT_TIMEOUT).then_some(End::Useless(why))
             }
             // An operator may try again, unless QEMU has loaded what is of no use.
-            (None, Some(failed)) if guest == Guest::Loaded || self.listens(guest) => {
+            (None, Some(failed))
+                if guest == Guest::Loaded || (guest == Guest::Awaited && listens) =>
+            {
                 Some(End::Useless(failed.error_text().to_owned()))
             }
             (None, _) => None,
         }
     }
 
+    /// Follows memory and devices. If QEMU cannot be served any more, no job can pause its guest.
+    fn look_at_memory(&self) {
+        let why = match self.follow_memory() {
+            Ok(true) => None,
+            Ok(false) => return,
+            Err(error) => Some(chain(&error)),
+        };
+        let before = std::mem::replace(&mut self.machine.state().cannot_serve, why.clone());
+        if let Some(why) = why.filter(|why| before.as_ref() != Some(why)) {
+            log::warn!("no job can pause this guest: {why}");
+        }
+    }
+
     /// Adds the blocks of memory that was plugged in, and removes those of memory that is gone.
-    fn follow_memory(&self) -> Result<(), AttachError> {
-        // A guest that has left, or is on its way, has its memory.
-        if self.client.ownership() == Ownership::Relinquished {
-            return Ok(());
+    /// False if that has to wait.
+    fn follow_memory(&self) -> Result<bool, AttachError> {
+        // A hook may use the monitor for long.
+        let Some(mut monitor) = self.machine.free_monitor() else { return Ok(false) };
+        if self.machine.has_known_memory(&mut monitor)? {
+            return Ok(true);
         }
-        let Some(mut monitor) = self.machine.free_monitor() else { return Ok(()) };
+        // A job keeps its blocks. One that needs others finds out when it pauses the guest. And a
+        // guest that has left, or is on its way, has its memory.
+        let is_idle = self.client.status().is_ok_and(|status| status.phase.is_final());
+        if !is_idle || self.client.ownership() == Ownership::Relinquished {
+            return Ok(false);
+        }
         let account = guest_memory::account(&mut monitor)?;
-        if self.machine.state().account == account {
-            return Ok(());
-        }
+        suitability::check(&mut monitor)?;
         let found = guest_memory::find(&mut monitor, &self.machine.process)?;
         // Removing a block may wait for hooks.
         drop(monitor);
-        let known: Vec<_> = self
-            .machine
-            .state()
-            .known
-            .iter()
-            .map(|block| (block.id(), block.ram.clone()))
-            .collect();
-        let is_among =
-            |id, ram: &_| found.iter().any(|block| block.id() == id && block.ram == *ram);
-        for (id, _) in known.iter().filter(|(id, ram)| !is_among(*id, ram)) {
-            self.client.remove_block(*id)?;
-            self.machine.state().known.retain(|block| block.id() != *id);
+        let is_among = |known: &FoundBlock| found.iter().any(|block| block.is_same(known));
+        let gone: Vec<u32> = {
+            let state = self.machine.state();
+            state.known.iter().filter(|known| !is_among(known)).map(FoundBlock::id).collect()
+        };
+        for id in gone {
+            self.client.remove_block(id)?;
+            self.machine.state().known.retain(|block| block.id() != id);
         }
         for block in found {
             if self.machine.state().known.iter().any(|known| known.id() == block.id()) {
@@ -274,15 +274,15 @@ impl Attachment {
             }
             match self.client.add_block(block.spec()) {
                 Ok(_) => self.machine.state().known.push(block),
-                // Added after the job. A job that needs it finds out when it pauses the guest.
+                // A job has begun since.
                 Err(pageferry_client::Error::Refused { code: ErrorCode::Busy, .. }) => {
-                    return Ok(());
+                    return Ok(false);
                 }
                 Err(error) => return Err(error.into()),
             }
         }
         self.machine.state().account = account;
-        Ok(())
+        Ok(true)
     }
 
     /// Ends the agent. QEMU and its guest go on.

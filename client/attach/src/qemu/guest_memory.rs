@@ -7,10 +7,12 @@
 
 use super::monitor::{Monitor, MonitorError};
 use super::ram_layout::{self, GuestRam};
+use super::suitability::DEVICE_FOLDERS;
 use crate::process::mappings::{Mapping, Mappings};
 use crate::process::target::{ProcessError, TargetProcess};
 use pageferry_client::BlockSpec;
-use serde_json::Value;
+use rustix::fs::Dev;
+use serde_json::{Value, json};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// Unit of the ids of blocks, in bytes of guest physical addresses.
@@ -66,6 +68,8 @@ pub(super) struct FoundBlock {
     name: String,
     file: OwnedFd,
     fd_offset: u64,
+    /// Device and inode of the file.
+    file_id: (Dev, u64),
 }
 
 impl FoundBlock {
@@ -86,6 +90,20 @@ impl FoundBlock {
     pub(super) fn id(&self) -> u32 {
         self.id
     }
+
+    /// True if both are the same memory: the same RAM block at the same address, in the same file.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let place = |block: &Self| (block.id, block.file_id, block.fd_offset);
+        place(self) == place(other) && self.ram == other.ram
+    }
+
+    /// True if QEMU still maps this file there. Memory that was taken out and put in again has
+    /// another file.
+    pub(super) fn is_mapped(&self, mappings: &Mappings) -> bool {
+        file_of(mappings, &self.ram).is_ok_and(|(first, fd_offset)| {
+            ((first.device, first.inode), fd_offset) == (self.file_id, self.fd_offset)
+        })
+    }
 }
 
 /// The id of the block at a guest physical address. Both ends of a migration have to choose the
@@ -95,7 +113,7 @@ pub(super) fn id_at(gpa: u64) -> Option<u32> {
     u32::try_from(gpa / ID_UNIT).ok()
 }
 
-/// A short account of QEMU's memory that changes when memory is plugged in or out.
+/// A short account of QEMU's memory and devices that changes when one is plugged in or out.
 pub(super) fn account(monitor: &mut Monitor) -> Result<Value, MonitorError> {
     let mut devices = monitor.command("query-memory-devices", Value::Null)?;
     // The plugged size of virtio-mem changes with every request of the guest.
@@ -105,8 +123,11 @@ pub(super) fn account(monitor: &mut Monitor) -> Result<Value, MonitorError> {
             fields.remove("requested-size");
         }
     }
-    let backends = monitor.command("query-memdev", Value::Null)?;
-    Ok(Value::Array(vec![devices, backends]))
+    let mut account = vec![devices, monitor.command("query-memdev", Value::Null)?];
+    for folder in DEVICE_FOLDERS {
+        account.push(monitor.command("qom-list", json!({ "path": folder }))?);
+    }
+    Ok(Value::Array(account))
 }
 
 /// The guest's memory as it is now.
@@ -126,7 +147,8 @@ pub(super) fn find(
         let same_id = || GuestMemoryError::SameId { block: ram.block.clone(), gpa: ram.gpa };
         let id = id.ok_or_else(same_id)?;
         let name = format!("{}@{:#x}", ram.block, ram.block_offset);
-        found.push(FoundBlock { id, name, file, fd_offset, ram });
+        let file_id = (first.device, first.inode);
+        found.push(FoundBlock { id, name, file, fd_offset, file_id, ram });
     }
     Ok(found)
 }

@@ -45,16 +45,6 @@ impl QemuHooks {
         Ok(())
     }
 
-    /// Refuses if memory was plugged in since: it is in no block, so it would be missing where the
-    /// guest arrives.
-    fn check_memory(&self, monitor: &mut Monitor) -> Result<(), HookError> {
-        if self.machine.has_known_memory(monitor)? {
-            return Ok(());
-        }
-        self.machine.notify();
-        Err(HookError::new("memory was plugged in or out while the job ran: start it again"))
-    }
-
     /// Sets in QEMU what a load needs. Called early, since each command costs a millisecond, and
     /// once more when it must be done.
     fn prepare_load(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
@@ -116,7 +106,7 @@ impl Hooks for QemuHooks {
         if self.saved.is_none() {
             self.begin_save(&mut monitor)?;
         }
-        self.check_memory(&mut monitor)
+        self.machine.check_unchanged(&mut monitor)
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
@@ -159,7 +149,7 @@ impl Hooks for QemuHooks {
         let mut monitor = machine.monitor();
         if self.saving.is_none() {
             // A snapshot of a guest that its operator has paused may come without a pause.
-            self.check_memory(&mut monitor)?;
+            self.machine.check_unchanged(&mut monitor)?;
         }
         if let Some(saved) = &self.saved {
             return Ok(saved.clone());
@@ -226,8 +216,11 @@ impl Hooks for QemuHooks {
 
     fn agent_lost(&mut self, ownership: Ownership) {
         log::debug!("the agent is lost; the guest is {ownership:?}");
-        if ownership == Ownership::Awaiting && self.machine.state().guest == Guest::Loaded {
-            self.machine.set_useless("the agent was lost while the guest arrived");
+        // The next agent does not listen by itself, and QEMU loads devices only once.
+        let guest = self.machine.state().guest;
+        let waits = guest == Guest::Awaited && self.machine.state().listens;
+        if ownership == Ownership::Awaiting && (waits || guest == Guest::Loaded) {
+            self.machine.set_useless("the agent was lost before the guest had arrived");
         }
         let machine = Arc::clone(&self.machine);
         self.set_back(&mut machine.monitor());

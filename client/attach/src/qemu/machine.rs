@@ -2,10 +2,10 @@
 
 //! A QEMU that is attached, as the hooks and the main loop share it.
 
-use super::guest_memory::{self, FoundBlock};
-use super::monitor::{Monitor, MonitorError};
+use super::guest_memory::{self, FoundBlock, GuestMemoryError};
+use super::monitor::Monitor;
 use crate::process::target::TargetProcess;
-use pageferry_client::JobStatus;
+use pageferry_client::{HookError, JobStatus};
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::Value;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -39,10 +39,15 @@ pub(super) enum Guest {
 pub(super) struct State {
     /// The account of QEMU's memory when the blocks were looked at last.
     pub(super) account: Value,
+    /// Why QEMU cannot be served since it was looked at last: a device that was plugged in, or
+    /// memory that is not understood.
+    pub(super) cannot_serve: Option<String>,
     /// The blocks that the agent knows.
     pub(super) known: Vec<FoundBlock>,
     /// Jobs that have ended, for the main loop.
     pub(super) ended: Vec<JobStatus>,
+    /// QEMU was started for the guest of a migration that the agent listens for.
+    pub(super) listens: bool,
     /// Whether there is a guest.
     pub(super) guest: Guest,
     /// Why there is no guest any more, and this QEMU can take no other; and since when.
@@ -91,10 +96,27 @@ impl Machine {
         let _ = rustix::io::read(&self.news, &mut [0; 8]);
     }
 
-    /// True if QEMU has the memory that the agent knows.
-    pub(super) fn has_known_memory(&self, monitor: &mut Monitor) -> Result<bool, MonitorError> {
-        let now = guest_memory::account(monitor)?;
-        Ok(self.state().account == now)
+    /// Refuses if QEMU has other memory or devices than when they were looked at last.
+    pub(super) fn check_unchanged(&self, monitor: &mut Monitor) -> Result<(), HookError> {
+        if let Some(why) = &self.state().cannot_serve {
+            return Err(HookError::new(why));
+        }
+        if self.has_known_memory(monitor)? {
+            return Ok(());
+        }
+        self.notify();
+        Err(HookError::new(
+            "memory or a device was plugged in or out while the job ran: start it again",
+        ))
+    }
+
+    /// True if QEMU has the memory and devices that were looked at last.
+    pub(super) fn has_known_memory(&self, monitor: &mut Monitor) -> Result<bool, GuestMemoryError> {
+        let account = guest_memory::account(monitor)?;
+        let mappings = self.process.mappings()?;
+        let state = self.state();
+        let is_mapped = |block: &FoundBlock| block.is_mapped(&mappings);
+        Ok(state.account == account && state.known.iter().all(is_mapped))
     }
 
     /// The guest is here, if its devices were loaded.

@@ -164,7 +164,7 @@ fn kind_of(child: &str) -> &str {
 }
 
 /// Where QEMU's tree of objects has the devices that the user gave.
-const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+pub(super) const DEVICE_FOLDERS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 fn check_networks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     let networks = monitor.human("info network")?;
