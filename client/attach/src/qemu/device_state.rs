@@ -204,7 +204,8 @@ impl Saving {
 
     fn reach_pause(&mut self, monitor: &mut Monitor) -> Result<(), DeviceStateError> {
         monitor.forget_events(MIGRATION)?;
-        monitor.command("migrate", json!({ "uri": format!("fd:{FD_NAME}") }))?;
+        let arguments = json!({ "uri": format!("fd:{FD_NAME}") });
+        with_descriptor(monitor, "migrate", arguments)?;
         wait_for(monitor, "pre-switchover")
     }
 
@@ -243,6 +244,19 @@ impl Drop for Saving {
         // Ends the thread that reads.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
+}
+
+/// Runs a command that takes the descriptor which QEMU was given. If it is refused, QEMU closes the
+/// descriptor.
+fn with_descriptor(
+    monitor: &mut Monitor, command: &str, arguments: Value,
+) -> Result<Value, MonitorError> {
+    let answer = monitor.command(command, arguments);
+    if answer.is_err() {
+        // Refused if QEMU has taken it.
+        let _ = monitor.command("closefd", json!({ "fdname": FD_NAME }));
+    }
+    answer
 }
 
 fn read_all(stream: &UnixStream) -> Result<Vec<u8>, DeviceStateError> {
@@ -315,7 +329,7 @@ pub fn load(monitor: &mut Monitor, state: &[StatePiece]) -> Result<(), DeviceSta
         });
         // A QEMU that exits at once would take the reason with it.
         let arguments = json!({ "uri": format!("fd:{FD_NAME}"), "exit-on-error": false });
-        let begun = monitor.command("migrate-incoming", arguments);
+        let begun = with_descriptor(monitor, "migrate-incoming", arguments);
         if begun.is_err() {
             let _ = ours.shutdown(Shutdown::Both);
         }

@@ -13,6 +13,7 @@
 //! agent hears it, the guest stays paused, although it was never sent: an operator has to resume
 //! it.
 
+use super::device_state;
 use super::monitor::{Monitor, MonitorError};
 use crate::process::target::{ProcessError, TargetProcess};
 use serde_json::Value;
@@ -140,7 +141,7 @@ pub fn run(mut told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardErr
 fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
     // Refused if none is under way.
     let _ = monitor.command("migrate_cancel", Value::Null);
-    monitor.command("cont", Value::Null).map(drop)
+    device_state::resume(monitor)
 }
 
 /// Why the guest cannot be resumed.
