@@ -74,6 +74,25 @@ impl Backing {
         }
         Ok(allocated)
     }
+
+    /// The runs of allocated pages in `range`, without the small holes between them. The kernel is
+    /// asked twice for each run of a large range, and once for each allocated page of a small one.
+    pub fn exact_data_runs(
+        &self, range: PageRange,
+    ) -> impl Iterator<Item = Result<PageRange, BackingError>> + '_ {
+        let mut rest = range;
+        let mut find = move || {
+            let Some(first) = self.first_data(rest)? else { return Ok(None) };
+            let here = PageRange::new(first, rest.end() - first);
+            // In a small range, the end of the run may be far beyond it.
+            let step = if here.count <= MAX_STRIDE { first + 1 } else { self.first_hole(here)? };
+            // The page may have been punched since the first question.
+            let end = step.max(first + 1);
+            rest = PageRange::new(end, rest.end() - end);
+            Ok(Some(PageRange::new(first, end - first)))
+        };
+        std::iter::from_fn(move || find().transpose())
+    }
 }
 
 /// A run may contain small holes, and may continue in the next run.
@@ -134,6 +153,10 @@ mod tests {
                     allocated.insert(page);
                 }
             }
+            let exact = backing.exact_data_runs(range).map(Result::unwrap);
+            let exact: Vec<u64> = exact.flat_map(|run| run.first..run.end()).collect();
+            let wanted: Vec<u64> = allocated.range(range.first..range.end()).copied().collect();
+            prop_assert_eq!(exact, wanted);
             let mut at = range.first;
             let mut found = BTreeSet::new();
             for run in backing.data_runs(range) {

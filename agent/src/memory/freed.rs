@@ -147,7 +147,7 @@ impl Block {
     }
 
     /// Sets the hints of freed pages, if the file reports holes.
-    fn hint_freed(&self, range: PageRange) {
+    pub(crate) fn hint_freed(&self, range: PageRange) {
         if self.backing.kind() != BackingKind::Hugetlb {
             self.freed.set(range);
         }

@@ -209,7 +209,7 @@ impl Migration {
     }
 
     /// The next pass has so many pages.
-    fn expect_pages(&mut self, pages: u64) {
+    pub(super) fn expect_pages(&mut self, pages: u64) {
         self.dirty.remaining = pages;
         self.job.live.pass_pages_done.store(0, Ordering::Relaxed);
         self.job.count(|counters| counters.pass_pages = pages);
@@ -248,7 +248,7 @@ impl Migration {
             return Ok(());
         }
         LogTracker.sync(&job.memory, &self.dirty.pages)?;
-        let view = SendContext { job: &job, limiter: &job.limiter, send_zeros: true };
+        let view = SendContext { job: &job, limiter: &job.limiter, send_zeros: true, sent: None };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             self.streams.senders[0].send_known_holes(&view, block, self.dirty.pages.block(at))?;
         }

@@ -6,6 +6,7 @@ use super::connect::{SessionId, Streams};
 use super::converge::PassMeasurements;
 use super::fixup::DirtyState;
 use super::job::OutgoingJob;
+use super::unannounced_frees::UnannouncedFrees;
 use crate::hooks::HookError;
 use crate::job::JobError;
 use crate::tracking::{TrackerChoice, Trackers};
@@ -23,6 +24,7 @@ pub(super) struct Migration {
     pub(super) streams: Streams,
     pub(super) trackers: Trackers,
     pub(super) dirty: DirtyState,
+    pub(super) unannounced_frees: UnannouncedFrees,
     pub(super) measurements: PassMeasurements,
     /// Percent by which the policy wants the guest to be throttled.
     pub(super) policy_throttle: u32,
@@ -43,6 +45,7 @@ impl Migration {
             streams,
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
             dirty: DirtyState::new(&job.memory)?,
+            unannounced_frees: UnannouncedFrees::new(&job.memory, choice)?,
             measurements: PassMeasurements::default(),
             policy_throttle: 0,
             throttle: 0,

@@ -14,6 +14,7 @@
 //!   ([`never-read`](crate::invariants#never-read) and
 //!   [`clear-then-read`](crate::invariants#clear-then-read));
 //! - [`compress`]: compresses pages, if the operator wants that;
+//! - [`unannounced_frees`]: finds memory that was freed without a request after it was sent;
 //! - [`converge`]: decides when to stop the guest;
 //! - [`stop`]: how long the guest may be paused for it;
 //! - [`handover`]: sends the stopped guest, with the commit point
@@ -36,6 +37,7 @@ pub mod pass;
 pub mod postcopy;
 pub mod sender;
 pub mod stop;
+pub mod unannounced_frees;
 
 pub use error::OutgoingError;
 
@@ -105,16 +107,35 @@ impl Migration {
             let next = self.measurements.decide(&self.job.options(), self.dirty.remaining());
             // A request for postcopy comes before the policy. But if the rest fits the downtime
             // limit, the migration ends as precopy.
-            if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
-                return Ok(AfterPasses::Postcopy);
+            let after =
+                if self.job.is_postcopy_requested() && !matches!(next, Ok(converge::Next::Stop)) {
+                    Some(AfterPasses::Postcopy)
+                } else {
+                    self.follow(next?)
+                };
+            match after {
+                None => self.wait_before_next_pass()?,
+                Some(AfterPasses::Postcopy) => {
+                    self.find_unannounced_frees()?;
+                    return Ok(AfterPasses::Postcopy);
+                }
+                // What was freed moves in one more pass.
+                Some(AfterPasses::HandOver) if self.find_unannounced_frees()? > 0 => {}
+                Some(AfterPasses::HandOver) => return Ok(AfterPasses::HandOver),
             }
-            match next? {
-                converge::Next::Stop => return Ok(AfterPasses::HandOver),
-                converge::Next::Postcopy => return Ok(AfterPasses::Postcopy),
-                converge::Next::Pass => {}
-                converge::Next::Throttle(percent) => self.policy_throttle = percent,
+        }
+    }
+
+    /// What follows if the passes are over.
+    fn follow(&mut self, next: converge::Next) -> Option<AfterPasses> {
+        match next {
+            converge::Next::Stop => Some(AfterPasses::HandOver),
+            converge::Next::Postcopy => Some(AfterPasses::Postcopy),
+            converge::Next::Pass => None,
+            converge::Next::Throttle(percent) => {
+                self.policy_throttle = percent;
+                None
             }
-            self.wait_before_next_pass()?;
         }
     }
 

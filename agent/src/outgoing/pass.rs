@@ -84,7 +84,12 @@ impl Migration {
         self.send_discards()?;
 
         let pass = Pass {
-            view: SendContext { job: &job, limiter: &job.limiter, send_zeros: number > 0 },
+            view: SendContext {
+                job: &job,
+                limiter: &job.limiter,
+                send_zeros: number > 0,
+                sent: self.unannounced_frees.sent(),
+            },
             chunks: Chunks::new(&job.memory),
             dirty: &self.dirty,
             lazy: self.trackers.lazy_clear(),

@@ -13,6 +13,7 @@ use crate::memory::Block;
 use crate::memory::MemoryError;
 use crate::memory::fence::Reading;
 use crate::memory::zero::data_mask;
+use crate::tracking::DirtyPages;
 use crate::transport::{Limiter, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -55,6 +56,8 @@ pub struct SendContext<'a> {
     pub limiter: &'a Limiter,
     /// Zero pages are sent. False in pass 0, because the destination starts from holes.
     pub send_zeros: bool,
+    /// Gets the pages that are sent with content. See [`super::unannounced_frees`].
+    pub sent: Option<&'a DirtyPages>,
 }
 
 /// The dirty pages of a word whose bits were taken.
@@ -120,7 +123,7 @@ impl PageSender {
         // after that; see the fence. `clear-then-read`: take the dirty bits before the read.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
         let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
-        self.send_word(pass, block, word, send, stray, reading)
+        self.send_word(pass, (at, block), word, send, stray, reading)
     }
 
     /// Postcopy: queues the pages `pages` of word `word`, which the caller has taken from the
@@ -136,7 +139,7 @@ impl PageSender {
         let discarded = block.discarded.word(word) & pages;
         let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
         let stale = discarded & !stray;
-        self.send_word(pass, block, word, pages & !stale, stray, reading)?;
+        self.send_word(pass, (at, block), word, pages & !stale, stray, reading)?;
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, stale, stale);
         Ok(())
     }
@@ -144,12 +147,15 @@ impl PageSender {
     /// Queues the pages `send` of a word, which the caller has taken. Pages that were freed and are
     /// still holes are queued as zero, and not read.
     fn send_word(
-        &mut self, pass: &SendContext<'_>, block: &Block, word: u64, send: u64, stray: u64,
-        reading: Reading<'_>,
+        &mut self, pass: &SendContext<'_>, (at, block): (usize, &Block), word: u64, send: u64,
+        stray: u64, reading: Reading<'_>,
     ) -> Result<(), JobError> {
         let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let holes = block.known_holes(word, send).map_err(failed)?;
-        self.read_word(pass, block, word, send & !holes, stray, reading)?;
+        let data = self.read_word(pass, block, word, send & !holes, stray, reading)?;
+        if let Some(sent) = pass.sent {
+            sent.block(at).or_word(word, data);
+        }
         // In pass 0 the destination has holes already.
         if holes != 0 && pass.send_zeros {
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, stray);
@@ -176,11 +182,11 @@ impl PageSender {
     }
 
     /// Reads the pages `send` of a word and queues their records. `reading` is dropped as soon as
-    /// the pages are read.
+    /// the pages are read. Returns those that are not zero.
     fn read_word(
         &mut self, pass: &SendContext<'_>, block: &Block, word: u64, send: u64, stray: u64,
         reading: Reading<'_>,
-    ) -> Result<(), JobError> {
+    ) -> Result<u64, JobError> {
         if self.buffer.is_empty() {
             self.buffer = vec![0; BATCH + WORD_BYTES];
         }
@@ -194,8 +200,11 @@ impl PageSender {
             self.filled += bytes;
         }
         drop(reading);
-        self.queue_word(pass, block.geometry.id, first, send, stray, start);
-        if self.filled >= BATCH { self.flush(pass) } else { Ok(()) }
+        let data = self.queue_word(pass, block.geometry.id, first, send, stray, start);
+        if self.filled >= BATCH {
+            self.flush(pass)?;
+        }
+        Ok(data)
     }
 
     /// Takes the dirty pages of word `word` of the block, which lie in a hole. They are queued as
@@ -208,11 +217,11 @@ impl PageSender {
     }
 
     /// Queues records for the pages `send` of a word. Their bytes lie in the buffer from `start`
-    /// on, one page after another.
+    /// on, one page after another. Returns the pages that are not zero.
     fn queue_word(
         &mut self, pass: &SendContext<'_>, block: u32, first: u64, send: u64, stray: u64,
         start: usize,
-    ) {
+    ) -> u64 {
         // Bit n of `dense` stands for the n-th page that was read. Spread the bits to the places of
         // these pages in the word.
         let dense = data_mask(&self.buffer[start..self.filled]);
@@ -265,6 +274,7 @@ impl PageSender {
             // No page of this word has content, so the next word may use its part of the buffer.
             self.filled = start;
         }
+        data
     }
 
     /// Queues the zero pages `zero` of a word. Those that are also in `stray` are flagged, and

@@ -38,6 +38,7 @@ use crate::job::{Job, JobError, add};
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
 use changes::Changes;
+use pageferry_protocol::control::Trackers;
 use pageferry_protocol::control::job::{Phase, SnapshotMode, SnapshotOptions};
 use point_in_time::PointInTime;
 use prepare::Prepared;
@@ -129,7 +130,8 @@ fn capture(
         }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };
-    let prepared = Prepared::new(job, watch.is_some())?;
+    let unannounced_frees = plan.trackers.declared.contains(Trackers::UNANNOUNCED_FREES);
+    let prepared = Prepared::new(job, watch.is_some(), unannounced_frees)?;
     if let Some(watch) = &watch {
         watch.protect_ahead(&prepared, changes.changed())?;
         prepared.preallocate_bitmaps(changes.changed())?;

@@ -23,6 +23,9 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Prepared {
     memory: Arc<GuestMemory>,
+    /// Small holes between allocated pages count as holes. If the VMM frees memory without a
+    /// request, a hole that is found later must be one that was freed after the instant.
+    exact: bool,
     /// Pages that were allocated when the file was asked last.
     allocated: DirtyPages,
     /// The pages that are discarded at the instant. Empty until then.
@@ -36,7 +39,7 @@ pub struct Prepared {
 impl Prepared {
     /// An empty preparation. If the guest runs while it is saved, the unit of a capture is its host
     /// page.
-    pub fn new(job: &Job, runs_on: bool) -> Result<Self, JobError> {
+    pub fn new(job: &Job, runs_on: bool, unannounced_frees: bool) -> Result<Self, JobError> {
         let memory = job.memory.clone();
         let host_page =
             |block: &Arc<Block>| if runs_on { block.backing.host_page_size() } else { PAGE_SIZE };
@@ -44,7 +47,8 @@ impl Prepared {
         let pending = Arc::new(HostPageSet::empty(memory.blocks(), &host_pages)?);
         let none = || DirtyPages::none(&memory);
         let (allocated, discarded, later) = (none()?, none()?, none()?);
-        Ok(Self { memory, allocated, discarded, later, pending })
+        let exact = runs_on && unannounced_frees;
+        Ok(Self { memory, exact, allocated, discarded, later, pending })
     }
 
     /// Asks which pages of the block at index `at` were allocated since the last call. Then calls
@@ -79,8 +83,12 @@ impl Prepared {
         let mut next = 0;
         while let Some(first) = allocated.next_clear(rest(next)) {
             next = allocated.next_set(rest(first)).unwrap_or(end);
-            for run in block.backing.data_runs(PageRange::new(first, next - first)) {
-                allocated.set(run.map_err(failed)?);
+            let gap = PageRange::new(first, next - first);
+            let set = |run: Result<_, _>| run.map(|run| _ = allocated.set(run)).map_err(failed);
+            if self.exact {
+                block.backing.exact_data_runs(gap).try_for_each(set)?;
+            } else {
+                block.backing.data_runs(gap).try_for_each(set)?;
             }
         }
         block.take_known_holes(allocated).map_err(failed)
@@ -105,7 +113,7 @@ mod tests {
     #[test]
     fn allocated_changed_and_undiscarded_pages_are_saved() {
         let job = job(memory(&[64, 192]));
-        let prepared = Prepared::new(&job, false).unwrap();
+        let prepared = Prepared::new(&job, false, false).unwrap();
         let block = &job.memory.blocks()[1];
         let write = |page: u64| block.backing.write(page * PAGE_SIZE, &[1]).unwrap();
         let pages_to_save = |changed| {
@@ -123,5 +131,24 @@ mod tests {
         let changed = DirtyPages::none(&job.memory).unwrap();
         changed.block(1).set(PageRange::new(4, 100));
         assert_eq!(pages_to_save(Some(&changed)), [(0, 0b11_0000), (1, 1 << 6)]);
+    }
+
+    #[test]
+    fn small_holes_count_if_the_vmm_frees_memory_by_itself() {
+        let job = job(memory(&[64]));
+        let block = &job.memory.blocks()[0];
+        block.backing.write(0, &vec![1; 64 * PAGE_SIZE as usize]).unwrap();
+        let hole = |page| block.backing.punch(PageRange::new(page, 1)).unwrap();
+        hole(7);
+        let prepared = Prepared::new(&job, true, true).unwrap();
+        let pages_to_save = || {
+            let mut found = 0;
+            prepared.pages_to_save(0, None, |_, bits| found |= bits).unwrap();
+            found
+        };
+        assert_eq!(pages_to_save(), !(1 << 7));
+        hole(9);
+        block.hint_freed(PageRange::new(9, 1));
+        assert_eq!(pages_to_save(), !(1 << 7 | 1 << 9));
     }
 }

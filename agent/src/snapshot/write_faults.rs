@@ -161,7 +161,7 @@ fn handle_faults(
         let mode = shared.mode();
         uffd.read_events(&mut events).map_err(CaptureError::ReadFaults)?;
         for removed in events.removed() {
-            handle_removal(shared, &mode, *removed);
+            handle_removal(job, shared, &mode, *removed);
         }
         for address in events.faults() {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
@@ -179,10 +179,14 @@ fn handle_faults(
 }
 
 /// The VMM has freed memory without a request, and may let the guest use it from now on.
-fn handle_removal(shared: &WatchState, mode: &WriteFaultAction, removed: AddressRange) {
+fn handle_removal(job: &Job, shared: &WatchState, mode: &WriteFaultAction, removed: AddressRange) {
     for (at, host_pages) in shared.protection.mappings.locate_range(removed) {
         match mode {
-            WriteFaultAction::Ahead => shared.on_freed(at, shared.ahead[at].pages(host_pages)),
+            WriteFaultAction::Ahead => {
+                let pages = shared.ahead[at].pages(host_pages);
+                job.memory.blocks()[at].hint_freed(pages);
+                shared.on_freed(at, pages);
+            }
             WriteFaultAction::CopyBeforeWrite(copier) => copier.freed_unannounced(at, host_pages),
         }
     }

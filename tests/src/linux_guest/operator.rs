@@ -7,6 +7,7 @@ use crate::Error;
 use crate::deadline::wait_for;
 use crate::process::{Process, program};
 use serde_json::Value;
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -38,13 +39,19 @@ impl Operator {
         command
     }
 
-    /// Starts a command, which is watched by [`Running::end`] or [`Running::fail`].
+    /// Starts a command that starts or continues a job.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// If the agent does not answer, or the command cannot be started.
     pub fn start(&self, what: &str, more: &[&str]) -> Result<Running, Error> {
+        let jobs_before = self.status()?["job"].as_u64().unwrap_or(0);
+        self.spawn(what, more, jobs_before)
+    }
+
+    fn spawn(&self, what: &str, more: &[&str], jobs_before: u64) -> Result<Running, Error> {
         let process = Process::spawn(what, &mut self.command(what, more))?;
-        Ok(Running { what: format!("{what} {}", more.join(" ")), process })
+        let what = format!("{what} {}", more.join(" "));
+        Ok(Running { what, process, agent: self.clone(), jobs_before })
     }
 
     /// Runs a command to its end. Returns the last object that it prints.
@@ -52,7 +59,7 @@ impl Operator {
     /// # Errors
     /// If it fails. The error has all that it printed.
     pub fn run(&self, what: &str, more: &[&str]) -> Result<Value, Error> {
-        self.start(what, more)?.end()
+        self.spawn(what, more, 0)?.end()
     }
 
     /// What the agent serves, and its job.
@@ -86,22 +93,12 @@ impl Operator {
         found.map_err(|error| Error::Mismatch(format!("{}; last: {last}", error.sentence())))
     }
 
-    /// Waits until the job is in the phase with this name, such as `precopy`.
+    /// Waits until the job is in the phase with this name, such as `postcopy`.
     ///
     /// # Errors
     /// If it is not in time.
     pub fn wait_for_phase(&self, phase: &str) -> Result<Value, Error> {
         self.wait_for_status(&format!("phase {phase}"), |status| status["status"] == phase)
-    }
-
-    /// Waits until the source has sent this number of pages.
-    ///
-    /// # Errors
-    /// If it has not in time, or its job has ended before.
-    pub fn wait_for_pages_sent(&self, pages: u64) -> Result<Value, Error> {
-        self.wait_for_status("pages on their way", |status| {
-            status["pages_sent"].as_u64().is_some_and(|sent| sent >= pages)
-        })
     }
 }
 
@@ -110,9 +107,44 @@ impl Operator {
 pub struct Running {
     what: String,
     process: Process,
+    agent: Operator,
+    /// The number of the agent's last job before this one.
+    jobs_before: u64,
 }
 
 impl Running {
+    /// Waits until the new job is in the phase with this name, such as `postcopy`.
+    ///
+    /// # Errors
+    /// If it is not in time. The error has all that the command printed.
+    pub fn wait_for_phase(&mut self, phase: &str) -> Result<Value, Error> {
+        self.wait_for(&format!("phase {phase}"), |status| status["status"] == phase)
+    }
+
+    /// Waits until the new job has sent this number of pages.
+    ///
+    /// # Errors
+    /// As for [`Running::wait_for_phase`].
+    pub fn wait_for_pages_sent(&mut self, pages: u64) -> Result<Value, Error> {
+        self.wait_for("pages on their way", |status| {
+            status["pages_sent"].as_u64().is_some_and(|sent| sent >= pages)
+        })
+    }
+
+    fn wait_for(&mut self, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value, Error> {
+        let before = self.jobs_before;
+        let ended = RefCell::new(&mut self.process);
+        let found = self.agent.wait_for_status(what, |status| {
+            let is_new = status["job"].as_u64().is_some_and(|job| job > before);
+            is_new && holds(status) || ended.borrow_mut().has_ended()
+        })?;
+        if holds(&found) {
+            return Ok(found);
+        }
+        let said = self.process.lines().join("\n");
+        Err(Error::Mismatch(format!("no {what}; {} said {said}; status: {found}", self.what)))
+    }
+
     /// Waits for its end. Returns the last object that it printed.
     ///
     /// # Errors

@@ -29,8 +29,8 @@ impl Scene {
     fn slow_migration(&self, name: &str) -> (AttachedGuest, Running) {
         let there = self.stage.place().receive(name, &self.guest).unwrap();
         let to = ["--to", there.address.as_deref().unwrap(), "--bandwidth", "1M"];
-        let job = self.here.agent.start("migrate", &to).unwrap();
-        self.here.agent.wait_for_pages_sent(100).unwrap();
+        let mut job = self.here.agent.start("migrate", &to).unwrap();
+        job.wait_for_pages_sent(100).unwrap();
         (there, job)
     }
 
@@ -40,8 +40,8 @@ impl Scene {
         let there = self.stage.place().receive(name, &self.guest).unwrap();
         process::freeze(there.qemu.pid()).unwrap();
         let to = ["--to", there.address.as_deref().unwrap()];
-        let job = self.here.agent.start("migrate", &[&to, PRECOPY].concat()).unwrap();
-        self.here.agent.wait_for_phase("loading").unwrap();
+        let mut job = self.here.agent.start("migrate", &[&to, PRECOPY].concat()).unwrap();
+        job.wait_for_phase("loading").unwrap();
         (there, job)
     }
 

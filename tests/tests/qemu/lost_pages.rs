@@ -35,8 +35,8 @@ impl Scene {
         here.agent.run("restore", &[&self.image]).unwrap();
         let mut there = place.receive(&format!("{name}-b"), &self.guest).unwrap();
         let to = ["--to", there.address.as_deref().unwrap(), "--bandwidth", "64K", "--no-wait"];
-        let job = here.agent.start("migrate", &[&to, POSTCOPY].concat()).unwrap();
-        here.agent.wait_for_phase("postcopy").unwrap();
+        let mut job = here.agent.start("migrate", &[&to, POSTCOPY].concat()).unwrap();
+        job.wait_for_phase("postcopy").unwrap();
         there.wait_for_run_state("running").unwrap();
         (here, there, job)
     }

@@ -11,6 +11,9 @@ pub const PRECOPY: &[&str] = &["--max-passes", "4", "--policy", "stop"];
 /// One that does not end as a precopy.
 pub const HYBRID: &[&str] = &["--mode", "hybrid", "--switch-after", "1", "--downtime-limit", "1ms"];
 pub const POSTCOPY: &[&str] = &["--mode", "postcopy"];
+/// The most pages that QEMU may free in the last pass and the pause. They keep room at the
+/// destination.
+pub const FREED_AT_LAST: u64 = 4096;
 
 /// Moves a guest to a new QEMU. Returns it, and how the job ended.
 pub fn migrate(
@@ -28,8 +31,7 @@ pub fn migrate(
 
 /// The same, and compares the memory of both ends while the guest is paused. Then it continues.
 ///
-/// A guest without a balloon must take no more room than before. With one it may today, see
-/// `memory_that_is_unplugged_takes_no_room_at_the_destination`.
+/// A guest must take no more room than before. One with a balloon frees memory until it is paused.
 pub fn migrate_and_compare(
     stage: &Stage, name: &str, guest: &LinuxGuest, source: &mut AttachedGuest, options: &[&str],
 ) -> AttachedGuest {
@@ -37,8 +39,9 @@ pub fn migrate_and_compare(
     let options = [options, &["--resume", "never"]].concat();
     let (destination, job) = migrate(stage, name, guest, source, &options);
     let (destination, found) = proceed(destination, &memory);
-    let populated_holes = if guest.balloon { found.populated_holes } else { 0 };
-    assert_eq!(found, Difference { populated_holes, ..Difference::default() }, "{job}");
+    assert_eq!((found.lost, found.changed), (0, 0), "{job}");
+    let limit = if guest.balloon { FREED_AT_LAST } else { 0 };
+    assert!(found.populated_holes <= limit, "{found:?} {job}");
     destination
 }
 

@@ -146,7 +146,7 @@ impl PostcopySource {
     pub fn serve(
         &self, streams: &mut Streams, before: impl FnOnce(&mut Primary) -> Result<(), JobError>,
     ) -> Result<(), JobError> {
-        let view = |limiter| SendContext { job: &self.job, limiter, send_zeros: true };
+        let view = |limiter| SendContext { job: &self.job, limiter, send_zeros: true, sent: None };
         self.limiter.set_rate(self.job.options().bandwidth);
         let sockets = streams.sockets();
         let Streams { primary, senders, urgent, .. } = streams;

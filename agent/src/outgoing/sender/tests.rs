@@ -43,7 +43,7 @@ fn sent(
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut sender = PageSender::new(0, socket(ours), None);
     let limiter = Limiter::new(0);
-    let view = SendContext { job, limiter: &limiter, send_zeros: true };
+    let view = SendContext { job, limiter: &limiter, send_zeros: true, sent: None };
     send(&mut sender, &view, &job.memory);
     sender.flush(&view).unwrap();
     sender.socket().end_sending();
@@ -123,7 +123,7 @@ fn without_a_limit_all_records_go_in_one_write() {
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
     let mut sender = PageSender::new(0, socket(ours), None);
     let limiter = Limiter::new(0);
-    let view = SendContext { job: &job, limiter: &limiter, send_zeros: true };
+    let view = SendContext { job: &job, limiter: &limiter, send_zeros: true, sent: None };
     sender.queue_missing_pages(&view, (0, &job.memory.blocks()[0]), 0, bits(&[2, 5, 8])).unwrap();
     sender.flush(&view).unwrap();
     sender.socket().end_sending();
