@@ -59,6 +59,8 @@ pub struct LinuxGuest {
     pub cpu: String,
     /// A file for `/dev/vda`, in raw format. Both sides of a migration open the same.
     pub disk: Option<PathBuf>,
+    /// The disk bypasses the page cache of the host.
+    pub is_disk_direct: bool,
     /// True if it has a network.
     pub net: bool,
     /// True if it has a balloon with the id `balloon0`, and reports free pages by it.
@@ -82,6 +84,7 @@ impl LinuxGuest {
             machine: "pc".to_owned(),
             cpu: "qemu64".to_owned(),
             disk: None,
+            is_disk_direct: false,
             net: true,
             balloon: true,
             virtio_mem: None,
@@ -142,7 +145,9 @@ impl LinuxGuest {
             line.with("-device", "virtio-net-pci,id=nic0,netdev=net0,romfile=");
         }
         if let Some(disk) = &self.disk {
-            line.value("-drive", "if=none,id=disk0,format=raw,cache=writeback,file=", disk);
+            let cache = if self.is_disk_direct { "none" } else { "writeback" };
+            let drive = format!("if=none,id=disk0,format=raw,cache={cache},file=");
+            line.value("-drive", &drive, disk);
             line.with("-device", "virtio-blk-pci,id=vda,drive=disk0");
         }
         if self.balloon {

@@ -9,6 +9,7 @@ use crate::moves::{
 use pageferry_tests::linux_guest::operator::wait_slowly;
 use pageferry_tests::linux_guest::{QemuVersion, Status, VirtioMem};
 use pageferry_tests::proxy::Proxy;
+use pageferry_tests::require;
 use serde_json::json;
 
 /// Name of the variable with the number of moves of a guest, for a long run.
@@ -64,6 +65,26 @@ fn guest_with_memory_above_the_hole_moves() {
     assert!(blocks[1]["gpa"].as_u64().unwrap() >= 4096 * MIB, "{blocks}");
     let moment = stage.start(&guest, &mut here.console);
     let mut there = migrate_and_compare(&stage, "destination", &guest, &mut here, HYBRID);
+    goes_on_well(&mut there, &moment);
+}
+
+/// The kernel writes to the pages of a direct read after they were looked at.
+#[test]
+fn guest_with_a_direct_disk_moves_without_passes() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V11_1);
+    let mut guest = stage.guest(256 * MIB);
+    guest.is_disk_direct = true;
+    let mut here = stage.place().boot("source", &guest).unwrap();
+    let moment = stage.start(&guest, &mut here.console);
+    let there = stage.place().receive("refused", &guest).unwrap();
+    let to = ["--to", there.address.as_deref().unwrap()];
+    let said = here.agent.start("migrate", &to).unwrap().fail().unwrap();
+    assert!(said.contains("disk disk0 bypasses the page cache"), "{said}");
+    assert!(said.contains("--mode postcopy"), "{said}");
+    let moment = goes_on_well(&mut here, &moment);
+    drop(there);
+    let (mut there, _) = migrate(&stage, "destination", &guest, &mut here, POSTCOPY);
     goes_on_well(&mut there, &moment);
 }
 

@@ -9,8 +9,9 @@ use pageferry_client::{
     AddressRange, MappingProcess, MappingProcessError, UserfaultPurpose, Userfaultfd,
 };
 use pageferry_protocol::userfault::feature;
+use std::fmt::{Debug, Formatter};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// The process of a VMM that knows nothing of this.
@@ -22,17 +23,36 @@ pub struct VmmProcess {
     /// traced: only one thread can trace it.
     kept: Mutex<Option<RemoteFd>>,
     longest_stop: Mutex<Duration>,
+    tracking_check: OnceLock<TrackingCheck>,
+}
+
+/// Finds out whether all writes to guest memory can be tracked now.
+struct TrackingCheck(Box<dyn Fn() -> Result<(), MappingProcessError> + Send + Sync>);
+
+impl Debug for TrackingCheck {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str("TrackingCheck")
+    }
 }
 
 impl VmmProcess {
     /// Nothing is done to the process yet. `seccomp` is what is known about its filters.
     pub fn new(process: TargetProcess, seccomp: Seccomp) -> Self {
-        Self { process, seccomp, kept: Mutex::default(), longest_stop: Mutex::default() }
+        let (kept, longest_stop, tracking_check) =
+            (Mutex::default(), Mutex::default(), OnceLock::new());
+        Self { process, seccomp, kept, longest_stop, tracking_check }
     }
 
     /// The process.
     pub fn process(&self) -> &TargetProcess {
         &self.process
+    }
+
+    /// From now on, `check` is asked whenever tracking is to start. Later calls change nothing.
+    pub fn check_tracking(
+        &self, check: impl Fn() -> Result<(), MappingProcessError> + Send + Sync + 'static,
+    ) {
+        let _ = self.tracking_check.set(TrackingCheck(Box::new(check)));
     }
 
     /// The longest time that the main thread of the process was stopped for this.
@@ -63,6 +83,11 @@ impl MappingProcess for VmmProcess {
     fn open_userfaultfd(
         &self, purpose: UserfaultPurpose,
     ) -> Result<Userfaultfd, MappingProcessError> {
+        if purpose == UserfaultPurpose::WriteTracking
+            && let Some(TrackingCheck(check)) = self.tracking_check.get()
+        {
+            check()?;
+        }
         let is_missing = purpose == UserfaultPurpose::MissingPages;
         let mut kept = lock(&self.kept);
         if is_missing {

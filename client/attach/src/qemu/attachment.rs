@@ -131,6 +131,12 @@ impl Attachment {
         // QEMU punches what the guest gives back, and tells nobody. Declared before the memory: who
         // waits for the memory (`pageferry status --wait`) may start any job.
         this.client.set_trackers(Trackers::WRITE_PROTECT | Trackers::UNANNOUNCED_FREES)?;
+        // Not before: a QEMU whose writes cannot be tracked has other jobs that it can do.
+        let machine = Arc::downgrade(&this.machine);
+        this.vmm.check_tracking(move || match machine.upgrade() {
+            Some(machine) => Ok(suitability::check_tracking(&mut machine.monitor())?),
+            None => Ok(()),
+        });
         this.follow_memory()?;
         Ok(this)
     }

@@ -42,10 +42,11 @@ pub enum Unsuitable {
         /// Why it stands in the way.
         why: &'static str,
     },
-    /// A disk whose reads go straight into guest memory.
+    /// A disk whose reads go straight into guest memory, so its writes cannot be tracked.
     #[error(
-        "disk {device} bypasses the page cache (cache.direct=on, as with cache=none): the kernel writes what it reads \
-         into guest memory after pageferry has looked, and the guest would lose it. Use cache=writeback"
+        "disk {device} bypasses the page cache (cache.direct=on, as with cache=none, or SCSI commands of the guest): \
+         the kernel may write to guest memory after pageferry has looked, and nobody would notice. Move this guest \
+         with --mode postcopy, and save it without --track and --base; or start QEMU with cache=writeback"
     )]
     DirectDisk {
         /// Its name in QEMU.
@@ -83,6 +84,13 @@ const REFUSED: [(&str, &str); 7] = [
     ("x-vfio-user", OTHER_PROCESS),
 ];
 
+/// Types of devices whose guest sends SCSI commands to a device of the host.
+const SCSI_COMMANDS: [&str; 2] = ["scsi-block", "scsi-generic"];
+
+/// Drivers of disks that let a device of the host, or another process, write guest memory.
+const DEVICE_DRIVERS: [&str; 4] =
+    ["nvme", "virtio-blk-vfio-pci", "virtio-blk-vhost-user", "virtio-blk-vhost-vdpa"];
+
 /// Refuses a QEMU whose memory or devices pageferry cannot serve.
 ///
 /// # Errors
@@ -91,7 +99,7 @@ pub fn check(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     check_backends(monitor)?;
     check_devices(monitor)?;
     check_networks(monitor)?;
-    check_disks(monitor)?;
+    check_disk_drivers(monitor)?;
     let migration = monitor.command("query-migrate", Value::Null)?;
     let reasons: Vec<&str> = migration
         .get("blocked-reasons")
@@ -127,36 +135,68 @@ fn check_backends(monitor: &mut Monitor) -> Result<(), Unsuitable> {
 }
 
 fn check_devices(monitor: &mut Monitor) -> Result<(), Unsuitable> {
-    for folder in DEVICE_FOLDERS {
-        let devices = monitor.command("qom-list", json!({ "path": folder }))?;
-        for device in devices.as_array().into_iter().flatten() {
-            let text = |field: &str| device.get(field).and_then(Value::as_str).unwrap_or_default();
-            let kind = kind_of(text("type"));
-            if let Some((_, why)) = REFUSED.iter().find(|(start, _)| kind.starts_with(start)) {
-                return Err(Unsuitable::Device {
-                    device: text("name").to_owned(),
-                    kind: kind.to_owned(),
-                    why,
-                });
-            }
+    for (device, kind) in devices(monitor)? {
+        if let Some((_, why)) = REFUSED.iter().find(|(start, _)| kind.starts_with(start)) {
+            return Err(Unsuitable::Device { device, kind, why });
         }
     }
     Ok(())
 }
 
+/// Refuses a QEMU whose writes cannot be tracked: those of a disk that bypasses the page cache.
+///
 /// The kernel writes to the pages of a direct read when the disk has answered. If they were
-/// protected again meanwhile, nobody notices that.
-fn check_disks(monitor: &mut Monitor) -> Result<(), Unsuitable> {
+/// protected again meanwhile, nobody notices that. QEMU waits for its disks when it pauses the
+/// guest, so a job that does not compare two moments needs no tracking and loses nothing.
+///
+/// # Errors
+/// The first such disk.
+pub fn check_tracking(monitor: &mut Monitor) -> Result<(), Unsuitable> {
     let disks = monitor.command("query-block", Value::Null)?;
     for disk in disks.as_array().into_iter().flatten() {
-        let text = |field: &str| disk.get(field).and_then(Value::as_str).unwrap_or_default();
         let is_direct = disk.pointer("/inserted/cache/direct").and_then(Value::as_bool);
         if is_direct == Some(true) {
-            let device = [text("device"), text("qdev")].into_iter().find(|name| !name.is_empty());
-            return Err(Unsuitable::DirectDisk { device: device.unwrap_or("?").to_owned() });
+            return Err(Unsuitable::DirectDisk { device: name_of_disk(disk) });
+        }
+    }
+    for (name, kind) in devices(monitor)? {
+        if SCSI_COMMANDS.contains(&kind.as_str()) {
+            return Err(Unsuitable::DirectDisk { device: name });
         }
     }
     Ok(())
+}
+
+/// The driver of a disk may have a device of the host write to guest memory.
+fn check_disk_drivers(monitor: &mut Monitor) -> Result<(), Unsuitable> {
+    let disks = monitor.command("query-block", Value::Null)?;
+    for disk in disks.as_array().into_iter().flatten() {
+        let driver = disk.pointer("/inserted/drv").and_then(Value::as_str).unwrap_or_default();
+        if DEVICE_DRIVERS.contains(&driver) {
+            let (device, kind) = (name_of_disk(disk), driver.to_owned());
+            return Err(Unsuitable::Device { device, kind, why: PASSED_THROUGH });
+        }
+    }
+    Ok(())
+}
+
+fn name_of_disk(disk: &Value) -> String {
+    let text = |field: &str| disk.get(field).and_then(Value::as_str).unwrap_or_default();
+    let name = [text("device"), text("qdev")].into_iter().find(|name| !name.is_empty());
+    name.unwrap_or("?").to_owned()
+}
+
+/// The names and types of the devices that the user gave.
+fn devices(monitor: &mut Monitor) -> Result<Vec<(String, String)>, MonitorError> {
+    let mut found = Vec::new();
+    for folder in DEVICE_FOLDERS {
+        let devices = monitor.command("qom-list", json!({ "path": folder }))?;
+        for device in devices.as_array().into_iter().flatten() {
+            let text = |field: &str| device.get(field).and_then(Value::as_str).unwrap_or_default();
+            found.push((text("name").to_owned(), kind_of(text("type")).to_owned()));
+        }
+    }
+    Ok(found)
 }
 
 fn kind_of(child: &str) -> &str {
@@ -184,6 +224,12 @@ mod tests {
     /// What [`check`] says of a QEMU with these answers by command, where the answers are not those
     /// of a QEMU that can be served.
     fn checked(answers: &[(&str, Value)]) -> Result<(), String> {
+        asked(check, answers)
+    }
+
+    fn asked(
+        check: fn(&mut Monitor) -> Result<(), Unsuitable>, answers: &[(&str, Value)],
+    ) -> Result<(), String> {
         let answer = |command: &Value| {
             let (name, arguments) = (command["execute"].as_str().unwrap(), &command["arguments"]);
             let key = format!("{name}{}", arguments["path"].as_str().unwrap_or_default());
@@ -239,5 +285,20 @@ mod tests {
             assert!(said.contains(named), "{said}");
         }
         assert_eq!(checked(&[("qom-list/machine/peripheral", device("virtio-net-pci"))]), Ok(()));
+    }
+
+    #[test]
+    fn writes_of_direct_disks_cannot_be_tracked() {
+        let disk = |direct: bool, driver: &str| json!([{ "device": "d0", "inserted": { "cache": { "direct": direct }, "drv": driver } }]);
+        let tracked = |answers: &[(&str, Value)]| asked(check_tracking, answers);
+        assert_eq!(tracked(&[("query-block", disk(false, "qcow2"))]), Ok(()));
+        let direct = [("query-block", disk(true, "qcow2"))];
+        assert!(tracked(&direct).unwrap_err().starts_with("disk d0 bypasses"));
+        assert_eq!(checked(&direct), Ok(()));
+        let scsi = json!([{ "name": "s0", "type": "child<scsi-block>" }]);
+        let scsi = [("qom-list/machine/peripheral", scsi)];
+        assert!(tracked(&scsi).unwrap_err().starts_with("disk s0 bypasses"));
+        let said = checked(&[("query-block", disk(false, "nvme"))]).unwrap_err();
+        assert!(said.contains("device d0 (nvme) is passed through"), "{said}");
     }
 }
