@@ -12,6 +12,10 @@ use pageferry_protocol::userfault::{
 use rustix::io::Errno;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the last removals are waited for. The VMM may not get a processor for a while.
+const LAST_REMOVALS: Duration = Duration::from_secs(20);
 
 /// The registration. Dropping it unregisters the mappings.
 #[derive(Debug)]
@@ -69,7 +73,13 @@ impl Registration {
         // if its mapping is not registered any more (userfaultfd_event_wait_completion() in
         // fs/userfaultfd.c).
         let mut events = Events::default();
-        while self.uffd.read_events(&mut events).is_ok() && !events.removed().is_empty() {}
+        let deadline = Instant::now() + LAST_REMOVALS;
+        while self.uffd.is_changing() && Instant::now() < deadline {
+            if self.uffd.read_events(&mut events).is_err() || events.removed().is_empty() {
+                // It is about to wait, or was woken and has not gone on yet.
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
     }
 
     /// The same for the mapping at this address, if it is one of these.

@@ -142,6 +142,7 @@ pub struct AttachArgs {
 
 /// `pageferry qemu receive`.
 #[derive(Debug, Args)]
+#[command(mut_group("IncomingArgs", |group| group.requires("listen")))]
 pub struct ReceiveArgs {
     #[command(flatten)]
     agent: AgentOptions,
@@ -238,7 +239,15 @@ fn launch(
         sentence += &format!("; it listens at {address}");
     }
     say(&sentence);
-    let end = attachment.serve(signals.as_fd())?;
+    let end = match attachment.serve(signals.as_fd()) {
+        Ok(end) => end,
+        Err(error) => {
+            // The guest goes on, and its QEMU is waited for as long as it takes.
+            log::error!("{}", crate::error::chain(&error));
+            child.wait()?;
+            End::Exited
+        }
+    };
     let outcome = match end {
         End::Exited => None,
         End::Moved(_) => {

@@ -65,9 +65,9 @@ use std::thread::yield_now;
 use std::time::{Duration, Instant};
 
 /// How often an arrival is tried again while the VMM changes its mappings, and the pause between
-/// two tries. Seconds in all: the thread that reads the removals may not get a processor for a
-/// while.
-const MAX_TRIES: u32 = 10_000;
+/// two tries. Minutes in all: the VMM may not get a processor for a while, and an error here loses
+/// the guest.
+const MAX_TRIES: u32 = 1_000_000;
 const PAUSE: Duration = Duration::from_micros(200);
 
 /// The outcome of a fault.

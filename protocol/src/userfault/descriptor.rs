@@ -253,6 +253,16 @@ impl Userfaultfd {
         }
     }
 
+    /// True while a thread of the process gives memory up: its removal is not read yet, or it is
+    /// about to wait for that, or it was woken and has not gone on.
+    pub fn is_changing(&self) -> bool {
+        // The kernel looks for that first. It refuses an empty range.
+        let mut arg = UffdioWriteProtect { range: AddressRange::default(), mode: 0 };
+        // SAFETY: the struct is the one of this number, and an empty range changes nothing.
+        let refused = unsafe { ioctl(&self.fd, Updater::<UFFDIO_WRITEPROTECT, _>::new(&mut arg)) };
+        refused == Err(Errno::AGAIN)
+    }
+
     /// True if the file under a host page has it. For hugetlbfs, where the kernel may answer EEXIST
     /// for a page that it cannot place for lack of memory: this has the kernel map the page of the
     /// file, or find that there is none.

@@ -210,10 +210,17 @@ impl Attachment {
         if let Some(status) = ended.iter().find(|status| has_left(status)) {
             return Some(End::Moved(Box::new(status.clone())));
         }
-        let failed = ended.iter().find(|status| {
-            matches!(status.kind, JobKind::Incoming | JobKind::Restore)
-                && status.phase != Phase::Completed
-        });
+        let brings =
+            |status: &&JobStatus| matches!(status.kind, JobKind::Incoming | JobKind::Restore);
+        if let Some(status) = ended.iter().filter(brings).find(|status| status.arrived) {
+            // Also if it was not resumed, or answered too late: its source has given it up.
+            self.machine.guest_arrived();
+            if status.phase != Phase::Completed {
+                log::warn!("the guest is here. Look at its QEMU, and resume it if it is paused");
+            }
+            return None;
+        }
+        let failed = ended.iter().filter(brings).find(|status| status.phase != Phase::Completed);
         match (is_useless, failed) {
             (Some((why, _)), Some(failed)) => {
                 let text = Some(failed.error_text()).filter(|text| !text.is_empty());
@@ -265,6 +272,7 @@ impl Attachment {
         let found = guest_memory::find(&mut monitor, &self.machine.process)?;
         // Removing a block may wait for hooks.
         drop(monitor);
+        self.machine.claims().follow(&found)?;
         let is_among = |known: &FoundBlock| found.iter().any(|block| block.is_same(known));
         let gone: Vec<u32> = {
             let state = self.machine.state();

@@ -12,8 +12,9 @@ use crate::process::mappings::{Mapping, Mappings};
 use crate::process::target::{ProcessError, TargetProcess};
 use pageferry_client::BlockSpec;
 use rustix::fs::Dev;
+use rustix::io::Errno;
 use serde_json::{Value, json};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Unit of the ids of blocks, in bytes of guest physical addresses.
 const ID_UNIT: u64 = 1 << 20;
@@ -47,6 +48,24 @@ pub enum GuestMemoryError {
         hva: u64,
         /// Its length in bytes.
         length: u64,
+    },
+    /// Another process serves the file.
+    #[error(
+        "the file of RAM block {block} is the memory of a guest that pageferry serves already: give each QEMU a file \
+         of its own (mem-path)"
+    )]
+    ServedAlready {
+        /// The name of the block.
+        block: String,
+    },
+    /// The file cannot be opened or locked.
+    #[error("cannot lock the file of RAM block {block}")]
+    NotClaimed {
+        /// The name of the block.
+        block: String,
+        /// What the kernel said.
+        #[source]
+        source: Errno,
     },
     /// Blocks get their ids from their addresses.
     #[error(
@@ -89,6 +108,15 @@ impl FoundBlock {
 
     pub(super) fn id(&self) -> u32 {
         self.id
+    }
+
+    pub(super) fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Device and inode of the file.
+    pub(super) fn file_id(&self) -> (Dev, u64) {
+        self.file_id
     }
 
     /// True if both are the same memory: the same RAM block at the same address, in the same file.

@@ -8,7 +8,7 @@
 use super::device_state::{self, Saving, Settings};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
-use super::monitor::Monitor;
+use super::monitor::{Monitor, MonitorError};
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
 use rustix::process::Signal;
@@ -116,7 +116,7 @@ impl Hooks for QemuHooks {
             saving.cancel(&mut monitor);
         }
         if machine.state().guest != Guest::Awaited {
-            device_state::resume(&mut monitor)?;
+            resume_patiently(&mut monitor)?;
         }
         self.set_guard(Duty::Nothing);
         machine.guest_arrived();
@@ -230,6 +230,18 @@ impl Hooks for QemuHooks {
     fn agent_attached(&mut self) {
         log::debug!("another agent is attached");
         self.machine.notify();
+    }
+}
+
+/// Resumes the guest. A QEMU that does not answer in time is asked once more: it may have resumed
+/// the guest meanwhile, and nobody else has this guest.
+fn resume_patiently(monitor: &mut Monitor) -> Result<(), MonitorError> {
+    match device_state::resume(monitor) {
+        Err(MonitorError::Silent { command }) => {
+            log::warn!("QEMU did not answer {command} in time, and is asked once more");
+            device_state::resume(monitor)
+        }
+        resumed => resumed,
     }
 }
 

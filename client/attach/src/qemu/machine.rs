@@ -2,6 +2,7 @@
 
 //! A QEMU that is attached, as the hooks and the main loop share it.
 
+use super::claims::Claims;
 use super::guest_memory::{self, FoundBlock, GuestMemoryError};
 use super::monitor::Monitor;
 use crate::process::target::TargetProcess;
@@ -18,6 +19,8 @@ pub(super) struct Machine {
     monitor: Mutex<Monitor>,
     pub(super) process: TargetProcess,
     state: Mutex<State>,
+    /// Files that no other process may serve.
+    claims: Mutex<Claims>,
     /// Readable when `state` has news for the main loop.
     news: OwnedFd,
 }
@@ -60,7 +63,8 @@ impl Machine {
     ) -> std::io::Result<Arc<Self>> {
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let state = State { guest, ..State::default() };
-        Ok(Arc::new(Self { monitor: Mutex::new(monitor), process, state: Mutex::new(state), news }))
+        let (monitor, state, claims) = (Mutex::new(monitor), Mutex::new(state), Mutex::default());
+        Ok(Arc::new(Self { monitor, process, state, claims, news }))
     }
 
     pub(super) fn monitor(&self) -> MutexGuard<'_, Monitor> {
@@ -74,6 +78,10 @@ impl Machine {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    pub(super) fn claims(&self) -> MutexGuard<'_, Claims> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Never held while QEMU or the agent is asked.

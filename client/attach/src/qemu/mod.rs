@@ -6,11 +6,13 @@
 //! - [`attachment`]: an agent for it; `hooks`: what the agent asks; `machine`: what both share;
 //! - [`guard`]: resumes the guest if the attachment dies;
 //! - [`suitability`]: what cannot be served;
-//! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that;
+//! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that; `claims`: each file has
+//!   one guest;
 //! - [`monitor`]: commands and events of QEMU, by QMP;
 //! - [`device_state`]: the state of the devices, by QEMU's own migration.
 
 pub mod attachment;
+mod claims;
 pub mod command_line;
 pub mod device_state;
 pub mod guard;
