@@ -18,6 +18,7 @@
 //! - [`image`]: image files of guests;
 //! - [`snapshot`]: saving a guest to an image;
 //! - [`restore`]: restoring a guest from an image;
+//! - [`devices`]: virtio devices by which the guest gives memory back;
 //! - [`transport`]: addresses, sockets, records, the bandwidth limit;
 //! - [`session`]: the requests of a VMM and of operators;
 //! - [`server`], [`reactor`]: the control socket and its connections;
@@ -35,6 +36,7 @@
 
 pub mod cancel;
 pub mod cli;
+pub mod devices;
 pub mod event;
 pub mod hooks;
 pub mod image;

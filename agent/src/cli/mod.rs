@@ -24,6 +24,7 @@
 
 pub mod agent_connection;
 pub mod check;
+pub mod devices;
 pub mod exit;
 pub mod image;
 pub mod log_limit;
@@ -82,6 +83,8 @@ enum Command {
     Restore(snapshot::RestoreCommand),
     /// Change options of the running job.
     Set(SetArgs),
+    /// Show the agent's balloon, and set how much memory it takes from the guest.
+    Balloon(devices::BalloonArgs),
     /// Cancel the running job. A guest that is here goes on as before the job.
     Cancel(OperatorArgs),
     /// Switch the running migration, which must have mode hybrid, to postcopy.
@@ -124,6 +127,10 @@ pub struct AgentArgs {
     /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]
     pub metrics: Option<Address>,
+    /// Serve a virtio balloon to a vhost-user front-end that connects to this UNIX socket. What the
+    /// guest gives back by it is freed, and left out of migrations and snapshots.
+    #[arg(long, value_name = "PATH")]
+    pub balloon: Option<PathBuf>,
 }
 
 /// The agent to talk to.
@@ -243,6 +250,7 @@ where
             operator::listen(&args.operator, &args.address, watched, (&args.options).into())
         }
         Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
+        Command::Balloon(args) => devices::balloon(&args),
         Command::Cancel(args) => operator::cancel(&args),
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),

@@ -127,6 +127,12 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
         log::info!("metrics on {}", listener.address());
         server.serve_metrics(listener)?;
     }
+    if let Some(path) = &args.balloon {
+        let failed =
+            |error| format!("--balloon {}: {}", path.display(), crate::error::chain(&error));
+        server.serve_balloon(path).map_err(failed)?;
+        log::info!("balloon on {}", path.display());
+    }
     if let Some(notifier) = notifier {
         notifier.ready();
         server.report_to(notifier);

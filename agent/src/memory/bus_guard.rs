@@ -53,7 +53,7 @@ impl GuardedRange {
 
     /// Guards the mapping at `addresses`. If all entries are in use, which takes thousands of
     /// mappings, the mapping stays unguarded.
-    pub(super) fn new(addresses: Range<usize>) -> Self {
+    pub fn new(addresses: Range<usize>) -> Self {
         static INSTALL: Once = Once::new();
         INSTALL.call_once(|| {
             if let Err(error) = register_signal_handler(SIGBUS, on_sigbus) {

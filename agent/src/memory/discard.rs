@@ -192,6 +192,7 @@ impl GuestMemory {
     pub fn populate(&self, ranges: &[BlockRange]) -> Result<u64, DiscardError> {
         may_wait("populate: the instant of a snapshot");
         let checked = self.check(ranges, PageRange::outward)?;
+        let _giving_back = self.giving_back();
         let _change = self.change();
         let mut changed = 0;
         let _marking = self.marking.lock();

@@ -65,7 +65,7 @@ impl<T> Marking<T> {
     }
 
     /// The snapshot, without waiting for an instant.
-    fn snapshot(&self) -> Option<Arc<T>> {
+    pub(super) fn snapshot(&self) -> Option<Arc<T>> {
         self.locked().clone()
     }
 

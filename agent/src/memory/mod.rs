@@ -24,6 +24,7 @@
 //! - [`freed`]: memory that the guest frees and uses again without notice;
 //! - [`recorded_discards`]: what the VMM has discarded and freed while a job fills the memory;
 //! - [`discard_recorder`]: starts and ends that record;
+//! - [`device_writes`]: writes of this agent's own devices;
 //! - [`marking`]: orders the marks of discards against the instant of a snapshot.
 //!
 //! Snapshots, postcopy and lazy restore:
@@ -57,6 +58,7 @@ pub mod capture_ordering;
 pub mod copy_before_write;
 pub mod current;
 pub mod cursor;
+pub mod device_writes;
 pub mod discard;
 pub mod discard_recorder;
 pub mod error;

@@ -2,12 +2,14 @@
 
 //! What the threads of the connections share with the reactor's thread.
 
+use crate::devices::access::SessionMemory;
 use crate::event::Event;
 use crate::lock::lock;
+use crate::memory::GuestMemory;
 use crate::metrics::Sample;
 use crate::session::shared::SharedSession;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 /// Shared by the threads of the connections and the reactor's thread.
 #[derive(Debug)]
@@ -20,6 +22,16 @@ pub(super) struct Hub {
     ended: Mutex<Vec<u64>>,
     /// Number of connections.
     connections: AtomicUsize,
+}
+
+/// The session's memory for a device, which does not keep the hub.
+#[derive(Debug)]
+pub(super) struct HubMemory(pub(super) Weak<Hub>);
+
+impl SessionMemory for HubMemory {
+    fn with_memory(&self, act: &mut dyn FnMut(&Arc<GuestMemory>)) -> bool {
+        self.0.upgrade().is_some_and(|hub| hub.session.with_memory(act))
+    }
 }
 
 impl Hub {

@@ -29,6 +29,9 @@ mod connection;
 mod hub;
 mod listener;
 
+use crate::devices::back_end::DevicePort;
+use crate::devices::balloon::Balloon;
+use crate::devices::socket::DeviceSocket;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
@@ -36,10 +39,11 @@ use crate::systemd::Notifier;
 use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
+use crate::transport::unix_socket::check_peer;
 use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
-use hub::Hub;
+use hub::{Hub, HubMemory};
 use listener::ControlListener;
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
@@ -88,6 +92,8 @@ pub struct Server {
     stopping: bool,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
+    /// The sockets of the devices.
+    devices: Vec<DeviceSocket>,
     /// Tells the service manager what this process does.
     notifier: Option<Notifier>,
 }
@@ -115,6 +121,7 @@ impl Server {
             signals: None,
             stopping: false,
             metrics: None,
+            devices: Vec::new(),
             notifier: None,
         })
     }
@@ -159,6 +166,19 @@ impl Server {
         Ok(())
     }
 
+    /// Serves a balloon to the front-ends that connect to `path`.
+    ///
+    /// # Errors
+    /// If the path cannot be bound, or the kernel refuses a thread.
+    pub fn serve_balloon(&mut self, path: &Path) -> io::Result<()> {
+        let balloon = Arc::new(Balloon::default());
+        let memory = Arc::new(HubMemory(Arc::downgrade(&self.hub)));
+        let port = DevicePort::new(balloon.clone(), memory)?;
+        self.devices.push(DeviceSocket::listen(path, port.clone())?);
+        self.hub.session.set_balloon(balloon, port);
+        Ok(())
+    }
+
     /// Serves a connection that this process inherited from the VMM that started it. The server
     /// ends when this connection ends.
     ///
@@ -187,6 +207,7 @@ impl Server {
     pub fn run(&mut self) -> io::Result<()> {
         let outcome = self.serve();
         self.hub.session.stop_and_join();
+        self.devices.clear();
         self.metrics = None;
         self.end_connections();
         outcome
@@ -266,16 +287,9 @@ impl Server {
             Err(error) if is_momentary(&error) => return,
             Err(error) => return self.pause_accepting(&error),
         };
-        match rustix::net::sockopt::socket_peercred(&accepted) {
-            Ok(peer) if peer.uid == rustix::process::geteuid() || peer.uid.is_root() => {}
-            Ok(peer) => {
-                log::warn!("a connection of user {} is refused", peer.uid.as_raw());
-                return;
-            }
-            Err(errno) => {
-                log::warn!("a connection is refused, because its user is not known: {errno}");
-                return;
-            }
+        if let Err(error) = check_peer(&accepted) {
+            log::warn!("{}", crate::error::chain(&error));
+            return;
         }
         self.admit(accepted, Instant::now());
     }
@@ -411,6 +425,7 @@ impl Server {
     fn announce(&mut self) {
         self.hub.notify.reset();
         self.hub.session.lock().job_changed();
+        self.hub.session.wake_devices();
         self.report();
         self.forget_ended();
         self.connections.values().for_each(|(connection, _)| connection.announce());

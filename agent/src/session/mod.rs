@@ -7,6 +7,7 @@
 //! - [`start_jobs`]: the requests that start or recover jobs;
 //! - `agent_info`: what the agent serves, for operators;
 //! - `session_job`: the job of a session, by its kind;
+//! - [`devices`]: the devices of the agent;
 //! - [`resume`]: resumes a guest by force after it was handed over;
 //! - [`registry`]: adds and removes blocks, and sets the dirty log;
 //! - [`sample`]: what metrics say about the session;
@@ -22,6 +23,7 @@
 //! waits, and locks again.
 
 mod agent_info;
+pub mod devices;
 pub mod native_requests;
 pub mod registry;
 pub mod resume;

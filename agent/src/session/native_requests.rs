@@ -14,6 +14,7 @@ use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
+use pageferry_protocol::control::devices::BalloonStatus;
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::job::{
     JobKind, JobStatus, Mode, NonConvergence, Parameters, Phase,
@@ -53,6 +54,7 @@ pub(super) enum Success {
     Status(Box<JobStatus>),
     /// For a query of what the agent serves.
     Agent(AgentInfo),
+    Balloon(BalloonStatus),
 }
 
 impl Success {
@@ -65,6 +67,7 @@ impl Success {
             Self::Started(reply) => reply.encode(encoder),
             Self::Status(status) => status.encode(encoder),
             Self::Agent(info) => info.encode(encoder),
+            Self::Balloon(status) => status.encode(encoder),
         }
     }
 }
@@ -229,6 +232,7 @@ impl SharedSession {
                 Ok(Success::Status(Box::new(status)))
             }
             Request::QueryAgent => Ok(Success::Agent(self.agent_info())),
+            Request::Balloon { target, ask_stats } => self.balloon(target, ask_stats),
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -440,6 +444,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         Request::SetParameters { .. } => "set parameters",
         Request::QueryStatus => "query status",
         Request::QueryAgent => "query agent",
+        Request::Balloon { .. } => "balloon",
         Request::Subscribe { .. } => "subscribe",
         Request::Resume { .. } => "resume",
         Request::StartPostcopy => "start postcopy",

@@ -17,6 +17,7 @@
 //! `Session::retired`, and a thread of its own drops them after the lock is released.
 
 use super::Session;
+use super::devices::Devices;
 use crate::event::Event;
 use crate::lock::lock;
 use crate::session::join;
@@ -42,6 +43,7 @@ pub struct SharedSession {
     /// Notified when the connection of the VMM and its last request have ended.
     released: Condvar,
     drop_thread: DropThread,
+    pub(super) devices: Devices,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,8 @@ impl SharedSession {
     /// If the kernel refuses a thread.
     pub fn new(notify: Arc<Event>, vm_name: VmName) -> std::io::Result<Self> {
         let state = Mutex::new(State { session: Session::new(notify, vm_name), owner: None });
-        Ok(Self { state, released: Condvar::new(), drop_thread: DropThread::start()? })
+        let (released, devices) = (Condvar::new(), Devices::default());
+        Ok(Self { state, released, drop_thread: DropThread::start()?, devices })
     }
 
     /// Locks the session.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Checks that a descriptor is a UNIX stream socket that is connected, or that listens.
+//! Checks that a descriptor is a UNIX stream socket that is connected, or that listens, and whose
+//! it is.
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -28,6 +29,29 @@ pub fn not_listening(fd: impl AsFd) -> Option<&'static str> {
         Ok(true) => None,
         _ => Some("a socket that does not listen"),
     })
+}
+
+/// Whether the other side of a connection may use this agent: the user of this process, and root.
+///
+/// # Errors
+/// Its user, or why it is not known.
+pub fn check_peer(socket: impl AsFd) -> Result<(), UntrustedPeer> {
+    match sockopt::socket_peercred(socket) {
+        Ok(peer) if peer.uid == rustix::process::geteuid() || peer.uid.is_root() => Ok(()),
+        Ok(peer) => Err(UntrustedPeer::User(peer.uid.as_raw())),
+        Err(errno) => Err(UntrustedPeer::Unknown(errno)),
+    }
+}
+
+/// Why a connection is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UntrustedPeer {
+    /// It is another user's.
+    #[error("a connection of user {0} is refused")]
+    User(u32),
+    /// The kernel does not tell.
+    #[error("a connection is refused, because its user is not known")]
+    Unknown(#[source] rustix::io::Errno),
 }
 
 /// What `fd` is instead of a UNIX stream socket; `None` if it is one.

@@ -27,6 +27,7 @@
 
 pub mod agent_info;
 pub mod codec;
+pub mod devices;
 pub mod frame;
 pub mod hook;
 pub mod hook_reply;

@@ -6,6 +6,7 @@
 //! Each is answered by a frame with the same code and the reply flag; see [`super::reply`].
 
 use super::codec::{DecodeError, Decoder, Encoder};
+use super::devices::{BALLOON_ASK_STATS, BALLOON_SET_TARGET};
 use super::job::{
     IncomingOptions, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions, SnapshotMode,
     SnapshotOptions,
@@ -45,6 +46,7 @@ pub mod code {
     pub const START_SNAPSHOT: u32 = 0x1019;
     pub const START_RESTORE: u32 = 0x101a;
     pub const QUERY_AGENT: u32 = 0x101b;
+    pub const BALLOON: u32 = 0x101c;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -156,6 +158,15 @@ pub enum Request {
     QueryStatus,
     /// Asks what the agent serves. Answered by an [`AgentInfo`](super::agent_info::AgentInfo).
     QueryAgent,
+    /// Sets the target of the balloon, and asks for its status. Answered by a
+    /// [`BalloonStatus`](super::devices::BalloonStatus).
+    Balloon {
+        /// What the balloon is to hold, in bytes, rounded down to pages of 4096 bytes. `None`
+        /// leaves it as it is.
+        target: Option<u64>,
+        /// Asks the guest for new statistics, and waits for them for a moment.
+        ask_stats: bool,
+    },
     /// Asks for a status in every interval and at every change of phase, as [`code::EVENT`] frames.
     Subscribe {
         /// Time between two of them.
@@ -228,6 +239,7 @@ pub fn name(request: u32) -> &'static str {
         code::START_SNAPSHOT => "START_SNAPSHOT",
         code::START_RESTORE => "START_RESTORE",
         code::QUERY_AGENT => "QUERY_AGENT",
+        code::BALLOON => "BALLOON",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -250,6 +262,7 @@ impl Request {
             Self::SetParameters { .. } => code::SET_PARAMETERS,
             Self::QueryStatus => code::QUERY_STATUS,
             Self::QueryAgent => code::QUERY_AGENT,
+            Self::Balloon { .. } => code::BALLOON,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -285,6 +298,7 @@ impl Request {
             | Self::SetParameters { .. }
             | Self::QueryStatus
             | Self::QueryAgent
+            | Self::Balloon { .. }
             | Self::Subscribe { .. }
             | Self::Resume { .. }
             | Self::StartPostcopy
@@ -335,6 +349,11 @@ impl Request {
             Self::Subscribe { interval } => {
                 encoder.u32(u32::try_from(interval.as_millis()).unwrap_or(u32::MAX))
             }
+            Self::Balloon { target, ask_stats } => {
+                let set = target.map_or(0, |_| BALLOON_SET_TARGET);
+                let ask = if *ask_stats { BALLOON_ASK_STATS } else { 0 };
+                encoder.u32(set | ask).u64(target.unwrap_or(0))
+            }
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -384,6 +403,7 @@ impl Request {
             }
             code::QUERY_STATUS => Ok(Self::QueryStatus),
             code::QUERY_AGENT => Ok(Self::QueryAgent),
+            code::BALLOON => decode_balloon(decoder),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
@@ -401,6 +421,20 @@ impl Request {
             _ => return None,
         })
     }
+}
+
+fn decode_balloon(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    let all = BALLOON_SET_TARGET | BALLOON_ASK_STATS;
+    let flags =
+        decoder.flags("flags", all, "bit 0, set the target, and bit 1, ask for statistics")?;
+    let target = decoder.u64("target")?;
+    let is_set = flags & BALLOON_SET_TARGET != 0;
+    if !is_set && target != 0 {
+        let allowed = "0 without bit 0 of flags";
+        return Err(DecodeError::InvalidValue { field: "target", value: target, allowed });
+    }
+    let ask_stats = flags & BALLOON_ASK_STATS != 0;
+    Ok(Request::Balloon { target: is_set.then_some(target), ask_stats })
 }
 
 fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {

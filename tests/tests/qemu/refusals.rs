@@ -94,3 +94,21 @@ fn run_names_options_that_it_cannot_use() {
         assert!(said.contains(named), "{option:?}: {said}");
     }
 }
+
+/// A destination begins with making holes of its memory.
+#[test]
+fn memory_file_of_another_guest_is_refused() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let backend =
+        format!("memory-backend-file,id=ram0,size=128M,mem-path={},share=on", stage.file("ram"));
+    let guest = guest(GuestMemory::Backend(backend), &["-machine", "memory-backend=ram0"]);
+    let first = stage.place().arguments("run", "first", &[], &guest).unwrap();
+    let mut first = SideCar::spawn(&first).unwrap();
+    first.wait_for_line("agent at").unwrap();
+    let arguments = ["--listen", "tcp:127.0.0.1:0"];
+    let second = stage.place().arguments("receive", "second", &arguments, &guest).unwrap();
+    let said = fails(&second);
+    assert!(said.contains("is the memory of a guest that pageferry serves already"), "{said}");
+    first.kill().unwrap();
+}

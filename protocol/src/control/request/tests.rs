@@ -152,6 +152,8 @@ fn any_request() -> impl Strategy<Value = Request> {
         Just(Request::Cancel),
         Just(Request::QueryStatus),
         Just(Request::QueryAgent),
+        (any::<Option<u64>>(), any::<bool>())
+            .prop_map(|(target, ask_stats)| Request::Balloon { target, ask_stats }),
         Just(Request::StartIncoming {
             listen: "tcp:[::1]:0".into(),
             options: IncomingOptions::default()
@@ -209,6 +211,7 @@ fn the_least_role_of_every_request_is_known() {
         Request::SetParameters { parameters: Parameters::default() },
         Request::QueryStatus,
         Request::QueryAgent,
+        Request::Balloon { target: None, ask_stats: true },
         Request::Subscribe { interval: Duration::from_secs(1) },
         Request::Resume { force: true },
         Request::StartPostcopy,
