@@ -58,6 +58,7 @@ fn hand_on(
     loop {
         match from.try_recv() {
             Ok(Some(frame)) => {
+                log::trace!("request {} with {} bytes", frame.request, frame.body.len());
                 look_at(&frame);
                 to.send(&frame, Instant::now() + SEND_TIMEOUT)?;
             }

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The balloon, with Linux's driver.
+
+use crate::stage::{Device, MIB, Stage};
+use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::linux_guest::console::PATIENCE;
+use pageferry_tests::require;
+use serde_json::Value;
+
+const BALLOON: Device =
+    Device { option: "--balloon", front_end: "virtio-id=5,num_vqs=5,vq_size=128,config_size=16" };
+
+fn balloon(stage: &Stage, more: &[&str]) -> Value {
+    stage.operator.run("balloon", more).unwrap()
+}
+
+fn wait_for_balloon(stage: &Stage, what: &str, holds: impl Fn(&Value) -> bool) -> Value {
+    wait_for(what, PATIENCE, || Some(balloon(stage, &[])).filter(&holds)).unwrap()
+}
+
+#[test]
+fn linux_gives_memory_back_and_takes_it_again() {
+    let Some(tools) = require::qemu() else { return };
+    let mut stage = Stage::boot(&tools, &BALLOON, 256 * MIB, &[]);
+    wait_for_balloon(&stage, "a driver", |now| now["driver"] == true);
+
+    // Free page reporting: what a task has used goes back to the host.
+    stage.guest.console.command("check 64M").unwrap();
+    stage.guest.console.wait_for_status("used memory", |now| now.check > 0).unwrap();
+    let used = stage.allocated();
+    stage.guest.console.command("stop check").unwrap();
+    // Linux reports blocks of 4 MiB, and some stay in use.
+    let is_given_back = || stage.allocated() + 32 * MIB < used;
+    wait_until("free page reporting", PATIENCE, is_given_back).unwrap();
+
+    // Inflation and deflation.
+    let total = stage.guest.console.status().unwrap().total;
+    balloon(&stage, &["64M"]);
+    let full = wait_for_balloon(&stage, "a full balloon", |now| now["actual"] == 64 * MIB);
+    assert_eq!(full["outside"], 0);
+    assert!(full["freed"].as_u64().unwrap() >= 100 * MIB, "{full}");
+    let free = |stats: &Value| stats["stats"]["free_memory"].as_u64().unwrap();
+    let free_then = free(&balloon(&stage, &["--stats"]));
+    balloon(&stage, &["0"]);
+    wait_for_balloon(&stage, "an empty balloon", |now| now["actual"] == 0);
+
+    // Statistics.
+    let stats = balloon(&stage, &["--stats"])["stats"].clone();
+    assert_eq!(stats["total_memory"], total, "{stats}");
+    let free_now = free(&balloon(&stage, &["--stats"]));
+    assert!(free_now >= free_then + 60 * MIB, "{free_then} {free_now}");
+
+    // The guest goes on without the agent, and without its device, which this QEMU cannot connect
+    // again: it would end with an assertion. The next agent has the memory.
+    stage.guest.console.command("check 32M").unwrap();
+    stage.replace_agent(&BALLOON);
+    let checked = stage.guest.console.status().unwrap().check;
+    stage.guest.console.wait_for_status("checks", |now| now.check > checked + 1).unwrap();
+    assert_eq!(balloon(&stage, &[])["driver"], false);
+    stage.guest.verify().unwrap();
+}

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The devices of the agent, with the drivers of Linux: guests of QEMU 11.1, whose generic
+//! vhost-user front-end has them.
+//!
+//! - [`stage`]: a guest whose memory an agent has, and its device;
+//! - [`balloon`]: the balloon.
+#![allow(
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    unreachable_pub
+)]
+
+mod balloon;
+mod stage;
