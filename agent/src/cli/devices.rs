@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The agent's devices: `pageferry balloon`.
+//! The agent's devices: `pageferry balloon` and `pageferry mem`.
 
 use super::OperatorArgs;
 use super::agent_connection::AgentConnection;
@@ -8,7 +8,7 @@ use super::exit::Exit;
 use super::parse::parse_size;
 use super::show::{bytes, write_line};
 use clap::Args;
-use pageferry_protocol::control::devices::BalloonStatus;
+use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::request::Request;
 use serde_json::{Map, Value, json};
 use std::error::Error;
@@ -86,9 +86,8 @@ fn to_json(status: &BalloonStatus, with_stats: bool) -> Value {
 }
 
 fn table(status: &BalloonStatus, with_stats: bool) -> Vec<(&'static str, String)> {
-    let driver = if status.driver { "the guest has one" } else { "the guest has none (yet)" };
     let mut lines = vec![
-        ("driver", driver.to_owned()),
+        ("driver", driver(status.driver)),
         ("target", bytes(status.target)),
         ("actual", bytes(status.actual)),
         ("freed", bytes(status.freed)),
@@ -104,4 +103,59 @@ fn table(status: &BalloonStatus, with_stats: bool) -> Vec<(&'static str, String)
         }));
     }
     lines
+}
+
+/// `pageferry mem`.
+#[derive(Debug, Args)]
+pub struct MemArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// How much memory the guest is to have plugged, with K, M, G or T: a multiple of the block
+    /// size. The guest may take its time, and may not be able to give memory back that is in use.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    requested: Option<u64>,
+}
+
+/// Shows virtio-mem, and sets the requested size.
+///
+/// # Errors
+/// If the agent does not answer, or has no such device.
+pub fn mem(args: &MemArgs) -> Result<Exit, Box<dyn Error>> {
+    let request = Request::PluggedMemory { requested: args.requested };
+    let mut agent = AgentConnection::open(&args.operator.socket)?;
+    let status = agent.ask(&request, MemStatus::decode)?;
+    let mut out = io::stdout().lock();
+    if args.operator.json {
+        let MemStatus { driver, block_size, addr, region_size, usable_size, plugged, requested } =
+            status;
+        let object = json!({
+            "driver": driver,
+            "block_size": block_size,
+            "addr": addr,
+            "region_size": region_size,
+            "usable_size": usable_size,
+            "plugged": plugged,
+            "requested": requested,
+        });
+        writeln!(out, "{object}")?;
+        return Ok(Exit::Done);
+    }
+    let region = match status.region_size {
+        0 => "the VMM has not handed it over".to_owned(),
+        size => format!("{} at {:#x}", bytes(size), status.addr),
+    };
+    for line in [
+        ("driver", driver(status.driver)),
+        ("region", region),
+        ("block size", bytes(status.block_size)),
+        ("requested", bytes(status.requested)),
+        ("plugged", bytes(status.plugged)),
+    ] {
+        write_line(&mut out, &line)?;
+    }
+    Ok(Exit::Done)
+}
+
+fn driver(is_there: bool) -> String {
+    (if is_there { "the guest has one" } else { "the guest has none (yet)" }).to_owned()
 }

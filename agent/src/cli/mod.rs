@@ -85,6 +85,8 @@ enum Command {
     Set(SetArgs),
     /// Show the agent's balloon, and set how much memory it takes from the guest.
     Balloon(devices::BalloonArgs),
+    /// Show the agent's virtio-mem device, and set how much of it the guest is to have.
+    Mem(devices::MemArgs),
     /// Cancel the running job. A guest that is here goes on as before the job.
     Cancel(OperatorArgs),
     /// Switch the running migration, which must have mode hybrid, to postcopy.
@@ -131,6 +133,17 @@ pub struct AgentArgs {
     /// guest gives back by it is freed, and left out of migrations and snapshots.
     #[arg(long, value_name = "PATH")]
     pub balloon: Option<PathBuf>,
+    /// Serve a virtio-mem device to a vhost-user front-end that connects to this UNIX socket. Its
+    /// region is the block --mem-block, which the VMM hands over as discarded.
+    #[arg(long, value_name = "PATH", requires = "mem_block")]
+    pub mem: Option<PathBuf>,
+    /// Name of the block that is the region of --mem.
+    #[arg(long, value_name = "NAME", requires = "mem")]
+    pub mem_block: Option<String>,
+    /// The unit in which the guest plugs and unplugs memory of --mem: a power of two.
+    #[arg(long, value_name = "SIZE", requires = "mem", default_value = "2M",
+          value_parser = parse::parse_size)]
+    pub mem_block_size: u64,
 }
 
 /// The agent to talk to.
@@ -251,6 +264,7 @@ where
         }
         Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
         Command::Balloon(args) => devices::balloon(&args),
+        Command::Mem(args) => devices::mem(&args),
         Command::Cancel(args) => operator::cancel(&args),
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),

@@ -12,4 +12,7 @@ pub trait SessionMemory: Debug + Send + Sync {
     /// change: it is past its last sync, waits for a guest, or restores one. The device is told
     /// when a job changes its phase, and tries again then.
     fn with_memory(&self, act: &mut dyn FnMut(&Arc<GuestMemory>)) -> bool;
+
+    /// The session's memory, to look at. `None` if the agent is ending.
+    fn memory(&self) -> Option<Arc<GuestMemory>>;
 }

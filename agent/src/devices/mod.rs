@@ -16,7 +16,7 @@
 //! - [`guest_map`]: which pages of which blocks a guest physical address is;
 //! - `state_transfer`: the state of a device, to and from a front-end;
 //! - [`access`]: when a device may change the memory;
-//! - [`balloon`]: the balloon.
+//! - [`balloon`]: the balloon; [`mem`]: virtio-mem.
 
 pub mod access;
 pub mod back_end;
@@ -24,6 +24,7 @@ pub mod balloon;
 pub mod buffer;
 pub mod device;
 pub mod guest_map;
+pub mod mem;
 pub mod relay;
 pub mod socket;
 mod state_transfer;

@@ -32,6 +32,10 @@ impl SessionMemory for HubMemory {
     fn with_memory(&self, act: &mut dyn FnMut(&Arc<GuestMemory>)) -> bool {
         self.0.upgrade().is_some_and(|hub| hub.session.with_memory(act))
     }
+
+    fn memory(&self) -> Option<Arc<GuestMemory>> {
+        self.0.upgrade().map(|hub| hub.session.memory())
+    }
 }
 
 impl Hub {

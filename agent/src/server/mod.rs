@@ -31,6 +31,7 @@ mod listener;
 
 use crate::devices::back_end::DevicePort;
 use crate::devices::balloon::Balloon;
+use crate::devices::mem::port::{MemDevice, MemOptions};
 use crate::devices::socket::DeviceSocket;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
@@ -176,6 +177,19 @@ impl Server {
         let port = DevicePort::new(balloon.clone(), memory)?;
         self.devices.push(DeviceSocket::listen(path, port.clone())?);
         self.hub.session.set_balloon(balloon, port);
+        Ok(())
+    }
+
+    /// Serves a virtio-mem device to the front-ends that connect to `path`.
+    ///
+    /// # Errors
+    /// If the path cannot be bound, or the kernel refuses a thread.
+    pub fn serve_mem(&mut self, path: &Path, options: MemOptions) -> io::Result<()> {
+        let memory = Arc::new(HubMemory(Arc::downgrade(&self.hub)));
+        let mem = Arc::new(MemDevice::new(options, memory.clone()));
+        let port = DevicePort::new(mem.clone(), memory)?;
+        self.devices.push(DeviceSocket::listen(path, port.clone())?);
+        self.hub.session.set_mem(mem, port);
         Ok(())
     }
 

@@ -7,6 +7,7 @@ use super::native_requests::{Answer, Success};
 use super::shared::SharedSession;
 use crate::devices::back_end::DevicePort;
 use crate::devices::balloon::Balloon;
+use crate::devices::mem::port::MemDevice;
 use crate::memory::GuestMemory;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
@@ -21,11 +22,13 @@ const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug, Default)]
 pub struct Devices {
     balloon: OnceLock<(Arc<Balloon>, Arc<DevicePort>)>,
+    mem: OnceLock<(Arc<MemDevice>, Arc<DevicePort>)>,
 }
 
 impl Devices {
     fn ports(&self) -> impl Iterator<Item = &Arc<DevicePort>> {
-        self.balloon.get().map(|(_, port)| port).into_iter()
+        let balloon = self.balloon.get().map(|(_, port)| port);
+        balloon.into_iter().chain(self.mem.get().map(|(_, port)| port))
     }
 }
 
@@ -34,6 +37,11 @@ impl SharedSession {
     pub fn set_balloon(&self, balloon: Arc<Balloon>, port: Arc<DevicePort>) {
         // Set twice only by a defect; then the first one counts.
         let _ = self.devices.balloon.set((balloon, port));
+    }
+
+    /// The agent has this virtio-mem device.
+    pub fn set_mem(&self, mem: Arc<MemDevice>, port: Arc<DevicePort>) {
+        let _ = self.devices.mem.set((mem, port));
     }
 
     /// A job has changed its phase: devices that may change the memory again go on.
@@ -55,6 +63,28 @@ impl SharedSession {
         };
         drop(populating);
         allowed
+    }
+
+    /// The memory, to look at.
+    pub fn memory(&self) -> Arc<GuestMemory> {
+        self.lock().memory.clone()
+    }
+
+    /// Answers PLUGGED_MEMORY.
+    pub(super) fn plugged_memory(&self, requested: Option<u64>) -> Answer {
+        let Some((mem, port)) = self.devices.mem.get() else {
+            let sentence = "this agent has no virtio-mem device: start it with --mem PATH";
+            return Err(RemoteError::new(ErrorCode::NotFound, sentence));
+        };
+        if let Some(requested) = requested {
+            let changed = mem
+                .set_requested_size(requested)
+                .map_err(|sentence| RemoteError::new(ErrorCode::Invalid, sentence))?;
+            if changed {
+                port.config_changed();
+            }
+        }
+        Ok(Success::PluggedMemory(mem.status()))
     }
 
     /// Answers BALLOON.

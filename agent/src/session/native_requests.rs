@@ -14,7 +14,7 @@ use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
-use pageferry_protocol::control::devices::BalloonStatus;
+use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
 use pageferry_protocol::control::job::{
     JobKind, JobStatus, Mode, NonConvergence, Parameters, Phase,
@@ -55,6 +55,7 @@ pub(super) enum Success {
     /// For a query of what the agent serves.
     Agent(AgentInfo),
     Balloon(BalloonStatus),
+    PluggedMemory(MemStatus),
 }
 
 impl Success {
@@ -68,6 +69,7 @@ impl Success {
             Self::Status(status) => status.encode(encoder),
             Self::Agent(info) => info.encode(encoder),
             Self::Balloon(status) => status.encode(encoder),
+            Self::PluggedMemory(status) => status.encode(encoder),
         }
     }
 }
@@ -233,6 +235,7 @@ impl SharedSession {
             }
             Request::QueryAgent => Ok(Success::Agent(self.agent_info())),
             Request::Balloon { target, ask_stats } => self.balloon(target, ask_stats),
+            Request::PluggedMemory { requested } => self.plugged_memory(requested),
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -445,6 +448,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         Request::QueryStatus => "query status",
         Request::QueryAgent => "query agent",
         Request::Balloon { .. } => "balloon",
+        Request::PluggedMemory { .. } => "plugged memory",
         Request::Subscribe { .. } => "subscribe",
         Request::Resume { .. } => "resume",
         Request::StartPostcopy => "start postcopy",

@@ -75,6 +75,59 @@ impl BalloonStatus {
     }
 }
 
+/// Answer to [`Request::PluggedMemory`](super::request::Request::PluggedMemory): sizes are in
+/// bytes. All are 0 if the VMM has not handed over the block of the region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemStatus {
+    /// The guest has a driver for it.
+    pub driver: bool,
+    /// The unit in which the guest plugs and unplugs.
+    pub block_size: u64,
+    /// Guest physical address of the region.
+    pub addr: u64,
+    /// Size of the region.
+    pub region_size: u64,
+    /// Where the guest may plug, from the start of the region.
+    pub usable_size: u64,
+    /// What the guest has plugged.
+    pub plugged: u64,
+    /// What the guest is to have plugged.
+    pub requested: u64,
+}
+
+impl MemStatus {
+    /// Adds the fields to a body.
+    pub fn encode(&self, encoder: Encoder) -> Encoder {
+        encoder
+            .u32(self.driver.into())
+            .u32(0)
+            .u64(self.block_size)
+            .u64(self.addr)
+            .u64(self.region_size)
+            .u64(self.usable_size)
+            .u64(self.plugged)
+            .u64(self.requested)
+    }
+
+    /// Reads the fields from a body.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let driver = decoder.flags("driver", 1, "0 or 1")? == 1;
+        decoder.u32("reserved")?;
+        Ok(Self {
+            driver,
+            block_size: decoder.u64("block_size")?,
+            addr: decoder.u64("addr")?,
+            region_size: decoder.u64("region_size")?,
+            usable_size: decoder.u64("usable_size")?,
+            plugged: decoder.u64("plugged")?,
+            requested: decoder.u64("requested")?,
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,8 +147,19 @@ mod tests {
         }
 
         #[test]
+        fn memory_survives_the_wire(driver: bool, n: [u64; 6]) {
+            let [block_size, addr, region_size, usable_size, plugged, requested] = n;
+            let status = MemStatus {
+                driver, block_size, addr, region_size, usable_size, plugged, requested,
+            };
+            let body = status.encode(Encoder::new()).finish();
+            prop_assert_eq!(MemStatus::decode(&mut Decoder::new(&body)), Ok(status));
+        }
+
+        #[test]
         fn no_bytes_do_harm(bytes: Vec<u8>) {
             let _ = BalloonStatus::decode(&mut Decoder::new(&bytes));
+            let _ = MemStatus::decode(&mut Decoder::new(&bytes));
         }
     }
 }

@@ -47,6 +47,7 @@ pub mod code {
     pub const START_RESTORE: u32 = 0x101a;
     pub const QUERY_AGENT: u32 = 0x101b;
     pub const BALLOON: u32 = 0x101c;
+    pub const PLUGGED_MEMORY: u32 = 0x101d;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -167,6 +168,12 @@ pub enum Request {
         /// Asks the guest for new statistics, and waits for them for a moment.
         ask_stats: bool,
     },
+    /// Sets the size that the guest is to have plugged of virtio-mem, and asks for its status.
+    /// Answered by a [`MemStatus`](super::devices::MemStatus).
+    PluggedMemory {
+        /// The size in bytes: a multiple of the block size. `None` leaves it as it is.
+        requested: Option<u64>,
+    },
     /// Asks for a status in every interval and at every change of phase, as [`code::EVENT`] frames.
     Subscribe {
         /// Time between two of them.
@@ -240,6 +247,7 @@ pub fn name(request: u32) -> &'static str {
         code::START_RESTORE => "START_RESTORE",
         code::QUERY_AGENT => "QUERY_AGENT",
         code::BALLOON => "BALLOON",
+        code::PLUGGED_MEMORY => "PLUGGED_MEMORY",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -263,6 +271,7 @@ impl Request {
             Self::QueryStatus => code::QUERY_STATUS,
             Self::QueryAgent => code::QUERY_AGENT,
             Self::Balloon { .. } => code::BALLOON,
+            Self::PluggedMemory { .. } => code::PLUGGED_MEMORY,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -299,6 +308,7 @@ impl Request {
             | Self::QueryStatus
             | Self::QueryAgent
             | Self::Balloon { .. }
+            | Self::PluggedMemory { .. }
             | Self::Subscribe { .. }
             | Self::Resume { .. }
             | Self::StartPostcopy
@@ -354,6 +364,9 @@ impl Request {
                 let ask = if *ask_stats { BALLOON_ASK_STATS } else { 0 };
                 encoder.u32(set | ask).u64(target.unwrap_or(0))
             }
+            Self::PluggedMemory { requested } => {
+                encoder.u32(requested.is_some().into()).u64(requested.unwrap_or(0))
+            }
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -404,6 +417,7 @@ impl Request {
             code::QUERY_STATUS => Ok(Self::QueryStatus),
             code::QUERY_AGENT => Ok(Self::QueryAgent),
             code::BALLOON => decode_balloon(decoder),
+            code::PLUGGED_MEMORY => decode_plugged_memory(decoder),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
@@ -435,6 +449,16 @@ fn decode_balloon(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     }
     let ask_stats = flags & BALLOON_ASK_STATS != 0;
     Ok(Request::Balloon { target: is_set.then_some(target), ask_stats })
+}
+
+fn decode_plugged_memory(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
+    let flags = decoder.flags("flags", 1, "bit 0, set the size")?;
+    let requested = decoder.u64("requested")?;
+    if flags == 0 && requested != 0 {
+        let allowed = "0 without bit 0 of flags";
+        return Err(DecodeError::InvalidValue { field: "requested", value: requested, allowed });
+    }
+    Ok(Request::PluggedMemory { requested: (flags == 1).then_some(requested) })
 }
 
 fn decode_hello(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {

@@ -69,6 +69,8 @@ pub struct LinuxGuest {
     pub virtio_mem: Option<VirtioMem>,
     /// The value of `-incoming`, for example `defer`. Such a QEMU waits for a migration.
     pub incoming: Option<String>,
+    /// More arguments of the kernel.
+    pub append: String,
     /// More options, at the end.
     pub more: Vec<OsString>,
 }
@@ -89,6 +91,7 @@ impl LinuxGuest {
             balloon: true,
             virtio_mem: None,
             incoming: None,
+            append: String::new(),
             more: Vec::new(),
         }
     }
@@ -103,7 +106,7 @@ impl LinuxGuest {
         line.with("-cpu", &self.cpu).with("-smp", self.vcpus.to_string());
         self.memory(&mut line);
         line.with("-kernel", tools.kernel()).with("-initrd", tools.initrd());
-        line.with("-append", APPEND);
+        line.with("-append", format!("{APPEND} {}", self.append));
         // The kernel's messages go to a file, so that they never mix with the answers.
         line.value("-chardev", "file,id=kernel,path=", &sockets.kernel_log());
         line.with("-serial", "chardev:kernel");

@@ -8,8 +8,11 @@ use pageferry_tests::linux_guest::console::PATIENCE;
 use pageferry_tests::require;
 use serde_json::Value;
 
-const BALLOON: Device =
-    Device { option: "--balloon", front_end: "virtio-id=5,num_vqs=5,vq_size=128,config_size=16" };
+const BALLOON: Device = Device {
+    options: &["--balloon"],
+    front_end: "virtio-id=5,num_vqs=5,vq_size=128,config_size=16",
+    pluggable: 0,
+};
 
 fn balloon(stage: &Stage, more: &[&str]) -> Value {
     stage.operator.run("balloon", more).unwrap()

@@ -4,7 +4,7 @@
 //! vhost-user front-end has them.
 //!
 //! - [`stage`]: a guest whose memory an agent has, and its device;
-//! - [`balloon`]: the balloon.
+//! - [`balloon`]: the balloon; [`mem`]: virtio-mem.
 #![allow(
     clippy::print_stderr,
     clippy::unwrap_used,
@@ -14,4 +14,5 @@
 )]
 
 mod balloon;
+mod mem;
 mod stage;

@@ -154,6 +154,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         Just(Request::QueryAgent),
         (any::<Option<u64>>(), any::<bool>())
             .prop_map(|(target, ask_stats)| Request::Balloon { target, ask_stats }),
+        any::<Option<u64>>().prop_map(|requested| Request::PluggedMemory { requested }),
         Just(Request::StartIncoming {
             listen: "tcp:[::1]:0".into(),
             options: IncomingOptions::default()
@@ -212,6 +213,7 @@ fn the_least_role_of_every_request_is_known() {
         Request::QueryStatus,
         Request::QueryAgent,
         Request::Balloon { target: None, ask_stats: true },
+        Request::PluggedMemory { requested: None },
         Request::Subscribe { interval: Duration::from_secs(1) },
         Request::Resume { force: true },
         Request::StartPostcopy,

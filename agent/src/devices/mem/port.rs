@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! virtio-mem as a device of the agent: finds its block, and hands requests to the state machine.
+
+use super::device::VirtioMem;
+use super::plugged::{PluggedBlock, region_of};
+use super::wire::{REQUEST_SIZE, RESPONSE_SIZE};
+use crate::devices::access::SessionMemory;
+use crate::devices::buffer::Buffer;
+use crate::devices::device::{Device, Handled};
+use crate::devices::guest_map::DeviceMemory;
+use crate::lock::lock;
+use crate::memory::GuestMemory;
+use pageferry_protocol::control::devices::MemStatus;
+use std::sync::{Arc, Mutex};
+
+/// How the device is configured.
+#[derive(Debug, Clone)]
+pub struct MemOptions {
+    /// The name of the block that is its region.
+    pub block: String,
+    /// The unit in which the guest plugs and unplugs, in bytes.
+    pub block_size: u64,
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct MemDevice {
+    options: MemOptions,
+    session: Arc<dyn SessionMemory>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The features that the driver has chosen.
+    features: Option<u64>,
+    /// The state machine, once the block is there, and the id of the block.
+    device: Option<(VirtioMem<PluggedBlock>, u32)>,
+    block: PluggedBlock,
+    /// What was said about the block last, so that it is said once.
+    complaint: String,
+}
+
+/// The sentence for an agent whose VMM has not handed over the block.
+fn no_block(name: &str) -> String {
+    format!("the VMM has handed over no block named {name:?}")
+}
+
+impl MemDevice {
+    /// A device on the memory of `session`.
+    pub fn new(options: MemOptions, session: Arc<dyn SessionMemory>) -> Self {
+        Self { options, session, state: Mutex::default() }
+    }
+
+    /// Sets how much memory the guest is to have plugged, in bytes. True if that has changed: then
+    /// the driver must hear of it.
+    ///
+    /// # Errors
+    /// If there is no region, or the size does not fit it.
+    pub fn set_requested_size(&self, size: u64) -> Result<bool, String> {
+        let set = |device: &mut VirtioMem<PluggedBlock>| {
+            device.set_requested_size(size).map_err(|error| error.to_string())
+        };
+        self.with_device(set).unwrap_or_else(|| Err(no_block(&self.options.block)))
+    }
+
+    /// What operators see.
+    pub fn status(&self) -> MemStatus {
+        let driver = lock(&self.state).features.is_some();
+        let config = self.with_device(|device| device.config());
+        config.map_or_else(MemStatus::default, |config| MemStatus {
+            driver,
+            block_size: config.block_size,
+            addr: config.addr,
+            region_size: config.region_size,
+            usable_size: config.usable_region_size,
+            plugged: config.plugged_size,
+            requested: config.requested_size,
+        })
+    }
+
+    /// Runs `act` on the state machine. `None` if the block is not there.
+    fn with_device<T>(&self, act: impl FnOnce(&mut VirtioMem<PluggedBlock>) -> T) -> Option<T> {
+        let memory = self.session.memory()?;
+        lock(&self.state).on(&self.options, &memory, act)
+    }
+}
+
+impl State {
+    /// Runs `act` on the state machine, which is made when the block is there. `None` if it is not.
+    fn on<T>(
+        &mut self, options: &MemOptions, memory: &Arc<GuestMemory>,
+        act: impl FnOnce(&mut VirtioMem<PluggedBlock>) -> T,
+    ) -> Option<T> {
+        let (region, id) = match region_of(memory, &options.block, options.block_size)? {
+            Ok(found) => found,
+            Err(complaint) => {
+                if self.complaint != complaint {
+                    log::error!("virtio-mem: block {:?}: {complaint}", options.block);
+                    self.complaint = complaint;
+                }
+                return None;
+            }
+        };
+        let _reach = self.block.reach(memory, id);
+        let is_same = |(device, other): &(VirtioMem<_>, u32)| *other == id && device.is_on(&region);
+        if !self.device.as_ref().is_some_and(is_same) {
+            // Its fields were checked.
+            self.device = VirtioMem::new(region, self.block.clone()).ok().map(|made| (made, id));
+        }
+        let (device, _) = self.device.as_mut()?;
+        // A job may have changed which blocks are plugged.
+        device.recount();
+        Some(act(device))
+    }
+}
+
+impl Device for MemDevice {
+    fn name(&self) -> &'static str {
+        "virtio-mem"
+    }
+
+    fn max_queues(&self) -> usize {
+        1
+    }
+
+    fn features(&self) -> u64 {
+        super::wire::FEATURE_UNPLUGGED_INACCESSIBLE
+    }
+
+    fn set_driver_features(&self, features: u64) {
+        lock(&self.state).features = Some(features);
+    }
+
+    fn connected(&self) {
+        if let Some((device, _)) = &mut lock(&self.state).device {
+            device.connected();
+        }
+    }
+
+    fn reset(&self) {
+        let mut state = lock(&self.state);
+        state.features = None;
+        if let Some((device, _)) = &mut state.device {
+            device.reset();
+        }
+    }
+
+    fn config(&self) -> Vec<u8> {
+        // Without a block there is nothing to plug.
+        let config = self.with_device(|device| device.config().encode().to_vec());
+        config.unwrap_or_else(|| vec![0; super::wire::CONFIG_SIZE])
+    }
+
+    fn write_config(&self, _offset: u32, _bytes: &[u8]) {}
+
+    fn handle(
+        &self, _queue: usize, _in_use: &[bool], buffer: &mut Buffer<'_>, memory: &DeviceMemory<'_>,
+    ) -> Handled {
+        let mut state = lock(&self.state);
+        let features = state.features.unwrap_or(0);
+        let Some(request) = buffer.read(REQUEST_SIZE) else {
+            return Handled::Break("a request does not lie in memory");
+        };
+        let room = buffer.writable().iter().map(|piece| piece.length).sum::<u64>();
+        let room = usize::try_from(room).unwrap_or(usize::MAX);
+        let handled = state.on(&self.options, memory.memory(), |device| {
+            device.check_features(features).map_err(|error| error.to_string())?;
+            device.handle(&request, room).map_err(|error| error.to_string())
+        });
+        match handled {
+            Some(Ok(response)) => {
+                let response: [u8; RESPONSE_SIZE] = response;
+                // There is room: the state machine has checked that.
+                buffer.set_answer(&response);
+                Handled::Return
+            }
+            Some(Err(error)) => {
+                log::warn!("virtio-mem: {error}");
+                Handled::Break("a request that cannot be answered")
+            }
+            None => Handled::Break("the VMM has not handed over the block of the region"),
+        }
+    }
+
+    fn save(&self) -> Vec<u8> {
+        self.with_device(|device| device.save()).unwrap_or_default()
+    }
+
+    fn load(&self, state: &[u8]) -> Result<(), String> {
+        let loaded = self
+            .with_device(|device| device.load(state).map_err(|error| crate::error::chain(&error)));
+        loaded.unwrap_or_else(|| Err(no_block(&self.options.block)))
+    }
+}
