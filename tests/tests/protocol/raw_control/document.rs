@@ -6,6 +6,7 @@
 use super::bodies::{incoming, outgoing, restore, snapshot};
 use super::refusals::proper;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
+use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::hook::{self, GuestOrigin, Hook};
 use pageferry_protocol::control::hook_reply::decode_state_reply;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
@@ -89,6 +90,8 @@ fn it_has_every_request_and_every_hook() {
         ("START_SNAPSHOT", START_SNAPSHOT),
         ("START_RESTORE", START_RESTORE),
         ("QUERY_AGENT", QUERY_AGENT),
+        ("BALLOON", BALLOON),
+        ("PLUGGED_MEMORY", PLUGGED_MEMORY),
     ];
     assert_eq!(documented, named.into_iter().map(|(name, code)| (code, name)).collect());
     assert!(section("### SUBSCRIBE, 0x1015").contains(&format!("EVENT, {EVENT:#x}")));
@@ -279,6 +282,16 @@ fn every_field_is_where_it_says() {
                 let body = agent_info().encode(Encoder::new()).finish();
                 check_reply(&rows, &body, AgentInfo::decode);
             }
+            ("BALLOON", Some(rows)) => check_reply(
+                &rows,
+                &[&[1, 0, 0, 0, 0, 0, 0, 0], &numbers[..32]].concat(),
+                BalloonStatus::decode,
+            ),
+            ("PLUGGED_MEMORY", Some(rows)) => check_reply(
+                &rows,
+                &[&[1, 0, 0, 0, 0, 0, 0, 0], &numbers[..48]].concat(),
+                MemStatus::decode,
+            ),
             ("START_OUTGOING", Some(rows)) => {
                 let body = Encoder::new().u64(1).text("fd").finish();
                 check_reply(&rows, &body, JobStarted::decode);

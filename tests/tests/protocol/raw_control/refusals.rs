@@ -54,6 +54,8 @@ pub fn proper() -> Vec<Proper> {
         (code::SET_PARAMETERS, bodies::parameters(), 0),
         (code::QUERY_STATUS, Body::new(), 0),
         (code::QUERY_AGENT, Body::new(), 0),
+        (code::BALLOON, Body::new().u32(1).u64(4096), 0),
+        (code::PLUGGED_MEMORY, Body::new().u32(1).u64(4096), 0),
         (code::SUBSCRIBE, Body::new().u32(3_600_000), 0),
         (code::RESUME, Body::new().u32(1), 0),
         (code::START_POSTCOPY, Body::new(), 0),

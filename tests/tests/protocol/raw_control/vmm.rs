@@ -46,6 +46,8 @@ pub mod code {
     pub const START_SNAPSHOT: u32 = 0x1019;
     pub const START_RESTORE: u32 = 0x101a;
     pub const QUERY_AGENT: u32 = 0x101b;
+    pub const BALLOON: u32 = 0x101c;
+    pub const PLUGGED_MEMORY: u32 = 0x101d;
     pub const EVENT: u32 = 0x1100;
 }
 

@@ -219,6 +219,8 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::SetParameters { parameters: Parameters::bandwidth(0) },
             Request::QueryStatus,
             Request::QueryAgent,
+            Request::Balloon { target: Some(4096), ask_stats: true },
+            Request::PluggedMemory { requested: Some(0) },
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {
