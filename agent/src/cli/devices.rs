@@ -75,6 +75,7 @@ fn to_json(status: &BalloonStatus, with_stats: bool) -> Value {
         "actual": status.actual,
         "freed": status.freed,
         "outside": status.outside,
+        "hinted": status.hinted,
     });
     if with_stats {
         let named = status.stats.iter().filter_map(|(tag, value)| {
@@ -95,6 +96,9 @@ fn table(status: &BalloonStatus, with_stats: bool) -> Vec<(&'static str, String)
     if status.outside > 0 {
         let outside = format!("{} that are no memory of this agent", bytes(status.outside));
         lines.push(("outside", outside));
+    }
+    if status.hinted > 0 {
+        lines.push(("hinted", format!("{} when the last migration began", bytes(status.hinted))));
     }
     if with_stats {
         lines.extend(status.stats.iter().filter_map(|(tag, value)| {

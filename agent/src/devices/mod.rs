@@ -14,6 +14,7 @@
 //! - [`device`]: what a kind of device has to do;
 //! - [`buffer`]: one buffer of a queue;
 //! - [`guest_map`]: which pages of which blocks a guest physical address is;
+//! - [`registry`]: the devices of an agent; [`state_pieces`]: their states in its jobs;
 //! - `state_transfer`: the state of a device, to and from a front-end;
 //! - [`access`]: when a device may change the memory;
 //! - [`balloon`]: the balloon; [`mem`]: virtio-mem.
@@ -25,6 +26,8 @@ pub mod buffer;
 pub mod device;
 pub mod guest_map;
 pub mod mem;
+pub mod registry;
 pub mod relay;
 pub mod socket;
+pub mod state_pieces;
 mod state_transfer;

@@ -30,6 +30,7 @@ pub mod receive;
 
 pub use error::IncomingError;
 
+use crate::devices::state_pieces;
 use crate::hooks::state_file;
 use crate::job::JobError;
 use crate::job::consent::GivenUpGuest;
@@ -183,6 +184,9 @@ fn load(job: &IncomingJob, received: Received) -> Result<(), JobError> {
         what: "create a file for the VMM's state",
         source: errno.into(),
     })?;
+    let mut pieces = pieces;
+    state_pieces::take(&job.devices, &mut pieces, file.as_fd())
+        .map_err(JobError::from_io("load the state of the agent's devices"))?;
     job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.hook_timeout)?;
     Ok(())
 }

@@ -27,6 +27,7 @@ pub use error::JobError;
 pub use options::CommonOptions;
 pub use recovery::{Recovery, RecoveryRequest};
 
+use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::hooks::Hooks;
 use crate::lock::lock;
@@ -63,6 +64,8 @@ pub struct Job {
     pub stop: Deadline,
     /// Counters that several threads update at once.
     pub live: Arc<LiveCounters>,
+    /// The devices of the agent.
+    pub devices: Arc<Devices>,
     started: Instant,
     state: Mutex<State>,
     /// Notified when the job enters a phase.
@@ -106,6 +109,7 @@ impl Job {
             limiter: Limiter::new(options.bandwidth),
             stop: Deadline::default(),
             live: Arc::default(),
+            devices: Arc::default(),
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
@@ -125,6 +129,12 @@ impl Job {
     pub fn tracked_by(self, declared: Trackers) -> Self {
         self.state().status.trackers = declared;
         self
+    }
+
+    /// The same job, of an agent with these devices.
+    #[must_use]
+    pub fn with_devices(self, devices: Arc<Devices>) -> Self {
+        Self { devices, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -13,6 +13,7 @@
 //! that the VMM is late.
 
 use super::{Job, JobError, micros};
+use crate::devices::state_pieces;
 use crate::hooks::HookError;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::hook_reply;
@@ -42,6 +43,9 @@ impl SavedState {
         let (hook_reply::SavedState { guest, pieces }, file) =
             job.hooks.save_state(job.hook_timeout_in_stop())?;
         job.set_guest_state(guest);
+        let mut pieces = pieces;
+        let file = state_pieces::add(&job.devices, &mut pieces, file)
+            .map_err(JobError::from_io("keep the state of the devices"))?;
         Ok(Self { guest, pieces, file })
     }
 }

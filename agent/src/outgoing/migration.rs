@@ -7,6 +7,7 @@ use super::converge::PassMeasurements;
 use super::fixup::DirtyState;
 use super::job::OutgoingJob;
 use super::unannounced_frees::UnannouncedFrees;
+use crate::devices::registry::AskedForFreePages;
 use crate::hooks::HookError;
 use crate::job::JobError;
 use crate::tracking::{TrackerChoice, Trackers};
@@ -25,6 +26,8 @@ pub(super) struct Migration {
     pub(super) trackers: Trackers,
     pub(super) dirty: DirtyState,
     pub(super) unannounced_frees: UnannouncedFrees,
+    /// Pages that are free in the guest, during pass 0.
+    pub(super) free_pages: Option<AskedForFreePages>,
     pub(super) measurements: PassMeasurements,
     /// Percent by which the policy wants the guest to be throttled.
     pub(super) policy_throttle: u32,
@@ -46,6 +49,7 @@ impl Migration {
             trackers: Trackers::new(choice, &job.hooks, options.hook_timeout, &job.stop),
             dirty: DirtyState::new(&job.memory)?,
             unannounced_frees: UnannouncedFrees::new(&job.memory, choice)?,
+            free_pages: None,
             measurements: PassMeasurements::default(),
             policy_throttle: 0,
             throttle: 0,
@@ -78,6 +82,7 @@ impl Migration {
             log::warn!("the guest stays throttled: {}", crate::error::chain(&error));
         }
         self.trackers.stop();
+        self.free_pages = None;
     }
 
     /// Chooses the error to report: if the peer failed, it sent its reason before it closed.

@@ -99,6 +99,8 @@ impl Migration {
     fn passes(&mut self) -> Result<AfterPasses, JobError> {
         self.job.enter(Phase::Tracking);
         self.start_tracking()?;
+        // Not before: a tracker must see what the guest writes to a page that it says is free.
+        self.free_pages = self.job.devices.ask_for_free_pages(&self.job.memory);
         self.job.enter(Phase::Passes);
         loop {
             self.update_throttle()?;

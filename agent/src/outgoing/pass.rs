@@ -12,6 +12,8 @@
 use super::fixup::DirtyState;
 use super::migration::Migration;
 use super::sender::{PageSender, SendContext};
+use crate::devices::balloon::hints::FreePages;
+use crate::devices::registry::AskedForFreePages;
 use crate::job::{JobError, get};
 use crate::memory::MemoryError;
 use crate::memory::host_page_set::words_of;
@@ -71,6 +73,9 @@ struct Pass<'a> {
     chunks: Chunks,
     dirty: &'a DirtyState,
     lazy: Option<&'a LazyClear>,
+    /// Pages that are free in the guest. Pass 0 leaves them out: what the guest writes to them from
+    /// now on the trackers report, and what they hold is nobody's.
+    free: Option<&'a FreePages>,
     number: u64,
 }
 
@@ -93,9 +98,12 @@ impl Migration {
             chunks: Chunks::new(&job.memory),
             dirty: &self.dirty,
             lazy: self.trackers.lazy_clear(),
+            free: self.free_pages.as_ref().map(AskedForFreePages::pages),
             number,
         };
         run_workers(&pass, &mut self.streams.senders)?;
+        // The guest gets its free pages back.
+        self.free_pages = None;
 
         let done = self.streams.primary.expect(Kind::PassDone, "the end of the pass")?;
         if done != number {
@@ -140,6 +148,9 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
         let dirty = pass.dirty.pages.block(at);
         if pass.number == 0 {
             find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
+            if let Some(free) = pass.free {
+                leave_out_free(at, free, dirty, chunk);
+            }
         }
         if let Some(lazy) = pass.lazy {
             // `clear-then-read`, for a tracker whose sync does not clear: clear the chunk before
@@ -167,6 +178,13 @@ pub(super) fn find_allocated(
         }
     }
     Ok(())
+}
+
+/// Makes clean what is free in the guest.
+fn leave_out_free(at: usize, free: &FreePages, dirty: &MappedBitmap, chunk: PageRange) {
+    for (word, _) in dirty.nonzero_words(chunk) {
+        dirty.take_bits(word, free.word(at, word));
+    }
 }
 
 fn send_chunk(

@@ -32,6 +32,7 @@ pub mod reset;
 pub mod source;
 pub mod working_set;
 
+use crate::devices::state_pieces;
 use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::consent::GivenUpGuest;
@@ -135,7 +136,10 @@ impl VmmState {
     /// Gives the state to the VMM.
     fn load(&self, job: &Job) -> Result<(), JobError> {
         job.enter(Phase::Loading);
-        let hook = Hook::LoadState { pieces: self.pieces.clone() };
+        let mut pieces = self.pieces.clone();
+        state_pieces::take(&job.devices, &mut pieces, self.file.as_fd())
+            .map_err(JobError::from_io("load the state of the agent's devices"))?;
+        let hook = Hook::LoadState { pieces };
         job.hooks.ask_with(&hook, &[self.file.as_fd()], job.hook_timeout)?;
         Ok(())
     }

@@ -176,7 +176,7 @@ impl Server {
         let memory = Arc::new(HubMemory(Arc::downgrade(&self.hub)));
         let port = DevicePort::new(balloon.clone(), memory)?;
         self.devices.push(DeviceSocket::listen(path, port.clone())?);
-        self.hub.session.set_balloon(balloon, port);
+        self.hub.session.devices().set_balloon(balloon, port);
         Ok(())
     }
 
@@ -189,7 +189,7 @@ impl Server {
         let mem = Arc::new(MemDevice::new(options, memory.clone()));
         let port = DevicePort::new(mem.clone(), memory)?;
         self.devices.push(DeviceSocket::listen(path, port.clone())?);
-        self.hub.session.set_mem(mem, port);
+        self.hub.session.devices().set_mem(mem, port);
         Ok(())
     }
 
@@ -439,7 +439,7 @@ impl Server {
     fn announce(&mut self) {
         self.hub.notify.reset();
         self.hub.session.lock().job_changed();
-        self.hub.session.wake_devices();
+        self.hub.session.devices().wake();
         self.report();
         self.forget_ended();
         self.connections.values().for_each(|(connection, _)| connection.announce());

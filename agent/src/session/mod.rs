@@ -33,6 +33,7 @@ pub mod shared;
 pub mod start_jobs;
 pub mod vhost_user;
 
+use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::hooks::Hooks;
 use crate::job::{Job, RecoveryRequest, TooLate};
@@ -73,6 +74,8 @@ pub struct Session {
     /// The sums over the jobs that have left the session.
     totals: JobTotals,
     notify: Arc<Event>,
+    /// The devices of the agent, for its jobs.
+    devices: Arc<Devices>,
     vhost_user: vhost_user::Features,
     /// True once the agent is ending.
     stopping: bool,
@@ -105,7 +108,7 @@ impl PreviousJob {
 
 impl Session {
     /// A session without memory, whose jobs wake `notify`.
-    pub fn new(notify: Arc<Event>, vm_name: VmName) -> Self {
+    pub fn new(notify: Arc<Event>, vm_name: VmName, devices: Arc<Devices>) -> Self {
         Self {
             memory: Arc::default(),
             hooks: Arc::new(Hooks::new(None)),
@@ -119,6 +122,7 @@ impl Session {
             jobs: 0,
             totals: JobTotals::default(),
             notify,
+            devices,
             vhost_user: vhost_user::Features::default(),
             stopping: false,
             resuming: false,
@@ -187,7 +191,7 @@ impl Session {
             jobs: self.jobs,
             totals: self.totals,
             stopping: self.stopping,
-            ..Self::new(self.notify.clone(), self.vm_name.clone())
+            ..Self::new(self.notify.clone(), self.vm_name.clone(), self.devices.clone())
         };
         next.job_changed();
         next

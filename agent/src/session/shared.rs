@@ -17,7 +17,7 @@
 //! `Session::retired`, and a thread of its own drops them after the lock is released.
 
 use super::Session;
-use super::devices::Devices;
+use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::lock::lock;
 use crate::session::join;
@@ -43,7 +43,7 @@ pub struct SharedSession {
     /// Notified when the connection of the VMM and its last request have ended.
     released: Condvar,
     drop_thread: DropThread,
-    pub(super) devices: Devices,
+    pub(super) devices: Arc<Devices>,
 }
 
 #[derive(Debug)]
@@ -106,8 +106,10 @@ impl SharedSession {
     /// # Errors
     /// If the kernel refuses a thread.
     pub fn new(notify: Arc<Event>, vm_name: VmName) -> std::io::Result<Self> {
-        let state = Mutex::new(State { session: Session::new(notify, vm_name), owner: None });
-        let (released, devices) = (Condvar::new(), Devices::default());
+        let devices = Arc::<Devices>::default();
+        let session = Session::new(notify, vm_name, devices.clone());
+        let state = Mutex::new(State { session, owner: None });
+        let released = Condvar::new();
         Ok(Self { state, released, drop_thread: DropThread::start()?, devices })
     }
 

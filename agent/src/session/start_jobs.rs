@@ -125,7 +125,8 @@ impl Session {
             options,
             self.notify.clone(),
         );
-        Ok(Arc::new(job.map_err(no_job)?.tracked_by(self.trackers.declared)))
+        let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
+        Ok(Arc::new(job.with_devices(self.devices.clone())))
     }
 
     /// Makes `job` the job of this session, and calls `run` on a new thread.

@@ -25,6 +25,8 @@ pub struct BalloonStatus {
     pub freed: u64,
     /// What the guest has given back that is no memory of this agent.
     pub outside: u64,
+    /// What the guest said is free when the last migration began.
+    pub hinted: u64,
     /// What the guest says about its memory: tags (`VIRTIO_BALLOON_S_*`) and values.
     pub stats: Vec<(u16, u64)>,
 }
@@ -39,7 +41,8 @@ impl BalloonStatus {
             .u64(self.target)
             .u64(self.actual)
             .u64(self.freed)
-            .u64(self.outside);
+            .u64(self.outside)
+            .u64(self.hinted);
         stats.iter().fold(encoder, |encoder, (tag, value)| encoder.u32(u32::from(*tag)).u64(*value))
     }
 
@@ -60,6 +63,7 @@ impl BalloonStatus {
             actual: decoder.u64("actual")?,
             freed: decoder.u64("freed")?,
             outside: decoder.u64("outside")?,
+            hinted: decoder.u64("hinted")?,
             stats: Vec::new(),
         };
         for _ in 0..count {
@@ -136,10 +140,10 @@ mod tests {
     proptest! {
         #[test]
         fn status_survives_the_wire(
-            driver: bool, n: [u64; 4], stats in prop::collection::vec(any::<(u16, u64)>(), 0..100),
+            driver: bool, n: [u64; 5], stats in prop::collection::vec(any::<(u16, u64)>(), 0..100),
         ) {
-            let [target, actual, freed, outside] = n;
-            let status = BalloonStatus { driver, target, actual, freed, outside, stats };
+            let [target, actual, freed, outside, hinted] = n;
+            let status = BalloonStatus { driver, target, actual, freed, outside, hinted, stats };
             let body = status.encode(Encoder::new()).finish();
             let mut decoder = Decoder::new(&body);
             prop_assert_eq!(BalloonStatus::decode(&mut decoder), Ok(status));

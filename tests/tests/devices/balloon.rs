@@ -3,8 +3,11 @@
 //! The balloon, with Linux's driver.
 
 use crate::stage::{Device, MIB, Stage};
+use pageferry_client::{Client, Config, Target};
 use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::files::Still;
 use pageferry_tests::linux_guest::console::PATIENCE;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::require;
 use serde_json::Value;
 
@@ -54,6 +57,9 @@ fn linux_gives_memory_back_and_takes_it_again() {
     let free_now = free(&balloon(&stage, &["--stats"]));
     assert!(free_now >= free_then + 60 * MIB, "{free_then} {free_now}");
 
+    // Free page hinting, at the start of a migration of the agent's. QEMU stays where it is.
+    ask_for_hints(&stage);
+
     // The guest goes on without the agent, and without its device, which this QEMU cannot connect
     // again: it would end with an assertion. The next agent has the memory.
     stage.guest.console.command("check 32M").unwrap();
@@ -62,4 +68,24 @@ fn linux_gives_memory_back_and_takes_it_again() {
     stage.guest.console.wait_for_status("checks", |now| now.check > checked + 1).unwrap();
     assert_eq!(balloon(&stage, &[])["driver"], false);
     stage.guest.verify().unwrap();
+}
+
+/// Has the agent send the memory to another one, and cancels that when the guest has said what is
+/// free.
+fn ask_for_hints(stage: &Stage) {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = AgentProcess::spawn(program(), folder.path(), "destination").unwrap();
+    let size = stage.memory.metadata().unwrap().len();
+    let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
+    let memory = tempfile::tempfile_in("/dev/shm").unwrap();
+    memory.set_len(size).unwrap();
+    Still::hand_over(&client, channel, &memory, size).unwrap();
+    let address = format!("unix:{}", folder.path().join("stream").display());
+    client.start_incoming(Target::Address(address.clone()), &Default::default()).unwrap();
+    // Slow enough for a driver under TCG to answer.
+    let slow = ["--to", &address, "--bandwidth", "8M", "--max-passes", "0"];
+    let job = stage.operator.start("migrate", &slow).unwrap();
+    wait_for_balloon(stage, "hints", |now| now["hinted"].as_u64().unwrap() > 32 * MIB);
+    stage.operator.run("cancel", &[]).unwrap();
+    job.fail().unwrap();
 }

@@ -19,15 +19,16 @@ pub struct Config {
 }
 
 impl Config {
-    /// The configuration space: target, actual, the command of free page hinting, which is not
-    /// offered, and the pattern.
-    pub fn to_bytes(self) -> Vec<u8> {
-        [self.target_pages, self.actual_pages, 0, self.poison].map(u32::to_le_bytes).concat()
+    /// The configuration space: target, actual, the command of free page hinting, and the pattern.
+    pub fn to_bytes(self, hint_command: u32) -> Vec<u8> {
+        [self.target_pages, self.actual_pages, hint_command, self.poison]
+            .map(u32::to_le_bytes)
+            .concat()
     }
 
     /// A write of the driver. It may write two of the numbers; the rest of the write is ignored.
     pub fn write(&mut self, offset: u32, bytes: &[u8]) {
-        let mut space = self.to_bytes();
+        let mut space = self.to_bytes(0);
         let start = offset as usize;
         if start >= SIZE {
             return;

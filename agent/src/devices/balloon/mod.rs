@@ -9,12 +9,14 @@
 //! - [`queues`]: what each queue is for;
 //! - [`config`]: the configuration space;
 //! - [`inflate`]: pages that come one by one, and host pages that are given back in parts;
+//! - [`hints`]: free pages that a migration leaves out;
 //! - [`stats`]: what the guest says about its memory;
 //! - this file: the device.
 //!
 //! Virtio 1.3, section 5.5. Linux: `drivers/virtio/virtio_balloon.c`.
 
 pub mod config;
+pub mod hints;
 pub mod inflate;
 pub mod queues;
 pub mod stats;
@@ -23,14 +25,16 @@ use super::buffer::Buffer;
 use super::device::{Device, Handled};
 use super::guest_map::DeviceMemory;
 use crate::lock::lock;
+use crate::memory::GuestMemory;
 use config::Config;
+use hints::{FreePages, Hints};
 use inflate::Inflated;
 use pageferry_protocol::control::devices::BalloonStatus;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::PAGE_SIZE;
 use queues::{MAX_QUEUES, Queue};
 use stats::Stats;
-use std::sync::{Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 /// Feature bits of the balloon.
@@ -38,6 +42,7 @@ pub mod feature {
     #![allow(missing_docs)]
     pub const STATS: u64 = 1 << 1;
     pub const DEFLATE_ON_OOM: u64 = 1 << 2;
+    pub const HINTING: u64 = 1 << 3;
     pub const PAGE_POISON: u64 = 1 << 4;
     pub const REPORTING: u64 = 1 << 5;
 }
@@ -62,6 +67,7 @@ struct State {
     config: Config,
     inflated: Inflated,
     stats: Stats,
+    hints: Hints,
     freed: u64,
     outside: u64,
 }
@@ -93,6 +99,20 @@ impl Balloon {
         drop(self.stats_sent.wait_timeout_while(state, limit, is_old));
     }
 
+    /// Asks the driver for its free pages. `None` if it would not answer.
+    pub fn begin_hints(&self, memory: &Arc<GuestMemory>) -> Option<Arc<FreePages>> {
+        let mut state = lock(&self.state);
+        if !state.has(feature::HINTING) {
+            return None;
+        }
+        state.hints.begin(memory)
+    }
+
+    /// No job needs free pages any more: the driver may give them back to its guest.
+    pub fn end_hints(&self) {
+        lock(&self.state).hints.end();
+    }
+
     /// What operators see.
     pub fn status(&self) -> BalloonStatus {
         let state = lock(&self.state);
@@ -102,6 +122,7 @@ impl Balloon {
             actual: u64::from(state.config.actual_pages) * PAGE_SIZE,
             freed: state.freed,
             outside: state.outside,
+            hinted: state.hints.pages() * PAGE_SIZE,
             stats: state.stats.all().to_vec(),
         }
     }
@@ -141,8 +162,7 @@ impl State {
 
     /// Free memory that the driver does not use until it gets the buffer back.
     fn report(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
-        // A driver that fills free pages with a pattern expects to find it there.
-        if self.has(feature::PAGE_POISON) && self.config.poison != 0 {
+        if self.expects_poison() {
             return Handled::Return;
         }
         let mut ranges = Vec::new();
@@ -151,6 +171,26 @@ impl State {
         }
         self.free(memory, &ranges);
         Handled::Return
+    }
+
+    /// What the driver says about free pages.
+    fn take_hints(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
+        let Some(number) = buffer.read(4) else {
+            return Handled::Break("a number of a round of hints does not lie in memory");
+        };
+        self.hints.set_round(&number);
+        // As for reports: such a driver reads its free pages.
+        if !self.expects_poison() {
+            for piece in buffer.writable() {
+                self.hints.add(memory, piece.gpa, piece.length);
+            }
+        }
+        Handled::Return
+    }
+
+    /// The driver fills free pages with a pattern, and expects to find it there.
+    fn expects_poison(&self) -> bool {
+        self.has(feature::PAGE_POISON) && self.config.poison != 0
     }
 
     fn free(&mut self, memory: &DeviceMemory<'_>, ranges: &[BlockRange]) {
@@ -182,13 +222,18 @@ impl Device for Balloon {
     }
 
     fn features(&self) -> u64 {
-        feature::STATS | feature::DEFLATE_ON_OOM | feature::PAGE_POISON | feature::REPORTING
+        feature::STATS
+            | feature::DEFLATE_ON_OOM
+            | feature::HINTING
+            | feature::PAGE_POISON
+            | feature::REPORTING
     }
 
     fn set_driver_features(&self, features: u64) {
         let mut state = lock(&self.state);
         state.features = Some(features);
         state.stats.forget_buffer();
+        state.hints.reset();
     }
 
     fn reset(&self) {
@@ -199,10 +244,12 @@ impl Device for Balloon {
         state.config.poison = 0;
         state.inflated = Inflated::default();
         state.stats = Stats::default();
+        state.hints.reset();
     }
 
     fn config(&self) -> Vec<u8> {
-        lock(&self.state).config.to_bytes()
+        let state = lock(&self.state);
+        state.config.to_bytes(state.hints.command())
     }
 
     fn write_config(&self, offset: u32, bytes: &[u8]) {
@@ -224,6 +271,7 @@ impl Device for Balloon {
                 self.stats_sent.notify_all();
                 taken
             }
+            Some(Queue::Hint) => state.take_hints(buffer, memory),
             Some(Queue::Report) => state.report(buffer, memory),
             None => Handled::Break("no feature that the driver has chosen uses it"),
         }

@@ -22,14 +22,15 @@ pub enum Queue {
     Deflate,
     /// What the guest says about its memory.
     Stats,
+    /// Free pages that a migration leaves out.
+    Hint,
     /// Free memory that the guest reports.
     Report,
 }
 
-/// The queues by their numbers in the specification. `None` stands for hinting, which is not
-/// offered.
-const ALL: [Option<Queue>; MAX_QUEUES] =
-    [Some(Queue::Inflate), Some(Queue::Deflate), Some(Queue::Stats), None, Some(Queue::Report)];
+/// The queues by their numbers in the specification.
+const ALL: [Queue; MAX_QUEUES] =
+    [Queue::Inflate, Queue::Deflate, Queue::Stats, Queue::Hint, Queue::Report];
 
 /// What the queue with this number is for. `features` are those of the driver, and `in_use` says
 /// which queues it has set up. `None` if no feature uses the queue.
@@ -37,15 +38,12 @@ pub fn purpose(number: usize, features: u64, in_use: &[bool]) -> Option<Queue> {
     let is_used = |queue: &Queue| match queue {
         Queue::Inflate | Queue::Deflate => true,
         Queue::Stats => features & feature::STATS != 0,
+        Queue::Hint => features & feature::HINTING != 0,
         Queue::Report => features & feature::REPORTING != 0,
     };
-    let counted: Vec<Queue> = ALL.iter().flatten().copied().filter(is_used).collect();
+    let counted: Vec<Queue> = ALL.iter().copied().filter(is_used).collect();
     let is_fixed = in_use.iter().skip(counted.len()).any(|in_use| *in_use);
-    if is_fixed {
-        ALL.get(number).copied().flatten().filter(is_used)
-    } else {
-        counted.get(number).copied()
-    }
+    if is_fixed { ALL.get(number).copied().filter(is_used) } else { counted.get(number).copied() }
 }
 
 #[cfg(test)]
@@ -59,12 +57,14 @@ mod tests {
             in_use.iter().map(|number| purpose(*number, features, &set)).collect()
         };
         use Queue::*;
-        let (stats, reporting) = (feature::STATS, feature::REPORTING);
+        let (stats, hinting, reporting) = (feature::STATS, feature::HINTING, feature::REPORTING);
         assert_eq!(of(0, &[0, 1]), [Some(Inflate), Some(Deflate)]);
         assert_eq!(of(reporting, &[0, 1, 2]), [Some(Inflate), Some(Deflate), Some(Report)]);
         assert_eq!(of(stats | reporting, &[2, 3]), [Some(Stats), Some(Report)]);
         assert_eq!(of(reporting, &[0, 4]), [Some(Inflate), Some(Report)]);
         assert_eq!(of(stats | reporting, &[2, 4]), [Some(Stats), Some(Report)]);
+        assert_eq!(of(hinting | reporting, &[2, 3]), [Some(Hint), Some(Report)]);
+        assert_eq!(of(hinting | reporting, &[3, 4]), [Some(Hint), Some(Report)]);
         assert_eq!(of(0, &[2]), [None], "of a feature that was not chosen");
         assert_eq!(of(stats, &[3]), [None]);
     }

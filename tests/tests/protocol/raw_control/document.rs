@@ -284,7 +284,7 @@ fn every_field_is_where_it_says() {
             }
             ("BALLOON", Some(rows)) => check_reply(
                 &rows,
-                &[&[1, 0, 0, 0, 0, 0, 0, 0], &numbers[..32]].concat(),
+                &[&[1, 0, 0, 0, 0, 0, 0, 0], &numbers[..40]].concat(),
                 BalloonStatus::decode,
             ),
             ("PLUGGED_MEMORY", Some(rows)) => check_reply(
