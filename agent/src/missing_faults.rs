@@ -200,7 +200,9 @@ fn handle_until_stopped(
     let mut shortage = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
-        match wait_for(missing_pages.uffd(), stop, cancelled).map_err(PlaceError::Read)? {
+        let demanded = missing_pages.demanded().as_fd();
+        let woken = wait_for(missing_pages.uffd(), stop, Some(demanded), cancelled);
+        match woken.map_err(PlaceError::Read)? {
             Woken::Stopped => return Ok(()),
             Woken::Cancelled => {
                 // The descriptor stays readable, so it is not polled any more.
@@ -231,7 +233,7 @@ fn handle_until_stopped(
 /// # Errors
 /// If the kernel refuses to poll.
 pub fn wait(uffd: &Userfaultfd, stop: BorrowedFd<'_>) -> Result<bool, Errno> {
-    Ok(wait_for(uffd, stop, None)? == Woken::Faults)
+    Ok(wait_for(uffd, stop, None, None)? == Woken::Faults)
 }
 
 /// What woke a thread that reads faults.
@@ -243,15 +245,17 @@ enum Woken {
 }
 
 fn wait_for(
-    uffd: &Userfaultfd, stop: BorrowedFd<'_>, cancelled: Option<BorrowedFd<'_>>,
+    uffd: &Userfaultfd, stop: BorrowedFd<'_>, demanded: Option<BorrowedFd<'_>>,
+    cancelled: Option<BorrowedFd<'_>>,
 ) -> Result<Woken, Errno> {
-    let mut polled =
-        vec![PollFd::new(uffd, PollFlags::IN), PollFd::from_borrowed_fd(stop, PollFlags::IN)];
-    polled.extend(cancelled.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+    let wanted = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+    let mut polled = vec![PollFd::new(uffd, PollFlags::IN), wanted(stop)];
+    polled.extend(cancelled.map(wanted));
+    polled.extend(demanded.map(wanted));
     loop {
         match poll(&mut polled, None) {
             Ok(_) if !polled[1].revents().is_empty() => return Ok(Woken::Stopped),
-            Ok(_) if polled.get(2).is_some_and(|fd| !fd.revents().is_empty()) => {
+            Ok(_) if cancelled.is_some() && !polled[2].revents().is_empty() => {
                 return Ok(Woken::Cancelled);
             }
             Ok(_) => return Ok(Woken::Faults),
@@ -272,8 +276,9 @@ fn read(
     for removed in events.removed() {
         missing_pages.removed(&job.memory.readers, *removed);
     }
-    for address in events.faults() {
-        let Some(page) = missing_pages.locate(*address) else { continue };
+    let demands = missing_pages.take_demands();
+    let faults = events.faults().iter().filter_map(|address| missing_pages.locate(*address));
+    for page in faults.chain(demands) {
         match missing_pages.fault(&job.memory.readers, page, since) {
             Ok(FaultOutcome::Request) => to_ask.push(page),
             Ok(FaultOutcome::Resolved | FaultOutcome::AlreadyRequested) => {}

@@ -34,7 +34,7 @@ use vhost::vhost_user::message::{
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{
     GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryLoadGuard,
     GuestMemoryRegion,
@@ -52,6 +52,8 @@ type Ring = VringMutex<Memory>;
 const MAX_QUEUE_SIZE: usize = 1024;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const CONFIG_CHANGE: u32 = 2;
+/// How long a page that is missing may take to come. Then the queue waits for the next event.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a front-end may leave the message of a change unread.
 const SEND_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -72,6 +74,11 @@ impl DevicePort {
     /// If the kernel refuses an event.
     pub fn new(device: Arc<dyn Device>, session: Arc<dyn SessionMemory>) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self { device, session, wake: Event::new()?, front_end: Mutex::default() }))
+    }
+
+    /// The memory that the device changes.
+    pub(super) fn session(&self) -> &Arc<dyn SessionMemory> {
+        &self.session
     }
 
     /// The device.
@@ -162,53 +169,81 @@ impl Connection {
     }
 }
 
+/// What has become of the next buffer of a queue.
+enum Step {
+    /// There is none, or the queue is not served.
+    Idle,
+    /// It was handled.
+    Handled,
+    /// These pages must be here first.
+    Needs(Vec<(usize, PageRange)>),
+}
+
 impl State {
     /// Handles what is in a queue.
     fn process(&self, queue: usize, rings: &[Ring]) {
         loop {
-            let mut handled = false;
-            let act =
-                &mut |memory: &Arc<GuestMemory>| handled = self.process_one(queue, rings, memory);
+            let mut step = Step::Idle;
+            let act = &mut |memory: &Arc<GuestMemory>| step = self.step(queue, rings, memory);
             // The thread is woken when it may go on.
-            if !self.port.session.with_memory(act) || !handled {
+            if !self.port.session.with_memory(act) {
                 return;
+            }
+            match step {
+                Step::Idle => return,
+                Step::Handled => {}
+                Step::Needs(pages) => {
+                    let memory = self.port.session.memory();
+                    if !memory.is_some_and(|memory| memory.fetch(&pages, FETCH_TIMEOUT)) {
+                        let name = self.port.device.name();
+                        log::warn!("{name}: queue {queue} waits: its memory does not come");
+                        return;
+                    }
+                }
             }
         }
     }
 
-    /// Handles one buffer. False if there is none.
-    fn process_one(&self, queue: usize, rings: &[Ring], memory: &Arc<GuestMemory>) -> bool {
+    /// Handles one buffer, if there is one.
+    fn step(&self, queue: usize, rings: &[Ring], memory: &Arc<GuestMemory>) -> Step {
         let mut map = lock(&self.processing);
-        let Some(mapped) = self.look_at_table(&mut map, memory) else { return false };
-        if memory.missing_pages().is_some() || lock(&self.broken)[queue] {
-            return false;
+        let Some(mapped) = self.look_at_table(&mut map, memory) else { return Step::Idle };
+        if lock(&self.broken)[queue] {
+            return Step::Idle;
         }
         let in_use: Vec<bool> =
             rings.iter().map(|ring| ring.get_ref().get_queue().ready()).collect();
-        let chain = {
-            let mut ring = rings[queue].get_mut();
-            if !ring.is_enabled() || !in_use[queue] {
-                return false;
-            }
-            let next = ring.get_queue_mut().iter(mapped.clone()).map(|mut chains| chains.next());
-            match next {
-                Ok(Some(chain)) => chain,
-                Ok(None) => return false,
-                Err(error) => {
-                    drop(ring);
-                    self.break_queue(queue, &error.to_string());
-                    return false;
-                }
+        let view = DeviceMemory::new(memory, &map);
+        let mut ring = rings[queue].get_mut();
+        if !ring.is_enabled() || !in_use[queue] {
+            return Step::Idle;
+        }
+        let pages = ring_pages(ring.get_queue(), &view);
+        if !memory.are_present(&pages) {
+            return Step::Needs(pages);
+        }
+        let next = ring.get_queue_mut().iter(mapped.clone()).map(|mut chains| chains.next());
+        let chain = match next {
+            Ok(Some(chain)) => chain,
+            Ok(None) => return Step::Idle,
+            Err(error) => {
+                self.break_queue(queue, &error.to_string());
+                return Step::Idle;
             }
         };
         let mut buffer = Buffer::new(&mapped, chain);
-        let view = DeviceMemory::new(memory, &map);
+        let pages = buffer.touched_pages(&view);
+        if !memory.are_present(&pages) {
+            ring.get_queue_mut().go_to_previous_position();
+            return Step::Needs(pages);
+        }
+        drop(ring);
         match self.port.device.handle(queue, &in_use, &mut buffer, &view) {
             Handled::Return => self.give_back(&rings[queue], &buffer, &view),
             Handled::Keep => {}
             Handled::Break(why) => self.break_queue(queue, why),
         }
-        true
+        Step::Handled
     }
 
     /// Brings the map up to date. `None` while the front-end has given no memory.
@@ -265,10 +300,21 @@ impl State {
 
 /// The pages of the ring in which the device returns buffers.
 fn used_pages(ring: &Ring, view: &DeviceMemory<'_>) -> Vec<(usize, PageRange)> {
-    let ring = ring.get_ref();
-    let queue = ring.get_queue();
+    used_pages_of(ring.get_ref().get_queue(), view)
+}
+
+fn used_pages_of(queue: &Queue, view: &DeviceMemory<'_>) -> Vec<(usize, PageRange)> {
     // Flags and index, then 8 bytes for each buffer.
     view.pages(queue.used_ring(), 4 + 8 * u64::from(queue.size()) + 2)
+}
+
+/// The pages of a whole queue.
+fn ring_pages(queue: &Queue, view: &DeviceMemory<'_>) -> Vec<(usize, PageRange)> {
+    let size = u64::from(queue.size());
+    let mut pages = view.pages(queue.desc_table(), 16 * size);
+    pages.extend(view.pages(queue.avail_ring(), 4 + 2 * size + 2));
+    pages.extend(used_pages_of(queue, view));
+    pages
 }
 
 fn return_used(ring: &Ring, head: u16, length: u32) {

@@ -5,12 +5,19 @@
 //! Everything here comes from the guest: addresses and lengths may lie anywhere, and a chain may
 //! be a circle. The library ends a chain after as many descriptors as the queue has.
 
+use super::guest_map::DeviceMemory;
+use pageferry_protocol::memory::PageRange;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// The memory of the front-end, as the library has mapped it.
 pub type Mapped = GuestMemoryMmap<BitmapMmapRegion>;
+
+/// The most bytes of a buffer that a device reads.
+pub const MAX_READ: u64 = 1 << 20;
+/// The longest answer of a device.
+const MAX_ANSWER: u64 = 64;
 
 /// A piece of guest physical memory, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +83,26 @@ impl<'a> Buffer<'a> {
             self.mapped.read_slice(&mut bytes[start..], GuestAddress(piece.gpa)).ok()?;
         }
         Some(bytes)
+    }
+
+    /// The pages that the device reads or writes: what the driver has written, up to
+    /// [`MAX_READ`], and the first [`MAX_ANSWER`] bytes for its answer. A free page that the driver
+    /// names is among the latter, and most of them are not touched.
+    pub(super) fn touched_pages(&self, view: &DeviceMemory<'_>) -> Vec<(usize, PageRange)> {
+        let mut pages = Vec::new();
+        let mut add = |pieces: &[Piece], most: u64| {
+            let mut left = most;
+            for piece in pieces {
+                let length = piece.length.min(left);
+                pages.extend(view.pages(piece.gpa, length));
+                left -= length;
+            }
+        };
+        add(&self.readable, MAX_READ);
+        if !self.readable.is_empty() {
+            add(&self.writable, MAX_ANSWER);
+        }
+        pages
     }
 
     /// Sets the answer of the device, which is written when the buffer is returned. False, and no

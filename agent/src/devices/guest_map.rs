@@ -52,6 +52,18 @@ impl FrontEndTable {
         };
         Self(memory.iter().filter_map(region).collect())
     }
+
+    /// Adds a region that is this part of a file.
+    pub fn add(&mut self, gpa: u64, length: u64, file: impl AsFd, offset: u64) {
+        if let Some(file) = file_id(file) {
+            self.0.push(Region { gpa, length, file, offset });
+        }
+    }
+
+    /// Removes the region at this address.
+    pub fn remove(&mut self, gpa: u64) {
+        self.0.retain(|region| region.gpa != gpa);
+    }
 }
 
 /// A piece of guest physical memory that is a piece of a block, in bytes.
@@ -86,7 +98,7 @@ impl GuestMap {
             let (start, length) = (block.backing.file_offset(0), block.geometry.length);
             for region in table.0.iter().filter(|region| region.file == file) {
                 let first = region.offset.max(start);
-                let end = (region.offset + region.length).min(start + length);
+                let end = region.offset.saturating_add(region.length).min(start + length);
                 if first < end {
                     let gpa = region.gpa + (first - region.offset);
                     self.pieces.push(Piece { gpa, length: end - first, at, offset: first - start });

@@ -8,14 +8,19 @@
 //! it gets the addresses of a ring.
 
 use super::back_end::DevicePort;
+use super::guest_map::{DeviceMemory, FrontEndTable, GuestMap};
 use pageferry_protocol::control::frame::Frame;
-use pageferry_protocol::control::vhost_user::FrontendReq;
+use pageferry_protocol::control::vhost_user::{
+    FrontendReq, Region, decode_mem_table, decode_single_region,
+};
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+/// How long a page that is missing may take to come.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the other side may leave a message unread.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -26,6 +31,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 pub fn run(
     mut front_end: FrameSocket, mut library: FrameSocket, port: &DevicePort, stop: BorrowedFd<'_>,
 ) -> Result<(), SocketError> {
+    let mut known = Known::default();
     loop {
         let mut polled = [
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
@@ -42,7 +48,8 @@ pub fn run(
         if stopped {
             return Ok(());
         }
-        if from_front_end && !hand_on(&mut front_end, &library, |frame| look_at(frame, port))? {
+        let look_at = |frame: &Frame| known.look_at(frame, port);
+        if from_front_end && !hand_on(&mut front_end, &library, look_at)? {
             return Ok(());
         }
         if from_library && !hand_on(&mut library, &front_end, |_| ())? {
@@ -53,7 +60,7 @@ pub fn run(
 
 /// Hands on what is here. False if `from` has ended the connection.
 fn hand_on(
-    from: &mut FrameSocket, to: &FrameSocket, look_at: impl Fn(&Frame),
+    from: &mut FrameSocket, to: &FrameSocket, mut look_at: impl FnMut(&Frame),
 ) -> Result<bool, SocketError> {
     loop {
         match from.try_recv() {
@@ -69,10 +76,69 @@ fn hand_on(
     }
 }
 
-fn look_at(frame: &Frame, port: &DevicePort) {
-    if frame.request != FrontendReq::SET_BACKEND_REQ_FD as u32 {
-        return;
+/// What the messages of a front-end have told. A message that is malformed tells nothing here: the
+/// library refuses it.
+#[derive(Debug, Default)]
+struct Known {
+    table: FrontEndTable,
+    /// The same regions, as the front-end addresses them in its messages.
+    addresses: Vec<Region>,
+}
+
+impl Known {
+    fn look_at(&mut self, frame: &Frame, port: &DevicePort) {
+        match FrontendReq::try_from(frame.request) {
+            Ok(FrontendReq::SET_MEM_TABLE) => {
+                (self.table, self.addresses) = Default::default();
+                let regions = decode_mem_table(&frame.body).unwrap_or_default();
+                for (region, file) in regions.iter().zip(&frame.fds) {
+                    self.add(region, file);
+                }
+            }
+            Ok(FrontendReq::ADD_MEM_REG) => {
+                let region = decode_single_region(&frame.body).ok();
+                if let Some((region, file)) = region.zip(frame.fds.first()) {
+                    self.add(&region, file);
+                }
+            }
+            Ok(FrontendReq::REM_MEM_REG) => {
+                if let Ok(region) = decode_single_region(&frame.body) {
+                    self.table.remove(region.gpa);
+                    self.addresses.retain(|known| known.gpa != region.gpa);
+                }
+            }
+            Ok(FrontendReq::SET_VRING_ADDR) => self.fetch_used_index(&frame.body, port),
+            Ok(FrontendReq::SET_BACKEND_REQ_FD) => keep_socket(frame, port),
+            _ => {}
+        }
     }
+
+    fn add(&mut self, region: &Region, file: impl AsFd) {
+        self.table.add(region.gpa, region.length, file, region.fd_offset);
+        self.addresses.push(*region);
+    }
+
+    /// Fetches the page of the used index, if it is missing.
+    fn fetch_used_index(&self, body: &[u8], port: &DevicePort) {
+        // Index and flags, then the addresses of descriptors, used ring, available ring and log.
+        let Some(used) = body.get(16..24).and_then(|bytes| bytes.try_into().ok()) else { return };
+        let address = u64::from_le_bytes(used);
+        let region = self.addresses.iter().find(|region| {
+            address >= region.vmm_address && address - region.vmm_address < region.length
+        });
+        let (Some(region), Some(memory)) = (region, port.session().memory()) else { return };
+        let gpa = region.gpa + (address - region.vmm_address);
+        let mut map = GuestMap::default();
+        map.update(&self.table, &memory, true);
+        // Flags and index have 16 bits each.
+        let pages = DeviceMemory::new(&memory, &map).pages(gpa, 4);
+        if !memory.fetch(&pages, FETCH_TIMEOUT) {
+            log::warn!("{}: the memory of a queue does not come", port.device().name());
+        }
+    }
+}
+
+fn keep_socket(frame: &Frame, port: &DevicePort) {
     let socket = frame.fds.first().map(|fd| fd.try_clone());
     match socket.transpose() {
         Ok(socket) => port.set_front_end(socket.map(FrameSocket::from)),

@@ -104,6 +104,10 @@ pub struct MissingPages {
     load: Mutex<StateLoad>,
     /// Odd while faults are read and answered.
     answering: AtomicU64,
+    /// Host pages that a device of this agent needs, and the event for the thread that handles
+    /// faults.
+    demands: Mutex<Vec<(usize, u64)>>,
+    demanded: Event,
 }
 
 /// Held while faults are read and answered. Ends on drop.
@@ -154,6 +158,8 @@ impl MissingPages {
             event: Event::new().map_err(PlaceError::Event)?,
             load: Mutex::new(StateLoad::Loading),
             answering: AtomicU64::new(0),
+            demands: Mutex::default(),
+            demanded: Event::new().map_err(PlaceError::Event)?,
         })
     }
 
@@ -170,6 +176,26 @@ impl MissingPages {
     /// Readable when all pages have come, or there is something to announce to the source.
     pub fn event(&self) -> &Event {
         &self.event
+    }
+
+    /// Has the thread that handles faults fetch these host pages, as if the guest had touched them.
+    pub fn demand(&self, host_pages: Vec<(usize, u64)>) {
+        lock(&self.demands).extend(host_pages);
+        self.demanded.signal();
+    }
+
+    /// Readable when there are demands.
+    pub fn demanded(&self) -> &Event {
+        &self.demanded
+    }
+
+    /// Takes the demands that are still missing.
+    pub fn take_demands(&self) -> Vec<(usize, u64)> {
+        self.demanded.reset();
+        let mut demands = std::mem::take(&mut *lock(&self.demands));
+        demands.retain(|(at, host_page)| self.missing.block(*at).bits().contains(*host_page));
+        demands.dedup();
+        demands
     }
 
     /// Wakes the job's thread.

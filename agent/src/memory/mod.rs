@@ -33,6 +33,7 @@
 //!   runs;
 //! - [`capture_ordering`]: the steps by which captures, writes and discards of a page agree;
 //! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
+//! - [`fetch`]: missing pages that a device of this agent needs;
 //! - [`page_placer`]: places pages through a userfaultfd;
 //! - [`fault_ordering`]: the steps by which a fault and an arrival or discard agree on who answers;
 //! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
@@ -65,6 +66,7 @@ pub mod error;
 pub mod extents;
 pub mod fault_ordering;
 pub mod fence;
+pub mod fetch;
 pub mod freed;
 pub mod guest_memory;
 pub mod host_page_set;
