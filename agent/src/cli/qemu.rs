@@ -291,10 +291,14 @@ fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
     let attachment = Attachment::new(monitor, process, helpers, false)?;
     say(&format!("{}; agent at {}", attachment.summary(), args.agent.socket.display()));
     let end = attachment.serve(signals.as_fd())?;
+    let gave_up = attachment.gave_guest_up();
     attachment.detach();
     match end {
         End::Exited => say("QEMU has ended"),
         End::Moved(_) => say("the guest has moved away; its QEMU here is paused, and can be ended"),
+        End::Stopped if gave_up => {
+            say("the agent has ended; the guest was given up, so leave this QEMU paused")
+        }
         End::Stopped => say("the agent has ended; QEMU goes on"),
         End::Useless(why) => return Err(why.into()),
     }
@@ -304,7 +308,8 @@ fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
 /// Tells the operator. Standard output is QEMU's.
 fn say(sentence: &str) {
     // Nobody can be told if standard error cannot be written.
-    let _ = writeln!(std::io::stderr(), "pageferry: {sentence}");
+    // In one write: the agent and QEMU write there, too.
+    let _ = std::io::stderr().write_all(format!("pageferry: {sentence}\n").as_bytes());
 }
 
 fn pid(child: &Child) -> Result<rustix::process::Pid, Box<dyn Error>> {

@@ -215,6 +215,16 @@ pub trait Hooks: Send {
     /// [`Hooks::writes_watched`], and ends it.
     fn writes_unwatched(&mut self) {}
 
+    /// The guest is about to be given up to its destination, where it goes on from the state that
+    /// was saved. For a VMM whose guest others may resume: if it has run since then, this is the
+    /// last moment to say so.
+    ///
+    /// # Errors
+    /// If the guest has run since its state was saved. The migration fails, and the guest stays.
+    fn check_saved_guest(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
     /// The guest is given up to its destination, and is [`Ownership::Relinquished`] now. Comes
     /// before the agent may send the commit. From now on the VMM resumes the guest only by
     /// [`Hooks::resume`], which still comes if no commit was sent. For a VMM that has others who

@@ -111,6 +111,10 @@ impl Hooks for CatchPanics<'_> {
         self.notify("writes unwatched", |hooks| hooks.writes_unwatched());
     }
 
+    fn check_saved_guest(&mut self) -> Result<(), HookError> {
+        self.call("check saved guest", |hooks| hooks.check_saved_guest())
+    }
+
     fn guest_given_up(&mut self) {
         self.notify("guest given up", |hooks| hooks.guest_given_up());
     }

@@ -14,7 +14,7 @@
 
 use super::api::Hooks;
 use super::catch_panics::CatchPanics;
-use super::context::{HookContext, forbidden};
+use super::context::{HookContext, failed, forbidden};
 use super::end::{check_alive, end, is_answered_after_end};
 use super::{guest, memory, trackers};
 use crate::error::Error;
@@ -278,7 +278,9 @@ impl HookChannel {
         &mut self, sequence: u64, migration: Migration, hooks: &mut dyn Hooks,
     ) -> Result<(), SocketError> {
         let HookContext { ownership, link, .. } = &self.context;
-        let reply = ownership.lock().relinquish(link.id, migration).map_err(forbidden);
+        let checked = hooks.check_saved_guest().map_err(failed);
+        let give_up = |()| ownership.lock().relinquish(link.id, migration).map_err(forbidden);
+        let reply = checked.and_then(give_up);
         match &reply {
             Ok(()) => {
                 self.paused = None;

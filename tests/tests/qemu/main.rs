@@ -9,6 +9,7 @@
 //! - [`hotplug`]: memory that is plugged in and out;
 //! - [`failures`]: the source goes on when a process is killed before the guest has moved;
 //! - [`lost_pages`]: processes that are killed in a postcopy;
+//! - [`meddling`]: a user who commands QEMU by himself meanwhile;
 //! - [`rollback`]: a migration that fails late, and the settings of QEMU;
 //! - [`refusals`]: what cannot be served is named;
 //! - [`busy`]: a guest with work for all its devices; [`moves`]: moves it to the next QEMU.
@@ -26,6 +27,7 @@ mod failures;
 mod guests;
 mod hotplug;
 mod lost_pages;
+mod meddling;
 mod migrations;
 mod moves;
 mod refusals;

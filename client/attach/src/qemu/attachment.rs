@@ -158,6 +158,11 @@ impl Attachment {
         self.vmm.longest_stop()
     }
 
+    /// True if the guest was given up to a destination, or may have been.
+    pub fn gave_guest_up(&self) -> bool {
+        matches!(self.client.ownership(), Ownership::Relinquished | Ownership::Gone)
+    }
+
     /// What the agent serves, for people.
     pub fn summary(&self) -> String {
         let state = self.machine.state();

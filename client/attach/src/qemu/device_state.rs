@@ -44,7 +44,18 @@ const LOAD: [&str; 2] = ["events", "x-ignore-shared"];
 
 /// Parameters for a save: bytes per second, as good as unlimited, since the stream stays on this
 /// host; and milliseconds. With a low limit QEMU might not pause a guest that draws on a screen.
-const SAVE_PARAMETERS: [(&str, u64); 2] = [("max-bandwidth", 1 << 40), ("downtime-limit", 300)];
+const SAVE_LIMITS: [(&str, u64); 2] = [("max-bandwidth", 1 << 40), ("downtime-limit", 300)];
+/// The parameter that would make QEMU speak TLS on the stream, and wait for an answer.
+const TLS: &str = "tls-creds";
+
+fn save_parameters() -> Map<String, Value> {
+    let limits = SAVE_LIMITS.iter().map(|(name, value)| ((*name).to_owned(), json!(value)));
+    limits.chain(load_parameters()).collect()
+}
+
+fn load_parameters() -> Map<String, Value> {
+    Map::from_iter([(TLS.to_owned(), json!(""))])
+}
 
 /// Why the state cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +77,12 @@ pub enum DeviceStateError {
         "the state of QEMU's devices has more than {MAX_STATE} bytes: is all guest memory in memory backends with share=on?"
     )]
     TooLarge,
+    /// Someone has resumed the guest.
+    #[error(
+        "someone has resumed the guest (`cont`) while a job had it paused, so its state is not what was saved: \
+         leave QEMU's run state alone while a job runs"
+    )]
+    Resumed,
     /// QEMU makes no progress.
     #[error("QEMU's migration of its devices made no progress in {STALL:?}")]
     Stalled,
@@ -95,7 +112,7 @@ impl Settings {
     /// # Errors
     /// If QEMU refuses. Nothing has changed then.
     pub fn for_load(monitor: &mut Monitor) -> Result<Self, MonitorError> {
-        Self::set(monitor, &LOAD, &[])
+        Self::set(monitor, &LOAD, load_parameters())
     }
 
     /// Sets what a save needs.
@@ -103,11 +120,11 @@ impl Settings {
     /// # Errors
     /// If QEMU refuses. Nothing has changed then.
     pub fn for_save(monitor: &mut Monitor) -> Result<Self, MonitorError> {
-        Self::set(monitor, &SAVE, &SAVE_PARAMETERS)
+        Self::set(monitor, &SAVE, save_parameters())
     }
 
     fn set(
-        monitor: &mut Monitor, on: &[&str], parameters: &[(&str, u64)],
+        monitor: &mut Monitor, on: &[&str], parameters: Map<String, Value>,
     ) -> Result<Self, MonitorError> {
         let capabilities = monitor.command("query-migrate-capabilities", Value::Null)?;
         let (mut before, mut wanted) = (Vec::new(), Vec::new());
@@ -131,17 +148,33 @@ impl Settings {
     }
 
     fn set_parameters(
-        &mut self, monitor: &mut Monitor, wanted: &[(&str, u64)],
+        &mut self, monitor: &mut Monitor, mut wanted: Map<String, Value>,
     ) -> Result<(), MonitorError> {
-        if wanted.is_empty() {
-            return Ok(());
-        }
         let before = monitor.command("query-migrate-parameters", Value::Null)?;
-        let set = wanted.iter().map(|(name, value)| ((*name).to_owned(), json!(value))).collect();
-        monitor.command("migrate-set-parameters", Value::Object(set))?;
-        let old = |name: &str| Some((name.to_owned(), before.get(name)?.clone()));
-        self.parameters = wanted.iter().filter_map(|(name, _)| old(name)).collect();
+        wanted.retain(|name, value| before.get(name).is_some_and(|before| before != value));
+        let old = wanted.keys().filter_map(|name| Some((name.clone(), before.get(name)?.clone())));
+        let old = old.collect();
+        if !wanted.is_empty() {
+            monitor.command("migrate-set-parameters", Value::Object(wanted))?;
+        }
+        self.parameters = old;
         Ok(())
+    }
+
+    /// What [`Settings::restore`] would send, for a process that does it in place of this one.
+    pub fn to_json(&self) -> Value {
+        json!({ "capabilities": self.capabilities, "parameters": self.parameters })
+    }
+
+    /// The settings that [`Settings::to_json`] has described.
+    pub fn from_json(mut described: Value) -> Option<Self> {
+        let mut take = |name: &str| described.get_mut(name).map(Value::take);
+        match (take("capabilities")?, take("parameters")?) {
+            (Value::Array(capabilities), Value::Object(parameters)) => {
+                Some(Self { capabilities, parameters })
+            }
+            _ => None,
+        }
     }
 
     /// Sets all back.
@@ -195,6 +228,8 @@ impl Saving {
         match this.reach_pause(monitor) {
             Ok(()) => Ok(this),
             Err(error) => {
+                // A QEMU that waits for something on the stream would not answer.
+                let _ = this.stream.shutdown(Shutdown::Both);
                 this.cancel(monitor);
                 // A state that is too large makes QEMU fail because nobody reads on.
                 Err(this.read.try_recv().ok().and_then(Result::err).unwrap_or(error))
@@ -321,6 +356,9 @@ pub fn load(monitor: &mut Monitor, state: &[StatePiece]) -> Result<(), DeviceSta
     drop(qemus);
     ours.set_write_timeout(Some(STALL))?;
     monitor.forget_events(MIGRATION)?;
+    // Someone may have sent `cont`, which would run the guest as soon as it is loaded. QEMU
+    // forgets that.
+    monitor.command("stop", Value::Null)?;
     // QEMU loads in its main loop, so the answer may come after the load has begun.
     let written = std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
@@ -338,7 +376,21 @@ pub fn load(monitor: &mut Monitor, state: &[StatePiece]) -> Result<(), DeviceSta
     })?;
     // A QEMU that refuses the state closes the stream, and says why.
     wait_for(monitor, "completed")?;
-    written.map_err(stalled)
+    written.map_err(stalled)?;
+    if is_running(monitor)? {
+        monitor.command("stop", Value::Null)?;
+        return Err(DeviceStateError::Resumed);
+    }
+    Ok(())
+}
+
+/// True if the guest runs.
+///
+/// # Errors
+/// If QEMU does not answer.
+pub fn is_running(monitor: &mut Monitor) -> Result<bool, MonitorError> {
+    let answer = monitor.command("query-status", Value::Null)?;
+    Ok(answer.get("running").and_then(Value::as_bool) == Some(true))
 }
 
 fn other_vmm(state: &[StatePiece]) -> DeviceStateError {

@@ -7,18 +7,18 @@
 //! the guest paused, and the guest was not given up, the guard resumes it by the same monitor
 //! (`vmm-survives`).
 //!
-//! The attachment tells the guard by a pipe what would have to be done, one byte each, *before* the
+//! The attachment tells the guard by a pipe what would have to be done, a line each, *before* the
 //! guest is paused, and before the agent may send a commit. So the guard never resumes a guest that
 //! may run elsewhere (`one-owner`). If it is told of the commit and the attachment dies before the
 //! agent hears it, the guest stays paused, although it was never sent: an operator has to resume
 //! it.
 
-use super::device_state;
+use super::device_state::{self, Settings};
 use super::monitor::{Monitor, MonitorError};
 use crate::process::target::{ProcessError, TargetProcess};
 use serde_json::Value;
 use std::ffi::OsString;
-use std::io::{PipeWriter, Read, Write};
+use std::io::{BufRead, BufReader, PipeWriter, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// Interval at which it tries.
 const TRY: Duration = Duration::from_millis(20);
+
+/// Begins a line with the settings that are to be set back in QEMU.
+const SETTINGS: &str = "s";
 
 /// What the guard has to do when the attachment is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,9 +80,22 @@ impl Guard {
         Ok(())
     }
 
+    /// Tells the guard what it has to set back in QEMU, or that there is nothing.
+    ///
+    /// # Errors
+    /// If there is no guard.
+    pub(super) fn remember(&mut self, settings: Option<&Settings>) -> std::io::Result<()> {
+        let described = settings.map_or(Value::Null, Settings::to_json);
+        self.write(&format!("{SETTINGS}{described}\n"))
+    }
+
     fn tell(&mut self, duty: Duty) -> std::io::Result<()> {
+        self.write(&format!("{}\n", duty as u8 as char))
+    }
+
+    fn write(&mut self, line: &str) -> std::io::Result<()> {
         match &mut self.running {
-            Some((_, pipe)) => pipe.write_all(&[duty as u8]),
+            Some((_, pipe)) => pipe.write_all(line.as_bytes()),
             None => Err(std::io::ErrorKind::NotConnected.into()),
         }
     }
@@ -105,28 +121,39 @@ impl Drop for Guard {
 ///
 /// # Errors
 /// If the guest cannot be resumed.
-pub fn run(mut told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> {
+pub fn run(told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> {
     let process = TargetProcess::open(pid)?;
-    let mut duty = Duty::Nothing as u8;
-    let mut byte = [0];
-    loop {
-        match told.read(&mut byte) {
-            Ok(0) => break,
-            Ok(_) => duty = byte[0],
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(_) => break,
+    let (mut resumes, mut settings) = (false, None);
+    for line in BufReader::new(told).lines() {
+        // It ends with the attachment.
+        let Ok(line) = line else { break };
+        match line.strip_prefix(SETTINGS) {
+            Some(described) => settings = serde_json::from_str(described).ok(),
+            None => resumes = line.starts_with(Duty::Resume as u8 as char),
         }
     }
-    if duty != Duty::Resume as u8 {
+    let settings = settings.and_then(Settings::from_json);
+    if !resumes && settings.is_none() {
         return Ok(());
     }
-    log::warn!("the attachment of QEMU {pid} is gone while it had the guest paused: resuming it");
+    log::warn!(
+        "the attachment of QEMU {pid} is gone in the middle of a job: putting QEMU in order"
+    );
+    let mut restore = settings;
     let deadline = Instant::now() + TIMEOUT;
     loop {
         if process.has_exited()? {
             return Ok(());
         }
-        let resumed = Monitor::connect(monitor).and_then(|mut monitor| resume(&mut monitor));
+        let resumed = Monitor::connect(monitor).and_then(|mut monitor| {
+            if resumes {
+                resume(&mut monitor)?;
+            }
+            if let Some(settings) = restore.take() {
+                settings.restore(&mut monitor);
+            }
+            Ok(())
+        });
         match resumed {
             Ok(()) => return Ok(()),
             Err(error) if Instant::now() > deadline => return Err(error.into()),
@@ -180,15 +207,25 @@ mod tests {
     #[test]
     fn a_guest_that_was_paused_and_not_given_up_is_resumed() {
         let all = ["qmp_capabilities", "migrate_cancel", "cont"];
-        assert_eq!(commands(b"nr"), all);
-        assert_eq!(commands(b"rnr"), all);
+        assert_eq!(commands(b"n\nr\n"), all);
+        assert_eq!(commands(b"r\nn\nr\n"), all);
     }
 
     #[test]
     fn a_guest_that_runs_or_was_given_up_is_left_alone() {
         assert!(commands(b"").is_empty());
-        assert!(commands(b"n").is_empty());
-        assert!(commands(b"rn").is_empty());
+        assert!(commands(b"n\n").is_empty());
+        assert!(commands(b"r\nn\n").is_empty());
+        assert!(commands(b"s{\"capabilities\":[],\"parameters\":{}}\nsnull\n").is_empty());
+    }
+
+    #[test]
+    fn settings_are_set_back_after_the_guest_was_resumed() {
+        let told = br#"s{"capabilities":[{"capability":"events","state":false}],"parameters":{"max-bandwidth":7}}"#;
+        let settings = ["migrate-set-capabilities", "migrate-set-parameters"];
+        let all = ["qmp_capabilities", "migrate_cancel", "cont"];
+        assert_eq!(commands(&[told, &b"\nr\n"[..]].concat()), [&all[..], &settings].concat());
+        assert_eq!(commands(&[told, &b"\n"[..]].concat()), [&all[..1], &settings].concat());
     }
 
     #[test]
@@ -199,7 +236,7 @@ mod tests {
             Some(if is_cancel { format!("{refused}\n") } else { DONE.to_owned() })
         };
         let (outcome, commands) =
-            at_monitor(answer, |path| run(&b"r"[..], path, std::process::id()));
+            at_monitor(answer, |path| run(&b"r\n"[..], path, std::process::id()));
         outcome.unwrap();
         assert_eq!(commands.last().unwrap()["execute"], json!("cont"));
     }

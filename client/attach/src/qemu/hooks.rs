@@ -5,7 +5,7 @@
 //! A missing page is never waited for here: QEMU may touch one while it loads its devices, and the
 //! agent answers that by itself.
 
-use super::device_state::{self, Saving, Settings};
+use super::device_state::{self, DeviceStateError, Saving, Settings};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
 use super::monitor::{Monitor, MonitorError};
@@ -40,7 +40,9 @@ impl QemuHooks {
     fn begin_save(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
         // Of a job whose end this side has missed.
         self.set_back(monitor);
-        self.settings = Some(Settings::for_save(monitor)?);
+        let settings = Settings::for_save(monitor)?;
+        self.remember(Some(&settings));
+        self.settings = Some(settings);
         self.saving = Some(Saving::begin(monitor)?);
         Ok(())
     }
@@ -61,7 +63,25 @@ impl QemuHooks {
         }
         if let Some(settings) = self.settings.take() {
             settings.restore(monitor);
+            self.remember(None);
         }
+    }
+
+    /// Has the guard set these back if this process dies.
+    fn remember(&mut self, settings: Option<&Settings>) {
+        if let Err(error) = self.guard.remember(settings) {
+            log::warn!("nobody sets QEMU's migration settings back if this process dies: {error}");
+        }
+    }
+
+    /// Refuses if the guest runs, although a job has paused it.
+    fn check_still_paused(&self, monitor: &mut Monitor) -> Result<(), HookError> {
+        if self.saving.is_some() && device_state::is_running(monitor)? {
+            let error = DeviceStateError::Resumed;
+            log::error!("{error}");
+            return Err(HookError::new(error.to_string()));
+        }
+        Ok(())
     }
 
     /// Tells the guard what to do if this process dies.
@@ -98,20 +118,23 @@ impl Hooks for QemuHooks {
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
+        let machine = Arc::clone(&self.machine);
+        let mut monitor = machine.monitor();
+        // Memory that is not served would go into the state, while the guest is paused.
+        self.machine.check_unchanged(&mut monitor)?;
         if self.run_state == RunState::Running {
             self.set_guard(Duty::Resume);
         }
-        let machine = Arc::clone(&self.machine);
-        let mut monitor = machine.monitor();
         if self.saved.is_none() {
             self.begin_save(&mut monitor)?;
         }
-        self.machine.check_unchanged(&mut monitor)
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
         let machine = Arc::clone(&self.machine);
         let mut monitor = machine.monitor();
+        let still_paused = self.check_still_paused(&mut monitor);
         if let Some(saving) = &mut self.saving {
             saving.cancel(&mut monitor);
         }
@@ -122,7 +145,7 @@ impl Hooks for QemuHooks {
         machine.guest_arrived();
         // The guest runs, and does not wait for this.
         self.set_back(&mut monitor);
-        Ok(())
+        still_paused
     }
 
     fn stay_paused(&mut self) -> Result<(), HookError> {
@@ -131,6 +154,11 @@ impl Hooks for QemuHooks {
         self.set_back(&mut machine.monitor());
         machine.guest_arrived();
         Ok(())
+    }
+
+    fn check_saved_guest(&mut self) -> Result<(), HookError> {
+        let machine = Arc::clone(&self.machine);
+        self.check_still_paused(&mut machine.monitor())
     }
 
     fn guest_given_up(&mut self) {

@@ -6,6 +6,7 @@
 //! in between. This side sends one command at a time and keeps the events that arrive meanwhile.
 //! Source: `docs/interop/qmp-spec.rst` in QEMU.
 
+use pageferry_protocol::control::unix_path::connect_unix;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
@@ -112,9 +113,11 @@ impl Monitor {
     /// # Errors
     /// If nobody listens there, or it does not greet.
     pub fn connect(path: &Path) -> Result<Self, MonitorError> {
-        let connected = UnixStream::connect(path);
-        let socket =
-            connected.map_err(|source| MonitorError::Connect { path: path.to_owned(), source })?;
+        // A monitor that others wait for takes no connection.
+        let connected = connect_unix(path, Instant::now() + GREETING_TIMEOUT);
+        let socket = connected
+            .map(UnixStream::from)
+            .map_err(|source| MonitorError::Connect { path: path.to_owned(), source })?;
         let broken = |source| MonitorError::Broken { source: Some(source) };
         socket.set_nonblocking(true).map_err(broken)?;
         let (received, events) = (Vec::new(), Default::default());

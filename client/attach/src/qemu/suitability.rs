@@ -159,6 +159,14 @@ pub fn check_tracking(monitor: &mut Monitor) -> Result<(), Unsuitable> {
             return Err(Unsuitable::DirectDisk { device: name_of_disk(disk) });
         }
     }
+    // A file below a format, which has its own setting.
+    let nodes = monitor.command("query-named-block-nodes", json!({ "flat": true }))?;
+    for node in nodes.as_array().into_iter().flatten() {
+        if node.pointer("/cache/direct").and_then(Value::as_bool) == Some(true) {
+            let name = node.get("node-name").and_then(Value::as_str).unwrap_or("?");
+            return Err(Unsuitable::DirectDisk { device: name.to_owned() });
+        }
+    }
     for (name, kind) in devices(monitor)? {
         if SCSI_COMMANDS.contains(&kind.as_str()) {
             return Err(Unsuitable::DirectDisk { device: name });
@@ -236,7 +244,9 @@ mod tests {
             let said = answers.iter().find(|(command, _)| *command == key);
             let said = said.map_or_else(
                 || match name {
-                    "query-memdev" | "qom-list" | "query-block" => json!([]),
+                    "query-memdev" | "qom-list" | "query-block" | "query-named-block-nodes" => {
+                        json!([])
+                    }
                     "human-monitor-command" => json!(""),
                     _ => json!({}),
                 },
@@ -295,6 +305,9 @@ mod tests {
         let direct = [("query-block", disk(true, "qcow2"))];
         assert!(tracked(&direct).unwrap_err().starts_with("disk d0 bypasses"));
         assert_eq!(checked(&direct), Ok(()));
+        let below = json!([{ "node-name": "f0", "cache": { "direct": true } }]);
+        let said = tracked(&[("query-named-block-nodes", below)]).unwrap_err();
+        assert!(said.starts_with("disk f0 bypasses"), "{said}");
         let scsi = json!([{ "name": "s0", "type": "child<scsi-block>" }]);
         let scsi = [("qom-list/machine/peripheral", scsi)];
         assert!(tracked(&scsi).unwrap_err().starts_with("disk s0 bypasses"));
