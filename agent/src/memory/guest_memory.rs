@@ -141,8 +141,8 @@ impl GuestMemory {
         self.placing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Held while pages are discarded, freed or populated, or a device writes: no placing is between
-    /// its write and its marks. The VMM and the devices come one after another.
+    /// Held while pages are discarded, freed or populated, or a device writes: no placing is
+    /// between its write and its marks. The VMM and the devices come one after another.
     pub fn giving_back(&self) -> RwLockWriteGuard<'_, ()> {
         self.placing.write().unwrap_or_else(PoisonError::into_inner)
     }

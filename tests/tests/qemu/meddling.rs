@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A user who commands QEMU by a monitor of his own while a job runs, and settings of his that a job
-//! meets.
+//! A user who commands QEMU by a monitor of his own while a job runs, and settings of his that a
+//! job meets.
 
 use crate::busy::{MIB, Stage, goes_on_well};
 use crate::moves::PRECOPY;

@@ -13,6 +13,7 @@ use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// The runs of pages in a buffer: first page, and count. A part of a number at the end is ignored.
 pub fn runs(numbers: &[u8]) -> Vec<(u64, u64)> {
@@ -75,11 +76,11 @@ impl Inflated {
         let pages = block.geometry.pages();
         // A block that was replaced has nothing in the balloon.
         self.0.retain(|other, bitmap| *other != id || bitmap.pages() == pages);
-        if !self.0.contains_key(&id) {
+        Some(match self.0.entry(id) {
+            Entry::Occupied(entry) => entry.into_mut(),
             // Without memory for it, nothing is freed.
-            self.0.insert(id, MappedBitmap::private(pages).ok()?);
-        }
-        self.0.get(&id)
+            Entry::Vacant(entry) => entry.insert(MappedBitmap::private(pages).ok()?),
+        })
     }
 }
 

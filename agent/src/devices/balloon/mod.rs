@@ -86,8 +86,8 @@ impl Balloon {
         Ok(std::mem::replace(&mut state.config.target_pages, pages) != pages)
     }
 
-    /// Asks the driver for new statistics. `wake` has the device return its buffer. Waits until they
-    /// are here, but not longer than `limit`.
+    /// Asks the driver for new statistics. `wake` has the device return its buffer. Waits until
+    /// they are here, but not longer than `limit`.
     pub fn refresh_stats(&self, wake: impl FnOnce(), limit: Duration) {
         let mut state = lock(&self.state);
         if !state.stats.ask() {

@@ -10,9 +10,12 @@ use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::PageRange;
 use std::sync::{Arc, Mutex};
 
+/// The memory, and the id of the block.
+type Block = (Arc<GuestMemory>, u32);
+
 /// The block of the region, while a call needs it.
 #[derive(Debug, Clone, Default)]
-pub struct PluggedBlock(Arc<Mutex<Option<(Arc<GuestMemory>, u32)>>>);
+pub struct PluggedBlock(Arc<Mutex<Option<Block>>>);
 
 /// The block is in reach until this is dropped.
 #[derive(Debug)]
@@ -25,7 +28,7 @@ impl PluggedBlock {
         InReach(self)
     }
 
-    fn block(&self) -> Option<(Arc<GuestMemory>, u32)> {
+    fn block(&self) -> Option<Block> {
         lock(&self.0).clone()
     }
 }
