@@ -37,7 +37,7 @@ pub trait PluggableMemory {
     ///
     /// # Errors
     /// [`MemoryRefused::Missing`] if the pages are not there, and for no other reason
-    /// (`discard-cannot-fail`). Nothing is changed then.
+    /// ([`discard-cannot-fail`](crate::invariants#discard-cannot-fail)). Nothing is changed then.
     fn unplug(&self, range: PageRange) -> Result<(), MemoryRefused>;
 }
 
