@@ -218,9 +218,12 @@ impl State {
         if !ring.is_enabled() || !in_use[queue] {
             return Step::Idle;
         }
-        let pages = ring_pages(ring.get_queue(), &view);
-        if !memory.are_present(&pages) {
-            return Step::Needs(pages);
+        let may_be_missing = memory.missing_pages().is_some();
+        if may_be_missing {
+            let pages = ring_pages(ring.get_queue(), &view);
+            if !memory.are_present(&pages) {
+                return Step::Needs(pages);
+            }
         }
         let next = ring.get_queue_mut().iter(mapped.clone()).map(|mut chains| chains.next());
         let chain = match next {
@@ -232,10 +235,12 @@ impl State {
             }
         };
         let mut buffer = Buffer::new(&mapped, chain);
-        let pages = buffer.touched_pages(&view);
-        if !memory.are_present(&pages) {
-            ring.get_queue_mut().go_to_previous_position();
-            return Step::Needs(pages);
+        if may_be_missing {
+            let pages = buffer.touched_pages(&view);
+            if !memory.are_present(&pages) {
+                ring.get_queue_mut().go_to_previous_position();
+                return Step::Needs(pages);
+            }
         }
         drop(ring);
         match self.port.device.handle(queue, &in_use, &mut buffer, &view) {

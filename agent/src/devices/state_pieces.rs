@@ -27,8 +27,12 @@ const MAX_STATE: u64 = 64 << 10;
 pub fn add(
     devices: &Devices, pieces: &mut Vec<PieceSize>, file: Option<OwnedFd>,
 ) -> io::Result<Option<OwnedFd>> {
-    let states: Vec<(&str, Vec<u8>)> =
-        devices.all().map(|device| (device.name(), device.save())).collect();
+    // A device whose memory is not there has no state.
+    let states: Vec<(&str, Vec<u8>)> = devices
+        .all()
+        .map(|device| (device.name(), device.save()))
+        .filter(|(_, state)| !state.is_empty())
+        .collect();
     if states.is_empty() {
         return Ok(file);
     }

@@ -7,6 +7,7 @@ use pageferry_tests::linux_guest::{
     GuestMemory, LinuxGuest, QemuVersion, Qmp, RunningGuest, SideCar, Sockets,
 };
 use pageferry_tests::require;
+use rustix::process::Signal;
 use std::ffi::OsString;
 
 /// Memory that can be served.
@@ -110,5 +111,7 @@ fn memory_file_of_another_guest_is_refused() {
     let second = stage.place().arguments("receive", "second", &arguments, &guest).unwrap();
     let said = fails(&second);
     assert!(said.contains("is the memory of a guest that pageferry serves already"), "{said}");
-    first.kill().unwrap();
+    // Ends its QEMU, too.
+    first.handle().signal(Signal::TERM).unwrap();
+    first.wait().unwrap();
 }
