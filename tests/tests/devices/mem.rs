@@ -57,9 +57,14 @@ fn linux_plugs_memory_and_gives_it_back() {
     mem(&stage, &["--requested", "64M"]);
     wait_for_mem(&stage, "plugged memory", |now| now["plugged"] == 64 * MIB);
     stage.guest.qmp.execute("set-action", json!({ "reboot": "reset" })).unwrap();
+    stage.guest.qmp.execute("stop", json!({})).unwrap();
     stage.guest.qmp.execute("system_reset", json!({})).unwrap();
+    let kept = mem(&stage, &["--requested", "0"]);
+    assert_eq!(kept["plugged"], 64 * MIB, "{kept}");
+    stage.guest.qmp.execute("cont", json!({})).unwrap();
     wait_for_mem(&stage, "unplugged by the next kernel", |now| now["plugged"] == 0);
-    wait_for_mem(&stage, "plugged again", |now| now["plugged"] == 64 * MIB);
+    mem(&stage, &["--requested", "32M"]);
+    wait_for_mem(&stage, "plugged again", |now| now["plugged"] == 32 * MIB);
     let refused = stage.operator.run("mem", &["--requested", "3M"]).unwrap_err().to_string();
     assert!(refused.contains("requested_size is 0x300000"), "{refused}");
 }
