@@ -54,8 +54,8 @@ fn linux_plugs_memory_and_gives_it_back() {
     assert_eq!(allocated(&stage.pluggable), 0);
     stage.guest.verify().unwrap();
 
-    // After a reset, Linux has all unplugged, and then plugs what is requested. A change of the size
-    // before its driver is there would end this QEMU.
+    // After a reset, Linux has all unplugged, and then plugs what is requested. A change of the
+    // size before its driver is there would end this QEMU.
     mem(&stage, &["--requested", "64M"]);
     wait_for_mem(&stage, "plugged memory", |now| now["plugged"] == 64 * MIB);
     stage.guest.qmp.execute("set-action", json!({ "reboot": "reset" })).unwrap();
