@@ -41,18 +41,25 @@ pub struct GuestMemory {
     /// marks it as stray: otherwise it could mark a page as stray that is discarded again in
     /// between.
     pub marking: Marking<CopyBeforeWrite>,
-    /// See [`GuestMemory::populating`].
-    populating: Mutex<()>,
+    order: Arc<ChangeOrder>,
     /// See [`GuestMemory::changes`].
     changes: AtomicU64,
     /// Is told which pages discards have freed.
     discard_observer: Mutex<Option<Arc<dyn DiscardObserver>>>,
     /// See [`super::recorded_discards`].
     recorded: Mutex<Option<Arc<RecordedDiscards>>>,
-    /// See [`GuestMemory::placing`].
-    placing: RwLock<()>,
     /// The missing pages, while the guest runs without them.
     missing_pages: Mutex<Option<Arc<MissingPages>>>,
+}
+
+/// The order of those who change the memory: the VMM, the devices and the jobs. All sets of a
+/// session share it, because a device may still have the set before the current one.
+#[derive(Debug, Default)]
+struct ChangeOrder {
+    /// See [`GuestMemory::populating`].
+    populating: Mutex<()>,
+    /// See [`GuestMemory::placing`].
+    placing: RwLock<()>,
 }
 
 impl Default for GuestMemory {
@@ -76,20 +83,34 @@ impl GuestMemory {
             current: Arc::default(),
             readers: Readers::new(MAX_READERS),
             marking: Marking::default(),
-            populating: Mutex::default(),
+            order: Arc::default(),
             changes: AtomicU64::new(0),
             discard_observer: Mutex::default(),
             recorded: Mutex::default(),
-            placing: RwLock::default(),
             missing_pages: Mutex::default(),
         }
     }
 
-    /// A populate holds this from before it checks whether a job refuses it until its marks are
-    /// set. A job that starts to refuse populates locks it once, and so waits for the last
-    /// populate.
+    /// A populate, and a device, hold this from before they check whether a job refuses them until
+    /// their marks are set. A job that starts to refuse them locks it once, and so waits for the
+    /// last of them. So does a request that takes memory away.
     pub fn populating(&self) -> MutexGuard<'_, ()> {
-        lock(&self.populating)
+        lock(&self.order.populating)
+    }
+
+    /// True if nobody holds [`GuestMemory::populating`].
+    #[cfg(test)]
+    pub fn populating_is_free(&self) -> bool {
+        self.order.populating.try_lock().is_ok()
+    }
+
+    /// This set takes the place of `before` in a session: the same agent acts for both, and they
+    /// share the order of changes.
+    #[must_use]
+    pub fn following(mut self, before: &Self) -> Self {
+        self.current = before.current.clone();
+        self.order = before.order.clone();
+        self
     }
 
     /// The same set, for a VMM that says in `current` which agent acts for it.
@@ -138,13 +159,13 @@ impl GuestMemory {
     /// marked. No page is discarded or freed in between. So at the end the page either has the
     /// content, or is given back.
     pub fn placing(&self) -> RwLockReadGuard<'_, ()> {
-        self.placing.read().unwrap_or_else(PoisonError::into_inner)
+        self.order.placing.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Held while pages are discarded, freed or populated, or a device writes: no placing is
     /// between its write and its marks. The VMM and the devices come one after another.
     pub fn giving_back(&self) -> RwLockWriteGuard<'_, ()> {
-        self.placing.write().unwrap_or_else(PoisonError::into_inner)
+        self.order.placing.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The blocks in the order of their GPA, as in the table. The indexes of blocks in the fence

@@ -16,6 +16,12 @@ use std::time::Duration;
 /// paused.
 const STATS_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// As [`SharedSession::wait_for_devices`], for the sets of blocks that share the order of `memory`.
+pub(super) fn wait_for_devices(memory: &GuestMemory) {
+    may_wait("wait for a buffer of a device");
+    drop(memory.populating());
+}
+
 impl SharedSession {
     /// The devices of the agent.
     pub fn devices(&self) -> &Arc<Devices> {
@@ -24,18 +30,36 @@ impl SharedSession {
 
     /// See [`SessionMemory`](crate::devices::access::SessionMemory).
     pub fn with_memory(&self, act: &mut dyn FnMut(&Arc<GuestMemory>)) -> bool {
-        let memory = self.lock().memory.clone();
-        let populating = memory.populating();
-        let job = self.lock().job.as_ref().map(|(job, _)| job.clone());
-        let allowed = match job {
-            Some(job) => job.populate_if_allowed(|| act(&memory)).is_ok(),
-            None => {
-                act(&memory);
-                true
+        loop {
+            let memory = self.lock().memory.clone();
+            let _populating = memory.populating();
+            let job = {
+                let session = self.lock();
+                if !Arc::ptr_eq(&session.memory, &memory) {
+                    // The VMM has changed its blocks, and need not wait for this device any more.
+                    continue;
+                }
+                session.job.as_ref().map(|(job, _)| job.clone())
+            };
+            // Another agent may have the memory by now.
+            if memory.current.check().is_err() {
+                return false;
             }
-        };
-        drop(populating);
-        allowed
+            return match job {
+                Some(job) => job.populate_if_allowed(|| act(&memory)).is_ok(),
+                None => {
+                    act(&memory);
+                    true
+                }
+            };
+        }
+    }
+
+    /// Waits until no device is in the middle of a buffer that it began before this call. A device
+    /// that begins later finds the session as it is now.
+    pub(super) fn wait_for_devices(&self) {
+        let memory = self.lock().memory.clone();
+        wait_for_devices(&memory);
     }
 
     /// The memory, to look at.

@@ -216,7 +216,11 @@ impl SharedSession {
             Request::AddBlock { geometry, fd_offset, vmm_address, flags } => {
                 self.add_block(geometry, fd_offset, vmm_address, flags, fds)
             }
-            Request::RemoveBlock { id } => self.lock().remove_block(id).map(|()| Success::Done),
+            Request::RemoveBlock { id } => {
+                self.lock().remove_block(id)?;
+                self.wait_for_devices();
+                Ok(Success::Done)
+            }
             Request::Discard { flags, ranges } => self.discard(&ranges, flags & DISCARD_PUNCH != 0),
             Request::Free { ranges } => self.free(&ranges),
             Request::Populate { ranges } => self.populate(&ranges),

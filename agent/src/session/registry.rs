@@ -86,7 +86,8 @@ impl Session {
         Ok(table)
     }
 
-    /// Removes the block with this id.
+    /// Removes the block with this id. A device may still be changing it: see
+    /// [`SharedSession::wait_for_devices`].
     pub(super) fn remove_block(&mut self, id: u32) -> Result<(), RemoteError> {
         self.check_idle("memory cannot be removed")?;
         let mut table = self.memory.table().clone();
@@ -102,7 +103,7 @@ impl Session {
         Ok(())
     }
 
-    /// Removes all blocks.
+    /// Removes all blocks. A device may still be changing them, as in [`Session::remove_block`].
     pub(super) fn clear_blocks(&mut self) -> Result<(), RemoteError> {
         self.check_idle("memory cannot be removed")?;
         self.replace(Vec::new(), BlockTable::new());
@@ -118,7 +119,8 @@ impl Session {
         }
         let (blocks, table) = (self.memory.blocks().to_vec(), self.memory.table().clone());
         let memory = GuestMemory::new(blocks, table, self.memory.log.clone());
-        self.memory = Arc::new(memory.owned_by(Arc::new(current)));
+        let memory = memory.following(&self.memory).owned_by(Arc::new(current));
+        self.memory = Arc::new(memory);
         Ok(())
     }
 
@@ -130,7 +132,7 @@ impl Session {
     /// Sets the memory. The old memory is dropped on another thread, because to drop the last
     /// reference may free a guest's memory.
     pub(super) fn set_memory(&mut self, memory: GuestMemory) {
-        let memory = memory.owned_by(self.memory.current.clone());
+        let memory = memory.following(&self.memory);
         let before = std::mem::replace(&mut self.memory, Arc::new(memory));
         self.retired.push(DeferredDrop::Memory(before));
     }

@@ -20,6 +20,7 @@ use super::Session;
 use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::lock::lock;
+use crate::session::devices::wait_for_devices;
 use crate::session::join;
 use crate::session::session_job::SessionJob;
 use crate::vm_name::VmName;
@@ -193,13 +194,16 @@ impl SharedSession {
             return;
         }
         log::info!("the VMM is gone");
-        locked.state.owner = None;
         // The job ends on its own thread. It keeps the memory with which it was started.
         locked.end();
         let next = locked.next_session();
         let before = std::mem::replace(&mut locked.state.session, next);
+        let memory = before.memory.clone();
         locked.retired.push(DeferredDrop::Session(Box::new(before)));
         drop(locked);
+        // The next VMM may use the same memory.
+        wait_for_devices(&memory);
+        self.state().owner = None;
         self.released.notify_all();
     }
 
@@ -418,6 +422,85 @@ mod tests {
             }
             drop(end);
             assert_eq!(back.join().unwrap(), (0, true));
+        });
+    }
+
+    /// Runs `meanwhile` while a device of the session is in the middle of a buffer, and gives it
+    /// what lets the device go on.
+    fn in_the_middle_of_a_buffer(session: &SharedSession, meanwhile: impl FnOnce(Sender<()>)) {
+        let (begin, begun) = channel();
+        let (go_on, goes_on) = channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                session.with_memory(&mut |_| {
+                    begin.send(()).unwrap();
+                    let _ = goes_on.recv();
+                })
+            });
+            begun.recv().unwrap();
+            meanwhile(go_on);
+        });
+    }
+
+    #[test]
+    fn memory_is_removed_when_no_device_uses_it() {
+        let session = session();
+        in_the_middle_of_a_buffer(&session, |go_on| {
+            let remove = Request::RemoveBlock { id: 1 };
+            std::thread::scope(|scope| {
+                let removed = scope.spawn(|| ask(&session, Role::Vmm, &remove, Vec::new()));
+                while !session.lock().memory.blocks().is_empty() {
+                    std::thread::yield_now();
+                }
+                assert!(!removed.is_finished());
+                // The new set of blocks has the order of the old one.
+                assert!(!session.lock().memory.populating_is_free());
+                drop(go_on);
+                assert_eq!(removed.join().unwrap(), 0);
+            });
+        });
+        // What comes later sees that there is no block.
+        assert!(session.with_memory(&mut |memory| assert!(memory.blocks().is_empty())));
+    }
+
+    #[test]
+    fn a_vmm_that_is_gone_is_forgotten_when_no_device_uses_its_memory() {
+        let session = session();
+        let (ours, _vmm) = UnixStream::pair().unwrap();
+        let ours = Arc::new(OwnedFd::from(ours));
+        assert_eq!(session.role(1, &ours, true), Role::Vmm);
+        in_the_middle_of_a_buffer(&session, |go_on| {
+            std::thread::scope(|scope| {
+                let ended = scope.spawn(|| session.connection_ended(1));
+                while !session.lock().memory.blocks().is_empty() {
+                    std::thread::yield_now();
+                }
+                assert!(session.has_owner() && !ended.is_finished());
+                drop(go_on);
+                ended.join().unwrap();
+            });
+        });
+        assert!(!session.has_owner());
+    }
+
+    #[test]
+    fn a_job_runs_when_no_device_is_in_the_middle_of_a_buffer() {
+        let session = session();
+        let (run, runs) = channel();
+        in_the_middle_of_a_buffer(&session, |go_on| {
+            let mut locked = session.lock();
+            let options = (&SnapshotOptions::default()).into();
+            let job = locked.new_job(JobKind::Snapshot, options).unwrap();
+            let running = job.clone();
+            let run = move || {
+                run.send(()).unwrap();
+                running.finish(Ok(()));
+            };
+            locked.run_job(SessionJob::Snapshot(job), run).unwrap();
+            drop(locked);
+            assert!(runs.recv_timeout(Duration::from_millis(50)).is_err());
+            drop(go_on);
+            runs.recv().unwrap();
         });
     }
 

@@ -147,7 +147,11 @@ impl Session {
             // The job of the VMM before was cancelled, and ends by itself. It may have the same
             // memory.
             match last_vmms.map_or(Ok(()), |last| wait_for_end(&last, &common)) {
-                Ok(()) => run(),
+                Ok(()) => {
+                    // A device that began a buffer before did not ask this job.
+                    super::devices::wait_for_devices(&common.memory);
+                    run();
+                }
                 Err(error) => common.finish(Err(error)),
             }
         };

@@ -145,6 +145,7 @@ impl SharedSession {
             FrontendReq::REM_MEM_REG => {
                 // A front-end may send a descriptor with this request. It is not needed.
                 self.lock().remove_region(decode_single_region(&body).map_err(malformed)?)?;
+                self.wait_for_devices();
                 Ok(None)
             }
             FrontendReq::SET_LOG_BASE => {
@@ -177,6 +178,7 @@ impl SharedSession {
         let before = session.memory.clone();
         session.clear_blocks()?;
         drop(session);
+        self.wait_for_devices();
         self.add_regions(regions, fds).inspect_err(|_| self.lock().memory = before)
     }
 
