@@ -3,7 +3,8 @@
 //! One buffer of a queue: a chain of descriptors, as the driver wrote it.
 //!
 //! Everything here comes from the guest: addresses and lengths may lie anywhere, and a chain may
-//! be a circle. The library ends a chain after as many descriptors as the queue has.
+//! be a circle. The library ends a chain after as many descriptors as its table has, and a table of
+//! indirect descriptors can have 65535. The device does not offer those.
 
 use super::guest_map::DeviceMemory;
 use pageferry_protocol::memory::PageRange;
@@ -14,6 +15,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 /// The memory of the front-end, as the library has mapped it.
 pub type Mapped = GuestMemoryMmap<BitmapMmapRegion>;
 
+/// The most descriptors of a queue, and so of a buffer.
+pub const MAX_DESCRIPTORS: usize = 1024;
 /// The most bytes of a buffer that a device reads.
 pub const MAX_READ: u64 = 1 << 20;
 /// The longest answer of a device.
@@ -42,7 +45,10 @@ pub struct Buffer<'a> {
 
 impl<'a> Buffer<'a> {
     /// The buffer with these descriptors.
-    pub fn new<M>(mapped: &'a Mapped, chain: DescriptorChain<M>) -> Self
+    ///
+    /// # Errors
+    /// If there are more than [`MAX_DESCRIPTORS`].
+    pub fn new<M>(mapped: &'a Mapped, chain: DescriptorChain<M>) -> Result<Self, &'static str>
     where
         M: std::ops::Deref + Clone,
         M::Target: vm_memory::GuestMemory,
@@ -50,6 +56,9 @@ impl<'a> Buffer<'a> {
         let head = chain.head_index();
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         for descriptor in chain {
+            if readable.len() + writable.len() == MAX_DESCRIPTORS {
+                return Err("a buffer has more descriptors than a queue");
+            }
             let piece = Piece { gpa: descriptor.addr().0, length: u64::from(descriptor.len()) };
             if descriptor.is_write_only() {
                 writable.push(piece);
@@ -57,7 +66,7 @@ impl<'a> Buffer<'a> {
                 readable.push(piece);
             }
         }
-        Self { mapped, head, readable, writable, answer: Vec::new() }
+        Ok(Self { mapped, head, readable, writable, answer: Vec::new() })
     }
 
     /// The index of its first descriptor, by which the driver knows it.
@@ -74,10 +83,11 @@ impl<'a> Buffer<'a> {
     pub fn read(&self, most: usize) -> Option<Vec<u8>> {
         let mut bytes = Vec::new();
         for piece in &self.readable {
-            let length = (most - bytes.len()).min(usize::try_from(piece.length).unwrap_or(most));
-            if length == 0 {
+            let left = most - bytes.len();
+            if left == 0 {
                 break;
             }
+            let length = left.min(usize::try_from(piece.length).unwrap_or(most));
             let start = bytes.len();
             bytes.resize(start + length, 0);
             self.mapped.read_slice(&mut bytes[start..], GuestAddress(piece.gpa)).ok()?;

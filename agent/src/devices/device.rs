@@ -18,15 +18,18 @@ pub trait Device: Debug + Send + Sync {
     /// The feature bits of this kind of device (`VIRTIO_F_*` of the transport come on top).
     fn features(&self) -> u64;
 
-    /// The driver has chosen these features, and begins anew. `features` may have bits of the
-    /// transport.
+    /// The driver has chosen these features. A front-end repeats them when it starts and stops the
+    /// dirty log. `features` may have bits of the transport.
     fn set_driver_features(&self, features: u64);
 
     /// A front-end has connected. The driver may repeat the last buffer that an earlier agent has
     /// handled and not returned.
     fn connected(&self) {}
 
-    /// The front-end has gone, or the guest has reset the device.
+    /// The front-end has gone. The driver goes on with the next one.
+    fn disconnected(&self);
+
+    /// The guest has reset the device.
     fn reset(&self);
 
     /// The configuration space.
@@ -42,13 +45,25 @@ pub trait Device: Debug + Send + Sync {
     ) -> Handled;
 
     /// A buffer that was kept and is to be returned now: index of the queue, and head of the
-    /// buffer. Called after [`super::back_end::DevicePort::wake`].
+    /// buffer. Asked for after each buffer, and after
+    /// [`DevicePort::wake`](super::port::DevicePort::wake).
     fn take_kept(&self) -> Option<(usize, u16)> {
         None
     }
 
     /// A buffer from [`Device::take_kept`] could not be returned yet.
     fn keep_again(&self, _queue: usize, _head: u16) {}
+
+    /// The queue is stopped. The device forgets the buffers of it that it keeps, which are the last
+    /// ones that it has got, and says how many they are.
+    fn forget_kept(&self, _queue: usize) -> u16 {
+        0
+    }
+
+    /// True once if the driver must read the configuration again. Asked for after each buffer.
+    fn take_config_change(&self) -> bool {
+        false
+    }
 
     /// The state of the device for its next back-end: what is in no queue and in no memory.
     fn save(&self) -> Vec<u8>;

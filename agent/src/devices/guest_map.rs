@@ -12,9 +12,8 @@ use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::fs::fstat;
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use vhost_user_backend::bitmap::BitmapMmapRegion;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use std::sync::{Arc, Weak};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 /// Device and inode of a file.
 type FileId = (u64, u64);
@@ -41,21 +40,21 @@ pub struct FrontEndTable(Vec<Region>);
 impl FrontEndTable {
     /// The regions of `memory`. One that is no file has no pages for us.
     pub fn of(memory: &Mapped) -> Self {
-        let region = |region: &GuestRegionMmap<BitmapMmapRegion>| {
-            let file = region.file_offset()?;
-            Some(Region {
-                gpa: region.start_addr().raw_value(),
-                length: region.len(),
-                file: file_id(file.file())?,
-                offset: file.start(),
-            })
-        };
-        Self(memory.iter().filter_map(region).collect())
+        let mut table = Self::default();
+        for region in memory.iter() {
+            if let Some(file) = region.file_offset() {
+                table.add(region.start_addr().raw_value(), region.len(), file.file(), file.start());
+            }
+        }
+        table
     }
 
-    /// Adds a region that is this part of a file.
+    /// Adds a region that is this part of a file. One that has no whole pages, or ends nowhere, is
+    /// left out: it is no memory of a guest.
     pub fn add(&mut self, gpa: u64, length: u64, file: impl AsFd, offset: u64) {
-        if let Some(file) = file_id(file) {
+        let is_whole = [gpa, length, offset].iter().all(|value| value.is_multiple_of(PAGE_SIZE));
+        let ends = gpa.checked_add(length).is_some() && offset.checked_add(length).is_some();
+        if let Some(file) = file_id(file).filter(|_| is_whole && ends) {
             self.0.push(Region { gpa, length, file, offset });
         }
     }
@@ -82,23 +81,24 @@ struct Piece {
 pub struct GuestMap {
     pieces: Vec<Piece>,
     /// The set of blocks for which this holds.
-    blocks: Option<Arc<GuestMemory>>,
+    blocks: Weak<GuestMemory>,
 }
 
 impl GuestMap {
     /// Brings the map up to date. `is_new` says that the table has changed.
     pub fn update(&mut self, table: &FrontEndTable, memory: &Arc<GuestMemory>, is_new: bool) {
-        if !is_new && self.blocks.as_ref().is_some_and(|blocks| Arc::ptr_eq(blocks, memory)) {
+        // The address of a set is not used again while this has it.
+        if !is_new && std::ptr::eq(self.blocks.as_ptr(), Arc::as_ptr(memory)) {
             return;
         }
-        self.blocks = Some(memory.clone());
+        self.blocks = Arc::downgrade(memory);
         self.pieces.clear();
         for (at, block) in memory.blocks().iter().enumerate() {
             let Some(file) = file_id(block.backing.fd()) else { continue };
             let (start, length) = (block.backing.file_offset(0), block.geometry.length);
             for region in table.0.iter().filter(|region| region.file == file) {
                 let first = region.offset.max(start);
-                let end = region.offset.saturating_add(region.length).min(start + length);
+                let end = (region.offset + region.length).min(start + length);
                 if first < end {
                     let gpa = region.gpa + (first - region.offset);
                     self.pieces.push(Piece { gpa, length: end - first, at, offset: first - start });
@@ -111,6 +111,7 @@ impl GuestMap {
     /// Calls `found` with the parts of `length` bytes from `gpa` that lie in blocks: index of the
     /// block, offset in the block, and length. Returns how many bytes lie in none.
     fn locate(&self, gpa: u64, length: u64, mut found: impl FnMut(usize, u64, u64)) -> u64 {
+        // No piece ends behind the last address.
         let end = gpa.saturating_add(length);
         let first = self.pieces.partition_point(|piece| piece.gpa + piece.length <= gpa);
         let mut left = end - gpa;
@@ -167,6 +168,22 @@ impl<'a> DeviceMemory<'a> {
     }
 }
 
+/// Tables for tests.
+#[cfg(test)]
+pub mod test_support {
+    use super::FrontEndTable;
+    use crate::memory::GuestMemory;
+
+    /// The table of a front-end that has the block at index `at` at its address.
+    pub fn whole_table(memory: &GuestMemory, at: usize) -> FrontEndTable {
+        let block = &memory.blocks()[at];
+        let mut table = FrontEndTable::default();
+        let (gpa, length) = (block.geometry.gpa, block.geometry.length);
+        table.add(gpa, length, block.backing.fd(), block.backing.file_offset(0));
+        table
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,5 +227,26 @@ mod tests {
         assert_eq!(found(u64::MAX - p, 2 * p), (vec![], p));
         assert_eq!(view.pages(0x20_0000 + 10, 1), [(1, PageRange::new(0, 1))]);
         assert_eq!(view.pages(0x20_0000 + p - 1, 2), [(1, PageRange::new(0, 2))]);
+    }
+
+    #[test]
+    fn regions_that_cannot_be_guest_memory_are_left_out() {
+        let memory = Arc::new(memory(&[16]));
+        let file = memory.blocks()[0].backing.fd();
+        let p = PAGE_SIZE;
+        for (gpa, length, offset) in [
+            (1, p, 0),
+            (0, p + 1, 0),
+            (0, p, 1),
+            (u64::MAX - p + 1, p, 0),
+            (0, p, u64::MAX - p + 1),
+            (u64::MAX, u64::MAX, u64::MAX),
+        ] {
+            let mut table = FrontEndTable::default();
+            table.add(gpa, length, file, offset);
+            let mut map = GuestMap::default();
+            map.update(&table, &memory, true);
+            assert_eq!(map.pieces, [], "{gpa:#x} {length:#x} {offset:#x}");
+        }
     }
 }

@@ -7,12 +7,14 @@
 //! asked for it, so every job knows of it at once. The device finds the pages by the file of the
 //! front-end's memory table: it is the file of a block.
 //!
-//! - [`socket`]: waits for a front-end, and serves one after another;
-//! - [`relay`]: hands messages from the front-end to the back-end library, and keeps the socket
-//!   by which the device tells of changes;
-//! - [`back_end`]: the back-end library's side: queues, features and configuration of any device;
+//! - [`port`]: a device, as the rest of the agent sees it;
 //! - [`device`]: what a kind of device has to do;
-//! - [`buffer`]: one buffer of a queue;
+//! - [`socket`]: waits for a front-end, and serves one after another;
+//! - `relay` and `messages`: hand messages from the front-end to the back-end library, and look at
+//!   them on the way;
+//! - [`back_end`]: the back-end library's side: features, configuration and events of any device;
+//! - `exit_event`: ends the library's thread;
+//! - [`queues`]: takes buffers from queues and returns them; [`buffer`]: one of them;
 //! - [`guest_map`]: which pages of which blocks a guest physical address is;
 //! - [`registry`]: the devices of an agent; [`state_pieces`]: their states in its jobs;
 //! - `state_transfer`: the state of a device, to and from a front-end;
@@ -24,10 +26,14 @@ pub mod back_end;
 pub mod balloon;
 pub mod buffer;
 pub mod device;
+mod exit_event;
 pub mod guest_map;
 pub mod mem;
+mod messages;
+pub mod port;
+pub mod queues;
 pub mod registry;
-pub mod relay;
+mod relay;
 pub mod socket;
 pub mod state_pieces;
 mod state_transfer;

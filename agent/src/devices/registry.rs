@@ -2,11 +2,11 @@
 
 //! The devices of an agent, as its session and its jobs see them.
 
-use super::back_end::DevicePort;
 use super::balloon::Balloon;
 use super::balloon::hints::FreePages;
 use super::device::Device;
 use super::mem::port::MemDevice;
+use super::port::DevicePort;
 use crate::memory::GuestMemory;
 use std::sync::{Arc, OnceLock};
 

@@ -2,13 +2,15 @@
 
 //! The socket of a device: serves one front-end after another, on a thread of its own.
 
-use super::back_end::{Connection, DevicePort, Memory};
+use super::back_end::Connection;
 use super::buffer::Mapped;
+use super::port::DevicePort;
+use super::queues::Memory;
 use super::relay;
 use crate::event::Event;
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
 use std::io;
@@ -16,7 +18,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 use vhost::vhost_user::Listener;
@@ -25,7 +27,7 @@ use vmm_sys_util::epoll::EventSet;
 
 /// Pause after a connection that could not be served.
 const PAUSE: Duration = Duration::from_millis(100);
-/// How long the threads of a connection may take to end.
+/// How long the threads of a connection may take to end before this says that it waits for them.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The socket of a device. Dropping it ends the connection.
@@ -67,12 +69,12 @@ impl Drop for DeviceSocket {
 
 fn serve(listener: &UnixPathListener, path: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>) {
     let name = port.device().name();
-    while let Ok(true) = wait(listener.as_fd(), stop) {
+    while wait(listener.as_fd(), stop) {
         let front_end = match accept_with(listener.as_fd(), SocketFlags::CLOEXEC) {
             Ok(front_end) => front_end,
             Err(errno) => {
                 log::warn!("{name}: a front-end cannot be accepted: {errno}");
-                std::thread::sleep(PAUSE);
+                pause(stop);
                 continue;
             }
         };
@@ -83,26 +85,36 @@ fn serve(listener: &UnixPathListener, path: &Path, port: &Arc<DevicePort>, stop:
         log::info!("{name}: a front-end has connected");
         if let Err(error) = serve_one(front_end, path, port, stop) {
             log::warn!("{name}: {}", crate::error::chain(&*error));
-            std::thread::sleep(PAUSE);
+            pause(stop);
         }
-        port.set_front_end(None);
         log::info!("{name}: the front-end is gone");
     }
 }
 
 /// Waits until `fd` is readable. False if `stop` is.
-fn wait(fd: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> Result<bool, Errno> {
+fn wait(fd: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
     loop {
         let mut polled = [
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
             PollFd::from_borrowed_fd(fd, PollFlags::IN),
         ];
         match poll(&mut polled, None) {
-            Ok(_) => return Ok(polled[0].revents().is_empty()),
+            Ok(_) => return polled[0].revents().is_empty(),
             Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno),
+            Err(errno) => {
+                log::error!("the socket of a device is not served any more: {errno}");
+                return false;
+            }
         }
     }
+}
+
+/// Pauses, unless `stop` is readable.
+fn pause(stop: BorrowedFd<'_>) {
+    let mut polled = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+    let pause = Timespec { tv_sec: 0, tv_nsec: PAUSE.subsec_nanos().into() };
+    // An interrupted pause is a short one.
+    let _ = poll(&mut polled, Some(&pause));
 }
 
 /// Serves a front-end until it or this agent ends the connection.
@@ -111,8 +123,23 @@ fn serve_one(
 ) -> Result<(), Box<dyn std::error::Error>> {
     let name = port.device().name();
     let (connection, ended) = Connection::new(port.clone());
+    let served = serve_connection(front_end, path, port, stop, connection);
+    port.set_front_end(None);
+    wait_for_threads(name, &ended);
+    port.device().disconnected();
+    served
+}
+
+/// Returns when the library's threads have been told to end. The last one of them drops the last
+/// copy of `connection`.
+fn serve_connection(
+    front_end: OwnedFd, path: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
+    connection: Connection,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let name = port.device().name();
     let wake_token = connection.wake_token();
-    let mut daemon = VhostUserDaemon::new(name.to_owned(), connection, Memory::new(Mapped::new()))
+    let memory = Memory::new(Mapped::new());
+    let mut daemon = VhostUserDaemon::new(name.to_owned(), connection.clone(), memory)
         .map_err(|error| error.to_string())?;
     let queues = daemon.get_epoll_handlers();
     for handler in &queues {
@@ -124,19 +151,24 @@ fn serve_one(
     }
     let library = connect_to_library(&mut daemon, path)?;
     let relayed = relay::run(front_end.into(), library.into(), port, stop);
+    connection.end();
     // The library reads the end of the connection, and its thread ends.
     let waited = daemon.wait();
     queues.iter().for_each(|handler| handler.send_exit_event());
-    drop((daemon, queues));
-    if ended.recv_timeout(END_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
-        log::warn!("{name}: a buffer of the last front-end is still being handled");
-    }
     relayed?;
     // The library calls the end of a connection an error, too.
     if let Err(error) = waited {
         log::debug!("{name}: {error}");
     }
     Ok(())
+}
+
+/// Waits for the threads of a connection. The next front-end may have the same driver, so two of
+/// them must not be served at once.
+fn wait_for_threads(name: &str, ended: &Receiver<()>) {
+    while ended.recv_timeout(END_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
+        log::warn!("{name}: a buffer of the last front-end is still being handled");
+    }
 }
 
 /// A socket to the library, which accepts connections and takes none that are made.

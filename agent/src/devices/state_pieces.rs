@@ -93,8 +93,8 @@ fn load(
 mod tests {
     use super::*;
     use crate::devices::access::SessionMemory;
-    use crate::devices::back_end::DevicePort;
     use crate::devices::balloon::Balloon;
+    use crate::devices::port::DevicePort;
     use crate::memory::GuestMemory;
     use std::os::fd::AsFd;
     use std::sync::Arc;

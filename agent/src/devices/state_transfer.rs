@@ -5,25 +5,36 @@
 
 use super::device::Device;
 use crate::lock::lock;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 use vhost::vhost_user::message::VhostTransferStateDirection;
 
 /// The largest state.
-const MAX_STATE: u64 = 64 << 10;
+const MAX_STATE: usize = 64 << 10;
+/// How long a transfer may take: the front-end waits in CHECK_DEVICE_STATE, and its guest is
+/// paused.
+const LIMIT: Duration = Duration::from_secs(10);
+/// How often a transfer looks whether the connection has ended.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A transfer, or none.
 #[derive(Debug)]
 pub(super) struct StateTransfer {
     device: Arc<dyn Device>,
     thread: Mutex<Option<JoinHandle<Result<(), String>>>>,
+    ending: Arc<AtomicBool>,
 }
 
 impl StateTransfer {
     pub(super) fn new(device: Arc<dyn Device>) -> Self {
-        Self { device, thread: Mutex::default() }
+        Self { device, thread: Mutex::default(), ending: Arc::default() }
     }
 
     /// Begins to write the state to `file`, or to read it.
@@ -38,15 +49,16 @@ impl StateTransfer {
             ));
         }
         let device = self.device.clone();
+        let mut pipe = Pipe { file, deadline: Instant::now() + LIMIT, ending: self.ending.clone() };
         let transfer = move || match direction {
-            VhostTransferStateDirection::SAVE => save(&*device, file),
-            VhostTransferStateDirection::LOAD => load(&*device, file),
+            VhostTransferStateDirection::SAVE => pipe.write(&device.save()),
+            VhostTransferStateDirection::LOAD => device.load(&pipe.read()?),
         };
         *thread = Some(Builder::new().name("device-state".to_owned()).spawn(transfer)?);
         Ok(())
     }
 
-    /// How the transfer has ended. The front-end has closed its end of the pipe.
+    /// How the transfer has ended. Waits until then.
     pub(super) fn finish(&self) -> io::Result<()> {
         let Some(thread) = lock(&self.thread).take() else {
             return Err(io::Error::other("no state of the device is on its way"));
@@ -58,18 +70,62 @@ impl StateTransfer {
             io::Error::other(why)
         })
     }
-}
 
-fn save(device: &dyn Device, mut file: File) -> Result<(), String> {
-    file.write_all(&device.save()).map_err(|error| format!("cannot write it: {error}"))
-}
-
-fn load(device: &dyn Device, file: File) -> Result<(), String> {
-    let mut state = Vec::new();
-    let read = file.take(MAX_STATE + 1).read_to_end(&mut state);
-    read.map_err(|error| format!("cannot read it: {error}"))?;
-    if state.len() as u64 > MAX_STATE {
-        return Err(format!("it has more than {MAX_STATE} bytes"));
+    /// Ends a transfer: the front-end is gone.
+    pub(super) fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
     }
-    device.load(&state)
+}
+
+/// The front-end's pipe, which it may leave as it is.
+struct Pipe {
+    file: File,
+    deadline: Instant,
+    ending: Arc<AtomicBool>,
+}
+
+impl Pipe {
+    fn write(&mut self, state: &[u8]) -> Result<(), String> {
+        // A pipe that can be written has room for so many bytes at once.
+        for part in state.chunks(rustix::pipe::PIPE_BUF) {
+            self.wait(PollFlags::OUT)?;
+            self.file.write_all(part).map_err(|error| format!("cannot write it: {error}"))?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<Vec<u8>, String> {
+        let (mut state, mut part) = (Vec::new(), [0; 4096]);
+        loop {
+            self.wait(PollFlags::IN)?;
+            match self.file.read(&mut part) {
+                Ok(0) => return Ok(state),
+                Ok(length) => state.extend_from_slice(&part[..length]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(format!("cannot read it: {error}")),
+            }
+            if state.len() > MAX_STATE {
+                return Err(format!("it has more than {MAX_STATE} bytes"));
+            }
+        }
+    }
+
+    fn wait(&self, events: PollFlags) -> Result<(), String> {
+        let look = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
+        loop {
+            let mut polled = [PollFd::from_borrowed_fd(self.file.as_fd(), events)];
+            match poll(&mut polled, Some(&look)) {
+                Ok(0) | Err(Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(errno.to_string()),
+            }
+            if self.ending.load(Ordering::Relaxed) {
+                return Err("the front-end is gone".to_owned());
+            }
+            if Instant::now() >= self.deadline {
+                let seconds = LIMIT.as_secs();
+                return Err(format!("the front-end has not moved it within {seconds} s"));
+            }
+        }
+    }
 }

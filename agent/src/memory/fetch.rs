@@ -23,9 +23,17 @@ impl GuestMemory {
         self.missing_pages().is_none_or(|missing| self.missing_of(&missing, pages).is_empty())
     }
 
+    /// True if one of these pages is discarded. A device leaves it alone: a touch would allocate it
+    /// ([`never-populate`](crate::invariants#never-populate)).
+    pub fn are_discarded(&self, pages: &[(usize, PageRange)]) -> bool {
+        pages.iter().any(|(at, range)| self.blocks()[*at].discarded.runs(*range).next().is_some())
+    }
+
     /// Fetches those of these pages that are missing, and waits for them. False if they do not come
-    /// within `limit`.
-    pub fn fetch(&self, pages: &[(usize, PageRange)], limit: Duration) -> bool {
+    /// within `limit`, or `go_on` is false before.
+    pub fn fetch(
+        &self, pages: &[(usize, PageRange)], limit: Duration, go_on: impl Fn() -> bool,
+    ) -> bool {
         may_wait("fetch pages for a device");
         let end = Instant::now() + limit;
         loop {
@@ -34,7 +42,7 @@ impl GuestMemory {
             if missing.is_empty() {
                 return true;
             }
-            if Instant::now() >= end {
+            if Instant::now() >= end || !go_on() {
                 return false;
             }
             missing_pages.demand(missing);

@@ -29,9 +29,9 @@ mod connection;
 mod hub;
 mod listener;
 
-use crate::devices::back_end::DevicePort;
 use crate::devices::balloon::Balloon;
 use crate::devices::mem::port::{MemDevice, MemOptions};
+use crate::devices::port::DevicePort;
 use crate::devices::socket::DeviceSocket;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;

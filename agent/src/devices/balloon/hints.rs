@@ -79,9 +79,12 @@ impl Hints {
         self.round.as_ref().map_or(self.ended, |round| round.pages.count())
     }
 
-    /// The driver begins anew.
+    /// The driver begins anew, and has not answered yet.
     pub fn reset(&mut self) {
-        (self.command, self.answers) = (STOP, STOP);
+        self.answers = STOP;
+        if self.round.is_none() {
+            self.command = STOP;
+        }
     }
 
     /// The driver says which round it answers, or that it has no more pages.
@@ -100,7 +103,7 @@ impl Hints {
         }
         // Only whole pages are free.
         let end = gpa.saturating_add(length) / PAGE_SIZE * PAGE_SIZE;
-        let start = gpa.next_multiple_of(PAGE_SIZE);
+        let Some(start) = gpa.checked_next_multiple_of(PAGE_SIZE) else { return };
         for (at, pages) in memory.pages(start, end.saturating_sub(start)) {
             round.pages.block(at).set(PageRange::new(pages.first, pages.count));
         }
@@ -110,6 +113,8 @@ impl Hints {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::guest_map::GuestMap;
+    use crate::devices::guest_map::test_support::whole_table;
     use crate::memory::test_support::memory;
 
     #[test]
@@ -126,5 +131,26 @@ mod tests {
         hints.last = u32::MAX;
         assert!(hints.begin(&memory).is_some());
         assert_eq!(hints.command(), FIRST, "after the last number");
+    }
+
+    #[test]
+    fn only_whole_pages_of_the_round_that_was_asked_for_are_free() {
+        let blocks = Arc::new(memory(&[8]));
+        let mut map = GuestMap::default();
+        map.update(&whole_table(&blocks, 0), &blocks, true);
+        let view = DeviceMemory::new(&blocks, &map);
+        let mut hints = Hints::default();
+        let round = hints.begin(&blocks).unwrap();
+        hints.add(&view, 0, PAGE_SIZE);
+        assert_eq!(hints.pages(), 0, "the driver has not answered");
+        hints.set_round(&FIRST.to_le_bytes());
+        hints.add(&view, 1, 3 * PAGE_SIZE);
+        assert_eq!(round.word(0, 0), 0b110);
+        // Addresses at the end of the address space.
+        hints.add(&view, u64::MAX, u64::MAX);
+        hints.add(&view, u64::MAX - PAGE_SIZE, u64::MAX);
+        hints.set_round(&(FIRST - 1).to_le_bytes());
+        hints.add(&view, 5 * PAGE_SIZE, PAGE_SIZE);
+        assert_eq!(hints.pages(), 2, "a stale round");
     }
 }

@@ -113,6 +113,19 @@ impl Balloon {
         lock(&self.state).hints.end();
     }
 
+    /// Frees what the guest has given back. This may wait for a disk, so it does not hold the
+    /// state, which operators and the driver read meanwhile.
+    fn free(&self, memory: &DeviceMemory<'_>, ranges: &[BlockRange]) {
+        if ranges.is_empty() {
+            return;
+        }
+        match memory.memory().free(ranges) {
+            Ok(pages) => lock(&self.state).freed += pages * PAGE_SIZE,
+            // The ranges were made from the blocks, so this is a defect.
+            Err(error) => log::error!("balloon: {}", crate::error::chain(&error)),
+        }
+    }
+
     /// What operators see.
     pub fn status(&self) -> BalloonStatus {
         let state = lock(&self.state);
@@ -133,51 +146,43 @@ impl State {
         self.features.is_some_and(|features| features & feature != 0)
     }
 
-    /// Pages that the driver has put into the balloon.
-    fn inflate(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
-        let Some(numbers) = buffer.read(MAX_PAGE_NUMBERS) else {
-            return Handled::Break("a buffer of page numbers does not lie in memory");
-        };
+    /// Pages that the driver has put into the balloon. Returns what is to be freed.
+    fn inflate(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Taken {
+        let numbers = read_page_numbers(buffer)?;
         let mut ranges = Vec::new();
         for (first, count) in inflate::runs(&numbers) {
             self.outside += memory.ranges(first * PAGE_SIZE, count * PAGE_SIZE, &mut ranges);
         }
-        let whole = self.inflated.add(memory.memory(), &ranges);
-        self.free(memory, &whole);
-        Handled::Return
+        Ok(self.inflated.add(memory.memory(), &ranges))
     }
 
     /// Pages that the driver takes out of the balloon. It may have used them already.
-    fn deflate(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
-        let Some(numbers) = buffer.read(MAX_PAGE_NUMBERS) else {
-            return Handled::Break("a buffer of page numbers does not lie in memory");
-        };
+    fn deflate(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Taken {
+        let numbers = read_page_numbers(buffer)?;
         let mut ranges = Vec::new();
         for (first, count) in inflate::runs(&numbers) {
             memory.ranges(first * PAGE_SIZE, count * PAGE_SIZE, &mut ranges);
         }
         self.inflated.remove(memory.memory(), &ranges);
-        Handled::Return
+        Ok(Vec::new())
     }
 
-    /// Free memory that the driver does not use until it gets the buffer back.
-    fn report(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
-        if self.expects_poison() {
-            return Handled::Return;
-        }
+    /// Free memory that the driver does not use until it gets the buffer back. Returns what is to
+    /// be freed.
+    fn report(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Taken {
         let mut ranges = Vec::new();
+        if self.expects_poison() {
+            return Ok(ranges);
+        }
         for piece in buffer.writable() {
             self.outside += memory.ranges(piece.gpa, piece.length, &mut ranges);
         }
-        self.free(memory, &ranges);
-        Handled::Return
+        Ok(ranges)
     }
 
     /// What the driver says about free pages.
-    fn take_hints(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Handled {
-        let Some(number) = buffer.read(4) else {
-            return Handled::Break("a number of a round of hints does not lie in memory");
-        };
+    fn take_hints(&mut self, buffer: &Buffer<'_>, memory: &DeviceMemory<'_>) -> Taken {
+        let number = buffer.read(4).ok_or("a number of a round of hints does not lie in memory")?;
         self.hints.set_round(&number);
         // As for reports: such a driver reads its free pages.
         if !self.expects_poison() {
@@ -185,31 +190,20 @@ impl State {
                 self.hints.add(memory, piece.gpa, piece.length);
             }
         }
-        Handled::Return
+        Ok(Vec::new())
     }
 
     /// The driver fills free pages with a pattern, and expects to find it there.
     fn expects_poison(&self) -> bool {
         self.has(feature::PAGE_POISON) && self.config.poison != 0
     }
+}
 
-    fn free(&mut self, memory: &DeviceMemory<'_>, ranges: &[BlockRange]) {
-        match memory.memory().free(ranges) {
-            Ok(pages) => self.freed += pages * PAGE_SIZE,
-            // The ranges were made from the blocks, so this is a defect.
-            Err(error) => log::error!("balloon: {}", crate::error::chain(&error)),
-        }
-    }
+/// What a buffer gives back, or why it cannot be handled.
+type Taken = Result<Vec<BlockRange>, &'static str>;
 
-    fn take_stats(&mut self, buffer: &Buffer<'_>) -> Handled {
-        match buffer.read(MAX_STATS) {
-            Some(bytes) => {
-                self.stats.set(&bytes, buffer.head());
-                Handled::Keep
-            }
-            None => Handled::Break("a buffer of statistics does not lie in memory"),
-        }
-    }
+fn read_page_numbers(buffer: &Buffer<'_>) -> Result<Vec<u8>, &'static str> {
+    buffer.read(MAX_PAGE_NUMBERS).ok_or("a buffer of page numbers does not lie in memory")
 }
 
 impl Device for Balloon {
@@ -230,9 +224,13 @@ impl Device for Balloon {
     }
 
     fn set_driver_features(&self, features: u64) {
+        lock(&self.state).features = Some(features);
+    }
+
+    fn disconnected(&self) {
         let mut state = lock(&self.state);
-        state.features = Some(features);
-        state.stats.forget_buffer();
+        state.features = None;
+        state.stats.forget_buffers();
         state.hints.reset();
     }
 
@@ -263,29 +261,42 @@ impl Device for Balloon {
         let Some(features) = state.features else {
             return Handled::Break("the driver has chosen no features");
         };
-        match queues::purpose(queue, features, in_use) {
+        let taken = match queues::purpose(queue, features, in_use) {
             Some(Queue::Inflate) => state.inflate(buffer, memory),
             Some(Queue::Deflate) => state.deflate(buffer, memory),
             Some(Queue::Stats) => {
-                let taken = state.take_stats(buffer);
+                let Some(bytes) = buffer.read(MAX_STATS) else {
+                    return Handled::Break("a buffer of statistics does not lie in memory");
+                };
+                state.stats.set(&bytes, buffer.head());
                 self.stats_sent.notify_all();
-                taken
+                return Handled::Keep;
             }
             Some(Queue::Hint) => state.take_hints(buffer, memory),
             Some(Queue::Report) => state.report(buffer, memory),
-            None => Handled::Break("no feature that the driver has chosen uses it"),
+            None => Err("no feature that the driver has chosen uses it"),
+        };
+        drop(state);
+        match taken {
+            Ok(ranges) => self.free(memory, &ranges),
+            Err(why) => return Handled::Break(why),
         }
+        Handled::Return
     }
 
     fn take_kept(&self) -> Option<(usize, u16)> {
         let mut state = lock(&self.state);
-        let head = state.stats.take_buffer()?;
+        let head = state.stats.take_due()?;
         // Statistics come third in every numbering.
         Some((queues::STATS, head))
     }
 
     fn keep_again(&self, _queue: usize, head: u16) {
-        lock(&self.state).stats.keep(head);
+        lock(&self.state).stats.keep_due(head);
+    }
+
+    fn forget_kept(&self, queue: usize) -> u16 {
+        if queue == queues::STATS { lock(&self.state).stats.forget_buffers() } else { 0 }
     }
 
     fn save(&self) -> Vec<u8> {

@@ -12,8 +12,8 @@ pub struct Stats {
     all: Vec<(u16, u64)>,
     /// The driver's buffer.
     buffer: Option<u16>,
-    /// An operator has asked.
-    asked: bool,
+    /// Buffers that the driver is to get back: an operator has asked, or a newer one has come.
+    due: Vec<u16>,
     count: u64,
 }
 
@@ -22,28 +22,31 @@ impl Stats {
     pub fn set(&mut self, bytes: &[u8], head: u16) {
         self.all = bytes.chunks_exact(ENTRY).map(entry).collect();
         self.count += 1;
-        self.keep(head);
-    }
-
-    /// The device has this buffer.
-    pub fn keep(&mut self, head: u16) {
-        self.buffer = Some(head);
+        self.due.extend(self.buffer.replace(head));
     }
 
     /// Asks for new values. False if the driver has sent no buffer by which to ask.
     pub fn ask(&mut self) -> bool {
-        self.asked = self.buffer.is_some();
-        self.asked
+        self.due.extend(self.buffer.take());
+        !self.due.is_empty()
     }
 
-    /// The buffer, if it is to be returned.
-    pub fn take_buffer(&mut self) -> Option<u16> {
-        self.buffer.take_if(|_| std::mem::take(&mut self.asked))
+    /// A buffer that is to be returned.
+    pub fn take_due(&mut self) -> Option<u16> {
+        self.due.pop()
     }
 
-    /// The driver begins anew, and so does its queue.
-    pub fn forget_buffer(&mut self) {
-        (self.buffer, self.asked) = (None, false);
+    /// A buffer from [`Stats::take_due`] could not be returned.
+    pub fn keep_due(&mut self, head: u16) {
+        self.due.push(head);
+    }
+
+    /// The device has no buffer any more. Returns how many there were.
+    pub fn forget_buffers(&mut self) -> u16 {
+        let count = usize::from(self.buffer.take().is_some()) + self.due.len();
+        self.due.clear();
+        // A queue has fewer.
+        count as u16
     }
 
     /// The values.
@@ -69,13 +72,19 @@ mod tests {
     #[test]
     fn buffer_is_returned_when_somebody_asks() {
         let mut stats = Stats::default();
-        assert!(!stats.ask() && stats.take_buffer().is_none());
+        assert!(!stats.ask() && stats.take_due().is_none());
         let bytes = [&[4, 0], &0x1_0000_0000u64.to_le_bytes()[..], &[5, 0, 1]].concat();
         stats.set(&bytes, 3);
         assert_eq!(stats.all(), [(4, 0x1_0000_0000)], "a part of a value is left out");
-        assert_eq!(stats.take_buffer(), None, "nobody has asked");
+        assert_eq!(stats.take_due(), None, "nobody has asked");
         assert!(stats.ask());
-        assert_eq!(stats.take_buffer(), Some(3));
+        assert_eq!(stats.take_due(), Some(3));
         assert!(!stats.ask(), "the driver has its buffer");
+        stats.set(&bytes, 4);
+        stats.set(&bytes, 5);
+        assert_eq!(stats.take_due(), Some(4), "a newer one has come");
+        stats.keep_due(4);
+        assert_eq!(stats.forget_buffers(), 2);
+        assert_eq!((stats.take_due(), stats.ask()), (None, false));
     }
 }

@@ -87,10 +87,10 @@ pub struct VirtioMem<M> {
 }
 
 impl<M: PluggableMemory> VirtioMem<M> {
-    /// A device whose requested size is zero. Counts which blocks of `memory` are plugged.
-    ///
-    /// For a guest that starts, call [`Self::unplug_all`] next: memory that nobody has discarded
-    /// yet counts as plugged.
+    /// A device whose requested size is what is plugged in `memory`. That is nothing for a guest
+    /// that starts, whose memory is handed over as discarded. Otherwise an agent before this one
+    /// has died, and with it the size that the operator wants. A smaller size would have the guest
+    /// unplug its memory.
     ///
     /// # Errors
     /// If a field of `region` is not valid.
@@ -105,6 +105,9 @@ impl<M: PluggableMemory> VirtioMem<M> {
             may_be_replay: false,
         };
         device.recount();
+        device.requested_size = device.plugged_size;
+        device.usable_region_size =
+            device.usable_region_size.max(region.usable_for(device.requested_size));
         Ok(device)
     }
 

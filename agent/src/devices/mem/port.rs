@@ -29,6 +29,8 @@ pub struct MemDevice {
     options: MemOptions,
     session: Arc<dyn SessionMemory>,
     state: Mutex<State>,
+    /// The configuration when the state was free last.
+    config: Mutex<Vec<u8>>,
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +42,12 @@ struct State {
     block: PluggedBlock,
     /// What was said about the block last, so that it is said once.
     complaint: String,
+    /// A front-end has connected while there was no state machine: the first request may be a
+    /// replay.
+    may_be_replay: bool,
+    /// The state machine was made for a guest that has plugged blocks. An agent before this one has
+    /// told its driver another size.
+    sizes_are_new: bool,
 }
 
 /// The sentence for an agent whose VMM has not handed over the block.
@@ -50,7 +58,7 @@ fn no_block(name: &str) -> String {
 impl MemDevice {
     /// A device on the memory of `session`.
     pub fn new(options: MemOptions, session: Arc<dyn SessionMemory>) -> Self {
-        Self { options, session, state: Mutex::default() }
+        Self { options, session, state: Mutex::default(), config: Mutex::default() }
     }
 
     /// Sets how much memory the guest is to have plugged, in bytes. True if that has changed: then
@@ -108,6 +116,12 @@ impl State {
         if !self.device.as_ref().is_some_and(is_same) {
             // Its fields were checked.
             self.device = VirtioMem::new(region, self.block.clone()).ok().map(|made| (made, id));
+            if let Some((device, _)) = &mut self.device {
+                if std::mem::take(&mut self.may_be_replay) {
+                    device.connected();
+                }
+                self.sizes_are_new = device.config().plugged_size > 0;
+            }
         }
         let (device, _) = self.device.as_mut()?;
         // A job may have changed which blocks are plugged.
@@ -134,23 +148,42 @@ impl Device for MemDevice {
     }
 
     fn connected(&self) {
-        if let Some((device, _)) = &mut lock(&self.state).device {
-            device.connected();
+        let mut state = lock(&self.state);
+        match &mut state.device {
+            Some((device, _)) => device.connected(),
+            None => state.may_be_replay = true,
         }
+    }
+
+    fn disconnected(&self) {
+        lock(&self.state).features = None;
     }
 
     fn reset(&self) {
         let mut state = lock(&self.state);
         state.features = None;
+        state.may_be_replay = false;
         if let Some((device, _)) = &mut state.device {
             device.reset();
         }
     }
 
     fn config(&self) -> Vec<u8> {
-        // Without a block there is nothing to plug.
-        let config = self.with_device(|device| device.config().encode().to_vec());
-        config.unwrap_or_else(|| vec![0; super::wire::CONFIG_SIZE])
+        let mut config = lock(&self.config);
+        let memory = self.session.memory();
+        // While a request waits for a disk, the driver reads what held before.
+        if let (Ok(mut state), Some(memory)) = (self.state.try_lock(), memory) {
+            // Without a block there is nothing to plug.
+            *config = state
+                .on(&self.options, &memory, |device| device.config().encode().to_vec())
+                .unwrap_or_default();
+        }
+        config.resize(super::wire::CONFIG_SIZE, 0);
+        config.clone()
+    }
+
+    fn take_config_change(&self) -> bool {
+        std::mem::take(&mut lock(&self.state).sizes_are_new)
     }
 
     fn write_config(&self, _offset: u32, _bytes: &[u8]) {}
@@ -191,6 +224,8 @@ impl Device for MemDevice {
     fn load(&self, state: &[u8]) -> Result<(), String> {
         let loaded = self
             .with_device(|device| device.load(state).map_err(|error| crate::error::chain(&error)));
+        // The driver knows the sizes of the state.
+        lock(&self.state).sizes_are_new = false;
         loaded.unwrap_or_else(|| Err(no_block(&self.options.block)))
     }
 }
