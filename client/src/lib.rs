@@ -191,6 +191,7 @@ mod client;
 mod config;
 mod control;
 mod deadline;
+mod devices;
 mod discard_queue;
 mod discards;
 pub mod error;
@@ -228,6 +229,7 @@ pub use block::{BlockAdded, BlockSpec};
 pub use blocks::MemoryRegion;
 pub use client::{Client, WeakClient};
 pub use config::Config;
+pub use devices::Device;
 pub use discards::Punch;
 pub use error::{Error, PathError};
 #[cfg(feature = "vm-memory")]

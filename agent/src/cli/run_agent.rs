@@ -9,6 +9,7 @@
 use super::AgentArgs;
 use super::exit::Exit;
 use crate::devices::mem::port::MemOptions;
+use crate::devices::registry::NewDevice;
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
@@ -131,13 +132,13 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
     if let Some(path) = &args.balloon {
         let failed =
             |error| format!("--balloon {}: {}", path.display(), crate::error::chain(&error));
-        server.serve_balloon(path).map_err(failed)?;
+        server.serve_device(NewDevice::Balloon, path).map_err(failed)?;
         log::info!("balloon on {}", path.display());
     }
     if let Some((path, block)) = args.mem.as_ref().zip(args.mem_block.clone()) {
         let failed = |error| format!("--mem {}: {}", path.display(), crate::error::chain(&error));
         let options = MemOptions { block, block_size: args.mem_block_size };
-        server.serve_mem(path, options).map_err(failed)?;
+        server.serve_device(NewDevice::Mem(options), path).map_err(failed)?;
         log::info!("virtio-mem on {}", path.display());
     }
     if let Some(notifier) = notifier {

@@ -8,6 +8,7 @@ use crate::event::Event;
 use crate::lock::lock;
 use pageferry_protocol::control::FrameSocket;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,9 @@ pub struct DevicePort {
     session: Arc<dyn SessionMemory>,
     wake: Event,
     front_end: Mutex<FrontEnd>,
+    /// A connection that the VMM has handed over, and the event for who serves it.
+    handed_over: Mutex<Option<OwnedFd>>,
+    is_handed_over: Event,
 }
 
 /// How the driver hears that the configuration has changed.
@@ -42,7 +46,38 @@ impl DevicePort {
     /// # Errors
     /// If the kernel refuses an event.
     pub fn new(device: Arc<dyn Device>, session: Arc<dyn SessionMemory>) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self { device, session, wake: Event::new()?, front_end: Mutex::default() }))
+        Ok(Arc::new(Self {
+            device,
+            session,
+            wake: Event::new()?,
+            front_end: Mutex::default(),
+            handed_over: Mutex::default(),
+            is_handed_over: Event::new()?,
+        }))
+    }
+
+    /// Hands over a connection of a front-end. It is served when the one before has ended. False if
+    /// another one waits for that already.
+    pub(super) fn hand_over(&self, front_end: OwnedFd) -> bool {
+        let mut handed_over = lock(&self.handed_over);
+        if handed_over.is_some() {
+            return false;
+        }
+        *handed_over = Some(front_end);
+        self.is_handed_over.signal();
+        true
+    }
+
+    /// Takes the connection that was handed over.
+    pub(super) fn take_handed_over(&self) -> Option<OwnedFd> {
+        let mut handed_over = lock(&self.handed_over);
+        self.is_handed_over.reset();
+        handed_over.take()
+    }
+
+    /// Readable when a connection was handed over.
+    pub(super) fn handed_over_event(&self) -> &Event {
+        &self.is_handed_over
     }
 
     /// The memory that the device changes.

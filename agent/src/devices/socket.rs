@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The socket of a device: serves one front-end after another, on a thread of its own.
+//! The front-ends of a device: serves one after another, on a thread of its own.
 
 use super::back_end::Connection;
 use super::buffer::Mapped;
@@ -13,6 +13,7 @@ use crate::transport::unix_socket::check_peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -30,7 +31,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How long the threads of a connection may take to end before this says that it waits for them.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The socket of a device. Dropping it ends the connection.
+/// Serves the front-ends of a device. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct DeviceSocket {
     port: Arc<DevicePort>,
@@ -38,23 +39,45 @@ pub struct DeviceSocket {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Where front-ends come from: the VMM hands them over, and there may be a path.
+struct Arrivals {
+    port: Arc<DevicePort>,
+    listener: Option<UnixPathListener>,
+    stop: Event,
+}
+
 impl DeviceSocket {
-    /// Waits for front-ends at `path`, which gets mode 0600.
+    /// Serves front-ends that connect to `path`, which gets mode 0600, and those that are handed
+    /// over.
     ///
     /// # Errors
     /// If the path cannot be bound, or the kernel refuses a thread.
     pub fn listen(path: &Path, port: Arc<DevicePort>) -> io::Result<Self> {
-        let listener = UnixPathListener::bind(path)?;
-        let stop = Event::new()?;
-        let (served, end, path) = (port.clone(), stop.try_clone()?, path.to_owned());
-        let serve = move || serve(&listener, &path, &served, end.as_fd());
-        let thread = Builder::new().name(port.device().name().to_owned()).spawn(serve)?;
-        Ok(Self { port, stop, thread: Some(thread) })
+        let mut inner = path.as_os_str().to_owned();
+        inner.push(".inner");
+        Self::start(port, Some(UnixPathListener::bind(path)?), inner.into())
     }
 
-    /// The device.
-    pub fn port(&self) -> &Arc<DevicePort> {
-        &self.port
+    /// Serves front-ends that are handed over.
+    ///
+    /// # Errors
+    /// If the kernel refuses a thread.
+    pub fn without_path(port: Arc<DevicePort>) -> io::Result<Self> {
+        // Seeded by the kernel, so nobody can be there before.
+        let number = RandomState::new().build_hasher().finish();
+        let inner = std::env::temp_dir().join(format!("pageferry-{number:016x}"));
+        Self::start(port, None, inner)
+    }
+
+    /// `inner` is a path for the connection to the library.
+    fn start(
+        port: Arc<DevicePort>, listener: Option<UnixPathListener>, inner: PathBuf,
+    ) -> io::Result<Self> {
+        let stop = Event::new()?;
+        let arrivals = Arrivals { port: port.clone(), listener, stop: stop.try_clone()? };
+        let name = port.device().name().to_owned();
+        let thread = Builder::new().name(name).spawn(move || serve(&arrivals, &inner))?;
+        Ok(Self { port, stop, thread: Some(thread) })
     }
 }
 
@@ -67,23 +90,21 @@ impl Drop for DeviceSocket {
     }
 }
 
-fn serve(listener: &UnixPathListener, path: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>) {
+fn serve(arrivals: &Arrivals, inner: &Path) {
+    let (port, stop) = (&arrivals.port, arrivals.stop.as_fd());
     let name = port.device().name();
-    while wait(listener.as_fd(), stop) {
-        let front_end = match accept_with(listener.as_fd(), SocketFlags::CLOEXEC) {
-            Ok(front_end) => front_end,
-            Err(errno) => {
-                log::warn!("{name}: a front-end cannot be accepted: {errno}");
+    while arrivals.wait() {
+        let front_end = match arrivals.next() {
+            Ok(Some(front_end)) => front_end,
+            Ok(None) => continue,
+            Err(error) => {
+                log::warn!("{name}: {}", crate::error::chain(&error));
                 pause(stop);
                 continue;
             }
         };
-        if let Err(error) = check_peer(&front_end) {
-            log::warn!("{name}: {}", crate::error::chain(&error));
-            continue;
-        }
         log::info!("{name}: a front-end has connected");
-        if let Err(error) = serve_one(front_end, path, port, stop) {
+        if let Err(error) = serve_one(front_end, inner, port, stop) {
             log::warn!("{name}: {}", crate::error::chain(&*error));
             pause(stop);
         }
@@ -91,19 +112,38 @@ fn serve(listener: &UnixPathListener, path: &Path, port: &Arc<DevicePort>, stop:
     }
 }
 
-/// Waits until `fd` is readable. False if `stop` is.
-fn wait(fd: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
-    loop {
-        let mut polled = [
-            PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(fd, PollFlags::IN),
-        ];
-        match poll(&mut polled, None) {
-            Ok(_) => return polled[0].revents().is_empty(),
-            Err(Errno::INTR) => {}
-            Err(errno) => {
-                log::error!("the socket of a device is not served any more: {errno}");
-                return false;
+impl Arrivals {
+    /// The next front-end. `None` if there is none yet.
+    fn next(&self) -> io::Result<Option<OwnedFd>> {
+        if let Some(front_end) = self.port.take_handed_over() {
+            return Ok(Some(front_end));
+        }
+        let Some(listener) = &self.listener else { return Ok(None) };
+        match accept_with(listener.as_fd(), SocketFlags::CLOEXEC) {
+            Ok(front_end) => {
+                check_peer(&front_end).map_err(io::Error::other)?;
+                Ok(Some(front_end))
+            }
+            Err(Errno::AGAIN) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Waits for a front-end. False if the device is to stop.
+    fn wait(&self) -> bool {
+        let handed_over = self.port.handed_over_event().as_fd();
+        let listener = self.listener.as_ref().map_or(handed_over, AsFd::as_fd);
+        loop {
+            let mut polled = [self.stop.as_fd(), handed_over, listener]
+                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            match poll(&mut polled, None) {
+                Ok(_) => return polled[0].revents().is_empty(),
+                Err(Errno::INTR) => {}
+                Err(errno) => {
+                    let name = self.port.device().name();
+                    log::error!("{name}: its front-ends are not served any more: {errno}");
+                    return false;
+                }
             }
         }
     }
@@ -119,11 +159,11 @@ fn pause(stop: BorrowedFd<'_>) {
 
 /// Serves a front-end until it or this agent ends the connection.
 fn serve_one(
-    front_end: OwnedFd, path: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
+    front_end: OwnedFd, inner: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let name = port.device().name();
     let (connection, ended) = Connection::new(port.clone());
-    let served = serve_connection(front_end, path, port, stop, connection);
+    let served = serve_connection(front_end, inner, port, stop, connection);
     port.set_front_end(None);
     wait_for_threads(name, &ended);
     port.device().disconnected();
@@ -133,7 +173,7 @@ fn serve_one(
 /// Returns when the library's threads have been told to end. The last one of them drops the last
 /// copy of `connection`.
 fn serve_connection(
-    front_end: OwnedFd, path: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
+    front_end: OwnedFd, inner: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
     connection: Connection,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let name = port.device().name();
@@ -149,7 +189,7 @@ fn serve_connection(
             wake_token,
         )?;
     }
-    let library = connect_to_library(&mut daemon, path)?;
+    let library = connect_to_library(&mut daemon, inner)?;
     let relayed = relay::run(front_end.into(), library.into(), port, stop);
     connection.end();
     // The library reads the end of the connection, and its thread ends.
@@ -173,15 +213,12 @@ fn wait_for_threads(name: &str, ended: &Receiver<()>) {
 
 /// A socket to the library, which accepts connections and takes none that are made.
 fn connect_to_library(
-    daemon: &mut VhostUserDaemon<Connection>, path: &Path,
+    daemon: &mut VhostUserDaemon<Connection>, inner: &Path,
 ) -> Result<OwnedFd, Box<dyn std::error::Error>> {
-    let mut inner = path.as_os_str().to_owned();
-    inner.push(".inner");
-    let inner = PathBuf::from(inner);
     // Only this user can connect. The path is gone as soon as the library has accepted.
-    let listening = UnixPathListener::bind(&inner)?;
+    let listening = UnixPathListener::bind(inner)?;
     let mut listener = Listener::from(UnixListener::from(listening.as_fd().try_clone_to_owned()?));
-    let connected = UnixStream::connect(&inner)?;
+    let connected = UnixStream::connect(inner)?;
     daemon.start(&mut listener).map_err(|error| error.to_string())?;
     Ok(connected.into())
 }

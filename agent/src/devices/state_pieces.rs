@@ -94,7 +94,7 @@ mod tests {
     use super::*;
     use crate::devices::access::SessionMemory;
     use crate::devices::balloon::Balloon;
-    use crate::devices::port::DevicePort;
+    use crate::devices::registry::NewDevice;
     use crate::memory::GuestMemory;
     use std::os::fd::AsFd;
     use std::sync::Arc;
@@ -113,9 +113,11 @@ mod tests {
     }
 
     fn with_balloon() -> (Devices, Arc<Balloon>) {
-        let (devices, balloon) = (Devices::default(), Arc::new(Balloon::default()));
-        let port = DevicePort::new(balloon.clone(), Arc::new(Nothing)).unwrap();
-        devices.set_balloon(balloon.clone(), port);
+        let devices = Devices::default();
+        devices.set_session(Arc::new(Nothing));
+        let (front_end, _) = rustix::pipe::pipe().unwrap();
+        devices.connect(NewDevice::Balloon, front_end).unwrap();
+        let balloon = devices.balloon().unwrap().0.clone();
         (devices, balloon)
     }
 

@@ -29,10 +29,7 @@ mod connection;
 mod hub;
 mod listener;
 
-use crate::devices::balloon::Balloon;
-use crate::devices::mem::port::{MemDevice, MemOptions};
-use crate::devices::port::DevicePort;
-use crate::devices::socket::DeviceSocket;
+use crate::devices::registry::NewDevice;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
@@ -93,10 +90,15 @@ pub struct Server {
     stopping: bool,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
-    /// The sockets of the devices.
-    devices: Vec<DeviceSocket>,
     /// Tells the service manager what this process does.
     notifier: Option<Notifier>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Their threads have the hub for a moment now and then, and could not wait for themselves.
+        self.hub.session.devices().stop();
+    }
 }
 
 impl Server {
@@ -109,6 +111,9 @@ impl Server {
         let notify = crate::job::notifier()?;
         reactor.add(notify.as_fd(), NOTIFY)?;
         let session = SharedSession::new(notify.clone(), vm_name)?;
+        let hub = Arc::new(Hub::new(session, notify));
+        let memory = Arc::new(HubMemory(Arc::downgrade(&hub)));
+        hub.session.devices().set_session(memory);
         Ok(Self {
             reactor,
             listener: None,
@@ -117,12 +122,11 @@ impl Server {
             waiting: None,
             connections: BTreeMap::new(),
             next_token: FIRST_CONNECTION,
-            hub: Arc::new(Hub::new(session, notify)),
+            hub,
             inherited: None,
             signals: None,
             stopping: false,
             metrics: None,
-            devices: Vec::new(),
             notifier: None,
         })
     }
@@ -167,30 +171,12 @@ impl Server {
         Ok(())
     }
 
-    /// Serves a balloon to the front-ends that connect to `path`.
+    /// Makes a device for the guest, whose front-ends connect to `path`.
     ///
     /// # Errors
     /// If the path cannot be bound, or the kernel refuses a thread.
-    pub fn serve_balloon(&mut self, path: &Path) -> io::Result<()> {
-        let balloon = Arc::new(Balloon::default());
-        let memory = Arc::new(HubMemory(Arc::downgrade(&self.hub)));
-        let port = DevicePort::new(balloon.clone(), memory)?;
-        self.devices.push(DeviceSocket::listen(path, port.clone())?);
-        self.hub.session.devices().set_balloon(balloon, port);
-        Ok(())
-    }
-
-    /// Serves a virtio-mem device to the front-ends that connect to `path`.
-    ///
-    /// # Errors
-    /// If the path cannot be bound, or the kernel refuses a thread.
-    pub fn serve_mem(&mut self, path: &Path, options: MemOptions) -> io::Result<()> {
-        let memory = Arc::new(HubMemory(Arc::downgrade(&self.hub)));
-        let mem = Arc::new(MemDevice::new(options, memory.clone()));
-        let port = DevicePort::new(mem.clone(), memory)?;
-        self.devices.push(DeviceSocket::listen(path, port.clone())?);
-        self.hub.session.devices().set_mem(mem, port);
-        Ok(())
+    pub fn serve_device(&self, device: NewDevice, path: &Path) -> io::Result<()> {
+        self.hub.session.devices().listen(device, path)
     }
 
     /// Serves a connection that this process inherited from the VMM that started it. The server
@@ -221,7 +207,7 @@ impl Server {
     pub fn run(&mut self) -> io::Result<()> {
         let outcome = self.serve();
         self.hub.session.stop_and_join();
-        self.devices.clear();
+        self.hub.session.devices().stop();
         self.metrics = None;
         self.end_connections();
         outcome

@@ -5,10 +5,16 @@
 
 use super::native_requests::{Answer, Success};
 use super::shared::SharedSession;
-use crate::devices::registry::Devices;
+use super::{invalid, take_fds};
+use crate::devices::mem::port::MemOptions;
+use crate::devices::registry::{ConnectError, Devices, NewDevice};
+use crate::error::chain;
 use crate::memory::GuestMemory;
+use crate::transport::address::check_socket;
 use crate::waiting::may_wait;
+use pageferry_protocol::control::devices::DeviceSpec;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,6 +71,27 @@ impl SharedSession {
     /// The memory, to look at.
     pub fn memory(&self) -> Arc<GuestMemory> {
         self.lock().memory.clone()
+    }
+
+    /// Answers CONNECT_DEVICE.
+    pub(super) fn connect_device(&self, device: DeviceSpec, fds: Vec<OwnedFd>) -> Answer {
+        let [front_end] = take_fds("connect device", fds)?;
+        let front_end = check_socket(front_end).map_err(|error| invalid(&error))?;
+        let device = match device {
+            DeviceSpec::Balloon => NewDevice::Balloon,
+            DeviceSpec::Mem { block, block_size } => {
+                NewDevice::Mem(MemOptions { block, block_size })
+            }
+        };
+        self.devices.connect(device, front_end).map_err(|error| {
+            let code = match &error {
+                ConnectError::OtherOptions { .. } => ErrorCode::Invalid,
+                ConnectError::Busy(_) => ErrorCode::Busy,
+                ConnectError::Kernel(_) => ErrorCode::System,
+            };
+            RemoteError::new(code, chain(&error))
+        })?;
+        Ok(Success::Done)
     }
 
     /// Answers PLUGGED_MEMORY.

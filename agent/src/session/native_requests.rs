@@ -240,6 +240,7 @@ impl SharedSession {
             Request::QueryAgent => Ok(Success::Agent(self.agent_info())),
             Request::Balloon { target, ask_stats } => self.balloon(target, ask_stats),
             Request::PluggedMemory { requested } => self.plugged_memory(requested),
+            Request::ConnectDevice { device } => self.connect_device(device, fds),
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -460,6 +461,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         Request::Hello { .. }
         | Request::AddBlock { .. }
         | Request::SetTrackers { .. }
+        | Request::ConnectDevice { .. }
         | Request::StartOutgoing { .. }
         | Request::StartIncoming { .. }
         | Request::StartSnapshot { .. }

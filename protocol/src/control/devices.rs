@@ -3,6 +3,63 @@
 //! The devices of an agent, by which the guest gives memory back, as operators see them.
 
 use super::codec::{DecodeError, Decoder, Encoder};
+use crate::memory::geometry::MAX_NAME;
+
+/// The virtio id of the balloon.
+pub const BALLOON: u32 = 5;
+/// The virtio id of virtio-mem.
+pub const MEM: u32 = 24;
+/// The unit in which a guest plugs and unplugs by virtio-mem, in bytes, if nothing else is asked
+/// for.
+pub const USUAL_BLOCK_SIZE: u64 = 2 << 20;
+
+/// A device that an agent can be for a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// virtio-balloon.
+    Balloon,
+    /// virtio-mem.
+    Mem {
+        /// The name of the block that is its region.
+        block: String,
+        /// The unit in which the guest plugs and unplugs, in bytes: a power of two.
+        block_size: u64,
+    },
+}
+
+impl DeviceSpec {
+    /// Adds the fields to a body.
+    pub fn encode(&self, encoder: Encoder) -> Encoder {
+        match self {
+            Self::Balloon => encoder.u32(BALLOON).u32(0).u64(0).text(""),
+            Self::Mem { block, block_size } => encoder.u32(MEM).u32(0).u64(*block_size).text(block),
+        }
+    }
+
+    /// Reads the fields from a body.
+    ///
+    /// # Errors
+    /// The field that is wrong.
+    pub fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let invalid = |field, value, allowed| DecodeError::InvalidValue { field, value, allowed };
+        let device = decoder.u32("device")?;
+        decoder.u32("reserved")?;
+        let block_size = decoder.u64("block_size")?;
+        let block = decoder.text("block", MAX_NAME)?;
+        match device {
+            BALLOON if block_size != 0 => Err(invalid("block_size", block_size, "0 for a balloon")),
+            BALLOON if !block.is_empty() => {
+                Err(invalid("block", block.len() as u64, "0 bytes for a balloon"))
+            }
+            BALLOON => Ok(Self::Balloon),
+            MEM if !block_size.is_power_of_two() => {
+                Err(invalid("block_size", block_size, "powers of two"))
+            }
+            MEM => Ok(Self::Mem { block: block.to_owned(), block_size }),
+            other => Err(invalid("device", other.into(), "5, balloon, or 24, virtio-mem")),
+        }
+    }
+}
 
 /// The most statistics of a balloon.
 pub const MAX_STATS: usize = 100;

@@ -6,7 +6,7 @@
 //! Each is answered by a frame with the same code and the reply flag; see [`super::reply`].
 
 use super::codec::{DecodeError, Decoder, Encoder};
-use super::devices::{BALLOON_ASK_STATS, BALLOON_SET_TARGET};
+use super::devices::{BALLOON_ASK_STATS, BALLOON_SET_TARGET, DeviceSpec};
 use super::job::{
     IncomingOptions, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions, SnapshotMode,
     SnapshotOptions,
@@ -48,6 +48,7 @@ pub mod code {
     pub const QUERY_AGENT: u32 = 0x101b;
     pub const BALLOON: u32 = 0x101c;
     pub const PLUGGED_MEMORY: u32 = 0x101d;
+    pub const CONNECT_DEVICE: u32 = 0x101e;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -174,6 +175,12 @@ pub enum Request {
         /// The size in bytes: a multiple of the block size. `None` leaves it as it is.
         requested: Option<u64>,
     },
+    /// Connects a front-end of the VMM to a device of the agent, which makes the device if it has
+    /// none. Descriptor: the agent's end of the vhost-user connection.
+    ConnectDevice {
+        /// The device.
+        device: DeviceSpec,
+    },
     /// Asks for a status in every interval and at every change of phase, as [`code::EVENT`] frames.
     Subscribe {
         /// Time between two of them.
@@ -248,6 +255,7 @@ pub fn name(request: u32) -> &'static str {
         code::QUERY_AGENT => "QUERY_AGENT",
         code::BALLOON => "BALLOON",
         code::PLUGGED_MEMORY => "PLUGGED_MEMORY",
+        code::CONNECT_DEVICE => "CONNECT_DEVICE",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -272,6 +280,7 @@ impl Request {
             Self::QueryAgent => code::QUERY_AGENT,
             Self::Balloon { .. } => code::BALLOON,
             Self::PluggedMemory { .. } => code::PLUGGED_MEMORY,
+            Self::ConnectDevice { .. } => code::CONNECT_DEVICE,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -295,6 +304,7 @@ impl Request {
             | Self::Discard { .. }
             | Self::Free { .. }
             | Self::Populate { .. }
+            | Self::ConnectDevice { .. }
             | Self::SetTrackers { .. } => Role::Vmm,
             // Only the VMM knows that it has stopped its guest.
             Self::StartSnapshot { options, .. } if options.mode == SnapshotMode::Stopped => {
@@ -367,6 +377,7 @@ impl Request {
             Self::PluggedMemory { requested } => {
                 encoder.u32(requested.is_some().into()).u64(requested.unwrap_or(0))
             }
+            Self::ConnectDevice { device } => device.encode(encoder),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -418,6 +429,9 @@ impl Request {
             code::QUERY_AGENT => Ok(Self::QueryAgent),
             code::BALLOON => decode_balloon(decoder),
             code::PLUGGED_MEMORY => decode_plugged_memory(decoder),
+            code::CONNECT_DEVICE => {
+                DeviceSpec::decode(decoder).map(|device| Self::ConnectDevice { device })
+            }
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })

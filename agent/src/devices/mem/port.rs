@@ -15,7 +15,7 @@ use pageferry_protocol::control::devices::MemStatus;
 use std::sync::{Arc, Mutex};
 
 /// How the device is configured.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemOptions {
     /// The name of the block that is its region.
     pub block: String,
@@ -59,6 +59,11 @@ impl MemDevice {
     /// A device on the memory of `session`.
     pub fn new(options: MemOptions, session: Arc<dyn SessionMemory>) -> Self {
         Self { options, session, state: Mutex::default(), config: Mutex::default() }
+    }
+
+    /// How it is configured.
+    pub fn options(&self) -> &MemOptions {
+        &self.options
     }
 
     /// Sets how much memory the guest is to have plugged, in bytes. True if that has changed: then

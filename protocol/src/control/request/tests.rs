@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
+use super::super::devices::DeviceSpec;
 use super::*;
 use crate::control::frame::MAX_BODY;
 use crate::control::job::{
@@ -155,6 +156,10 @@ fn any_request() -> impl Strategy<Value = Request> {
         (any::<Option<u64>>(), any::<bool>())
             .prop_map(|(target, ask_stats)| Request::Balloon { target, ask_stats }),
         any::<Option<u64>>().prop_map(|requested| Request::PluggedMemory { requested }),
+        Just(Request::ConnectDevice { device: DeviceSpec::Balloon }),
+        (".{0,60}", 0u32..64).prop_map(|(block, order)| Request::ConnectDevice {
+            device: DeviceSpec::Mem { block, block_size: 1 << order }
+        }),
         Just(Request::StartIncoming {
             listen: "tcp:[::1]:0".into(),
             options: IncomingOptions::default()
@@ -201,6 +206,7 @@ fn the_least_role_of_every_request_is_known() {
         (Request::Free { ranges: vec![] }, true),
         (Request::Populate { ranges: vec![] }, true),
         (Request::SetTrackers { sources: Trackers::HOOKS }, true),
+        (Request::ConnectDevice { device: DeviceSpec::Balloon }, true),
         (snapshot(SnapshotMode::Stopped), false),
     ];
     let options = OutgoingOptions::default;

@@ -56,6 +56,7 @@ pub fn proper() -> Vec<Proper> {
         (code::QUERY_AGENT, Body::new(), 0),
         (code::BALLOON, Body::new().u32(1).u64(4096), 0),
         (code::PLUGGED_MEMORY, Body::new().u32(1).u64(4096), 0),
+        (code::CONNECT_DEVICE, Body::new().u32(5).u32(0).u64(0).text(""), 1),
         (code::SUBSCRIBE, Body::new().u32(3_600_000), 0),
         (code::RESUME, Body::new().u32(1), 0),
         (code::START_POSTCOPY, Body::new(), 0),

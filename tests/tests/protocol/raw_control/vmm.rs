@@ -48,6 +48,7 @@ pub mod code {
     pub const QUERY_AGENT: u32 = 0x101b;
     pub const BALLOON: u32 = 0x101c;
     pub const PLUGGED_MEMORY: u32 = 0x101d;
+    pub const CONNECT_DEVICE: u32 = 0x101e;
     pub const EVENT: u32 = 0x1100;
 }
 

@@ -4,6 +4,7 @@
 
 use pageferry_client::{Error, IncomingOptions, Ownership, Parameters, Phase, Target, Trackers};
 use pageferry_protocol::control::Frame;
+use pageferry_protocol::control::devices::DeviceSpec;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::job::{IncomingOptions as WireIncoming, OutgoingOptions};
 use pageferry_protocol::control::job::{RestoreOptions, SnapshotOptions};
@@ -221,6 +222,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::QueryAgent,
             Request::Balloon { target: Some(4096), ask_stats: true },
             Request::PluggedMemory { requested: Some(0) },
+            Request::ConnectDevice { device: DeviceSpec::Balloon },
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {
