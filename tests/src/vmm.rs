@@ -234,12 +234,17 @@ impl Hooks for VmmHooks {
         Ok(())
     }
 
-    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         if !lock(&self.0.record).takes_guests {
             return Err(HookError::new(format!(
                 "this VMM does not wait for a guest, such as {origin}"
             )));
         }
+        Ok(())
+    }
+
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.expect_guest(origin)?;
         Ok(self.0.stop()?)
     }
 

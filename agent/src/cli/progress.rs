@@ -5,7 +5,7 @@
 //! A bar or line has the phase, what is done of how much, the rate, the elapsed time and the time
 //! that is left. It fits 80 columns. The rate and the time left come from the last three seconds.
 
-use super::show::{bytes, to_json};
+use super::show::{self, bytes, to_json};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -124,7 +124,7 @@ fn bar() -> ProgressBar {
 fn phase_name(status: &JobStatus) -> String {
     match status.phase {
         Phase::Passes => format!("pass {}", status.counters.passes),
-        phase => phase.name().to_owned(),
+        _ => show::phase(status).to_owned(),
     }
 }
 

@@ -53,6 +53,14 @@ pub fn time(micros: u64) -> String {
     }
 }
 
+/// The phase of a job in words. That of `--json` is its name alone.
+pub fn phase(status: &JobStatus) -> &'static str {
+    match (status.kind, status.phase) {
+        (JobKind::Incoming, Phase::Connecting) => "waits for a source to connect",
+        (_, phase) => phase.name(),
+    }
+}
+
 /// Says where the guest of a job is, and its run state.
 fn guest_line(status: &JobStatus, guest: RunState) -> String {
     let place = match (status.kind, status.phase) {
@@ -76,7 +84,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     let pages = |count: u64| format!("{count} ({})", bytes(count * PAGE_SIZE));
     let mut lines = vec![
         ("job", format!("{} {}", status.job, status.kind.name())),
-        ("status", status.phase.name().to_owned()),
+        ("status", phase(status).to_owned()),
     ];
     lines.extend(status.guest.map(|guest| ("guest", guest_line(status, guest))));
     if status.kind == JobKind::Incoming {
@@ -325,6 +333,16 @@ mod tests {
         assert!(
             status(JobKind::Outgoing, Phase::Unconfirmed).contains("resume --socket /a --force")
         );
+    }
+
+    #[test]
+    fn job_that_nobody_has_connected_to_says_that_it_waits() {
+        let kind = JobKind::Incoming;
+        let status = JobStatus { kind, phase: Phase::Connecting, ..JobStatus::default() };
+        assert_eq!(table(&status)[1].1, "waits for a source to connect");
+        assert_eq!(to_json(&status)["status"], "connecting");
+        let status = JobStatus { kind: JobKind::Outgoing, ..status };
+        assert_eq!(table(&status)[1].1, "connecting");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::native_requests::{Answer, Success};
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::{Session, check_fds, invalid};
+use crate::hooks::HookError;
 use crate::incoming::IncomingPlan;
 use crate::incoming::accept::Source;
 use crate::incoming::job::IncomingJob;
@@ -22,6 +23,7 @@ use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
 use crate::transport::{Address, Listener};
+use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
     IncomingOptions, JobKind, MAX_STREAMS, Mode, OutgoingOptions, Phase, RestoreOptions,
     SnapshotOptions,
@@ -31,6 +33,10 @@ use pageferry_protocol::control::role::Role;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How long a VMM may take to say whether it would accept a guest. The operator's command waits 10
+/// seconds for the agent, and must get the reason before that.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 impl SharedSession {
     /// Starts to wait for a guest.
@@ -46,7 +52,10 @@ impl SharedSession {
             Source::Listener(listener) => listener.address().to_owned(),
             Source::Socket(_) => listen.to_owned(),
         };
-        // Another job may have started while this looked up a name.
+        if role == Role::Operator {
+            self.check_guest_expected(&address, options.hook_timeout)?;
+        }
+        // Another job may have started while this looked up a name, or asked the VMM.
         let mut session = self.lock();
         session.check_can_start()?;
         let job = session.new_job(JobKind::Incoming, options.into())?;
@@ -62,6 +71,29 @@ impl SharedSession {
             crate::incoming::run(&job, plan);
         })?;
         Ok(Success::Started(JobStarted { job: session.jobs, address }))
+    }
+
+    /// Refuses to wait for a guest that the VMM would not accept: its operator learns that now, and
+    /// not when a source has come.
+    fn check_guest_expected(&self, address: &str, timeout: Duration) -> Result<(), RemoteError> {
+        let hooks = self.lock().hooks.clone();
+        let origin = GuestOrigin::Migration { address: address.to_owned() };
+        let asked = hooks.ask(&Hook::ExpectGuest { origin }, timeout.min(QUESTION_TIMEOUT));
+        let sentence = match asked {
+            Ok(()) => return Ok(()),
+            // A VMM that does not know the question is asked when a source is here.
+            Err(HookError::Refused { error, .. }) if error.code == ErrorCode::Unsupported => {
+                return Ok(());
+            }
+            Err(HookError::Refused { error, .. }) => {
+                format!("the VMM does not wait for a guest: {}", error.sentence)
+            }
+            Err(error) => {
+                let why = crate::error::chain(&error);
+                format!("it is not known whether the VMM accepts a guest: {why}")
+            }
+        };
+        Err(RemoteError::new(ErrorCode::State, sentence))
     }
 
     /// Recovers the paused job, or adopts one that another agent began.

@@ -135,6 +135,18 @@ pub trait Hooks: Send {
     /// restore fails.
     fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError>;
 
+    /// An operator wants this VMM to wait for a guest (`pageferry listen`). Would
+    /// [`Hooks::accept_guest`] agree, as far as is known now? If not, the operator is told at once,
+    /// and not only when a source has come. Nothing changes by the answer. Not called for a
+    /// restore, which calls [`Hooks::accept_guest`] at once.
+    ///
+    /// # Errors
+    /// If the VMM takes no guest. Say what to do instead. The default refuses, as that of
+    /// [`Hooks::accept_guest`]: a VMM that takes guests writes both.
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        Err(no_guest(origin))
+    }
+
     /// An operator wants to bring another guest into the memory of this VMM: by a restore, or by a
     /// migration whose source is connected and fits. That destroys the content of the memory.
     /// Before it returns success, the VMM must have stopped its guest, if it has one, together with
@@ -154,7 +166,7 @@ pub trait Hooks: Send {
     /// # Errors
     /// If the VMM does not allow it. The default refuses. Nothing changes then.
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
-        Err(HookError::new(format!("this VMM takes no guest that an operator brings: {origin}")))
+        Err(no_guest(origin))
     }
 
     /// From now on, until [`Hooks::memory_complete`], pages of the guest may be missing. An access
@@ -260,4 +272,9 @@ pub trait Hooks: Send {
     /// that awaits a guest has to start the incoming migration or the restore again. The hook may
     /// do that by a [`WeakClient`](crate::WeakClient).
     fn agent_attached(&mut self) {}
+}
+
+/// What a VMM says whose author has not written the hooks for guests of an operator.
+fn no_guest(origin: &GuestOrigin) -> HookError {
+    HookError::new(format!("this VMM takes no guest that an operator brings: {origin}"))
 }

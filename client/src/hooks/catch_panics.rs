@@ -87,6 +87,10 @@ impl Hooks for CatchPanics<'_> {
         self.call("load state", |hooks| hooks.load_state(state))
     }
 
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.call("expect guest", |hooks| hooks.expect_guest(origin))
+    }
+
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         self.call("accept guest", |hooks| hooks.accept_guest(origin))
     }

@@ -246,6 +246,7 @@ impl HookChannel {
                 guest::resume(context, &mut self.paused, force, paused, hooks)
             }
             Hook::LoadState { pieces } => guest::load_state(context, pieces, fds, hooks),
+            Hook::ExpectGuest { origin } => guest::expect_guest(context, &origin, hooks),
             Hook::AcceptGuest { origin } => guest::accept_guest(context, &origin, hooks),
             Hook::StartTracking { sources } => trackers::start(context, sources, hooks),
             Hook::StopTracking { sources } => trackers::stop(context, sources, hooks),

@@ -120,6 +120,15 @@ pub(super) fn load_state(
     read_pieces(pieces, file.as_fd()).and_then(|state| hooks.load_state(state)).map_err(failed)
 }
 
+/// Asks the VMM whether it would accept a guest. Nothing changes.
+pub(super) fn expect_guest(
+    context: &HookContext, origin: &GuestOrigin, hooks: &mut dyn Hooks,
+) -> Reply<()> {
+    let _guest_hooks = context.ownership.lock_guest_hooks();
+    context.ownership.lock().check_may_give_up(context.link.id).map_err(forbidden)?;
+    hooks.expect_guest(origin).map_err(failed)
+}
+
 /// Asks the VMM whether an operator may bring another guest here. Ownership changes before the
 /// answer is sent, as when the VMM itself starts the job.
 pub(super) fn accept_guest(

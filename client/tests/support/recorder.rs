@@ -67,6 +67,9 @@ impl Hooks for Vmm {
         self.state = state;
         self.called("load")
     }
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.called(format!("expect {origin}"))
+    }
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         self.called(format!("accept {origin}"))
     }

@@ -33,6 +33,7 @@ pub mod code {
     pub const UNWATCH_WRITES: u32 = 0x200e;
     pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
+    pub const EXPECT_GUEST: u32 = 0x2011;
 }
 
 /// Largest number of pages in one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -118,6 +119,12 @@ pub enum Hook {
     WatchWrites,
     /// The snapshot needs no protection any more: unregister the mappings.
     UnwatchWrites,
+    /// An operator wants the agent to wait for a guest: would this VMM accept one? Asked before the
+    /// wait begins. Nothing changes: [`Hook::AcceptGuest`] follows when a source is here.
+    ExpectGuest {
+        /// Where the guest would come from.
+        origin: GuestOrigin,
+    },
     /// An operator wants to bring another guest here: may the memory of this VMM be filled, and
     /// its guest, if it has one, be given up?
     AcceptGuest {
@@ -196,6 +203,7 @@ impl Hook {
             Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
             Self::WatchWrites => code::WATCH_WRITES,
             Self::UnwatchWrites => code::UNWATCH_WRITES,
+            Self::ExpectGuest { .. } => code::EXPECT_GUEST,
             Self::AcceptGuest { .. } => code::ACCEPT_GUEST,
             Self::Event { .. } => code::EVENT,
         }
@@ -219,6 +227,7 @@ impl Hook {
             Self::UnregisterFaults { .. } => "unregister faults",
             Self::WatchWrites => "watch writes",
             Self::UnwatchWrites => "unwatch writes",
+            Self::ExpectGuest { .. } => "expect guest",
             Self::AcceptGuest { .. } => "accept guest",
             Self::Event { .. } => "event",
         }
@@ -245,7 +254,7 @@ impl Hook {
                 encoder.bytes(session).u32(u32::from(*release))
             }
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
-            Self::AcceptGuest { origin } => origin.encode(encoder),
+            Self::ExpectGuest { origin } | Self::AcceptGuest { origin } => origin.encode(encoder),
             _ => encoder,
         }
         .finish()
@@ -295,6 +304,9 @@ impl Hook {
             }
             code::WATCH_WRITES => Ok(Self::WatchWrites),
             code::UNWATCH_WRITES => Ok(Self::UnwatchWrites),
+            code::EXPECT_GUEST => {
+                GuestOrigin::decode(decoder).map(|origin| Self::ExpectGuest { origin })
+            }
             code::ACCEPT_GUEST => {
                 GuestOrigin::decode(decoder).map(|origin| Self::AcceptGuest { origin })
             }

@@ -356,6 +356,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::SaveState,
         Hook::LoadState { pieces },
         Hook::Relinquish { session: [7; 16], release: true },
+        Hook::ExpectGuest { origin: GuestOrigin::Migration { address: "unix:/a".into() } },
         Hook::AcceptGuest { origin: GuestOrigin::Migration { address: "tcp:[::]:1".into() } },
         Hook::ProbeFaults,
         Hook::RegisterFaults,

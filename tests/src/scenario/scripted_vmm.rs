@@ -200,10 +200,15 @@ impl Hooks for ScriptedHooks {
         Ok(())
     }
 
-    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         if !lock(&self.0.scripts).contains_key(&At::AcceptGuest) {
             return Err(HookError::new(format!("this VMM does not wait for {origin}")));
         }
+        Ok(())
+    }
+
+    fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.expect_guest(origin)?;
         self.0.run(At::AcceptGuest)
     }
 

@@ -42,15 +42,27 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     let destination = Side::full(folder.path(), "destination");
     destination.vmm.ram.write(3, 999);
 
-    // A VMM refuses, unless its author has written the hook. Both guests stay where they are.
+    // A VMM refuses, unless its author has written the hooks: before anybody waits for a source.
+    let refused = destination.run("listen", &["tcp:127.0.0.1:0"]);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let named = "the VMM does not wait for a guest: this VMM does not wait for a migration at";
+    assert!(stderr(&refused).contains(named), "{refused:?}");
+    assert!(refused.stdout.is_empty() && !stderr(&refused).contains("listens"), "{refused:?}");
+
+    // One that changes its mind refuses when the source is here. Both guests stay where they are.
+    let changed = || Err(HookError::new("this VMM does not wait for a migration any more"));
+    destination.vmm.vmm.on(At::AcceptGuest, changed);
     let (listening, address) = listen(&destination);
+    let status = destination.run("status", &[]);
+    let status = String::from_utf8(status.stdout).unwrap();
+    assert!(status.contains("waits for a source to connect"), "{status}");
     let moved = source.run("migrate", &["--to", &address]);
     assert_eq!(moved.status.code(), Some(1), "{moved:?}");
     assert!(stderr(&moved).contains("the guest is here, as it was before"), "{moved:?}");
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1), "{listened:?}");
     let said = stderr(&listened);
-    assert!(said.contains("does not wait for a migration at tcp:127.0.0.1:"), "{said}");
+    assert!(said.contains("does not wait for a migration any more"), "{said}");
     assert!(said.contains("; the VMM keeps its own guest"), "{said}");
     assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
     assert_eq!(destination.vmm.ram.stamp(3), 999);
@@ -129,6 +141,7 @@ fn a_listen_is_cancelled_while_the_vmm_is_asked() {
 fn an_agent_that_is_ended_tells_how_its_job_ended() {
     let folder = tempfile::tempdir().unwrap();
     let mut side = Side::new(folder.path(), "agent");
+    side.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
     let (mut listening, _) = listen(&side);
     // The command watches the job.
     assert!(next_line(&mut listening).contains("connecting"));
@@ -175,6 +188,7 @@ fn a_listen_for_nobody_ends_no_increments() {
     let image = |name: &str| folder.path().join(name);
     let job = side.vmm.client.start_snapshot(&image("one"), &paused).unwrap().job;
     assert_eq!(side.vmm.client.wait(job, PATIENCE).unwrap().phase, Phase::Completed);
+    side.vmm.vmm.on(At::AcceptGuest, || Ok::<(), HookError>(()));
     let (listening, _) = listen(&side);
     assert!(side.run("cancel", &[]).status.success());
     assert_eq!(listening.wait_with_output().unwrap().status.code(), Some(1));

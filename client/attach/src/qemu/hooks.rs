@@ -211,7 +211,12 @@ impl Hooks for QemuHooks {
         })
     }
 
+    fn expect_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        self.accept_guest(origin)
+    }
+
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
+        // There is nothing to stop.
         if self.machine.state().guest == Guest::Awaited {
             return Ok(());
         }

@@ -147,6 +147,7 @@ fn examples_of_hooks() -> Vec<Hook> {
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,
+        Hook::ExpectGuest { origin: GuestOrigin::Migration { address: "unix:/a".into() } },
         Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/image".into() } },
         Hook::Event { status: Box::default() },
     ]

@@ -34,6 +34,7 @@ pub mod code {
     pub const UNWATCH_WRITES: u32 = 0x200e;
     pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
+    pub const EXPECT_GUEST: u32 = 0x2011;
 }
 
 /// What a test wants instead of success.
@@ -208,7 +209,7 @@ fn succeed(
             }
         }
         code::START_TRACKING | code::STOP_TRACKING => {}
-        code::RELINQUISH | code::ACCEPT_GUEST => {}
+        code::RELINQUISH | code::EXPECT_GUEST | code::ACCEPT_GUEST => {}
         other => panic!("hook {other:#x} is not in the document"),
     }
     answer(sequence, &success, &[]);
