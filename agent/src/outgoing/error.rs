@@ -31,6 +31,9 @@ pub enum OutgoingError {
         "compression is {0}, which the destination does not take: migrate with one that it takes, or with none"
     )]
     CompressionUnsupported(&'static str),
+    /// The policy is to throttle the guest, and the VMM cannot.
+    #[error("policy is throttle, and the VMM cannot throttle its guest: {0}")]
+    NoThrottle(RemoteError),
     /// The passes did not converge, and the policy is to fail.
     #[error(
         "not converging: after {passes} passes {remaining} pages remain, which would stop the guest for {expected:?}, \
@@ -99,7 +102,7 @@ impl OutgoingError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::CompressionUnsupported(_) | Self::ModeUnsupported(_) => ErrorCode::Unsupported,
-            Self::NotConverging { .. } => ErrorCode::Other,
+            Self::NotConverging { .. } | Self::NoThrottle(_) => ErrorCode::Other,
             _ => ErrorCode::Invalid,
         }
     }

@@ -2,6 +2,7 @@
 
 //! What a running migration owns, and how that ends.
 
+use super::OutgoingError;
 use super::connect::{SessionId, Streams};
 use super::converge::PassMeasurements;
 use super::fixup::DirtyState;
@@ -13,6 +14,7 @@ use crate::job::JobError;
 use crate::tracking::{TrackerChoice, Trackers};
 use crate::transport::{Address, TransportError};
 use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::job::{Mode, NonConvergence};
 use std::sync::Arc;
 
 /// Everything that a running migration owns. [`Migration::clean_up`] leaves the VMM as it was
@@ -31,8 +33,22 @@ pub(super) struct Migration {
     pub(super) measurements: PassMeasurements,
     /// Percent by which the policy wants the guest to be throttled.
     pub(super) policy_throttle: u32,
-    /// Percent that the VMM was asked for last.
+    /// Percent by which the VMM throttles its guest.
     throttle: u32,
+    /// The VMM has said that it cannot, and is not asked again.
+    cannot_throttle: bool,
+}
+
+/// Refuses a policy that the VMM cannot follow. A throttle of 0 changes nothing, and a VMM that has
+/// none refuses it.
+pub(super) fn check_throttle(job: &OutgoingJob) -> Result<(), JobError> {
+    if job.options().policy != NonConvergence::Throttle || job.options().mode == Mode::Postcopy {
+        return Ok(());
+    }
+    match job.hooks.ask(&Hook::Throttle { percent: 0 }, job.hook_timeout) {
+        Err(HookError::Refused { error, .. }) => Err(OutgoingError::NoThrottle(error).into()),
+        asked => Ok(asked?),
+    }
 }
 
 impl Migration {
@@ -53,20 +69,28 @@ impl Migration {
             measurements: PassMeasurements::default(),
             policy_throttle: 0,
             throttle: 0,
+            cannot_throttle: false,
         })
     }
 
     /// Asks the VMM to throttle its guest as the policy and the operator want, if that changed.
     pub(super) fn update_throttle(&mut self) -> Result<(), JobError> {
         let percent = self.policy_throttle.max(self.job.least_throttle());
-        if percent == self.throttle {
+        if percent == self.throttle || self.cannot_throttle {
             return Ok(());
         }
-        self.throttle = percent;
+        let before = std::mem::replace(&mut self.throttle, percent);
         match self.job.hooks.ask(&Hook::Throttle { percent }, self.job.hook_timeout) {
             Ok(()) => self.job.count(|counters| counters.throttle_percent = percent.into()),
-            // A VMM that cannot throttle its guest is as good as one that was not asked.
-            Err(error @ HookError::Refused { .. }) => log::warn!("{}", crate::error::chain(&error)),
+            // The migration may converge all the same. Who watches it learns why it may not.
+            Err(HookError::Refused { error, .. }) => {
+                self.throttle = before;
+                self.cannot_throttle = true;
+                let sentence =
+                    format!("the guest is not throttled, since its VMM cannot: {}", error.sentence);
+                self.job.note(&sentence);
+                self.job.warn(sentence);
+            }
             Err(error) => return Err(error.into()),
         }
         Ok(())

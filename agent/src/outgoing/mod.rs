@@ -47,7 +47,7 @@ use crate::tracking::TrackerChoice;
 use connect::{SessionId, Target};
 use handover::{commit, wait_loaded};
 use job::OutgoingJob;
-use migration::Migration;
+use migration::{Migration, check_throttle};
 use pageferry_protocol::control::job::{Mode, Phase};
 use postcopy::remaining::AlreadySent;
 use std::sync::Arc;
@@ -77,6 +77,8 @@ fn migrate(job: &Arc<OutgoingJob>, target: Target, choice: &TrackerChoice) -> Re
         Target::Address(address) => Some(address.clone()),
         Target::Socket(_) => None,
     };
+    // Before the destination hears of it.
+    check_throttle(job)?;
     let streams = connect::connect(job, target, session)?;
     let mut migration = Migration::new(job, session, address, streams, choice)?;
     let outcome = migration.move_guest();

@@ -107,10 +107,13 @@ pub trait Hooks: Send {
         None
     }
 
-    /// Throttles the guest by `percent` of its time, 0 to 99. 0 ends the throttle.
+    /// Throttles the guest by `percent` of its time, 0 to 99. 0 ends the throttle. A migration with
+    /// [`NonConvergence::Throttle`](crate::NonConvergence::Throttle) begins with 0, to learn
+    /// whether the VMM can throttle.
     ///
     /// # Errors
-    /// If the VMM cannot; the migration continues without.
+    /// If the VMM cannot, also for 0. A migration with that policy fails before it has begun; one
+    /// whose operator asks later goes on without, and its status says so.
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
         let _ = percent;
         Ok(())

@@ -4,10 +4,12 @@
 
 use super::scene::Scene;
 use super::stale_bits::write_under_kvm;
-use pageferry_client::{Counters, IncomingOptions, OutgoingOptions, Parameters, Phase, Trackers};
+use pageferry_client::{
+    Counters, HookError, IncomingOptions, OutgoingOptions, Parameters, Phase, Trackers,
+};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::scenario::{SOON, assert_same, lock};
+use pageferry_tests::scenario::{At, SOON, assert_same, lock};
 use std::time::Duration;
 
 /// Migrates a guest with a downtime limit of zero, the default policy, and no relay.
@@ -85,4 +87,23 @@ fn an_operator_throttles_the_guest_while_it_moves() {
     client.set_parameters(&Parameters { downtime_limit, ..Parameters::default() }).unwrap();
     assert_eq!(scene.source.wait(outgoing).phase, Phase::Completed);
     assert_eq!(lock(&scene.source.vmm.asked).throttle, 0, "the throttle ends with the job");
+}
+
+/// The operator learns it while the job runs, and from its end.
+#[test]
+fn a_vmm_that_cannot_throttle_says_so_in_the_status() {
+    let scene = never_clean();
+    let cannot = || Err(HookError::new("there is no such knob"));
+    scene.source.vmm.on(At::Throttle, cannot);
+    let (outgoing, _) = start_without_downtime(&scene);
+    let client = &scene.source.client;
+    let throttle = Parameters { throttle: Some(40), ..Parameters::default() };
+    client.set_parameters(&throttle).unwrap();
+    let named = "the guest is not throttled, since its VMM cannot: there is no such knob";
+    wait_until("the reason", SOON, || client.status().unwrap().error_text() == named).unwrap();
+    assert_eq!(client.status().unwrap().counters.throttle_percent, 0);
+    let downtime_limit = Some(Duration::from_secs(3600));
+    client.set_parameters(&Parameters { downtime_limit, ..Parameters::default() }).unwrap();
+    let ended = scene.source.wait(outgoing);
+    assert_eq!((ended.phase, ended.error_text()), (Phase::Completed, named));
 }

@@ -24,8 +24,9 @@ const BEFORE_THE_PAUSE: [Hang; 6] = [
     ("sync tracker", At::Sync, 0),
     ("clear tracker", At::Clear, 0),
     ("sync tracker", At::Sync, 1),
-    ("throttle", At::Throttle, 0),
+    // The first one comes before the job has begun anything.
     ("throttle", At::Throttle, 1),
+    ("throttle", At::Throttle, 2),
 ];
 
 fn after_the_pause() -> [Hang; 5] {
@@ -203,7 +204,12 @@ fn a_failed_hook_fails_the_job_and_the_guest_runs() {
 #[test]
 fn a_throttle_that_fails_leaves_the_migration_going_on() {
     let source = tracked();
-    source.vmm.on(At::Throttle, || Err(HookError::new("no such thing")));
+    // A VMM that says so at the first question, a throttle of 0, gets no such job.
+    let mut asked = 0;
+    source.vmm.on(At::Throttle, move || {
+        asked += 1;
+        if asked == 1 { Ok(()) } else { Err(HookError::new("no such thing")) }
+    });
     let options = OutgoingOptions { policy: NonConvergence::Throttle, ..passes(1) };
     let mut scene = Scene::started_between(Wire::Unix, source, empty(), &options);
     // With a throttle that is an error, the job would have ended before.
@@ -219,6 +225,7 @@ fn a_throttle_that_fails_leaves_the_migration_going_on() {
     scene.source.client.set_parameters(&reached).unwrap();
     let status = scene.end();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    assert!(status.error_text().contains("cannot: no such thing"), "{}", status.error_text());
 }
 
 #[test]

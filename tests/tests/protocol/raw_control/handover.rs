@@ -82,7 +82,8 @@ fn a_guest_moves_by_precopy_with_all_its_hooks() {
     assert_eq!(sent.counter(DISCARDED_PAGES), 1);
 
     let codes = source.hooked().codes();
-    assert_eq!(codes[..2], [hook::START_TRACKING, hook::SYNC_TRACKER]);
+    let begin = [hook::THROTTLE, hook::START_TRACKING, hook::SYNC_TRACKER];
+    assert_eq!(codes[..3], begin, "the first one asks whether the VMM can throttle");
     for called in [hook::CLEAR_TRACKER, hook::THROTTLE] {
         assert!(codes.contains(&called), "{called:#x}");
     }

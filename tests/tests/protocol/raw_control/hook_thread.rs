@@ -195,7 +195,8 @@ fn succeed(
             };
             lock(hooked).tracked.retain(|page| !is_set(*page));
         }
-        code::THROTTLE => lock(hooked).writes = 0,
+        code::THROTTLE if u32_at(body, 8) > 0 => lock(hooked).writes = 0,
+        code::THROTTLE => {}
         // Bit 0, the VMM's own tracker, is always on here.
         code::START_TRACKING if u32_at(body, 8) & 2 != 0 => {
             let features =
