@@ -16,13 +16,15 @@ use crate::lock::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Cancels a job.
 #[derive(Debug)]
 pub struct Cancel {
     cancelled: AtomicBool,
+    /// Who cancelled first.
+    by: OnceLock<CancelledBy>,
     /// Signalled once the job is cancelled.
     event: Event,
     state: Mutex<State>,
@@ -34,6 +36,26 @@ struct State {
     too_late: Option<TooLate>,
     /// Duplicates of the sockets that a cancel shuts down.
     sockets: Vec<OwnedFd>,
+}
+
+/// Who cancels a job, in words for its operator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CancelledBy {
+    /// A connection that is not the VMM's.
+    #[error("cancelled by an operator")]
+    Operator,
+    /// The VMM asked for it.
+    #[error("cancelled by the VMM")]
+    Vmm,
+    /// The VMM's connection has ended.
+    #[error("the VMM is gone, so the job was cancelled")]
+    VmmGone,
+    /// The agent was asked to end.
+    #[error("cancelled because the agent was ended")]
+    AgentEnds,
+    /// A thread that the job cannot do without has failed.
+    #[error("cancelled because page faults cannot be answered any more: the agent's log says why")]
+    FaultsLost,
 }
 
 /// Why a wait ended early.
@@ -80,7 +102,8 @@ impl Cancel {
     /// If the kernel refuses an event descriptor.
     pub fn new() -> std::io::Result<Self> {
         let event = Event::new()?;
-        Ok(Self { cancelled: AtomicBool::new(false), event, state: Mutex::default() })
+        let (cancelled, by, state) = (AtomicBool::new(false), OnceLock::new(), Mutex::default());
+        Ok(Self { cancelled, by, event, state })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -91,22 +114,24 @@ impl Cancel {
     ///
     /// # Errors
     /// If the job has passed its commit point, or has ended.
-    pub fn cancel(&self) -> Result<(), TooLate> {
+    pub fn cancel(&self, by: CancelledBy) -> Result<(), TooLate> {
         let state = self.state();
         if let Some(too_late) = state.too_late {
             return Err(too_late);
         }
-        self.stop(&state);
+        self.stop(&state, by);
         Ok(())
     }
 
     /// Ends the job wherever it waits, also after its commit point. For a job whose VMM is gone:
     /// nothing that it could still do is of use.
-    pub fn force_cancel(&self) {
-        self.stop(&self.state());
+    pub fn force_cancel(&self, by: CancelledBy) {
+        self.stop(&self.state(), by);
     }
 
-    fn stop(&self, state: &State) {
+    fn stop(&self, state: &State, by: CancelledBy) {
+        // If another was first, that one is the reason.
+        let _ = self.by.set(by);
         self.cancelled.store(true, Ordering::Release);
         self.event.signal();
         for socket in &state.sockets {
@@ -118,6 +143,11 @@ impl Cancel {
     /// True if the job was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Who cancelled the job; `None` if nobody has.
+    pub fn cancelled_by(&self) -> Option<CancelledBy> {
+        self.by.get().copied()
     }
 
     /// Returns an error if the job was cancelled.
@@ -223,7 +253,7 @@ mod tests {
         let cancel = Cancel::new().unwrap();
         std::thread::scope(|scope| {
             let sleeper = scope.spawn(|| cancel.sleep(Duration::from_secs(3600)));
-            cancel.cancel().unwrap();
+            cancel.cancel(CancelledBy::Operator).unwrap();
             assert!(matches!(sleeper.join().unwrap(), Err(CancelError::Cancelled)));
         });
         let (a, _b) = std::os::unix::net::UnixStream::pair().unwrap();
@@ -235,9 +265,9 @@ mod tests {
     fn a_cancel_after_the_commit_point_is_too_late() {
         let cancel = Cancel::new().unwrap();
         cancel.commit_point().unwrap();
-        assert_eq!(cancel.cancel(), Err(TooLate::HandedOver));
+        assert_eq!(cancel.cancel(CancelledBy::Operator), Err(TooLate::HandedOver));
         assert!(!cancel.is_cancelled());
         cancel.revert_commit_point();
-        cancel.cancel().unwrap();
+        cancel.cancel(CancelledBy::Operator).unwrap();
     }
 }

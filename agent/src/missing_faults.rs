@@ -297,6 +297,7 @@ fn read(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::CancelledBy;
     use crate::memory::host_page_set::HostPageSet;
     use crate::memory::{GuestMemory, test_support};
     use pageferry_protocol::control::job::JobKind;
@@ -433,7 +434,9 @@ mod tests {
     #[test]
     fn a_cancel_during_the_state_load_releases_the_waiters() {
         let Some(waiting) = Waiting::new() else { return };
-        assert!(waiting.continues_after(|| waiting.job.cancel.cancel().unwrap()));
+        assert!(
+            waiting.continues_after(|| waiting.job.cancel.cancel(CancelledBy::Operator).unwrap())
+        );
         assert!(!waiting.missing_pages.finish_load(), "what was loaded is worth nothing");
         assert_eq!(
             waiting.ram.memory.blocks()[0].backing.allocated_pages(),
@@ -446,7 +449,7 @@ mod tests {
     fn a_running_guest_keeps_waiting_when_its_job_ends() {
         let Some(waiting) = Waiting::new() else { return };
         assert!(waiting.missing_pages.finish_load());
-        assert!(!waiting.continues_after(|| waiting.job.cancel.force_cancel()));
+        assert!(!waiting.continues_after(|| waiting.job.cancel.force_cancel(CancelledBy::VmmGone)));
     }
 
     /// A VMM that knows nothing of its agent frees pages while others arrive.

@@ -272,12 +272,20 @@ pub fn failure(status: &JobStatus, socket: &Path) -> String {
                  pageferry resume --socket {socket} --force"
             ),
         ),
-        (kind, Phase::Cancelled) => ("was cancelled", outcome_for_guest(kind, status.arrived)),
+        (kind, Phase::Cancelled) if !is_gone => {
+            ("was cancelled", outcome_for_guest(kind, status.arrived))
+        }
         (kind, _) if !is_gone => ("failed", outcome_for_guest(kind, status.arrived)),
+        (_, Phase::Cancelled) => ("was cancelled", String::new()),
         _ => ("failed", String::new()),
     };
     let separator = if advice.is_empty() { "" } else { "; " };
-    format!("job {job} ({kind}) {how}: {}{separator}{advice}", status.error_text())
+    // "was cancelled by an operator", and not "was cancelled: cancelled by an operator".
+    let why = match status.error_text().strip_prefix("cancelled ") {
+        Some(by) if status.phase == Phase::Cancelled => format!(" {by}"),
+        _ => format!(": {}", status.error_text()),
+    };
+    format!("job {job} ({kind}) {how}{why}{separator}{advice}")
 }
 
 /// What became of the guest of a job that failed or was cancelled.
@@ -332,6 +340,24 @@ mod tests {
         );
         assert!(
             status(JobKind::Outgoing, Phase::Unconfirmed).contains("resume --socket /a --force")
+        );
+    }
+
+    #[test]
+    fn cancelled_job_says_by_whom() {
+        let cancelled = |error: &str| {
+            let (kind, error) = (JobKind::Outgoing, Some(error.to_owned()));
+            let status = JobStatus { kind, phase: Phase::Cancelled, error, ..JobStatus::default() };
+            failure(&status, "/a".as_ref())
+        };
+        assert_eq!(
+            cancelled("cancelled by an operator"),
+            "job 0 (outgoing) was cancelled by an operator; the guest is here, as it was before \
+             the migration"
+        );
+        assert_eq!(
+            cancelled("the VMM is gone, so the job was cancelled"),
+            "job 0 (outgoing) was cancelled: the VMM is gone, so the job was cancelled"
         );
     }
 

@@ -28,8 +28,8 @@ use std::time::Duration;
 /// How a job ends if it does not complete.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
-    /// The VMM or an operator cancelled the job, or the VMM is gone.
-    #[error("cancelled by the VMM or an operator, or because the VMM is gone")]
+    /// The job was cancelled. The status of the job says [by whom](crate::cancel::CancelledBy).
+    #[error("the job was cancelled")]
     Cancelled,
     /// The VMM's connection ended before the guest, or its image, was handed over.
     #[error(

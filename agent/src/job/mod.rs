@@ -20,7 +20,7 @@ pub mod options;
 pub mod pause;
 pub mod recovery;
 
-pub use crate::cancel::{Cancel, TooLate};
+pub use crate::cancel::{Cancel, CancelledBy, TooLate};
 pub use crate::stats::{LiveCounters, add, get};
 pub use deadline::Deadline;
 pub use error::JobError;
@@ -314,7 +314,10 @@ impl Job {
         };
         let (phase, error) = match &outcome {
             Ok(()) => (Phase::Completed, self.state().warning.take()),
-            Err(error @ JobError::Cancelled) => (Phase::Cancelled, Some(error.to_string())),
+            Err(error @ JobError::Cancelled) => {
+                let by = self.cancel.cancelled_by().map(|by| by.to_string());
+                (Phase::Cancelled, Some(by.unwrap_or_else(|| error.to_string())))
+            }
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
                 (Phase::Unconfirmed, Some(crate::error::chain(error)))
             }
@@ -520,7 +523,7 @@ mod tests {
             let (memory, hooks) = (Arc::new(GuestMemory::default()), Arc::new(Hooks::new(None)));
             let (options, notify) = ((&SnapshotOptions::default()).into(), notifier().unwrap());
             let job = Job::new(1, JobKind::Snapshot, memory, hooks, options, notify).unwrap();
-            job.cancel.cancel().unwrap();
+            job.cancel.cancel(CancelledBy::Operator).unwrap();
             job.finish(Err(error));
             let status = job.status();
             assert_eq!(
@@ -551,7 +554,7 @@ mod tests {
                     start.wait();
                     let job = lock(&next).clone();
                     start.wait();
-                    let accepted = job.cancel.cancel();
+                    let accepted = job.cancel.cancel(CancelledBy::Operator);
                     start.wait();
                     let (expected, phase) =
                         (accepted.map_or(Phase::Failed, |()| Phase::Cancelled), job.status().phase);

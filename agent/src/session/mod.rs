@@ -36,7 +36,7 @@ pub mod vhost_user;
 use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::hooks::Hooks;
-use crate::job::{Job, RecoveryRequest, TooLate};
+use crate::job::{CancelledBy, Job, RecoveryRequest, TooLate};
 use crate::memory::GuestMemory;
 use crate::session::shared::DeferredDrop;
 use crate::stats::totals::JobTotals;
@@ -309,11 +309,13 @@ impl Session {
     /// hook.
     pub fn end(&mut self) {
         if let Some(job) = self.running()
-            && job.cancel.cancel() == Err(TooLate::HandedOver)
+            && job.cancel.cancel(CancelledBy::VmmGone) == Err(TooLate::HandedOver)
         {
             match job.kind {
                 // The guest ran in this VMM, and ended with it.
-                JobKind::Incoming | JobKind::Restore => job.cancel.force_cancel(),
+                JobKind::Incoming | JobKind::Restore => {
+                    job.cancel.force_cancel(CancelledBy::VmmGone)
+                }
                 JobKind::Snapshot => {
                     log::info!(
                         "job {}: the VMM is gone; its image is complete, and gets its name",
@@ -339,7 +341,7 @@ impl Session {
     pub fn stop(&mut self) {
         self.stopping = true;
         if let Some(job) = self.running() {
-            let _ = job.cancel.cancel();
+            let _ = job.cancel.cancel(CancelledBy::AgentEnds);
         }
         // A postcopy cannot be cancelled, so it continues until all memory is sent. But if it is
         // paused, now or later, nobody will recover it, because the agent is ending. Then it is

@@ -8,7 +8,7 @@ use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::start_jobs::check_path;
 use super::{Session, check_fds, invalid, take_fds};
-use crate::job::TooLate;
+use crate::job::{CancelledBy, TooLate};
 use crate::memory::current::CurrentAgent;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
@@ -231,7 +231,7 @@ impl SharedSession {
             Request::StartIncoming { listen, options } => {
                 self.start_incoming(role, &listen, &options, fds)
             }
-            Request::Cancel => self.lock().cancel(),
+            Request::Cancel => self.lock().cancel(role),
             Request::SetParameters { parameters } => self.lock().set_parameters(&parameters),
             Request::QueryStatus => {
                 let status = self.lock().reported_status();
@@ -334,11 +334,15 @@ impl SharedSession {
 }
 
 impl Session {
-    fn cancel(&mut self) -> Answer {
+    fn cancel(&mut self, role: Role) -> Answer {
         let Some(job) = self.operator_job() else {
             return Err(RemoteError::new(ErrorCode::NotFound, "no job is running"));
         };
-        job.cancel.cancel().map_err(|error| match (error, job.kind) {
+        let by = match role {
+            Role::Vmm => CancelledBy::Vmm,
+            Role::Operator => CancelledBy::Operator,
+        };
+        job.cancel.cancel(by).map_err(|error| match (error, job.kind) {
             (TooLate::Ended, _) => RemoteError::new(ErrorCode::NotFound, error),
             (TooLate::HandedOver, JobKind::Restore) => RemoteError::new(
                 ErrorCode::State,

@@ -246,6 +246,7 @@ fn wait_for_buffer(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::CancelledBy;
     use crate::memory::copy_before_write::SinkError;
     use crate::memory::copy_before_write::{Protection, Sink};
     use crate::memory::host_page_set::HostPageSet;
@@ -283,7 +284,7 @@ mod tests {
             let pools = vec![BufferPool { free, to_free }];
             let buffers = Buffers { pools, of_block: vec![0], captured, limit: CHECK_INTERVAL * 3 };
             if is_cancelled {
-                job.cancel.cancel().unwrap();
+                job.cancel.cancel(CancelledBy::Operator).unwrap();
             } else {
                 copier.fail(CaptureError::Panicked);
             }

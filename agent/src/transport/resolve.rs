@@ -151,6 +151,7 @@ impl UnderWay {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cancel::CancelledBy;
     use std::sync::Mutex;
 
     /// The test holds this lock to keep the name server from answering.
@@ -187,7 +188,7 @@ mod tests {
             let job = scope.spawn(|| {
                 resolve_for_by(silent_server, &cancel, "name:7", Duration::from_secs(3600))
             });
-            cancel.cancel().unwrap();
+            cancel.cancel(CancelledBy::Operator).unwrap();
             assert!(matches!(job.join().unwrap(), Err(CancelError::Cancelled)));
         });
         // The number of look-ups that still run is bounded.

@@ -149,7 +149,7 @@ fn an_agent_that_is_ended_tells_how_its_job_ended() {
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1));
     let said = stderr(&listened);
-    assert!(said.contains("job 1 (incoming) was cancelled"), "{said}");
+    assert!(said.contains("job 1 (incoming) was cancelled because the agent was ended"), "{said}");
 }
 
 /// Once the agent has changed the memory, the guest that was there is lost, and the operator reads

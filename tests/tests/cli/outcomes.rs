@@ -141,7 +141,7 @@ fn second_interrupt_cancels_the_job() {
     interrupt(&terminal.child);
     let (status, drawn) = terminal.end();
     assert_eq!(status.code(), Some(1), "{drawn}");
-    assert!(drawn.contains("pageferry: job 1 (outgoing) was cancelled"), "{drawn}");
+    assert!(drawn.contains("pageferry: job 1 (outgoing) was cancelled by an operator;"), "{drawn}");
     assert_eq!(pair.source.client.status().unwrap().phase, Phase::Cancelled);
     assert!(!pair.source.vmm.is_paused());
 }
@@ -193,7 +193,11 @@ fn watch_into_a_pipe_prints_lines_as_they_come() {
     wait_until("two more lines", PATIENCE, || watch.lines().len() >= 3).unwrap();
     pair.source.client.cancel().unwrap();
     assert_eq!(watch.wait(PATIENCE).unwrap().code(), Some(1));
-    assert!(watch.lines().last().unwrap().contains("was cancelled"), "{:?}", watch.lines());
+    assert!(
+        watch.lines().last().unwrap().contains("was cancelled by the VMM;"),
+        "{:?}",
+        watch.lines()
+    );
     migrate.wait().unwrap();
 }
 

@@ -28,7 +28,7 @@ use super::offer::Accepted;
 use super::place::Remaining;
 use super::receive::Received;
 use super::{load, take_ownership};
-use crate::job::JobError;
+use crate::job::{CancelledBy, JobError};
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
 use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
@@ -88,7 +88,8 @@ pub fn receive_guest_first(
         let (missing_pages, stopping, stop) = (&*missing_pages, stop.stop_on_drop(), stop.as_fd());
         let faults = scope.spawn(move || {
             // The job's thread waits for the source. This is the only way to wake it.
-            handle_faults(job, missing_pages, &mut forwarder, stop, |_| job.cancel.force_cancel());
+            let give_up = |_| job.cancel.force_cancel(CancelledBy::FaultsLost);
+            handle_faults(job, missing_pages, &mut forwarder, stop, give_up);
         });
         let arrived = guest.run(accepted, received, guest_is);
         registered.complete = arrived.is_ok();

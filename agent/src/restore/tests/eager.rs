@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::job::CancelledBy;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 
 const PAGES: [u64; 2] = [1500, 600];
@@ -181,7 +182,7 @@ fn discards_survive_a_cancel_before_the_reset() {
         error,
         "job 1 restores the memory: populate again once the guest runs, or the restore has failed"
     );
-    job.cancel.cancel().unwrap();
+    job.cancel.cancel(CancelledBy::Operator).unwrap();
     run(&job, &order);
     assert_eq!(job.status().phase, Phase::Cancelled);
     job.populate_if_allowed(|| ()).unwrap();
@@ -261,7 +262,7 @@ fn discards_and_frees_during_an_eager_restore_stay_holes() {
         while job.status().counters.pages_restored == 0 {
             std::thread::yield_now();
         }
-        job.cancel.cancel().unwrap();
+        job.cancel.cancel(CancelledBy::Operator).unwrap();
         restoring.join().unwrap();
     });
     assert_eq!(job.status().phase, Phase::Cancelled);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::job::CancelledBy;
 use std::sync::OnceLock;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, channel};
@@ -265,7 +266,7 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
     let its_job = cancelled.clone();
     let vmm = Vmm::new(&ram, move |_, hook| {
         if let (Hook::LoadState { .. }, Some(job)) = (hook, &*its_job.lock().unwrap()) {
-            job.cancel.cancel().unwrap();
+            job.cancel.cancel(CancelledBy::Operator).unwrap();
         }
         Ok(())
     });
@@ -283,7 +284,7 @@ fn a_cancel_is_accepted_only_before_the_guest_runs() {
         while job.status().phase < Phase::Prefetching {
             std::thread::yield_now();
         }
-        assert!(job.cancel.cancel().is_err());
+        assert!(job.cancel.cancel(CancelledBy::Operator).is_err());
         // The guest may populate memory.
         job.populate_if_allowed(|| ()).unwrap();
         job.limiter.set_rate(0);
