@@ -31,8 +31,11 @@ impl OwnGuest {
     pub(super) fn in_words(self) -> &'static str {
         match self {
             Self::Unasked => "",
-            Self::Kept => "; the VMM keeps its own guest",
-            Self::Replaced => "; the VMM has given up its own guest for this one",
+            // A VMM that was started for this guest has had none.
+            Self::Kept => "; a guest that this VMM had before goes on",
+            Self::Replaced => {
+                "; the memory here was cleared for it, so a guest that this VMM had before is lost"
+            }
         }
     }
 }
@@ -53,7 +56,7 @@ impl GivenUpGuest {
         // This exists before the VMM answers, which may be late and agree all the same.
         let mut asked = Self { job: job.clone(), settled: false };
         job.set_own_guest(OwnGuest::Kept);
-        job.note("the VMM is asked whether it gives up its own guest for this one");
+        job.note("the VMM is asked whether it takes this guest, and gives up one that it has");
         let hook = Hook::AcceptGuest { origin };
         let answer = job.hooks.ask_until(&hook, job.hook_timeout, || job.cancel.is_cancelled());
         job.note("");

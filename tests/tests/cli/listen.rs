@@ -63,7 +63,7 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
     assert_eq!(listened.status.code(), Some(1), "{listened:?}");
     let said = stderr(&listened);
     assert!(said.contains("does not wait for a migration any more"), "{said}");
-    assert!(said.contains("; the VMM keeps its own guest"), "{said}");
+    assert!(said.contains("; a guest that this VMM had before goes on"), "{said}");
     assert_eq!(destination.vmm.client.ownership(), Ownership::Ours);
     assert_eq!(destination.vmm.ram.stamp(3), 999);
     assert!(!source.vmm.vmm.is_paused());
@@ -114,7 +114,7 @@ fn a_listen_is_cancelled_while_the_vmm_is_asked() {
     let migrate = { migrate }.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     wait_until("the question", PATIENCE, || {
         let status = destination.vmm.client.status().unwrap();
-        status.error_text().contains("the VMM is asked whether it gives up its own guest")
+        status.error_text().contains("the VMM is asked whether it takes this guest")
     })
     .unwrap();
     assert!(destination.run("cancel", &[]).status.success());
@@ -171,7 +171,7 @@ fn a_guest_that_was_given_up_for_one_that_dies_on_its_way_is_said_to_be_lost() {
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1));
     let said = stderr(&listened);
-    assert!(said.contains("; the VMM has given up its own guest for this one"), "{said}");
+    assert!(said.contains("so a guest that this VMM had before is lost"), "{said}");
     assert_eq!(destination.vmm.client.ownership(), Ownership::Awaiting);
 }
 
