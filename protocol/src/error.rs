@@ -40,9 +40,34 @@ pub fn rounded(time: Duration) -> String {
     }
 }
 
+/// A number of bytes in the largest unit that divides it, so that nothing is lost: `512 MiB`,
+/// `4 KiB`, `5000 bytes`.
+pub fn size(bytes: u64) -> String {
+    const UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let unit = UNITS.iter().find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift);
+    match unit {
+        Some((name, shift)) => format!("{} {name}", bytes >> shift),
+        None => format!("{bytes} bytes"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_the_largest_unit_that_is_exact() {
+        for (bytes, said) in [
+            (0, "0 bytes"),
+            (4097, "4097 bytes"),
+            (4096, "4 KiB"),
+            (512 << 20, "512 MiB"),
+            ((512 << 20) + 4096, "524292 KiB"),
+            (3 << 40, "3 TiB"),
+        ] {
+            assert_eq!(size(bytes), said);
+        }
+    }
 
     #[test]
     fn durations_are_rounded_to_what_matters() {

@@ -5,6 +5,7 @@
 //! The sets are those of an increment and its base, or of a VMM and an image. [`compare`] returns
 //! the first difference, with the block, the field and both values.
 
+use pageferry_protocol::error::size;
 use pageferry_protocol::memory::BlockTable;
 
 /// A difference between the blocks of an increment and those of its base.
@@ -54,8 +55,8 @@ pub fn compare(here: &BlockTable, there: &BlockTable, all: bool) -> Result<(), B
         let fields = [
             ("name", quoted(&own.name), quoted(&name)),
             ("gpa", hex(own.gpa), hex(block.gpa)),
-            ("length", hex(own.length), hex(block.length)),
-            ("granularity", hex(own.granularity), hex(block.granularity)),
+            ("length", size(own.length), size(block.length)),
+            ("granularity", size(own.granularity), size(block.granularity)),
         ];
         let compared = if all { fields.len() } else { fields.len() - 1 };
         let mut compared = fields.into_iter().take(compared);
@@ -96,7 +97,7 @@ mod tests {
         let sentence = |there| compare(&here, &table(there), true).unwrap_err().to_string();
         assert_eq!(compare(&here, &here, true), Ok(()));
         let large = &[(1, 0x1000), (2, 0x20_0000)];
-        assert_eq!(sentence(large), "block 2: granularity is 0x1000, but 0x200000 in the base");
+        assert_eq!(sentence(large), "block 2: granularity is 4 KiB, but 2 MiB in the base");
         assert_eq!(compare(&here, &table(large), false), Ok(()));
         assert_eq!(sentence(&[(1, 0x1000)]), "block 2 \"ram2\" is not in the base");
         assert_eq!(

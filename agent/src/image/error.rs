@@ -143,7 +143,7 @@ pub enum ImageFault {
     },
     /// The file is shorter or longer than its header says.
     #[error(
-        "the file has {found:#x} bytes, but its header says {expected:#x}: it is {}",
+        "the file has {found} bytes, but its header says {expected}: it is {}",
         if found < expected { "truncated" } else { "damaged" }
     )]
     FileLength {
@@ -193,7 +193,7 @@ pub enum ImageFault {
     #[error(transparent)]
     Contents(#[from] ContentsError),
     /// The section with the contents is too long.
-    #[error("section contents is {length:#x} bytes, at most {limit:#x} are allowed")]
+    #[error("section contents is {length} bytes, at most {limit} are allowed")]
     ContentsSize {
         /// Its length in bytes.
         length: u64,

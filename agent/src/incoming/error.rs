@@ -3,6 +3,7 @@
 //! Why a destination refuses what comes.
 
 use pageferry_protocol::control::reply::ErrorCode;
+use pageferry_protocol::error::size as bytes;
 use pageferry_protocol::stream::table::TableMismatch;
 
 /// Why a destination refuses what comes.
@@ -49,7 +50,7 @@ pub enum IncomingError {
         source: DecompressError,
     },
     /// The destination has host pages too large for postcopy.
-    #[error("block {id}: the host page size is {size:#x}, postcopy takes at most {limit:#x}")]
+    #[error("block {id}: the host page size is {}, postcopy takes at most {}", bytes(*size), bytes(*limit))]
     HostPageTooLarge {
         /// The block.
         id: u32,

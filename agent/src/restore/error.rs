@@ -4,6 +4,7 @@
 
 use crate::image::ImageFault;
 use crate::image::blocks::BlocksDifference;
+use pageferry_protocol::error::size as bytes;
 use pageferry_protocol::image::working_set::{MAX_SIZE, WorkingSetError};
 use rustix::io::Errno;
 use std::path::PathBuf;
@@ -33,7 +34,8 @@ pub enum RestoreError {
     },
     /// A host page is too large for a lazy restore.
     #[error(
-        "block {id}: the host page size is {size:#x}, a lazy restore takes at most {limit:#x}: restore it eagerly"
+        "block {id}: the host page size is {}, a lazy restore takes at most {}: restore it eagerly",
+        bytes(*size), bytes(*limit)
     )]
     HostPageTooLarge {
         /// The block.
@@ -100,7 +102,8 @@ pub enum WorkingSetFileError {
     Read(#[source] Errno),
     /// It is not a regular file, or it is too long. With its size in bytes.
     #[error(
-        "it is no working set: it is not a regular file, or its {0:#x} bytes are more than the limit of {MAX_SIZE:#x}"
+        "it is no working set: it is not a regular file, or its size of {} is more than the limit of {}",
+        bytes(*.0), bytes(MAX_SIZE)
     )]
     NotAWorkingSet(u64),
     /// It is a file of another kind.

@@ -161,7 +161,7 @@ mod tests {
     fn a_gigantic_host_page_must_be_restored_eagerly() {
         let error = check(&gigantic()).unwrap_err().to_string();
         assert!(
-            error.contains("block 0") && error.contains("0x40000000") && error.contains("eager"),
+            error.contains("block 0") && error.contains("1 GiB") && error.contains("eager"),
             "{error}"
         );
     }

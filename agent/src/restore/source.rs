@@ -110,7 +110,7 @@ mod tests {
         };
         let expected = [
             (
-                "block 2: length is 0x10000 in this VMM, and 0x20000 in the image",
+                "block 2: length is 64 KiB in this VMM, and 128 KiB in the image",
                 &[(1, "low", 0, 16), (2, "high", 64, 16)][..],
             ),
             (

@@ -2,12 +2,15 @@
 
 //! Why a snapshot is not made.
 
+use pageferry_protocol::error::size as bytes;
+
 /// Why a snapshot is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// Host pages are too large for a background snapshot.
     #[error(
-        "block {id}: the host page size is {size:#x}, a background snapshot takes at most {limit:#x}: use mode paused"
+        "block {id}: the host page size is {}, a background snapshot takes at most {}: use mode paused",
+        bytes(*size), bytes(*limit)
     )]
     HostPageTooLarge {
         /// The block.

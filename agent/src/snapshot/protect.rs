@@ -247,9 +247,7 @@ mod tests {
         assert!(error.contains("use mode paused"), "{error}");
         let error = WriteWatch::check_memory(&gigantic(), announced).unwrap_err().to_string();
         assert!(
-            error.contains("block 0")
-                && error.contains("0x40000000")
-                && error.contains("mode paused"),
+            error.contains("block 0") && error.contains("1 GiB") && error.contains("mode paused"),
             "{error}"
         );
     }

@@ -11,6 +11,7 @@
 
 use super::states::states_size;
 use super::{EXTENT_PAGES, EXTENT_SIZE, MAX_MEMORY};
+use crate::error::size;
 use crate::memory::{BlockTable, PAGE_SIZE};
 
 /// The offsets in an image.
@@ -38,7 +39,7 @@ struct Place {
 
 /// Blocks that are too large for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("blocks of {bytes:#x} bytes together, an image holds at most {MAX_MEMORY:#x}")]
+#[error("blocks of {} together, an image holds at most {}", size(*bytes), size(MAX_MEMORY))]
 pub struct TooLarge {
     /// Bytes of all blocks.
     pub bytes: u64,

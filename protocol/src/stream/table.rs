@@ -2,6 +2,7 @@
 
 //! The block tables of source and destination must be the same.
 
+use crate::error::size;
 use crate::memory::BlockTable;
 
 /// A difference between the block tables of source and destination.
@@ -74,8 +75,8 @@ pub fn compare_tables(theirs: &BlockTable, own: &BlockTable) -> Result<(), Table
         let fields = [
             ("name", block.name.clone(), here.name.clone()),
             ("gpa", hex(block.gpa), hex(here.gpa)),
-            ("length", hex(block.length), hex(here.length)),
-            ("granularity", hex(block.granularity), hex(here.granularity)),
+            ("length", size(block.length), size(here.length)),
+            ("granularity", size(block.granularity), size(here.granularity)),
         ];
         if let Some((field, theirs, own)) =
             fields.into_iter().find(|(_, theirs, own)| theirs != own)
@@ -100,7 +101,7 @@ mod tests {
         let ours = table(&[2, 3]);
         compare_tables(&ours, &ours.clone()).unwrap();
         let longer = compare_tables(&table(&[2, 4]), &ours).unwrap_err();
-        assert_eq!(longer.to_string(), "block 1: length is 0x4000 at the source and 0x3000 here");
+        assert_eq!(longer.to_string(), "block 1: length is 16 KiB at the source and 12 KiB here");
         assert!(matches!(
             compare_tables(&table(&[2, 3, 1]), &ours),
             Err(TableMismatch::Missing { id: 2, .. })
@@ -111,7 +112,7 @@ mod tests {
         ));
         let told = longer.for_source();
         assert!(
-            told.starts_with("block 1: length is 0x4000 at the source") && !told.contains("0x3000"),
+            told.starts_with("block 1: length is 16 KiB at the source") && !told.contains("12 KiB"),
             "{told}"
         );
     }

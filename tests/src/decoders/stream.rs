@@ -101,7 +101,7 @@ pub fn hello_seeds() -> Vec<Vec<u8>> {
     };
     let refusal = RemoteError::new(
         ErrorCode::Invalid,
-        "block 3: length is 0x4000 at the source and 0x3000 here",
+        "block 3: length is 16 KiB at the source and 12 KiB here",
     );
     let accept = Accept { version: 1, features: 6, host_pages: vec![PAGE_SIZE, 2 << 20] }.encode();
     let payloads = [

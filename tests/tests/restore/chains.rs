@@ -123,11 +123,11 @@ fn an_image_of_another_geometry_is_refused_by_block_and_field() {
     let others: [(Vec<BlockLayout>, &str); 7] = [
         (
             vec![BlockLayout { length: (PAGES - 1) * PAGE_SIZE, ..low() }, high()],
-            "block 0: length is 0x2bb000",
+            "block 0: length is 2796 KiB",
         ),
         (
             vec![BlockLayout { length: (PAGES + 1) * PAGE_SIZE, ..low() }, high()],
-            "block 0: length is 0x2bd000",
+            "block 0: length is 2804 KiB",
         ),
         (vec![low(), BlockLayout { gpa: 2 << 30, ..high() }], "block 3: gpa is 0x80000000"),
         (

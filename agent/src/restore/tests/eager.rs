@@ -83,7 +83,7 @@ fn a_block_mismatch_is_refused_before_memory_changes() {
     assert_eq!(status.phase, Phase::Failed);
     assert_eq!(
         status.error_text(),
-        "block 1: length is 0x2bc000 in this VMM, and 0x258000 in the image"
+        "block 1: length is 2800 KiB in this VMM, and 2400 KiB in the image"
     );
     assert_eq!((ram.allocated(0), vmm.asked().len()), (before, 0));
     assert!(ram.block(0).discarded.contains(3));

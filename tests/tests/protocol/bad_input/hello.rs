@@ -162,13 +162,13 @@ fn a_source_with_other_blocks_is_rejected_by_field() {
         ),
         (
             table(vec![BlockGeometry { length: 0x1000, ..right() }]),
-            &["block 3", "length", "0x1000"],
-            "0x28000",
+            &["block 3", "length", "4 KiB"],
+            "160 KiB",
         ),
         (
             table(vec![BlockGeometry { granularity: 0x2000, ..right() }]),
-            &["block 3", "granularity", "0x2000"],
-            "0x1000",
+            &["block 3", "granularity", "8 KiB"],
+            "4 KiB",
         ),
         (table(vec![BlockGeometry { id: 4, ..right() }]), &["block 4", "does not exist"], ""),
         (table(vec![]), &["0 blocks"], "this side 1"),
