@@ -89,7 +89,9 @@ enum Command {
     Mem(devices::MemArgs),
     /// Cancel the running job. A guest that is here goes on as before the job.
     Cancel(OperatorArgs),
-    /// Switch the running migration, which must have mode hybrid, to postcopy.
+    /// Switch the running migration, which must have mode hybrid, to postcopy when its current pass
+    /// ends. The command does not wait for that: `pageferry watch` shows it. `pageferry set
+    /// --bandwidth` can make a slow pass shorter.
     Postcopy(OperatorArgs),
     /// Reconnect a paused postcopy, and watch.
     Recover(RecoverArgs),

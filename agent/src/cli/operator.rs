@@ -209,7 +209,7 @@ pub fn cancel(args: &OperatorArgs) -> Outcome {
 /// If the agent does not answer, or refuses.
 pub fn postcopy(args: &OperatorArgs) -> Outcome {
     AgentConnection::open(&args.socket)?.ask(&Request::StartPostcopy, |_| Ok(()))?;
-    show::done("switching to postcopy", args.json)?;
+    show::done("switching to postcopy when the current pass ends", args.json)?;
     Ok(Exit::Done)
 }
 

@@ -95,7 +95,11 @@ impl OutgoingJob {
     /// hybrid, or the passes are over.
     pub fn request_postcopy(&self) -> bool {
         let possible = lock(&self.options).mode == Mode::Hybrid && self.phase() <= Phase::Passes;
-        self.postcopy_requested.fetch_or(possible, Ordering::Relaxed);
+        let asked = self.postcopy_requested.fetch_or(possible, Ordering::Relaxed);
+        if possible && !asked {
+            // A pass over a large guest takes minutes.
+            self.note("postcopy begins when this pass ends");
+        }
         possible
     }
 

@@ -91,7 +91,10 @@ impl Migration {
         if self.job.options().mode == Mode::Postcopy {
             return self.run_postcopy(AlreadySent::Nothing);
         }
-        match self.passes()? {
+        let after = self.passes()?;
+        // What was to be known about the passes.
+        self.job.note("");
+        match after {
             AfterPasses::HandOver => self.hand_over(),
             AfterPasses::Postcopy => self.run_postcopy(AlreadySent::Passes),
         }

@@ -208,6 +208,10 @@ fn the_switch_to_postcopy_is_refused_in_other_modes() {
     let record = scene.relay.until(|record| record.kind == Kind::Data);
     let asked = scene.source.run("postcopy", &["--json"]);
     assert!(asked.status.success(), "{asked:?}");
+    let said = String::from_utf8(asked.stdout).unwrap();
+    assert!(said.contains("switching to postcopy when the current pass ends"), "{said}");
+    let status = scene.source.client.status().unwrap();
+    assert_eq!(status.error_text(), "postcopy begins when this pass ends");
     scene.source.client.start_postcopy().unwrap();
     // A page that is dirty at the pause is still missing afterwards.
     scene.source.write(WANTED, stamp_of(WANTED));
