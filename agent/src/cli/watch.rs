@@ -16,6 +16,7 @@ use super::progress::{Output, Progress};
 use super::show;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::request::Request;
+use pageferry_protocol::error::printable;
 use signal_hook::consts::SIGINT;
 use std::error::Error;
 use std::io::{self, Read};
@@ -156,7 +157,7 @@ pub fn watch(
         let paused = status.phase == Phase::PostcopyPaused;
         if status.phase.is_final() || (paused && recovered && watching.on_pause != OnPause::Wait) {
             progress.clear();
-            return end(&status, watching.output, agent);
+            return end(&status, watching.output, agent, &told);
         }
         progress.show(&status)?;
         tell_news(&progress, &status, &mut told, agent)?;
@@ -179,16 +180,20 @@ fn tell_news(
     }
 }
 
-/// Says how the job ended.
+/// Says how the job ended. A warning goes to standard error, too, unless the operator was `told`.
 fn end(
-    status: &JobStatus, output: Output, agent: &AgentConnection,
+    status: &JobStatus, output: Output, agent: &AgentConnection, told: &str,
 ) -> Result<Exit, Box<dyn Error>> {
+    use io::Write;
     let exit = Exit::of_job(status);
+    let warning = status.error_text();
+    if exit == Exit::Done && !warning.is_empty() && warning != told {
+        writeln!(io::stderr().lock(), "pageferry: warning: {}", printable(warning))?;
+    }
     if output == Output::Json || exit == Exit::Done {
         show::print(status, output == Output::Json)?;
     }
     if exit != Exit::Done {
-        use io::Write;
         writeln!(io::stderr().lock(), "pageferry: {}", show::failure(status, agent.path()))?;
     }
     Ok(exit)

@@ -33,6 +33,8 @@ pub struct Changes {
     shared: SharedCheckpoint,
     memory: Arc<GuestMemory>,
     tracked: Option<TrackedChanges>,
+    /// A watch of writes of this snapshot leaves every page to the next increment.
+    spoils_next: bool,
 }
 
 /// The changes, for a snapshot that asks the trackers.
@@ -52,6 +54,8 @@ struct TrackedChanges {
     /// A tracker has failed, so reports may be lost.
     broken: bool,
     increment: bool,
+    /// The increment has every page: writes were not tracked for a while since its base.
+    has_every_page: bool,
 }
 
 impl Changes {
@@ -66,10 +70,11 @@ impl Changes {
         // The id of no base is all zero.
         let increment = base != ImageId::default();
         if !increment && !track {
-            return Ok(Self { shared, memory, tracked: None });
+            return Ok(Self { shared, memory, tracked: None, spoils_next: false });
         }
         let dirty = DirtyPages::none(&memory)?;
-        let tracked = |trackers, started, since, ended, dirty| TrackedChanges {
+        let tracked = |trackers: Trackers, started, since, ended, dirty| TrackedChanges {
+            has_every_page: increment && trackers.have_missed_writes(),
             trackers,
             started,
             since,
@@ -120,7 +125,7 @@ impl Changes {
                 )
             }
         };
-        Ok(Self { shared, memory, tracked: Some(tracked) })
+        Ok(Self { shared, memory, tracked: Some(tracked), spoils_next: false })
     }
 
     /// Asks the trackers which pages were written, and clears these pages there. Starts the
@@ -152,9 +157,33 @@ impl Changes {
     /// one.
     pub fn suspend(&mut self) {
         match &mut self.tracked {
-            Some(tracked) => tracked.trackers.suspend(),
-            None => self.shared.with_kept(Trackers::suspend),
+            Some(tracked) => {
+                tracked.trackers.suspend();
+                let has_missed = tracked.trackers.have_missed_writes();
+                tracked.has_every_page |= tracked.increment && has_missed;
+                self.spoils_next = has_missed && (tracked.track || tracked.since.is_some());
+            }
+            None => self.shared.with_kept(|trackers| {
+                trackers.suspend();
+                self.spoils_next = trackers.have_missed_writes();
+            }),
         }
+    }
+
+    /// Which increment has more than what has changed, and why, in words for the operator. Complete
+    /// once the watch of writes has begun, if there is one.
+    pub fn warning(&self) -> Option<String> {
+        let this = self.tracked.as_ref().is_some_and(|tracked| tracked.has_every_page);
+        let which = match (this, self.spoils_next) {
+            (false, false) => return None,
+            (true, false) => "this increment has",
+            (false, true) => "the next increment will have",
+            (true, true) => "this increment and the next one have",
+        };
+        Some(format!(
+            "{which} all allocated pages, and not only those that have changed: writes are not \
+             tracked while a background snapshot runs; make all images of a chain with mode paused"
+        ))
     }
 
     /// The watch is over, or did not start.
@@ -286,7 +315,8 @@ mod tests {
         let kept = Checkpoint { id: [5; 16], dirty: DirtyPages::default(), trackers };
         shared.put(State::Kept(kept));
         let memory = Arc::new(memory(&[64]));
-        let mut changes = Changes { shared: shared.clone(), memory, tracked: None };
+        let mut changes =
+            Changes { shared: shared.clone(), memory, tracked: None, spoils_next: false };
         changes.suspend();
         assert_eq!(noting.noted(), ["suspend"]);
         assert!(

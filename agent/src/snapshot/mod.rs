@@ -130,6 +130,11 @@ fn capture(
         }
         SnapshotMode::Paused | SnapshotMode::Stopped => None,
     };
+    // Now, when something can still be done about it, and once more at the end.
+    if let Some(warning) = changes.warning() {
+        job.note(&warning);
+        job.warn(warning);
+    }
     let unannounced_frees = plan.trackers.declared.contains(Trackers::UNANNOUNCED_FREES);
     let prepared = Prepared::new(job, watch.is_some(), unannounced_frees)?;
     if let Some(watch) = &watch {

@@ -97,6 +97,10 @@ impl Tracker for ScanTracker {
         self.missed = true;
     }
 
+    fn has_missed_writes(&self) -> bool {
+        self.missed
+    }
+
     fn resume(&mut self) {
         self.suspended = false;
     }

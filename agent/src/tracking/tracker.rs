@@ -28,6 +28,12 @@ pub trait Tracker: Send {
     /// at the first sync after it.
     fn suspend(&mut self) {}
 
+    /// True if the next sync reports every page, because a snapshot has used the VMM's mappings
+    /// since the last one.
+    fn has_missed_writes(&self) -> bool {
+        false
+    }
+
     /// The snapshot does not use the mappings any more.
     fn resume(&mut self) {}
 }

@@ -95,6 +95,11 @@ impl Trackers {
         self.trackers.iter_mut().for_each(|tracker| tracker.suspend());
     }
 
+    /// True if the next sync reports every page. See [`Tracker::has_missed_writes`].
+    pub fn have_missed_writes(&self) -> bool {
+        self.trackers.iter().any(|tracker| tracker.has_missed_writes())
+    }
+
     /// The snapshot does not use the mappings any more.
     pub fn resume(&mut self) {
         self.trackers.iter_mut().for_each(|tracker| tracker.resume());

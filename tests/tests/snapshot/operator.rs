@@ -90,6 +90,26 @@ fn an_operator_saves_a_guest_and_what_changed_since() {
     }
 }
 
+/// The operator hears of it where he looks: scripts in the JSON, people on standard error.
+#[test]
+fn an_operator_is_warned_of_increments_that_are_full() {
+    if !require::uffd() {
+        return;
+    }
+    let scene = Scene::full(PAGES);
+    scene.vmm.set_tracker(Tracker::WriteProtect).unwrap();
+    let saved = run(&scene, "snapshot", &["a", "--track", "--json"]);
+    assert!(saved.status.success(), "{saved:?}");
+    let next = "the next increment will have all allocated pages";
+    let warning = last_object(&saved)["warning"].as_str().unwrap().to_owned();
+    assert!(warning.starts_with(next), "{warning}");
+    let said = String::from_utf8(saved.stderr).unwrap();
+    assert!(said.contains(next), "{said}");
+    let saved = run(&scene, "snapshot", &["b", "--base", "a", "--mode", "paused"]);
+    let said = String::from_utf8(saved.stderr).unwrap();
+    assert!(saved.status.success() && said.contains("this increment has all"), "{said}");
+}
+
 /// A guest that does not touch memory until it runs, and then touches these pages first.
 struct Touching(Arc<TestMemory>);
 
