@@ -233,7 +233,8 @@ pub struct RecoverArgs {
 pub struct ResumeArgs {
     #[command(flatten)]
     pub(super) operator: OperatorArgs,
-    /// Confirm that you looked at both sides, and the guest does not run at the destination.
+    /// For a guest that was handed over, and whose destination did not confirm it: confirm that you
+    /// looked at both sides, and the guest does not run at the destination.
     #[arg(long)]
     pub(super) force: bool,
 }

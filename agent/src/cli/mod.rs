@@ -95,7 +95,8 @@ enum Command {
     Postcopy(OperatorArgs),
     /// Reconnect a paused postcopy, and watch.
     Recover(RecoverArgs),
-    /// Resume a guest here whose hand-over was never confirmed.
+    /// Resume a guest that a job has left paused here (--resume never). With --force: one whose
+    /// hand-over was never confirmed.
     Resume(ResumeArgs),
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]

@@ -85,6 +85,8 @@ struct State {
     warning: Option<String>,
     /// What becomes of the VMM's own guest if the one of this job does not come.
     own_guest: OwnGuest,
+    /// An operator has resumed the guest that this job has brought.
+    resumed: bool,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
     ended_as: Option<Phase>,
 }
@@ -117,6 +119,7 @@ impl Job {
                 remaining: None,
                 warning: None,
                 own_guest: OwnGuest::default(),
+                resumed: false,
                 ended_as: None,
             }),
             entered: Condvar::new(),
@@ -209,6 +212,38 @@ impl Job {
     /// Records that the guest belongs to this VMM from now on: the source has committed.
     pub fn guest_arrived(&self) {
         self.state().status.arrived = true;
+    }
+
+    /// True if this job has brought a guest here, with all its memory, that does not run yet.
+    pub fn has_left_guest_paused(&self) -> bool {
+        let state = self.state();
+        let JobStatus { phase, guest, .. } = state.status;
+        let brings = matches!(self.kind, JobKind::Incoming | JobKind::Restore);
+        let is_paused = guest == Some(RunState::Paused) && !state.resumed;
+        brings && phase == Phase::Completed && is_paused
+    }
+
+    /// True if a guest that was here before this job is still here. Not if that is not known.
+    pub fn has_kept_guest(&self) -> bool {
+        let state = self.state();
+        match self.kind {
+            JobKind::Incoming | JobKind::Restore => state.own_guest == OwnGuest::Kept,
+            JobKind::Outgoing => {
+                matches!(state.status.phase, Phase::Failed | Phase::Cancelled)
+            }
+            JobKind::Snapshot | JobKind::None => true,
+        }
+    }
+
+    /// Records that an operator has resumed the guest that a job had left paused.
+    pub fn set_resumed(&self) {
+        let mut state = self.state();
+        state.resumed = true;
+        if matches!(self.kind, JobKind::Incoming | JobKind::Restore) {
+            state.status.guest = Some(RunState::Running);
+        }
+        drop(state);
+        self.announce();
     }
 
     /// Records that the guest was resumed here by force, after it was not known where it runs.

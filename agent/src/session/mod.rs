@@ -79,8 +79,10 @@ pub struct Session {
     vhost_user: vhost_user::Features,
     /// True once the agent is ending.
     stopping: bool,
-    /// True while a thread waits for the VMM to resume the guest by force.
+    /// True while a thread waits for the VMM to resume the guest for an operator.
     resuming: bool,
+    /// True if a job before the last one has left the guest paused here.
+    left_paused: bool,
     /// Values to drop after the lock is released.
     retired: Vec<DeferredDrop>,
 }
@@ -126,6 +128,7 @@ impl Session {
             vhost_user: vhost_user::Features::default(),
             stopping: false,
             resuming: false,
+            left_paused: false,
             retired: Vec::new(),
         }
     }

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Resume by force: the guest was handed over, and the destination did not confirm that it runs
-//! there ([`one-owner`](crate::invariants#one-owner)).
+//! Resume for an operator.
 //!
-//! The agent cannot know whether the guest runs at the destination. So only an operator may decide,
+//! A guest that a job has left paused here (`--resume never`) belongs to this VMM, so any operator
+//! may resume it.
+//!
+//! A guest that was handed over may be resumed by force, if the destination did not confirm that it
+//! runs there ([`one-owner`](crate::invariants#one-owner)). The agent cannot know whether the guest runs at the destination. So only an operator may decide,
 //! who has looked at both sides. The steps:
 //!
 //! 1. A paused postcopy is abandoned, and the agent waits for its end (`ABANDON_TIMEOUT`).
-//! 2. The agent checks that the job is unconfirmed, and that no other request is resuming the
+//! 2. The agent checks that the guest is left paused or the job unconfirmed, and that no other request is resuming the
 //!    guest.
 //! 3. The agent asks the VMM to resume the guest, without holding the session's lock, and waits for
 //!    the answer (`RESUME_TIMEOUT`).
@@ -34,8 +37,8 @@ const RESUME_TIMEOUT: Duration = Duration::from_secs(8);
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl SharedSession {
-    /// Has the VMM resume the guest by force; see the header. Without `force` this only returns the
-    /// error that says what to do.
+    /// Has the VMM resume a guest that was left paused here, or, with `force`, one that was handed
+    /// over; see the header.
     pub(super) fn resume(&self, force: bool) -> Answer {
         let abandoned = if force { self.lock().abandon_paused()? } else { None };
         if let Some(job) = abandoned {
@@ -47,14 +50,18 @@ impl SharedSession {
             }
         }
         let (hooks, job) = self.lock().begin_resume(force)?;
-        let asked = hooks.ask(&Hook::Resume { force, paused: false }, RESUME_TIMEOUT);
+        // Forced in both cases: no job has paused the guest, so the VMM has nothing to undo.
+        let asked = hooks.ask(&Hook::Resume { force: true, paused: false }, RESUME_TIMEOUT);
         let mut session = self.lock();
         // The VMM may be gone meanwhile, and the session may be that of the next one.
         if session.job.as_ref().is_some_and(|(own, _)| own.is(&job)) {
             session.resuming = false;
-            if asked.is_ok() {
+            if asked.is_ok() && was_handed_over(&job) {
                 job.set_resumed_by_force();
                 session.retire_job();
+            } else if asked.is_ok() {
+                session.left_paused = false;
+                job.set_resumed();
             }
         }
         asked.map_err(|error| {
@@ -69,8 +76,8 @@ impl SharedSession {
 }
 
 impl Session {
-    /// Checks that the guest may be resumed by force, and that no other request is resuming it.
-    /// Returns the hooks of the VMM, and the job that handed the guest over.
+    /// Checks that the guest may be resumed, and that no other request is resuming it. Returns the
+    /// hooks of the VMM, and the last job.
     fn begin_resume(&mut self, force: bool) -> Result<(Arc<Hooks>, SessionJob), RemoteError> {
         // Checked again: if the job was not paused at the first check, it may have released pages
         // since then.
@@ -87,13 +94,17 @@ impl Session {
         }
         self.check_idle("the guest cannot be resumed")?;
         let refused = |sentence: &str| Err(RemoteError::new(ErrorCode::State, sentence));
-        let handed_over = self.job.as_ref().map(|(job, _)| job).filter(|job| {
-            job.kind == JobKind::Outgoing
-                && matches!(job.phase(), Phase::Unconfirmed | Phase::Completed)
-        });
-        let Some(job) = handed_over.cloned() else {
-            return refused("the guest was not handed over: the VMM resumes it by itself");
+        let last = self.job.as_ref().map(|(job, _)| job.clone());
+        let is_left_paused = self.has_left_paused();
+        let Some(job) = last.filter(|job| is_left_paused || was_handed_over(job)) else {
+            return refused(
+                "the guest was not handed over, and no job of this agent has left it paused: if it is paused, its VMM resumes it \
+                 (QEMU by `cont` in a monitor)",
+            );
         };
+        if is_left_paused {
+            return self.claim_resume(job);
+        }
         if job.phase() == Phase::Completed {
             return refused(
                 "the destination has confirmed that the guest is there, so it is not resumed here, also not by force; \
@@ -105,6 +116,13 @@ impl Session {
                 "ownership of the guest was handed over: force is needed, and it must not run at the destination",
             );
         }
+        self.claim_resume(job)
+    }
+
+    /// Makes this request the only one that is resuming the guest.
+    fn claim_resume(
+        &mut self, job: SessionJob,
+    ) -> Result<(Arc<Hooks>, SessionJob), RemoteError> {
         if std::mem::replace(&mut self.resuming, true) {
             return Err(RemoteError::new(
                 ErrorCode::Busy,
@@ -112,6 +130,17 @@ impl Session {
             ));
         }
         Ok((self.hooks.clone(), job))
+    }
+
+    /// True if a job has brought a guest here and left it paused, and no later one has taken it
+    /// away.
+    pub(super) fn has_left_paused(&self) -> bool {
+        match &self.job {
+            Some((job, _)) => {
+                job.has_left_guest_paused() || (self.left_paused && job.has_kept_guest())
+            }
+            None => false,
+        }
     }
 
     /// Abandons a paused outgoing postcopy. Returns its job, which is about to end; `None` if there
@@ -133,6 +162,11 @@ impl Session {
         outgoing.recovery.request(RecoveryRequest::Abandon);
         Ok(Some(job))
     }
+}
+
+/// True if this job has handed the guest over.
+fn was_handed_over(job: &SessionJob) -> bool {
+    job.kind == JobKind::Outgoing && matches!(job.phase(), Phase::Unconfirmed | Phase::Completed)
 }
 
 /// Refuses to resume the guest if a part of its memory was released here.

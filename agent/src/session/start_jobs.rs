@@ -165,6 +165,7 @@ impl Session {
     pub(super) fn run_job(
         &mut self, job: SessionJob, run: impl FnOnce() + Send + 'static,
     ) -> Result<(), RemoteError> {
+        self.left_paused = self.has_left_paused();
         let (common, before, last_vmms) =
             (job.common().clone(), self.job.take(), self.previous.job().cloned());
         if let Some((before, _)) = &before {

@@ -62,7 +62,7 @@ fn guest_that_someone_resumes_stays_in_one_place() {
     let never = [&to, PRECOPY, &["--resume", "never"]].concat();
     here.agent.run("migrate", &never).unwrap();
     assert_eq!(there.run_state().unwrap(), "paused");
-    there.qmp.execute("cont", json!({})).unwrap();
+    there.agent.run("resume", &[]).unwrap();
     goes_on_well(&mut there, &moment);
 }
 

@@ -371,6 +371,16 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     assert_eq!(restored["run_state"], "paused");
     to.assert_stays_paused();
 
+    // He may resume it, also after a later job that left it paused, and once.
+    let socket = to.agent.socket().to_str().unwrap().to_owned();
+    to.saves(&to.folder.path().join("still-paused"), &paused());
+    assert!(!to.vmm.record().runs);
+    assert_eq!(printed(&["resume", "--socket", &socket])["status"], "resumed");
+    assert!(to.vmm.record().runs);
+    let again = Command::new(program()).args(["resume", "--socket", &socket]).output().unwrap();
+    let said = String::from_utf8(again.stderr).unwrap();
+    assert!(!again.status.success() && said.contains("no job of this agent has left"), "{said}");
+
     let to = Side::empty();
     let (_, address) =
         to.vmm.start_incoming("tcp:127.0.0.1:0", &IncomingOptions::default()).unwrap();
@@ -380,6 +390,14 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     wait_until("the end there", PATIENCE, || to.vmm.client().status().unwrap().phase.is_final())
         .unwrap();
     to.assert_stays_paused();
+    // Not where it came from.
+    let refused = Command::new(program()).args(["resume", "--socket", socket]).output().unwrap();
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("the destination has confirmed that the guest is there"), "{said}");
+    let there = to.agent.socket().to_str().unwrap();
+    printed(&["resume", "--socket", there]);
+    assert!(to.vmm.record().runs);
+    assert_eq!(printed(&["status", "--socket", there])["run_state"], "running");
     let status = Command::new(program()).args(["status", "--socket", socket]).output().unwrap();
     let lines = String::from_utf8(status.stdout).unwrap();
     let says = |line: &str| {
