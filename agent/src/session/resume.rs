@@ -120,9 +120,7 @@ impl Session {
     }
 
     /// Makes this request the only one that is resuming the guest.
-    fn claim_resume(
-        &mut self, job: SessionJob,
-    ) -> Result<(Arc<Hooks>, SessionJob), RemoteError> {
+    fn claim_resume(&mut self, job: SessionJob) -> Result<(Arc<Hooks>, SessionJob), RemoteError> {
         if std::mem::replace(&mut self.resuming, true) {
             return Err(RemoteError::new(
                 ErrorCode::Busy,

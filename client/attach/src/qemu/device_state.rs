@@ -12,14 +12,12 @@
 //! devices. The source is then in the run state `postmigrate`, and `cont` resumes it. A save that
 //! was not finished is cancelled first, after which QEMU resumes the guest by itself.
 //!
-//! What is set in QEMU for this is set back ([`Settings`]): the capabilities and parameters belong
-//! to the user. QEMU reads its monitor byte by byte, about 5 us each, and the guest is paused for
-//! some of it. So only what differs is set, and it is set back when the guest runs.
+//! Both need other settings of QEMU than those of its user: [`super::migration_settings`].
 
 use super::monitor::{Event, Monitor, MonitorError};
 use pageferry_client::StatePiece;
 use pageferry_client::error::chain;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -37,26 +35,6 @@ const MAX_STATE: u64 = 1 << 30;
 const STALL: Duration = Duration::from_secs(20);
 /// Interval at which a migration is asked for whose end is not an event.
 const POLL: Duration = Duration::from_millis(1);
-/// Capabilities for a save. All others are off.
-const SAVE: [&str; 3] = ["events", "pause-before-switchover", "x-ignore-shared"];
-/// Capabilities for a load. All others are off.
-const LOAD: [&str; 2] = ["events", "x-ignore-shared"];
-
-/// Parameters for a save: bytes per second, as good as unlimited, since the stream stays on this
-/// host; and milliseconds. With a low limit QEMU might not pause a guest that draws on a screen.
-const SAVE_LIMITS: [(&str, u64); 2] = [("max-bandwidth", 1 << 40), ("downtime-limit", 300)];
-/// The parameter that would make QEMU speak TLS on the stream, and wait for an answer.
-const TLS: &str = "tls-creds";
-
-fn save_parameters() -> Map<String, Value> {
-    let limits = SAVE_LIMITS.iter().map(|(name, value)| ((*name).to_owned(), json!(value)));
-    limits.chain(load_parameters()).collect()
-}
-
-fn load_parameters() -> Map<String, Value> {
-    Map::from_iter([(TLS.to_owned(), json!(""))])
-}
-
 /// Why the state cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceStateError {
@@ -96,109 +74,8 @@ pub enum DeviceStateError {
     },
 }
 
-/// What was set in QEMU before a save or a load.
-#[derive(Debug)]
-#[must_use]
-pub struct Settings {
-    /// The capabilities that were changed, as they were.
-    capabilities: Vec<Value>,
-    /// The parameters that were changed, as they were.
-    parameters: Map<String, Value>,
-}
-
-impl Settings {
-    /// Sets what a load needs.
-    ///
-    /// # Errors
-    /// If QEMU refuses. Nothing has changed then.
-    pub fn for_load(monitor: &mut Monitor) -> Result<Self, MonitorError> {
-        Self::set(monitor, &LOAD, load_parameters())
-    }
-
-    /// Sets what a save needs.
-    ///
-    /// # Errors
-    /// If QEMU refuses. Nothing has changed then.
-    pub fn for_save(monitor: &mut Monitor) -> Result<Self, MonitorError> {
-        Self::set(monitor, &SAVE, save_parameters())
-    }
-
-    fn set(
-        monitor: &mut Monitor, on: &[&str], parameters: Map<String, Value>,
-    ) -> Result<Self, MonitorError> {
-        let capabilities = monitor.command("query-migrate-capabilities", Value::Null)?;
-        let (mut before, mut wanted) = (Vec::new(), Vec::new());
-        for one in capabilities.as_array().into_iter().flatten() {
-            let name = one.get("capability").and_then(Value::as_str).unwrap_or_default();
-            let state = on.contains(&name);
-            if one.get("state").and_then(Value::as_bool) != Some(state) {
-                before.push(one.clone());
-                wanted.push(json!({ "capability": name, "state": state }));
-            }
-        }
-        set_capabilities(monitor, wanted)?;
-        let mut this = Self { capabilities: before, parameters: Map::new() };
-        match this.set_parameters(monitor, parameters) {
-            Ok(()) => Ok(this),
-            Err(error) => {
-                this.restore(monitor);
-                Err(error)
-            }
-        }
-    }
-
-    fn set_parameters(
-        &mut self, monitor: &mut Monitor, mut wanted: Map<String, Value>,
-    ) -> Result<(), MonitorError> {
-        let before = monitor.command("query-migrate-parameters", Value::Null)?;
-        wanted.retain(|name, value| before.get(name).is_some_and(|before| before != value));
-        let old = wanted.keys().filter_map(|name| Some((name.clone(), before.get(name)?.clone())));
-        let old = old.collect();
-        if !wanted.is_empty() {
-            monitor.command("migrate-set-parameters", Value::Object(wanted))?;
-        }
-        self.parameters = old;
-        Ok(())
-    }
-
-    /// What [`Settings::restore`] would send, for a process that does it in place of this one.
-    pub fn to_json(&self) -> Value {
-        json!({ "capabilities": self.capabilities, "parameters": self.parameters })
-    }
-
-    /// The settings that [`Settings::to_json`] has described.
-    pub fn from_json(mut described: Value) -> Option<Self> {
-        let mut take = |name: &str| described.get_mut(name).map(Value::take);
-        match (take("capabilities")?, take("parameters")?) {
-            (Value::Array(capabilities), Value::Object(parameters)) => {
-                Some(Self { capabilities, parameters })
-            }
-            _ => None,
-        }
-    }
-
-    /// Sets all back.
-    pub fn restore(self, monitor: &mut Monitor) {
-        let restored = set_capabilities(monitor, self.capabilities).and_then(|()| {
-            if self.parameters.is_empty() {
-                return Ok(Value::Null);
-            }
-            monitor.command("migrate-set-parameters", Value::Object(self.parameters))
-        });
-        if let Err(error) = restored {
-            log::warn!("QEMU's migration settings stay changed: {error}");
-        }
-    }
-}
-
-fn set_capabilities(monitor: &mut Monitor, wanted: Vec<Value>) -> Result<(), MonitorError> {
-    if wanted.is_empty() {
-        return Ok(());
-    }
-    monitor.command("migrate-set-capabilities", json!({ "capabilities": wanted })).map(drop)
-}
-
-/// A save that QEMU has begun, under [`Settings::for_save`].
+/// A save that QEMU has begun, under
+/// [`Settings::for_save`](super::migration_settings::Settings::for_save).
 #[derive(Debug)]
 pub struct Saving {
     stream: UnixStream,
@@ -340,7 +217,7 @@ fn wait_for_end(monitor: &mut Monitor) -> Result<(), DeviceStateError> {
 }
 
 /// Loads the state into a QEMU that was started with `-incoming defer`, under
-/// [`Settings::for_load`].
+/// [`Settings::for_load`](super::migration_settings::Settings::for_load).
 ///
 /// # Errors
 /// If the state is not that of a QEMU, or QEMU refuses it. That QEMU is of no use any more then.

@@ -13,7 +13,8 @@
 //! agent hears it, the guest stays paused, although it was never sent: an operator has to resume
 //! it.
 
-use super::device_state::{self, Settings};
+use super::device_state;
+use super::migration_settings::Settings;
 use super::monitor::{Monitor, MonitorError};
 use crate::process::target::{ProcessError, TargetProcess};
 use serde_json::Value;
@@ -48,12 +49,16 @@ pub(super) struct Guard {
     /// The command that starts one.
     command: Vec<OsString>,
     running: Option<(Child, PipeWriter)>,
+    /// What the guard was told last, for the next one.
+    duty: Duty,
+    /// The same, as the line that says it.
+    settings: String,
 }
 
 impl Guard {
     /// Starts no process yet. `command` is one that calls [`run`].
     pub(super) fn new(command: Vec<OsString>) -> Self {
-        Self { command, running: None }
+        Self { command, running: None, duty: Duty::Nothing, settings: settings_line(None) }
     }
 
     /// Tells the guard its duty, which counts when this returns. Starts a guard if there is none:
@@ -62,12 +67,28 @@ impl Guard {
     /// # Errors
     /// If there is none, and none can be started. Then nobody does what the guard would do.
     pub(super) fn set(&mut self, duty: Duty) -> std::io::Result<()> {
-        if self.tell(duty).is_ok() {
+        self.duty = duty;
+        self.tell(&duty_line(duty))
+    }
+
+    /// Tells the guard what it has to set back in QEMU, or that there is nothing. This counts, and
+    /// a guard is started, as for [`Guard::set`].
+    ///
+    /// # Errors
+    /// As for [`Guard::set`].
+    pub(super) fn remember(&mut self, settings: Option<&Settings>) -> std::io::Result<()> {
+        self.settings = settings_line(settings);
+        self.tell(&self.settings.clone())
+    }
+
+    /// Tells a guard that runs what is new, or the next one all that holds.
+    fn tell(&mut self, line: &str) -> std::io::Result<()> {
+        if self.write(line).is_ok() {
             return Ok(());
         }
         self.end();
         self.start()?;
-        self.tell(duty)
+        self.write(&format!("{}{}", self.settings, duty_line(self.duty)))
     }
 
     fn start(&mut self) -> std::io::Result<()> {
@@ -78,19 +99,6 @@ impl Guard {
         command.args(words).process_group(0).stdin(Stdio::from(theirs)).stdout(Stdio::null());
         self.running = Some((command.spawn()?, ours));
         Ok(())
-    }
-
-    /// Tells the guard what it has to set back in QEMU, or that there is nothing.
-    ///
-    /// # Errors
-    /// If there is no guard.
-    pub(super) fn remember(&mut self, settings: Option<&Settings>) -> std::io::Result<()> {
-        let described = settings.map_or(Value::Null, Settings::to_json);
-        self.write(&format!("{SETTINGS}{described}\n"))
-    }
-
-    fn tell(&mut self, duty: Duty) -> std::io::Result<()> {
-        self.write(&format!("{}\n", duty as u8 as char))
     }
 
     fn write(&mut self, line: &str) -> std::io::Result<()> {
@@ -111,9 +119,19 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        let _ = self.tell(Duty::Nothing);
+        // Who ends in order has decided about the guest. Settings that are left are set back.
+        let _ = self.write(&duty_line(Duty::Nothing));
         self.end();
     }
+}
+
+fn duty_line(duty: Duty) -> String {
+    format!("{}\n", duty as u8 as char)
+}
+
+fn settings_line(settings: Option<&Settings>) -> String {
+    let described = settings.map_or(Value::Null, Settings::to_json);
+    format!("{SETTINGS}{described}\n")
 }
 
 /// The guard process: waits until `told` ends, and then does what the last byte says, for the QEMU
@@ -226,6 +244,42 @@ mod tests {
         let all = ["qmp_capabilities", "migrate_cancel", "cont"];
         assert_eq!(commands(&[told, &b"\nr\n"[..]].concat()), [&all[..], &settings].concat());
         assert_eq!(commands(&[told, &b"\n"[..]].concat()), [&all[..1], &settings].concat());
+    }
+
+    #[test]
+    fn a_guard_that_replaces_a_killed_one_is_told_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let told = folder.path().join("told");
+        let script = format!("exec cat >> {}", told.display());
+        let mut guard = Guard::new(["sh", "-c", &script].map(OsString::from).to_vec());
+        let settings = json!({ "capabilities": [], "parameters": { "max-bandwidth": 7 } });
+        let line = format!("{SETTINGS}{settings}\n");
+        guard.set(Duty::Nothing).unwrap();
+        guard.remember(Settings::from_json(settings).as_ref()).unwrap();
+        let kill = |guard: &mut Guard| {
+            let (child, _) = guard.running.as_mut().unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            // What it had read before, or not.
+            let _ = std::fs::remove_file(&told);
+        };
+        kill(&mut guard);
+        guard.set(Duty::Resume).unwrap();
+        let first = format!("{line}r\n");
+        drop_and_read(guard, &told, &first);
+
+        let mut guard = Guard::new(["sh", "-c", &script].map(OsString::from).to_vec());
+        guard.set(Duty::Resume).unwrap();
+        kill(&mut guard);
+        guard.remember(None).unwrap();
+        drop_and_read(guard, &told, "snull\nr\n");
+    }
+
+    /// Ends the attachment, and compares what its guard was told before.
+    fn drop_and_read(guard: Guard, told: &Path, expected: &str) {
+        drop(guard);
+        let all = std::fs::read_to_string(told).unwrap();
+        assert_eq!(all, format!("{expected}n\n"));
     }
 
     #[test]

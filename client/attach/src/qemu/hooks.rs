@@ -5,9 +5,10 @@
 //! A missing page is never waited for here: QEMU may touch one while it loads its devices, and the
 //! agent answers that by itself.
 
-use super::device_state::{self, DeviceStateError, Saving, Settings};
+use super::device_state::{self, DeviceStateError, Saving};
 use super::guard::{Duty, Guard};
 use super::machine::{Guest, Machine};
+use super::migration_settings::Settings;
 use super::monitor::{Monitor, MonitorError};
 use pageferry_client::{GuestOrigin, HookError, Hooks, JobKind, JobStatus, Phase, RunState};
 use pageferry_client::{Ownership, StatePiece};
@@ -41,8 +42,7 @@ impl QemuHooks {
         // Of a job whose end this side has missed.
         self.set_back(monitor);
         let settings = Settings::for_save(monitor)?;
-        self.remember(Some(&settings));
-        self.settings = Some(settings);
+        self.change(settings, monitor)?;
         self.saving = Some(Saving::begin(monitor)?);
         Ok(())
     }
@@ -51,9 +51,21 @@ impl QemuHooks {
     /// once more when it must be done.
     fn prepare_load(&mut self, monitor: &mut Monitor) -> Result<(), HookError> {
         if self.settings.is_none() {
-            self.settings = Some(Settings::for_load(monitor)?);
+            let settings = Settings::for_load(monitor)?;
+            self.change(settings, monitor)?;
         }
         Ok(())
+    }
+
+    /// Changes settings of QEMU. The guard hears before what is to be set back.
+    fn change(&mut self, settings: Settings, monitor: &mut Monitor) -> Result<(), MonitorError> {
+        self.remember(Some(&settings));
+        let changed = settings.apply(monitor);
+        self.settings = Some(settings);
+        if changed.is_err() {
+            self.set_back(monitor);
+        }
+        changed
     }
 
     /// After a save or a load: QEMU is as it was before, except for the run state.

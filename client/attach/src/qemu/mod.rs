@@ -9,7 +9,8 @@
 //! - [`guest_memory`]: its memory; [`ram_layout`]: QEMU's account of that; `claims`: each file has
 //!   one guest;
 //! - [`monitor`]: commands and events of QEMU, by QMP;
-//! - [`device_state`]: the state of the devices, by QEMU's own migration.
+//! - [`device_state`]: the state of the devices, by QEMU's own migration; [`migration_settings`]:
+//!   what that changes in QEMU for a moment.
 
 pub mod attachment;
 mod claims;
@@ -20,6 +21,7 @@ pub mod guest_memory;
 mod hooks;
 pub mod launch;
 mod machine;
+pub mod migration_settings;
 pub mod monitor;
 pub mod ram_layout;
 pub mod suitability;
