@@ -5,6 +5,8 @@
 //! Everything is tried as this user, in this process: a right that the VMM's user has may be
 //! missing here, and the other way round.
 
+mod qemu;
+
 use super::exit::Exit;
 use crate::tracking::pagemap::Pagemap;
 use clap::Args;
@@ -13,6 +15,7 @@ use serde_json::{Value, json};
 use std::error::Error;
 use std::fs::{File, read_to_string};
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 /// The oldest version of Linux on which the agent runs.
 const KERNEL: (u32, u32) = (6, 7);
@@ -23,6 +26,9 @@ pub struct CheckArgs {
     /// Print a JSON array with one object for each thing that was tried.
     #[arg(long)]
     json: bool,
+    /// The QEMU to look at, for pageferry qemu.
+    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
+    qemu: PathBuf,
 }
 
 /// One thing that was tried.
@@ -39,7 +45,7 @@ struct Finding {
 /// # Errors
 /// If the output cannot be written.
 pub fn run(args: &CheckArgs) -> Result<Exit, Box<dyn Error>> {
-    let findings = findings();
+    let findings = findings(&args.qemu);
     let mut out = io::stdout().lock();
     if args.json {
         let objects: Vec<Value> = findings.iter().map(to_json).collect();
@@ -72,8 +78,8 @@ fn to_json(finding: &Finding) -> Value {
     })
 }
 
-fn findings() -> Vec<Finding> {
-    vec![
+fn findings(qemu: &Path) -> Vec<Finding> {
+    let mut findings = vec![
         Finding { name: "kernel", found: kernel(), rules_out: "everything" },
         Finding {
             name: "userfaultfd",
@@ -113,8 +119,20 @@ fn findings() -> Vec<Finding> {
             found: shmem_huge_pages(),
             rules_out: "nothing; guests in a memfd may run slower",
         },
-        Finding { name: "kvm", found: kvm(), rules_out: "guests under KVM" },
-    ]
+        Finding { name: "kvm", found: kvm(), rules_out: "guests under KVM; QEMU runs them by TCG" },
+    ];
+    findings.extend(qemu::findings(qemu));
+    findings
+}
+
+/// True if this process has CAP_SYS_PTRACE.
+fn has_sys_ptrace() -> bool {
+    let status = read_to_string("/proc/self/status").unwrap_or_default();
+    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let capabilities = capabilities.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    /// `CAP_SYS_PTRACE` of `linux/capability.h`.
+    const CAP_SYS_PTRACE: u64 = 1 << 19;
+    capabilities.is_some_and(|mask| mask & CAP_SYS_PTRACE != 0)
 }
 
 fn kernel() -> Result<String, String> {
@@ -135,14 +153,9 @@ fn userfaultfd(features: u64) -> Result<String, String> {
         return Ok("by /dev/userfaultfd".to_owned());
     }
     let allowed = read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
-    let status = read_to_string("/proc/self/status").unwrap_or_default();
-    let capabilities = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let capabilities = capabilities.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    /// `CAP_SYS_PTRACE` of `linux/capability.h`.
-    const CAP_SYS_PTRACE: u64 = 1 << 19;
-    Ok(match (allowed.trim(), capabilities) {
-        ("1", _) => "by sysctl vm.unprivileged_userfaultfd=1",
-        (_, Some(mask)) if mask & CAP_SYS_PTRACE != 0 => "by CAP_SYS_PTRACE",
+    Ok(match allowed.trim() {
+        "1" => "by sysctl vm.unprivileged_userfaultfd=1",
+        _ if has_sys_ptrace() => "by CAP_SYS_PTRACE",
         _ => "by the system call",
     }
     .to_owned())
@@ -196,7 +209,7 @@ mod tests {
 
     #[test]
     fn every_finding_says_what_was_found_or_what_is_ruled_out() {
-        let findings = findings();
+        let findings = findings(Path::new("qemu-system-x86_64"));
         assert!(findings.iter().any(|finding| finding.name == "kernel" && finding.found.is_ok()));
         for finding in &findings {
             let object = to_json(finding);

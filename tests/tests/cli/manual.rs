@@ -57,7 +57,13 @@ fn check_names_what_it_found_and_what_a_lack_rules_out() {
         .iter()
         .map(|finding| finding["name"].as_str().unwrap())
         .collect();
-    for name in ["kernel", "userfaultfd", "PAGEMAP_SCAN", "hugetlb pool", "kvm"] {
+    for name in
+        ["kernel", "userfaultfd", "PAGEMAP_SCAN", "hugetlb pool", "kvm", "qemu", "qemu attach"]
+    {
         assert!(names.contains(&name), "{names:?}");
     }
+    let table = run(&["check", "--qemu", "/nowhere/qemu"]);
+    assert_eq!(table.status.code(), Some(0));
+    let text = String::from_utf8(table.stdout).unwrap();
+    assert!(text.contains("qemu                 no   /nowhere/qemu: No such file"), "{text}");
 }
