@@ -250,15 +250,33 @@ impl TargetProcess {
 
     /// Reads what it maps.
     ///
+    /// The process runs meanwhile. The kernel lists one mapping after the other, and one that grows
+    /// or is merged between two of them can be listed over its neighbour (seen with Linux 6.18).
+    /// Then all is read again.
+    ///
     /// # Errors
     /// If the process has ended, or this process may not.
     pub fn mappings(&self) -> Result<Mappings, ProcessError> {
+        /// How often a list is read that has no order.
+        const ATTEMPTS: u32 = 50;
         let action = "read the mappings of";
-        let mut text = Vec::new();
-        self.open_file("maps", action)?
-            .read_to_end(&mut text)
-            .map_err(|source| self.refused(action, source))?;
-        Mappings::parse(&text).map_err(|source| ProcessError::Mappings { pid: self.pid(), source })
+        let mut attempts = 1;
+        loop {
+            let mut text = Vec::new();
+            self.open_file("maps", action)?
+                .read_to_end(&mut text)
+                .map_err(|source| self.refused(action, source))?;
+            match Mappings::parse(&text) {
+                Ok(mappings) => return Ok(mappings),
+                Err(error) if attempts < ATTEMPTS => {
+                    log::debug!("the mappings of process {} change: {error}", self.pid());
+                    attempts += 1;
+                }
+                Err(source) => {
+                    return Err(ProcessError::Mappings { pid: self.pid(), source });
+                }
+            }
+        }
     }
 
     /// Its memory, for reading.

@@ -4,7 +4,7 @@
 
 use super::child::{GUEST_OFFSET, GUEST_SIZE, Role};
 use crate::process::target::{ProcessError, TargetProcess};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 #[test]
@@ -38,4 +38,26 @@ fn a_process_that_has_ended_is_gone() {
     assert!(gone(role.target.descriptor_of(1, 1).unwrap_err()));
     assert!(gone(TargetProcess::open(role.pid()).unwrap_err()));
     assert!(gone(TargetProcess::open(0).unwrap_err()));
+}
+
+/// The heaps of these threads grow and shrink all the time.
+#[test]
+fn mappings_that_change_meanwhile_are_read_all_the_same() {
+    const READS: usize = 300;
+    let process = TargetProcess::open(std::process::id()).unwrap();
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    // Small enough for the thread's own heap, and touched.
+                    let blocks: Vec<Vec<u8>> = (0..400).map(|_| vec![1; 60_000]).collect();
+                    std::hint::black_box(blocks);
+                }
+            });
+        }
+        let failed = (0..READS).find_map(|_| process.mappings().err());
+        is_over.store(true, Ordering::Relaxed);
+        assert!(failed.is_none(), "{failed:?}");
+    });
 }
