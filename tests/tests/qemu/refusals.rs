@@ -4,7 +4,7 @@
 
 use crate::busy::{MIB, Stage};
 use pageferry_tests::linux_guest::{
-    GuestMemory, LinuxGuest, QemuVersion, Qmp, RunningGuest, SideCar, Sockets,
+    GuestMemory, LinuxGuest, Operator, QemuVersion, Qmp, RunningGuest, SideCar, Sockets,
 };
 use pageferry_tests::require;
 use rustix::process::Signal;
@@ -94,6 +94,28 @@ fn run_names_options_that_it_cannot_use() {
         let said = fails(&arguments);
         assert!(said.contains(named), "{option:?}: {said}");
     }
+}
+
+/// Before anybody waits, and before a destination is used up.
+#[test]
+fn operator_hears_at_once_what_a_qemu_cannot_do() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let guest = guest(GuestMemory::Private, &[]);
+    let run = stage.place().arguments("run", "here", &[], &guest).unwrap();
+    let mut here = SideCar::spawn(&run).unwrap();
+    here.wait_for_line("agent at").unwrap();
+    let operator = Operator::new(stage.place().agent_socket("here"));
+    for (command, options, named) in [
+        ("listen", &["tcp:127.0.0.1:0"][..], "start one for it with `pageferry qemu receive`"),
+        ("migrate", &["--to", "tcp:127.0.0.1:9", "--policy", "throttle"], "use --mode hybrid"),
+        ("resume", &[], "no job of this agent has left it paused"),
+    ] {
+        let said = operator.run(command, options).unwrap_err().sentence();
+        assert!(said.contains(named), "{command}: {said}");
+    }
+    here.handle().signal(Signal::TERM).unwrap();
+    here.wait().unwrap();
 }
 
 /// A destination begins with making holes of its memory.
