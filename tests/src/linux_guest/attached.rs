@@ -222,6 +222,15 @@ impl AttachedGuest {
         OtherProcess::open(pid.ok_or_else(|| Error::Mismatch(format!("no agent in {status}")))?)
     }
 
+    /// Ends QEMU's connection to the side-car. Both live.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn break_monitor(&self) -> Result<(), Error> {
+        let path = format!("{}.qmp", self.agent.socket().display());
+        self.qemu.end_connections_of(&path)
+    }
+
     /// The files of the guest's memory.
     ///
     /// # Errors

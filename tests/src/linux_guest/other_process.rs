@@ -5,7 +5,10 @@
 use super::console::PATIENCE;
 use crate::Error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::net::{Shutdown, shutdown};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal,
+};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -39,6 +42,40 @@ impl OtherProcess {
     /// If it has ended.
     pub fn signal(&self, signal: Signal) -> Result<(), Error> {
         pidfd_send_signal(&self.fd, signal).map_err(Error::kernel("send a signal"))
+    }
+
+    /// Ends all connections to the UNIX socket at `path`, at which it listens.
+    ///
+    /// # Errors
+    /// If there is none, or the kernel refuses a copy of its descriptors.
+    pub fn end_connections_of(&self, path: &str) -> Result<(), Error> {
+        let failed = Error::io;
+        let sockets = std::fs::read_to_string("/proc/net/unix").map_err(failed("list sockets"))?;
+        // A socket that was accepted has the path of the one that listens. State 3: connected.
+        let connected: Vec<String> = sockets
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>())
+            .filter(|words| words.len() == 8 && words[5] == "03" && words[7] == path)
+            .map(|words| format!("socket:[{}]", words[6]))
+            .collect();
+        let mut ended = 0;
+        let folder = format!("/proc/{}/fd", self.pid);
+        for entry in std::fs::read_dir(folder).map_err(failed("list descriptors"))? {
+            let entry = entry.map_err(failed("list descriptors"))?;
+            let link = std::fs::read_link(entry.path()).unwrap_or_default();
+            if !connected.iter().any(|socket| link.as_os_str() == socket.as_str()) {
+                continue;
+            }
+            let number = entry.file_name().to_string_lossy().parse().unwrap_or(-1);
+            let copy = pidfd_getfd(&self.fd, number, PidfdGetfdFlags::empty());
+            let copy = copy.map_err(Error::kernel("copy a descriptor"))?;
+            shutdown(&copy, Shutdown::Both).map_err(Error::kernel("end a connection"))?;
+            ended += 1;
+        }
+        match ended {
+            0 => Err(Error::Argument(format!("nobody is connected to {path}"))),
+            _ => Ok(()),
+        }
     }
 
     /// Kills it, and waits until it is gone.

@@ -66,6 +66,30 @@ fn guest_that_someone_resumes_stays_in_one_place() {
     goes_on_well(&mut there, &moment);
 }
 
+/// QEMU lives, and its connection to the side-car ends: in a pause, and while no job runs.
+#[test]
+fn guest_goes_on_when_the_monitor_breaks() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V11_1);
+    let guest = LinuxGuest::new(256 * MIB);
+    let mut here = stage.place().boot("source", &guest).unwrap();
+    let moment = stage.start(&guest, &mut here.console);
+    let image = stage.file("image");
+    let slow = [&image, "--mode", "paused", "--bandwidth", "8M"];
+    let mut job = here.agent.start("snapshot", &slow).unwrap();
+    job.wait_for_phase("saving").unwrap();
+    here.break_monitor().unwrap();
+    here.agent.run("set", &["--bandwidth", "0"]).unwrap();
+    assert_eq!(job.end().unwrap()["status"], "completed");
+    let moment = goes_on_well(&mut here, &moment);
+    assert!(are_settings_untouched(&mut here.qmp));
+
+    here.break_monitor().unwrap();
+    let image = stage.file("next");
+    here.agent.run("snapshot", &[&image, "--mode", "paused"]).unwrap();
+    goes_on_well(&mut here, &moment);
+}
+
 #[test]
 fn settings_of_the_user_hinder_no_job_and_come_back() {
     let Some(tools) = require::qemu() else { return };

@@ -275,12 +275,12 @@ impl Hooks for QemuHooks {
     }
 }
 
-/// Resumes the guest. A QEMU that does not answer in time is asked once more: it may have resumed
-/// the guest meanwhile, and nobody else has this guest.
+/// Resumes the guest. A QEMU that does not answer in time, or whose connection breaks, is asked once
+/// more: it may have resumed the guest meanwhile, and nobody else has this guest.
 fn resume_patiently(monitor: &mut Monitor) -> Result<(), MonitorError> {
     match device_state::resume(monitor) {
-        Err(MonitorError::Silent { command }) => {
-            log::warn!("QEMU did not answer {command} in time, and is asked once more");
+        Err(error @ (MonitorError::Silent { .. } | MonitorError::Broken { .. })) => {
+            log::warn!("the guest is to be resumed, and QEMU is asked once more: {error}");
             device_state::resume(monitor)
         }
         resumed => resumed,

@@ -4,6 +4,10 @@
 //!
 //! One JSON object a line, in both directions: a greeting, commands and their answers, and events
 //! in between. This side sends one command at a time and keeps the events that arrive meanwhile.
+//!
+//! A connection that breaks while QEMU lives is replaced at the next command: a guest that a job has
+//! paused must be resumed, and nobody else would. Events of the old connection are lost, so whoever
+//! waits for one fails, and so does a command that was under way, unless it only asks. QEMU serves one client at a time, and takes the next when the last is gone.
 //! Source: `docs/interop/qmp-spec.rst` in QEMU.
 
 use pageferry_protocol::control::unix_path::connect_unix;
@@ -49,12 +53,18 @@ pub enum MonitorError {
         /// The socket.
         path: PathBuf,
     },
-    /// The connection broke: QEMU has exited, or has closed it.
+    /// The connection broke: QEMU has exited, or has closed it. The next command connects again.
     #[error("the connection to QEMU's monitor broke")]
     Broken {
         /// What the kernel said; nothing if QEMU has closed it.
         #[source]
         source: Option<std::io::Error>,
+    },
+    /// After the connection broke, another process listens at the socket.
+    #[error("the connection to QEMU's monitor broke, and another process listens at {}", path.display())]
+    OtherProcess {
+        /// The socket.
+        path: PathBuf,
     },
     /// The answer did not come in time.
     #[error("QEMU did not answer {command} within {ANSWER_TIMEOUT:?}")]
@@ -98,7 +108,11 @@ pub struct Event {
 /// A connection to a monitor.
 #[derive(Debug)]
 pub struct Monitor {
+    /// Where it listens.
+    path: PathBuf,
     socket: UnixStream,
+    /// The connection has failed, and nothing more is to be read from it.
+    is_broken: bool,
     /// What was read and is not a whole line yet.
     received: Vec<u8>,
     /// Bytes of `received` that have no end of line.
@@ -113,6 +127,13 @@ impl Monitor {
     /// # Errors
     /// If nobody listens there, or it does not greet.
     pub fn connect(path: &Path) -> Result<Self, MonitorError> {
+        let mut this = Self::greeted(path)?;
+        this.command("qmp_capabilities", Value::Null)?;
+        Ok(this)
+    }
+
+    /// A connection whose monitor has greeted.
+    fn greeted(path: &Path) -> Result<Self, MonitorError> {
         // A monitor that others wait for takes no connection.
         let connected = connect_unix(path, Instant::now() + GREETING_TIMEOUT);
         let socket = connected
@@ -121,15 +142,29 @@ impl Monitor {
         let broken = |source| MonitorError::Broken { source: Some(source) };
         socket.set_nonblocking(true).map_err(broken)?;
         let (received, events) = (Vec::new(), Default::default());
-        let mut this = Self { socket, received, searched: 0, events, commands: 0 };
+        let (path, is_broken) = (path.to_owned(), false);
+        let mut this = Self { path, socket, is_broken, received, searched: 0, events, commands: 0 };
         let greeting = this.line(Instant::now() + GREETING_TIMEOUT)?;
         let greeting =
-            greeting.ok_or_else(|| MonitorError::NoGreeting { path: path.to_owned() })?;
+            greeting.ok_or_else(|| MonitorError::NoGreeting { path: this.path.clone() })?;
         if greeting.get("QMP").is_none() {
             return Err(MonitorError::unexpected("a greeting", greeting));
         }
-        this.command("qmp_capabilities", Value::Null)?;
         Ok(this)
+    }
+
+    /// Replaces a connection that has broken.
+    fn reconnect(&mut self) -> Result<(), MonitorError> {
+        let before = self.process();
+        let mut next = Self::greeted(&self.path)?;
+        if next.process() != before {
+            return Err(MonitorError::OtherProcess { path: self.path.clone() });
+        }
+        // An answer to an old command cannot come any more, so their ids may come again.
+        next.exchange("qmp_capabilities", Value::Null, None)?;
+        log::warn!("the connection to QEMU's monitor broke, and was made again");
+        *self = next;
+        Ok(())
     }
 
     /// The process that listens for this monitor: QEMU.
@@ -169,6 +204,20 @@ impl Monitor {
     }
 
     fn command_with(
+        &mut self, name: &str, arguments: Value, fd: Option<BorrowedFd<'_>>,
+    ) -> Result<Value, MonitorError> {
+        if self.is_broken {
+            self.reconnect()?;
+        } else if asks_only(name) {
+            match self.exchange(name, arguments.clone(), fd) {
+                Err(MonitorError::Broken { .. }) => self.reconnect()?,
+                answered => return answered,
+            }
+        }
+        self.exchange(name, arguments, fd)
+    }
+
+    fn exchange(
         &mut self, name: &str, arguments: Value, fd: Option<BorrowedFd<'_>>,
     ) -> Result<Value, MonitorError> {
         self.commands += 1;
@@ -246,6 +295,13 @@ impl Monitor {
         Ok(())
     }
 
+    /// The connection is of no use any more. QEMU takes the next one when it has noticed.
+    fn broken(&mut self, source: Option<std::io::Error>) -> MonitorError {
+        self.is_broken = true;
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        MonitorError::Broken { source }
+    }
+
     /// Sends all bytes, with the descriptor beside the first. False if QEMU reads too slowly.
     fn send(
         &mut self, bytes: &[u8], fd: Option<BorrowedFd<'_>>, deadline: Instant,
@@ -267,7 +323,7 @@ impl Monitor {
                         return Ok(false);
                     }
                 }
-                Err(errno) => return Err(MonitorError::Broken { source: Some(errno.into()) }),
+                Err(errno) => return Err(self.broken(Some(errno.into()))),
             }
         }
         Ok(true)
@@ -295,7 +351,7 @@ impl Monitor {
             }
             let mut buffer = [0; 16 << 10];
             match self.socket.read(&mut buffer) {
-                Ok(0) => return Err(MonitorError::Broken { source: None }),
+                Ok(0) => return Err(self.broken(None)),
                 Ok(count) => self.received.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -303,7 +359,7 @@ impl Monitor {
                         return Ok(None);
                     }
                 }
-                Err(source) => return Err(MonitorError::Broken { source: Some(source) }),
+                Err(source) => return Err(self.broken(Some(source))),
             }
         }
     }
@@ -319,6 +375,13 @@ impl Monitor {
             }
         }
     }
+}
+
+/// True if this command changes nothing, so that it may be sent twice. The human monitor is only
+/// asked (`info`).
+fn asks_only(command: &str) -> bool {
+    command.starts_with("query-")
+        || ["qom-list", "qom-get", "human-monitor-command"].contains(&command)
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ pub(in crate::qemu) const DONE: &str = "{\"return\": {}, \"id\": ID}\r\n";
 /// Serves one client at `path`: greets, and answers each command with what `answer` makes of it;
 /// `ID` in it becomes the id of the command. Ends when `answer` returns nothing, or the client is
 /// gone. Returns the commands.
-fn serve(
+pub(super) fn serve(
     listener: &UnixListener, greeting: &str, mut answer: impl FnMut(&Value) -> Option<String>,
 ) -> Vec<Value> {
     let mut socket = listener.accept().unwrap().0;
@@ -58,11 +58,16 @@ pub(in crate::qemu) fn with_monitor<T>(
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("qmp");
     let listener = UnixListener::bind(&path).unwrap();
-    let mut answers = answers.iter();
-    let next = move |_: &Value| answers.next().map(ToString::to_string);
+    let next = self::answers(answers);
     std::thread::scope(|scope| {
         let listener = &listener;
         scope.spawn(move || serve(listener, greeting, next));
         test(Monitor::connect(&path))
     })
+}
+
+/// Gives these answers one after the other.
+pub(super) fn answers(all: &[&str]) -> impl FnMut(&Value) -> Option<String> {
+    let mut all = all.iter().map(ToString::to_string).collect::<Vec<_>>().into_iter();
+    move |_: &Value| all.next()
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-use super::test_support::{DONE, GREETING, with_monitor};
+use super::test_support::{DONE, GREETING, answers, serve, with_monitor};
 use super::*;
+use std::os::unix::net::UnixListener;
 
 #[test]
 fn events_between_a_command_and_its_answer_are_kept_in_order() {
@@ -46,6 +47,24 @@ fn what_is_not_qmp_is_an_error_that_quotes_it() {
             assert!(error.contains(quoted), "{error}");
         });
     }
+}
+
+#[test]
+fn broken_connection_is_made_again_by_the_next_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("qmp");
+    let listener = UnixListener::bind(&path).unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // The first one ends at its second command.
+            serve(&listener, GREETING, answers(&[DONE]));
+            serve(&listener, GREETING, answers(&[DONE, "{\"return\": 7, \"id\": ID}\n"]))
+        });
+        let mut monitor = Monitor::connect(&path).unwrap();
+        let error = monitor.command("stop", Value::Null).unwrap_err();
+        assert!(matches!(error, MonitorError::Broken { source: None }), "{error}");
+        assert_eq!(monitor.command("cont", Value::Null).unwrap(), 7);
+    });
 }
 
 #[test]
