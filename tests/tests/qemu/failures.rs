@@ -8,6 +8,7 @@ use crate::moves::{PRECOPY, migrate};
 use pageferry_tests::linux_guest::operator::{Running, wait_slowly};
 use pageferry_tests::linux_guest::{AttachedGuest, LinuxGuest, QemuVersion};
 use pageferry_tests::{process, require};
+use serde_json::json;
 
 struct Scene {
     stage: Stage,
@@ -89,10 +90,19 @@ fn source_goes_on_when_the_passes_end_early() {
     scene.moves();
 }
 
+/// True if there is a RARP packet to all (RFC 903) in these captured packets.
+fn has_announcement(packets: &[u8]) -> bool {
+    packets.windows(14).any(|header| header[..6] == [0xff; 6] && header[12..] == [0x80, 0x35])
+}
+
 #[test]
 fn source_goes_on_after_its_state_was_saved() {
     let Some(mut scene) = Scene::new(QemuVersion::V11_1) else { return };
 
+    let network = scene.stage.file("network");
+    let dump =
+        json!({ "qom-type": "filter-dump", "id": "dump0", "netdev": "net0", "file": network });
+    scene.here.qmp.execute("object-add", dump).unwrap();
     let (mut there, job) = scene.waiting_migration("qemu-killed");
     assert_eq!(scene.here.run_state().unwrap(), "postmigrate");
     there.qemu.kill().unwrap();
@@ -100,6 +110,9 @@ fn source_goes_on_after_its_state_was_saved() {
     assert!(said.contains("the guest is here"), "{said}");
     assert!(!there.side_car.wait().unwrap().success());
     scene.goes_on();
+    // The destination has told the switches that the card is there.
+    let is_announced = || Ok(has_announcement(&std::fs::read(&network).unwrap()));
+    wait_slowly("an announcement of the card", is_announced).unwrap();
 
     let (there, job) = scene.waiting_migration("agent-killed");
     there.agent_process().unwrap().kill().unwrap();

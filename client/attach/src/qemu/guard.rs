@@ -186,7 +186,10 @@ pub fn run(told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> 
 fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
     // Refused if none is under way.
     let _ = monitor.command("migrate_cancel", Value::Null);
-    device_state::resume(monitor)
+    device_state::resume(monitor)?;
+    // A destination may have loaded it.
+    device_state::announce(monitor);
+    Ok(())
 }
 
 /// Why the guest cannot be resumed.
@@ -224,7 +227,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_was_paused_and_not_given_up_is_resumed() {
-        let all = ["qmp_capabilities", "migrate_cancel", "cont"];
+        let all = ["qmp_capabilities", "migrate_cancel", "cont", "announce-self"];
         assert_eq!(commands(b"n\nr\n"), all);
         assert_eq!(commands(b"r\nn\nr\n"), all);
     }
@@ -241,7 +244,7 @@ mod tests {
     fn settings_are_set_back_after_the_guest_was_resumed() {
         let told = br#"s{"capabilities":[{"capability":"events","state":false}],"parameters":{"max-bandwidth":7}}"#;
         let settings = ["migrate-set-capabilities", "migrate-set-parameters"];
-        let all = ["qmp_capabilities", "migrate_cancel", "cont"];
+        let all = ["qmp_capabilities", "migrate_cancel", "cont", "announce-self"];
         assert_eq!(commands(&[told, &b"\nr\n"[..]].concat()), [&all[..], &settings].concat());
         assert_eq!(commands(&[told, &b"\n"[..]].concat()), [&all[..1], &settings].concat());
     }
@@ -292,6 +295,6 @@ mod tests {
         let (outcome, commands) =
             at_monitor(answer, |path| run(&b"r\n"[..], path, std::process::id()));
         outcome.unwrap();
-        assert_eq!(commands.last().unwrap()["execute"], json!("cont"));
+        assert_eq!(commands[2]["execute"], json!("cont"));
     }
 }

@@ -29,12 +29,21 @@ pub(super) struct QemuHooks {
     settings: Option<Settings>,
     /// The state of a guest that its operator has paused. QEMU does not save it twice.
     saved: Option<Vec<StatePiece>>,
+    /// A destination has loaded the guest, or may have.
+    is_loaded_elsewhere: bool,
 }
 
 impl QemuHooks {
     pub(super) fn new(machine: Arc<Machine>, guard: Guard) -> Self {
-        let run_state = RunState::Paused;
-        Self { machine, guard, run_state, saving: None, settings: None, saved: None }
+        Self {
+            machine,
+            guard,
+            run_state: RunState::Paused,
+            saving: None,
+            settings: None,
+            saved: None,
+            is_loaded_elsewhere: false,
+        }
     }
 
     /// Has QEMU begin to save its state, which pauses the guest.
@@ -156,6 +165,9 @@ impl Hooks for QemuHooks {
         self.set_guard(Duty::Nothing);
         machine.guest_arrived();
         // The guest runs, and does not wait for this.
+        if std::mem::take(&mut self.is_loaded_elsewhere) {
+            device_state::announce(&mut monitor);
+        }
         self.set_back(&mut monitor);
         still_paused
     }
@@ -247,6 +259,9 @@ impl Hooks for QemuHooks {
             let machine = Arc::clone(&self.machine);
             // The guest still runs at its source. If this fails, so will the load, which tells.
             let _ = self.prepare_load(&mut machine.monitor());
+        }
+        if status.kind == JobKind::Outgoing {
+            self.is_loaded_elsewhere |= status.phase == Phase::Loading;
         }
         if status.phase.is_final() {
             let machine = Arc::clone(&self.machine);
