@@ -2,13 +2,14 @@
 
 //! Snapshots of Linux guests, and guests that are restored from them.
 //!
-//! An image has no disk, so these guests have none.
+//! An image has no disk, so these guests have none, except one whose disk is saved beside it.
 
 use crate::busy::{MIB, Stage, goes_on_well};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::linux_guest::console::PATIENCE;
 use pageferry_tests::linux_guest::{AttachedGuest, LinuxGuest, Operator, QemuVersion};
 use pageferry_tests::require;
+use serde_json::json;
 
 /// A new QEMU with the guest of an image.
 fn restore(
@@ -50,6 +51,33 @@ fn guest_that_runs_is_saved_and_restored() {
     drop(eager);
     let mut lazy = restore(&stage, "lazy", &guest, &increment, &["--lazy"]);
     goes_on_well(&mut lazy, &later);
+}
+
+/// As docs/qemu.md says under "Disks".
+#[test]
+fn guest_is_restored_with_the_disk_of_the_same_instant() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let guest = stage.guest(256 * MIB);
+    let mut running = stage.place().boot("first", &guest).unwrap();
+    let moment = stage.start(&guest, &mut running.console);
+    let [overlay, image] = ["overlay.qcow2", "image"].map(|name| stage.file(name));
+    running.qmp.execute("stop", json!({})).unwrap();
+    let disk = json!({ "device": "disk0", "snapshot-file": overlay, "format": "qcow2" });
+    let actions = json!([{ "type": "blockdev-snapshot-sync", "data": disk }]);
+    running.qmp.execute("transaction", json!({ "actions": actions })).unwrap();
+    running.agent.run("snapshot", &[&image]).unwrap();
+    // It was not resumed: QEMU's word for a guest that was saved.
+    assert_eq!(running.run_state().unwrap(), "postmigrate");
+    running.qmp.execute("cont", json!({})).unwrap();
+    // It writes to its disk, which is the overlay now.
+    goes_on_well(&mut running, &moment);
+    drop(running);
+
+    let mut restored = restore(&stage, "second", &guest, &image, &["--lazy"]);
+    assert_eq!(restored.run_state().unwrap(), "paused", "as it was saved");
+    restored.agent.run("resume", &[]).unwrap();
+    goes_on_well(&mut restored, &moment);
 }
 
 #[test]
