@@ -17,7 +17,8 @@
 //! - [`show_agent`]: what an agent serves, as a table and as JSON;
 //! - [`show`]: the status of a job as a table, as JSON and as a sentence;
 //! - [`progress`]: the progress of a job, on a terminal, as lines and as JSON;
-//! - [`exit`]: the exit codes.
+//! - [`exit`]: the exit codes;
+//! - `open_files`: the limit of open files.
 //!
 //! This room may print to standard output and standard error.
 #![allow(clippy::print_stderr)]
@@ -32,6 +33,7 @@ pub mod log_line;
 pub mod log_writer;
 pub mod manual;
 pub mod migration;
+mod open_files;
 pub mod operator;
 pub mod parse;
 pub mod progress;
@@ -286,7 +288,9 @@ where
             return Exit::NoReader;
         }
         // Nobody can be told if standard error cannot be written.
-        let _ = writeln!(std::io::stderr(), "pageferry: {}", crate::error::chain(&*error));
+        let advice = open_files::advice(&*error).unwrap_or_default();
+        let why = crate::error::chain(&*error);
+        let _ = writeln!(std::io::stderr(), "pageferry: {why}{advice}");
         if error.is::<UsageError>() { Exit::BadInput } else { Exit::Failed }
     });
     exit.into()

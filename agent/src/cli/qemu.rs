@@ -190,6 +190,9 @@ fn parse_metrics(text: &str) -> Result<String, String> {
 /// # Errors
 /// If QEMU cannot be started or served, or the guest that it was started for does not come.
 pub fn run(command: &QemuCommand) -> Result<Exit, Box<dyn Error>> {
+    if !matches!(command, QemuCommand::Guard(_)) {
+        super::open_files::check_limit()?;
+    }
     match command {
         QemuCommand::Run(args) => launch(&args.agent, &args.line, None),
         QemuCommand::Receive(args) => {

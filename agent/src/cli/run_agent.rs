@@ -8,6 +8,7 @@
 
 use super::AgentArgs;
 use super::exit::Exit;
+use super::open_files;
 use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
 use crate::server::Server;
@@ -15,20 +16,10 @@ use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
 use crate::vm_name::VmName;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-
-/// Raises the limit of open descriptors to the hard limit. Each block, stream and connection needs
-/// descriptors, and 509 blocks alone come close to the usual soft limit of 1024.
-fn raise_descriptor_limit() {
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        log::debug!("the limit of file descriptors stays {:?}: {errno}", limit.current);
-    }
-}
 
 /// True if this process was started with `signal` ignored, as `nohup` does with SIGHUP.
 fn is_ignored(signal: i32) -> bool {
@@ -103,7 +94,8 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
         }
     };
     let notifier = if args.stdin { None } else { notifier() };
-    raise_descriptor_limit();
+    open_files::raise_limit();
+    open_files::check_limit()?;
     let metrics = args.metrics.as_ref().map(listen_for_metrics).transpose()?;
     let mut server = Server::new(vm_name)?;
     let (signals, wake) = UnixStream::pair()?;

@@ -161,6 +161,13 @@ fn an_error_is_one_sentence_on_stderr_and_an_exit_status() {
         assert!(error.contains(sentence), "{what}: {error}");
         assert!(output.stdout.is_empty(), "{what}");
     }
+    // Whatever would have failed for the lack of descriptors.
+    let script = format!("ulimit -n 20 && exec {} agent --socket ./agent", program().display());
+    let few = Command::new("sh").arg("-c").arg(script).current_dir(folder.path()).output();
+    let few = few.unwrap();
+    assert_eq!(few.status.code(), Some(1), "{few:?}");
+    let named = "at most 20 open files (ulimit -n), and needs at least 64";
+    assert!(text(&few.stderr).contains(named), "{few:?}");
     let nobody = Command::new(program())
         .args(["status", "--socket", "/nonexistent/agent"])
         .output()
