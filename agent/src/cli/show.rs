@@ -2,6 +2,7 @@
 
 //! Formats the status of a job: as a table, as JSON, or as a sentence about its failure.
 
+use crate::job::GUEST_UNCERTAIN;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::error::printable;
@@ -253,7 +254,8 @@ pub fn started(started: &JobStarted, listens: bool, json: bool) -> io::Result<()
 /// path of its agent.
 pub fn failure(status: &JobStatus, socket: &Path) -> String {
     let (job, kind, socket) = (status.job, status.kind.name(), shell_word(socket));
-    let is_gone = status.error_text().starts_with("the VMM is gone");
+    let is_gone = status.error_text().starts_with("the VMM is gone")
+        || status.error_text().ends_with(GUEST_UNCERTAIN);
     let (how, advice) = match (status.kind, status.phase) {
         (_, Phase::Idle) => return "no job was started yet".into(),
         (JobKind::Incoming, Phase::PostcopyPaused) => (
@@ -262,9 +264,13 @@ pub fn failure(status: &JobStatus, socket: &Path) -> String {
              listens here"
                 .to_owned(),
         ),
-        (_, Phase::PostcopyPaused) => {
-            ("is paused", format!("to recover it: pageferry recover --socket {socket}"))
-        }
+        (_, Phase::PostcopyPaused) => (
+            "is paused",
+            format!(
+                "to recover it: pageferry recover --socket {socket}; if the destination is gone \
+                 for good, see docs/postcopy.md, \"When the source is unconfirmed\""
+            ),
+        ),
         (_, Phase::Unconfirmed) => (
             "is unconfirmed",
             format!(
@@ -293,7 +299,7 @@ fn outcome_for_guest(kind: JobKind, arrived: bool) -> String {
     match kind {
         JobKind::Outgoing => "the guest is here, as it was before the migration",
         JobKind::Incoming if arrived => "the guest has arrived, and belongs to this VMM",
-        JobKind::Incoming => "the guest has not arrived, and is at its source",
+        JobKind::Incoming => "the guest has not arrived, and its source still has it",
         JobKind::Snapshot => "there is no new image, and the guest is as it was before",
         JobKind::Restore | JobKind::None => "",
     }
@@ -336,7 +342,7 @@ mod tests {
         );
         assert!(
             status(JobKind::Outgoing, Phase::PostcopyPaused)
-                .ends_with("to recover it: pageferry recover --socket /a")
+                .contains("to recover it: pageferry recover --socket /a; if the destination")
         );
         assert!(
             status(JobKind::Outgoing, Phase::Unconfirmed).contains("resume --socket /a --force")
@@ -359,6 +365,18 @@ mod tests {
             cancelled("the VMM is gone, so the job was cancelled"),
             "job 0 (outgoing) was cancelled: the VMM is gone, so the job was cancelled"
         );
+    }
+
+    #[test]
+    fn nothing_is_promised_about_a_guest_that_nobody_has_seen() {
+        for error in ["the VMM is gone: EOF".to_owned(), format!("no disk{GUEST_UNCERTAIN}")] {
+            for kind in [JobKind::Outgoing, JobKind::Snapshot] {
+                let (phase, error) = (Phase::Failed, Some(error.clone()));
+                let status = JobStatus { kind, phase, error, ..JobStatus::default() };
+                let said = failure(&status, "/a".as_ref());
+                assert!(!said.contains("as it was"), "{said}");
+            }
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub enum JobError {
     Cancelled,
     /// The VMM's connection ended before the guest, or its image, was handed over.
     #[error(
-        "the connection to the VMM ended, so the job stopped before it handed over the guest or named the image"
+        "the VMM is gone, so the job stopped before it handed over the guest or named the image"
     )]
     VmmGone,
     /// The VMM has another agent now, or none.

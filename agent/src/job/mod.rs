@@ -43,6 +43,11 @@ use rustix::io::Errno;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// Ends the error of a job that has asked its VMM in vain to let the guest go on. Who reads it
+/// promises nothing about the guest.
+pub const GUEST_UNCERTAIN: &str =
+    "; the VMM has not confirmed that its guest goes on: look at it, it may be paused or gone";
+
 /// A job, as the session and the job's threads see it.
 #[derive(Debug)]
 pub struct Job {
@@ -85,6 +90,8 @@ struct State {
     warning: Option<String>,
     /// What becomes of the VMM's own guest if the one of this job does not come.
     own_guest: OwnGuest,
+    /// The VMM did not confirm that its own guest goes on after this job.
+    is_guest_uncertain: bool,
     /// An operator has resumed the guest that this job has brought.
     resumed: bool,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
@@ -119,6 +126,7 @@ impl Job {
                 remaining: None,
                 warning: None,
                 own_guest: OwnGuest::default(),
+                is_guest_uncertain: false,
                 resumed: false,
                 ended_as: None,
             }),
@@ -356,7 +364,9 @@ impl Job {
             Err(error @ (JobError::Unconfirmed { .. } | JobError::Stranded { .. })) => {
                 (Phase::Unconfirmed, Some(crate::error::chain(error)))
             }
-            Err(error) if is_of_ended_vmm(error) => {
+            Err(error @ JobError::VmmGone) => (Phase::Failed, Some(error.to_string())),
+            Err(error @ JobError::Replaced(_)) => (Phase::Failed, Some(error.to_string())),
+            Err(error) if is_of_ended_vmm(error) || self.has_lost_vmm() => {
                 (Phase::Failed, Some(format!("the VMM is gone: {}", crate::error::chain(error))))
             }
             Err(error) => (Phase::Failed, Some(crate::error::chain(error))),
@@ -368,6 +378,7 @@ impl Job {
         let mut state = self.state();
         state.status.counters.total_us = micros(self.started.elapsed());
         let lost = match outcome {
+            Err(_) if state.is_guest_uncertain => GUEST_UNCERTAIN,
             Err(_) if !state.status.arrived => state.own_guest.in_words(),
             _ => "",
         };
@@ -378,6 +389,16 @@ impl Job {
         state.populates_refused = state.populates_refused && !here;
         drop(state);
         self.enter(phase);
+    }
+
+    /// Records that the VMM did not confirm that its own guest goes on.
+    fn set_guest_uncertain(&self) {
+        self.state().is_guest_uncertain = true;
+    }
+
+    /// True if the VMM had a socket for hooks, and has closed it.
+    fn has_lost_vmm(&self) -> bool {
+        self.hooks.are_set() && !self.hooks.are_connected()
     }
 
     fn set_own_guest(&self, own_guest: OwnGuest) {

@@ -130,7 +130,11 @@ impl Drop for PausedGuest {
 /// Has the VMM bring its own guest back into the run state that it had before this job. `done` says
 /// so in words.
 pub(super) fn return_guest(job: &Job, done: &str) {
-    match job.hooks.undo(&RESUME, job.hook_timeout) {
+    let undone = job.hooks.undo(&RESUME, job.hook_timeout);
+    if undone.is_err() {
+        job.set_guest_uncertain();
+    }
+    match undone {
         Ok(()) => log::info!("job {}: {done}", job.id),
         // The request is in the socket: a VMM that is late resumes the guest when it reads the
         // request. A VMM that has lost this agent resumes the guest by itself.

@@ -130,6 +130,19 @@ fn source_goes_on_after_its_state_was_saved() {
     scene.moves();
 }
 
+/// The side-car learns of it in several ways, and ends.
+#[test]
+fn failed_job_promises_no_guest_whose_qemu_has_ended() {
+    let Some(scene) = Scene::new(QemuVersion::V11_1) else { return };
+    let image = scene.stage.file("image");
+    let slow = [&image, "--mode", "paused", "--bandwidth", "1M"];
+    let mut job = scene.here.agent.start("snapshot", &slow).unwrap();
+    job.wait_for_phase("saving").unwrap();
+    scene.here.qemu.kill().unwrap();
+    let said = job.fail().unwrap();
+    assert!(!said.contains("as it was"), "{said}");
+}
+
 #[test]
 fn guest_outlives_its_side_car() {
     let Some(mut scene) = Scene::new(QemuVersion::V10_0) else { return };

@@ -221,7 +221,10 @@ impl Attachment {
             // Also if it was not resumed, or answered too late: its source has given it up.
             self.machine.guest_arrived();
             if status.phase != Phase::Completed {
-                log::warn!("the guest is here. Look at its QEMU, and resume it if it is paused");
+                log::warn!(
+                    "the guest had arrived when its job failed: look at its QEMU, and have it \
+                     resumed (pageferry resume) if it is paused"
+                );
             }
             return None;
         }
