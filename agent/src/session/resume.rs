@@ -6,12 +6,13 @@
 //! may resume it.
 //!
 //! A guest that was handed over may be resumed by force, if the destination did not confirm that it
-//! runs there ([`one-owner`](crate::invariants#one-owner)). The agent cannot know whether the guest runs at the destination. So only an operator may decide,
-//! who has looked at both sides. The steps:
+//! runs there ([`one-owner`](crate::invariants#one-owner)). The agent cannot know whether the guest
+//! runs at the destination. So only an operator may decide, who has looked at both sides. The
+//! steps:
 //!
 //! 1. A paused postcopy is abandoned, and the agent waits for its end (`ABANDON_TIMEOUT`).
-//! 2. The agent checks that the guest is left paused or the job unconfirmed, and that no other request is resuming the
-//!    guest.
+//! 2. The agent checks that the guest is left paused or the job unconfirmed, and that no other
+//!    request is resuming the guest.
 //! 3. The agent asks the VMM to resume the guest, without holding the session's lock, and waits for
 //!    the answer (`RESUME_TIMEOUT`).
 //!

@@ -290,8 +290,8 @@ impl Hooks for QemuHooks {
     }
 }
 
-/// Resumes the guest. A QEMU that does not answer in time, or whose connection breaks, is asked once
-/// more: it may have resumed the guest meanwhile, and nobody else has this guest.
+/// Resumes the guest. A QEMU that does not answer in time, or whose connection breaks, is asked
+/// once more: it may have resumed the guest meanwhile, and nobody else has this guest.
 fn resume_patiently(monitor: &mut Monitor) -> Result<(), MonitorError> {
     match device_state::resume(monitor) {
         Err(error @ (MonitorError::Silent { .. } | MonitorError::Broken { .. })) => {

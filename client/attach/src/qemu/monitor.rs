@@ -5,9 +5,11 @@
 //! One JSON object a line, in both directions: a greeting, commands and their answers, and events
 //! in between. This side sends one command at a time and keeps the events that arrive meanwhile.
 //!
-//! A connection that breaks while QEMU lives is replaced at the next command: a guest that a job has
-//! paused must be resumed, and nobody else would. Events of the old connection are lost, so whoever
-//! waits for one fails, and so does a command that was under way, unless it only asks. QEMU serves one client at a time, and takes the next when the last is gone.
+//! A connection that breaks while QEMU lives is replaced at the next command: a guest that a job
+//! has paused must be resumed, and nobody else would. Events of the old connection are lost, so
+//! whoever waits for one fails, and so does a command that was under way, unless it only asks. QEMU
+//! serves one client at a time, and takes the next when the last is gone.
+//!
 //! Source: `docs/interop/qmp-spec.rst` in QEMU.
 
 use pageferry_protocol::control::unix_path::connect_unix;
