@@ -20,6 +20,7 @@
 //! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`scenario`]: scenes that a test steps through, with VMMs that follow a script;
 //! - [`linux_guest`]: real Linux guests under unmodified QEMUs;
+//! - [`front_end`]: a mock front-end of the agent's devices, with drivers;
 //! - [`decoders`]: what every decoder must do with arbitrary bytes;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: the kernel's pool of huge
 //!   pages;
@@ -37,6 +38,7 @@ pub mod decoders;
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod front_end;
 pub mod gate;
 pub mod guest;
 pub mod huge_pages;

@@ -5,6 +5,11 @@
 //!
 //! - [`stage`]: a guest whose memory an agent has, and its device;
 //! - [`balloon`]: the balloon; [`mem`]: virtio-mem.
+//!
+//! The devices without a guest, with drivers of our own
+//! ([`pageferry_tests::front_end`]):
+//!
+//! - [`inflation`], [`reporting`], [`statistics`], [`config_space`]: the balloon.
 #![allow(
     clippy::print_stderr,
     clippy::unwrap_used,
@@ -14,5 +19,9 @@
 )]
 
 mod balloon;
+mod config_space;
+mod inflation;
 mod mem;
+mod reporting;
 mod stage;
+mod statistics;
