@@ -6,9 +6,10 @@ use super::{BalloonDriver, MemDriver};
 use crate::linux_guest::Operator;
 use crate::memory::{BlockLayout, TestBlock, TestMemory};
 use crate::process::{AgentProcess, program};
-use crate::scenario::RawClient;
+use crate::scenario::{RawClient, SOON};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, Tracker};
+use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
 use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::request::Request;
@@ -145,6 +146,31 @@ impl DeviceHost {
     /// What `pageferry mem` says, with more arguments.
     pub fn mem_status(&self, more: &[&str]) -> Value {
         self.operator.run("mem", more).unwrap()
+    }
+
+    /// Starts to move the guest to `destination`. Returns the jobs, the source's first.
+    pub fn start_move(&self, destination: &Self, options: &OutgoingOptions) -> [u64; 2] {
+        let address = format!("unix:{}", destination.folder.path().join("stream").display());
+        let (incoming, address) =
+            destination.vmm.start_incoming(&address, &IncomingOptions::default()).unwrap();
+        [self.vmm.start_outgoing(&address, options).unwrap(), incoming]
+    }
+
+    /// Waits for the ends of such jobs, which must be good.
+    #[track_caller]
+    pub fn arrives_at(&self, destination: &Self, jobs: [u64; 2]) -> JobStatus {
+        let [ours, theirs] = [(self, jobs[0]), (destination, jobs[1])]
+            .map(|(host, job)| host.vmm.wait_job(job, SOON).unwrap());
+        assert_eq!(ours.phase, Phase::Completed, "{}", ours.error_text());
+        assert_eq!(theirs.phase, Phase::Completed, "{}", theirs.error_text());
+        ours
+    }
+
+    /// Moves the guest to `destination`.
+    #[track_caller]
+    pub fn moves_to(&self, destination: &Self, options: &OutgoingOptions) -> JobStatus {
+        let jobs = self.start_move(destination, options);
+        self.arrives_at(destination, jobs)
     }
 
     /// Kills the agent, and hands everything to another one.

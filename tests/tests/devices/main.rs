@@ -18,10 +18,12 @@
     unreachable_pub
 )]
 
+mod bad_drivers;
 mod balloon;
 mod config_space;
 mod inflation;
 mod mem;
 mod reporting;
+mod scene;
 mod stage;
 mod statistics;
