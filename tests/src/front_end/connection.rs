@@ -9,9 +9,11 @@ use pageferry_protocol::control::vhost_user::FrontendReq;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
@@ -26,6 +28,8 @@ use vhost::{
 pub const VERSION_1: u64 = 1 << 32;
 /// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const CONFIG_CHANGE: u32 = 2;
+/// The longest that a front-end of a test is there.
+const LONGEST: Duration = Duration::from_secs(90);
 
 /// A connection to a device of an agent.
 pub struct FrontEnd {
@@ -36,6 +40,20 @@ pub struct FrontEnd {
     /// What the device sends by itself.
     changes: FrameSocket,
     memory: Arc<TestMemory>,
+    _watch: Sender<()>,
+}
+
+/// Ends a connection that is there for too long, because the library waits for ever for an agent
+/// that does not answer.
+fn watch(connection: UnixStream) -> Sender<()> {
+    let (ended, end) = channel();
+    std::thread::spawn(move || {
+        if end.recv_timeout(LONGEST) == Err(RecvTimeoutError::Timeout) {
+            log::error!("a front-end is there for {LONGEST:?}");
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    });
+    ended
 }
 
 impl FrontEnd {
@@ -61,10 +79,14 @@ impl FrontEnd {
         let frontend = Frontend::from_stream(stream, 64);
         // Replaced when the features are negotiated.
         let (changes, _) = UnixStream::pair().unwrap();
-        Self { frontend, raw, changes: OwnedFd::from(changes).into(), memory: memory.clone() }
+        let watch = watch(raw.try_clone().unwrap());
+        let changes = OwnedFd::from(changes).into();
+        Self { frontend, raw, changes, memory: memory.clone(), _watch: watch }
     }
 
     fn shake_hands(&mut self) {
+        // The library would wait for ever.
+        self.ask(&Frame::request(FrontendReq::GET_FEATURES.into(), Vec::new()));
         let offered = self.frontend.get_features().unwrap();
         let protocol = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         assert_eq!(offered & protocol, protocol, "offered: {offered:#x}");

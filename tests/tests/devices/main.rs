@@ -9,7 +9,8 @@
 //! The devices without a guest, with drivers of our own
 //! ([`pageferry_tests::front_end`]):
 //!
-//! - [`inflation`], [`reporting`], [`statistics`], [`config_space`]: the balloon.
+//! - [`inflation`], [`reporting`], [`statistics`], [`config_space`]: the balloon;
+//! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
 #![allow(
     clippy::print_stderr,
     clippy::unwrap_used,
@@ -19,6 +20,7 @@
 )]
 
 mod bad_drivers;
+mod bad_front_ends;
 mod balloon;
 mod config_space;
 mod inflation;
