@@ -53,6 +53,11 @@ impl BalloonDriver {
         Self::start(socket, memory, 0, all, Numbering::Counted)
     }
 
+    /// The VMM connects to another agent, which has the guest's memory as it is or a copy of it.
+    pub fn moved_to(self, socket: &Path, memory: &Arc<TestMemory>) -> Self {
+        Self { driver: self.driver.moved_to(socket, memory), ..self }
+    }
+
     /// Sets up all queues that the features need.
     fn begin(&mut self) {
         let needed = [0, feature::STATS, feature::HINTING, feature::REPORTING];

@@ -69,6 +69,11 @@ impl MemDriver {
         Self { driver, block_size, addr }
     }
 
+    /// The VMM connects to another agent, which has the guest's memory as it is or a copy of it.
+    pub fn moved_to(self, socket: &Path, memory: &Arc<TestMemory>) -> Self {
+        Self { driver: self.driver.moved_to(socket, memory), ..self }
+    }
+
     /// Puts a request, kicks, and does not wait. Returns where the answer will be.
     pub fn put(&mut self, kind: u16, addr: u64, count: u16) -> u64 {
         let at = self.driver.write_buffer(0, &request(kind, addr, count));

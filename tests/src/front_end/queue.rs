@@ -213,6 +213,13 @@ impl DriverQueue {
         Some(Used { head, length })
     }
 
+    /// As if the device had died before it returned the last buffer. The driver puts nothing else
+    /// until it has that buffer.
+    pub fn take_back_last_used(&mut self) {
+        self.next_used = self.next_used.wrapping_sub(1);
+        self.store(self.rings.used + 2, self.next_used);
+    }
+
     /// Waits until the device has returned a buffer, or `timeout` is over.
     pub fn wait_within(&mut self, timeout: Duration) -> Option<Used> {
         let deadline = Instant::now() + timeout;

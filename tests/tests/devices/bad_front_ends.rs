@@ -74,7 +74,10 @@ fn requests_with_the_wrong_descriptors_do_no_harm() {
     let table: Vec<u8> = [1u64, 0, PAGE_SIZE, 1 << 40, 0].iter().flat_map(number).collect();
     let requests = [
         (FrontendReq::SET_MEM_TABLE, table),
-        (FrontendReq::ADD_MEM_REG, [0u64, 0, PAGE_SIZE, 1 << 40, 0].iter().flat_map(number).collect()),
+        (
+            FrontendReq::ADD_MEM_REG,
+            [0u64, 0, PAGE_SIZE, 1 << 40, 0].iter().flat_map(number).collect(),
+        ),
         (FrontendReq::SET_VRING_KICK, number(&0).into()),
         (FrontendReq::SET_VRING_CALL, number(&0).into()),
         (FrontendReq::SET_VRING_ERR, number(&0).into()),
@@ -310,9 +313,11 @@ fn state_of_any_content_is_refused_or_loaded() {
     use vhost::vhost_user::message::VhostTransferStateDirection::{LOAD, SAVE};
     let mut host = DeviceHost::ram(PAGES);
     let balloon = host.balloon();
-    balloon.driver.front_end.frontend.set_hdr_flags(
-        vhost::vhost_user::message::VhostUserHeaderFlag::empty(),
-    );
+    balloon
+        .driver
+        .front_end
+        .frontend
+        .set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::empty());
     let front_end = &balloon.driver.front_end;
     let save = || {
         let (reader, writer) = rustix::pipe::pipe().unwrap();

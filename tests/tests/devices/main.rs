@@ -10,6 +10,7 @@
 //! ([`pageferry_tests::front_end`]):
 //!
 //! - [`inflation`], [`reporting`], [`statistics`], [`config_space`]: the balloon;
+//! - [`plug`]: virtio-mem;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
 #![allow(
     clippy::print_stderr,
@@ -25,6 +26,7 @@ mod balloon;
 mod config_space;
 mod inflation;
 mod mem;
+mod plug;
 mod reporting;
 mod scene;
 mod stage;
