@@ -226,12 +226,19 @@ impl DriverQueue {
         loop {
             // Before the look at the ring: what comes after it is called again.
             let _ = self.call.read();
-            if let Some(used) = self.used() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !left.is_zero()
+                && let Some(used) = self.used()
+            {
                 return Some(used);
             }
-            let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return None;
+                // The device may return it at this moment.
+                let is_called =
+                    || matches!(self.called.wait(1000, &mut [EpollEvent::default()]), Ok(1));
+                let is_returned = self.used_index() != self.next_used;
+                assert!(!is_returned || is_called(), "a buffer is returned, and nobody is told");
+                return if is_returned { self.used() } else { None };
             }
             let left = i32::try_from(left.as_millis() + 1).unwrap();
             // It ends early if a signal comes, and then the ring is looked at once more.

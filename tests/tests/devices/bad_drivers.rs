@@ -116,8 +116,11 @@ fn descriptors_that_are_not_there_do_no_harm() {
 fn indirect_tables_are_not_followed_without_end() {
     let mut victim = Victim::new(PAGES);
     let table = FIRST * PAGE_SIZE;
-    // 65535 descriptors, each of which names all of memory.
-    let entry = descriptor(0, u32::MAX, NEXT, 0);
+    // 65535 descriptors, each of which has numbers of pages that are not there. Zeroes would free
+    // the queues.
+    let numbers = table + (2 << 20);
+    victim.balloon.driver.write(numbers, &[0xff; 4096]);
+    let entry = descriptor(numbers, 4096, NEXT, 0);
     let mut bytes = Vec::new();
     for next in 1..=u16::MAX {
         bytes.extend_from_slice(&entry[..14]);

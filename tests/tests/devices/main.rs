@@ -9,7 +9,7 @@
 //! The devices without a guest, with drivers of our own
 //! ([`pageferry_tests::front_end`]):
 //!
-//! - [`inflation`], [`reporting`], [`statistics`], [`config_space`]: the balloon;
+//! - [`inflation`], [`reporting`], [`hinting`], [`statistics`], [`config_space`]: the balloon;
 //! - [`plug`]: virtio-mem;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
 #![allow(
@@ -24,6 +24,7 @@ mod bad_drivers;
 mod bad_front_ends;
 mod balloon;
 mod config_space;
+mod hinting;
 mod inflation;
 mod mem;
 mod plug;
