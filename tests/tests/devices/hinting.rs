@@ -13,12 +13,13 @@ use pageferry_tests::random::page_content;
 use pageferry_tests::scenario::SOON;
 use std::time::Duration;
 
-/// Most pages are behind the queues.
-const PAGES: u64 = 8192;
+/// A pass looks at hints when it begins with a piece of memory of this many pages.
+const CHUNK: u64 = 16384;
+const PAGES: u64 = 3 * CHUNK;
 /// What the guest uses.
 const USED: PageRange = PageRange { first: FIRST_FREE_PAGE, count: 512 };
 /// What it does not use any more.
-const FREE: PageRange = PageRange { first: 2048, count: 6144 };
+const FREE: PageRange = PageRange { first: 2 * CHUNK, count: 6144 };
 
 /// A guest on its way: slow, until [`Moving::ends`].
 struct Moving {

@@ -10,7 +10,7 @@
 //! ([`pageferry_tests::front_end`]):
 //!
 //! - [`inflation`], [`reporting`], [`hinting`], [`statistics`], [`config_space`]: the balloon;
-//! - [`plug`]: virtio-mem;
+//! - [`plug`]: virtio-mem; [`jobs`]: states and memory in jobs of the agent;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
 #![allow(
     clippy::print_stderr,
@@ -26,6 +26,7 @@ mod balloon;
 mod config_space;
 mod hinting;
 mod inflation;
+mod jobs;
 mod mem;
 mod plug;
 mod reporting;
