@@ -10,7 +10,7 @@
 //! - [`port`]: a device, as the rest of the agent sees it;
 //! - [`device`]: what a kind of device has to do;
 //! - [`socket`]: waits for a front-end, and serves one after another;
-//! - `relay` and `messages`: hand messages from the front-end to the back-end library, and look at
+//! - [`relay`] and `messages`: hand messages from the front-end to the back-end library, and look at
 //!   them on the way;
 //! - [`back_end`]: the back-end library's side: features, configuration and events of any device;
 //! - `exit_event`: ends the library's thread;
@@ -33,7 +33,7 @@ mod messages;
 pub mod port;
 pub mod queues;
 pub mod registry;
-mod relay;
+pub mod relay;
 pub mod socket;
 pub mod state_pieces;
 mod state_transfer;

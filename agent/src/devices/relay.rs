@@ -17,7 +17,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a relay ends.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RelayError {
+pub enum RelayError {
     /// A side breaks the framing, or does not read.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -30,7 +30,7 @@ pub(super) enum RelayError {
 ///
 /// # Errors
 /// If a side breaks the framing, or does not read, or the front-end is refused.
-pub(super) fn run(
+pub fn run(
     mut front_end: FrameSocket, mut library: FrameSocket, port: &DevicePort, stop: BorrowedFd<'_>,
 ) -> Result<(), RelayError> {
     let mut messages = Messages::default();

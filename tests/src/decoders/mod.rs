@@ -15,6 +15,7 @@
 //!   travels between agents;
 //! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
 //!   addresses that a user writes; [`scrape`](mod@scrape): HTTP requests for the metrics;
+//! - [`queues`]: queues of the agent's devices; [`relay`]: messages of their front-ends;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
 
 pub mod address;
@@ -23,6 +24,8 @@ pub mod hammer;
 pub mod heap;
 pub mod image;
 pub mod memory;
+pub mod queues;
+pub mod relay;
 pub mod scrape;
 pub mod stream;
 
@@ -40,7 +43,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 24] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -65,6 +68,29 @@ pub const TARGETS: [Target; 17] = [
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
     Target { name: "range", run: memory::range, seeds: memory::range_seeds },
     Target { name: "address", run: address::address, seeds: address::address_seeds },
+    Target {
+        name: "balloon_inflate",
+        run: queues::balloon_inflate,
+        seeds: queues::page_number_seeds,
+    },
+    Target {
+        name: "balloon_deflate",
+        run: queues::balloon_deflate,
+        seeds: queues::page_number_seeds,
+    },
+    Target {
+        name: "balloon_statistics",
+        run: queues::balloon_statistics,
+        seeds: queues::statistics_seeds,
+    },
+    Target { name: "balloon_hints", run: queues::balloon_hints, seeds: queues::hint_seeds },
+    Target { name: "balloon_reports", run: queues::balloon_reports, seeds: queues::report_seeds },
+    Target { name: "mem_requests", run: queues::mem_requests, seeds: queues::mem_request_seeds },
+    Target {
+        name: "device_messages",
+        run: relay::device_messages,
+        seeds: relay::device_message_seeds,
+    },
     Target { name: "scrape", run: scrape::scrape, seeds: scrape::scrape_seeds },
 ];
 
