@@ -225,25 +225,25 @@ impl DriverQueue {
         let deadline = Instant::now() + timeout;
         loop {
             // Before the look at the ring: what comes after it is called again.
-            let _ = self.call.read();
+            let is_called = self.call.read().is_ok();
             let left = deadline.saturating_duration_since(Instant::now());
-            if !left.is_zero()
-                && let Some(used) = self.used()
-            {
+            if let Some(used) = self.used() {
+                // If this is only because time is up, the driver of a guest would wait for ever.
+                // The device may also be about to call.
+                let is_told = || is_called || !left.is_zero() || self.is_called_within(1000);
+                assert!(is_told(), "a buffer is returned, and nobody is told");
                 return Some(used);
             }
             if left.is_zero() {
-                // The device may return it at this moment.
-                let is_called =
-                    || matches!(self.called.wait(1000, &mut [EpollEvent::default()]), Ok(1));
-                let is_returned = self.used_index() != self.next_used;
-                assert!(!is_returned || is_called(), "a buffer is returned, and nobody is told");
-                return if is_returned { self.used() } else { None };
+                return None;
             }
-            let left = i32::try_from(left.as_millis() + 1).unwrap();
-            // It ends early if a signal comes, and then the ring is looked at once more.
-            let _ = self.called.wait(left, &mut [EpollEvent::default()]);
+            self.is_called_within(i32::try_from(left.as_millis() + 1).unwrap());
         }
+    }
+
+    /// Waits until the device calls. It may end early without a call.
+    fn is_called_within(&self, milliseconds: i32) -> bool {
+        matches!(self.called.wait(milliseconds, &mut [EpollEvent::default()]), Ok(1))
     }
 
     /// Waits until the device has returned a buffer.

@@ -10,6 +10,7 @@
 //! ([`pageferry_tests::front_end`]):
 //!
 //! - [`inflation`], [`reporting`], [`hinting`], [`statistics`], [`config_space`]: the balloon;
+//! - [`given_back`]: most of memory is given back; [`reports_model`]: reports against a model;
 //! - [`plug`]: virtio-mem; [`jobs`]: states and memory in jobs of the agent;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
 #![allow(
@@ -24,12 +25,14 @@ mod bad_drivers;
 mod bad_front_ends;
 mod balloon;
 mod config_space;
+mod given_back;
 mod hinting;
 mod inflation;
 mod jobs;
 mod mem;
 mod plug;
 mod reporting;
+mod reports_model;
 mod scene;
 mod stage;
 mod statistics;
