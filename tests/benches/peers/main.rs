@@ -18,6 +18,7 @@
 //! - [`qemu_guest`]: a Linux guest that moves between unmodified QEMUs;
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast discards are acknowledged;
+//! - [`devices`]: how fast a guest gives memory back by the agent's balloon;
 //! - [`codec`]: zero scan, checksum and records; an idle agent.
 #![allow(
     clippy::unwrap_used,
@@ -32,6 +33,7 @@ mod bitmaps;
 mod codec;
 mod compression;
 mod copying;
+mod devices;
 mod discards;
 mod floor;
 mod image;
@@ -52,7 +54,7 @@ use table::Table;
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
     /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking,
-    /// postcopy, snapshots, bitmaps, discards, queued, bytes, qemu-guest.
+    /// postcopy, snapshots, bitmaps, discards, queued, devices, bytes, qemu-guest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -131,7 +133,7 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 13] = [
+    let parts: [(&str, Part); 14] = [
         ("full", copying::full),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
@@ -139,6 +141,7 @@ fn main() {
         ("bitmaps", bitmaps::bitmaps),
         ("discards", discards::discards),
         ("queued", discards::queued),
+        ("devices", devices::devices),
         ("bytes", codec::codec),
         ("postcopy", postcopy::postcopy),
         ("snapshots", snapshots::snapshots),
