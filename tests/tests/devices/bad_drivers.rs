@@ -10,6 +10,7 @@ use pageferry_tests::front_end::driver::QUEUE_SIZE;
 use pageferry_tests::front_end::host::FIRST_FREE_PAGE;
 use pageferry_tests::front_end::queue::{INDIRECT, NEXT, WRITE, descriptor};
 use pageferry_tests::front_end::{DeviceHost, DriverQueue, Piece, Rings};
+use pageferry_tests::memory::BlockLayout;
 
 const FIRST: u64 = FIRST_FREE_PAGE;
 const PAGES: u64 = 4096;
@@ -232,4 +233,48 @@ fn used_ring_in_the_last_bytes_of_memory_is_served() {
         balloon.inflate(&pages(FIRST + page, 1));
     }
     assert!(host.block(0).is_hole(PageRange::new(FIRST, 100)).unwrap());
+}
+
+#[test]
+fn ranges_over_two_blocks_are_freed_in_both() {
+    let next = BlockLayout { id: 1, name: "next".into(), gpa: END, ..BlockLayout::ram(END) };
+    let behind =
+        BlockLayout { id: 2, name: "behind".into(), gpa: 3 * END, ..BlockLayout::ram(END) };
+    let host = DeviceHost::start(vec![BlockLayout::ram(END), next, behind]);
+    for (id, first) in [(0, PAGES - 8), (1, 0), (1, PAGES - 8), (2, 0)] {
+        host.block(id).fill(PageRange::new(first, 8), 1).unwrap();
+    }
+    let mut balloon = host.balloon();
+    // Over the edge of two blocks, over a hole between two, and by numbers over an edge.
+    balloon.report(&[(END - 2 * PAGE_SIZE, 4 * PAGE_SIZE)]);
+    balloon.report(&[(2 * END - 2 * PAGE_SIZE, END + 4 * PAGE_SIZE)]);
+    balloon.inflate(&pages(PAGES - 3, 6));
+    for (id, given, kept) in [
+        (0, PageRange::new(PAGES - 3, 3), PAGES - 4),
+        (1, PageRange::new(0, 3), 3),
+        (1, PageRange::new(PAGES - 2, 2), PAGES - 3),
+        (2, PageRange::new(0, 2), 2),
+    ] {
+        assert!(host.block(id).is_hole(given).unwrap(), "{given:?} of block {id}");
+        assert!(!host.block(id).is_hole(PageRange::new(kept, 1)).unwrap());
+    }
+    assert_eq!(host.balloon_now().outside, END);
+}
+
+#[test]
+fn queue_and_buffer_may_lie_over_the_edge_of_two_blocks() {
+    let next = BlockLayout { id: 1, name: "next".into(), gpa: END, ..BlockLayout::ram(END) };
+    let mut host = DeviceHost::start(vec![BlockLayout::ram(END), next]);
+    host.block(0).fill(PageRange::new(FIRST, 4), 1).unwrap();
+    let mut balloon = host.balloon();
+    let numbers: Vec<u8> = pages(FIRST, 2).iter().flat_map(|page| page.to_le_bytes()).collect();
+    balloon.driver.write(END - 4, &numbers);
+    balloon.driver.queue(0).round_trip(&[Piece::readable(END - 4, 8)]);
+    assert!(host.block(0).is_hole(PageRange::new(FIRST, 2)).unwrap());
+    balloon.driver.stop();
+    let rings = Rings::at(END - 1024, QUEUE_SIZE);
+    balloon.driver.begin_queue(0, rings);
+    balloon.inflate(&pages(FIRST + 2, 2));
+    assert!(host.block(0).is_hole(PageRange::new(FIRST, 4)).unwrap());
+    host.assert_alive();
 }

@@ -10,6 +10,7 @@
 //! ([`pageferry_tests::front_end`]):
 //!
 //! - [`inflation`], [`reporting`], [`hinting`], [`statistics`], [`config_space`]: the balloon;
+//! - [`tables`]: front-ends with other regions;
 //! - [`given_back`]: most of memory is given back; [`reports_model`]: reports against a model;
 //! - [`plug`]: virtio-mem; [`jobs`]: states and memory in jobs of the agent;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
@@ -36,3 +37,4 @@ mod reports_model;
 mod scene;
 mod stage;
 mod statistics;
+mod tables;
