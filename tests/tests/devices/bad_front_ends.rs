@@ -15,7 +15,6 @@ use pageferry_tests::random::Random;
 use rustix::fs::{MemfdFlags, ftruncate};
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,7 +57,8 @@ fn noise_does_no_harm() {
             // A header that is right, of a request that exists.
             let body = bytes.len() as u32 - 12;
             let request = random.below(50) as u32;
-            for (at, number) in [request, 1 | 8 * (round % 4 / 2), body].into_iter().enumerate() {
+            let flags = if round % 4 == 0 { 1 } else { 1 | 8 };
+            for (at, number) in [request, flags, body].into_iter().enumerate() {
                 bytes[at * 4..at * 4 + 4].copy_from_slice(&number.to_le_bytes());
             }
         }
@@ -108,7 +108,7 @@ fn half_a_message_holds_up_nobody_but_its_device() {
     let mut host = DeviceHost::ram(PAGES);
     for half in [1, 11, 12, 13, 50] {
         let mut stream = UnixStream::connect(host.balloon_socket()).unwrap();
-        let mut message = vec![0; 100];
+        let mut message = [0; 100];
         message[0] = FrontendReq::SET_MEM_TABLE as u8;
         message[4] = 1;
         message[8] = 88;
@@ -331,7 +331,7 @@ fn state_of_any_content_is_refused_or_loaded() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         front_end.move_state(LOAD, reader).unwrap();
         // The agent may have had enough before all is read.
-        let _ = File::from(OwnedFd::from(writer)).write_all(state);
+        let _ = File::from(writer).write_all(state);
         check(front_end)
     };
     let state = save();

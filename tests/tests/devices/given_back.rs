@@ -63,7 +63,7 @@ fn memory_in_the_balloon_is_not_sent() {
     assert_eq!(ended.phase, Phase::Completed, "{}", ended.error_text());
     let ended = source.arrives_at(&destination, jobs);
     let sent = ended.counters.wire_bytes / PAGE_SIZE;
-    println!(
+    eprintln!(
         "{} of {} MiB given back, {} MiB sent",
         (before.count + during.count) / MIB,
         all / MIB,

@@ -21,6 +21,10 @@ use std::sync::Arc;
 
 const ACK: Answer = Answer::Ack(0);
 const FIRST: u64 = FIRST_FREE_PAGE;
+/// All features of the balloon.
+const ALL: u64 = 0x3e;
+/// `VHOST_F_LOG_ALL`.
+const LOG_ALL: u64 = 1 << 26;
 /// Pages of a block of virtio-mem.
 const BLOCK_PAGES: u64 = MEM_BLOCK / PAGE_SIZE;
 
@@ -102,8 +106,7 @@ fn what_a_device_writes_is_in_the_dirty_log_of_its_front_end() {
     let size = 512 / 8;
     let log = memfd(4096).unwrap();
     balloon.driver.front_end.set_log(&log, size).unwrap();
-    // VHOST_F_LOG_ALL.
-    balloon.driver.front_end.choose_features(u64::MAX & 0x3e | 1 << 26).unwrap();
+    balloon.driver.front_end.choose_features(ALL | LOG_ALL).unwrap();
     let mut bits = vec![0; 64];
     balloon.deflate(&pages(FIRST, 1));
     rustix::io::pread(&log, &mut bits, 0).unwrap();

@@ -248,7 +248,7 @@ impl Running {
         assert_eq!(wrong, None);
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (reports, reported) = (count(&self.pool.reports), count(&self.pool.reported));
-        println!(
+        eprintln!(
             "{during}: {reports} reports of {reported} pages in {elapsed:.1} s, {:.0} pages/s; \
              {} writes, {} of them to free pages",
             reported as f64 / elapsed,
