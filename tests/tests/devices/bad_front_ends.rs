@@ -120,7 +120,7 @@ fn half_a_message_holds_up_nobody_but_its_device() {
 }
 
 #[test]
-fn kick_that_blocks_and_serves_two_queues_holds_up_nobody_else() {
+fn kick_that_blocks_two_queues_holds_up_nobody_else() {
     let mut host = DeviceHost::ram(PAGES);
     let mut balloon = host.balloon();
     balloon.driver.stop();

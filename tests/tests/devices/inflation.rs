@@ -122,7 +122,7 @@ fn driver_that_deflates_on_oom_needs_nothing_else() {
 }
 
 #[test]
-fn huge_page_is_freed_when_the_guest_has_given_back_all_of_it() {
+fn huge_page_is_freed_when_all_of_it_was_given_back() {
     let Some(_pool) = require::hugetlb(4) else { return };
     let small = HUGE_PAGE / PAGE_SIZE;
     let huge = BlockLayout {

@@ -100,7 +100,7 @@ fn completes(host: &DeviceHost, job: u64) {
 }
 
 #[test]
-fn what_a_device_writes_is_in_the_dirty_log_of_its_front_end() {
+fn what_a_device_writes_is_in_the_front_ends_dirty_log() {
     let host = DeviceHost::ram(512);
     let mut balloon = host.balloon();
     let size = 512 / 8;
@@ -230,7 +230,7 @@ fn background_snapshot_has_the_memory_of_its_instant() {
 }
 
 #[test]
-fn queues_in_the_region_of_virtio_mem_live_as_long_as_it_is_plugged() {
+fn queue_in_plugged_memory_lives_until_that_is_unplugged() {
     let mut host = DeviceHost::with_pluggable(16 * MEM_BLOCK);
     let mut mem = host.mem();
     host.mem_status(&["--requested", &(8 * MEM_BLOCK).to_string()]);

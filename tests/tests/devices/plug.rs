@@ -161,7 +161,7 @@ fn driver_that_would_read_unplugged_memory_is_refused() {
 }
 
 #[test]
-fn request_that_was_carried_out_and_not_answered_is_answered_by_the_next_agent() {
+fn next_agent_answers_what_was_carried_out_and_not_answered() {
     // Plugged by the agent that died, or unplugged by it, or all unplugged.
     for kind in [0, 1, 2] {
         let (mut host, mut mem) = requested(4);

@@ -79,7 +79,7 @@ fn second_buffer_is_not_lost() {
 }
 
 #[test]
-fn driver_that_does_not_answer_delays_an_operator_only_a_little() {
+fn silent_driver_delays_an_operator_only_a_little() {
     let host = DeviceHost::ram(512);
     let mut balloon = host.balloon();
     balloon.send_stats(&[(FREE, 1000)]);
