@@ -65,7 +65,7 @@ fn empty_pieces_do_no_harm() {
 #[test]
 fn whole_memory_in_one_buffer_does_no_harm() {
     // A driver can free what holds its own queues, and must live with the consequences.
-    let mut victim = Victim::new(PAGES);
+    let mut victim = Victim::alone(PAGES);
     let area = FIRST * PAGE_SIZE;
     victim.balloon.report(&[(area, END - area)]);
     victim.is_as_good_as_new("all of memory in one report");

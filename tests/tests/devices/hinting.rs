@@ -125,6 +125,19 @@ fn hints_of_another_round_are_ignored() {
 }
 
 #[test]
+fn hints_of_a_guest_that_fills_its_free_pages_are_ignored() {
+    let mut moving = Moving::start();
+    moving.balloon.set_poison(0xaaaa_aaaa);
+    moving.balloon.answer_hints(moving.round);
+    moving.balloon.hint(&[bytes(FREE.first, FREE.count)]);
+    assert_eq!(moving.source.balloon_now().hinted, 0);
+    moving.ends();
+    for page in FREE.first..FREE.end() {
+        moving.arrived(page, 1);
+    }
+}
+
+#[test]
 fn silent_driver_delays_nothing_and_loses_nothing() {
     let mut moving = Moving::start();
     moving.ends();
