@@ -10,7 +10,7 @@
 //! ([`pageferry_tests::front_end`]):
 //!
 //! - [`inflation`], [`reporting`], [`hinting`], [`statistics`], [`config_space`]: the balloon;
-//! - [`tables`]: front-ends with other regions;
+//! - [`tables`]: front-ends with other regions; [`handed_over`]: without a path;
 //! - [`given_back`]: most of memory is given back; [`reports_model`]: reports against a model;
 //! - [`plug`]: virtio-mem; [`jobs`]: states and memory in jobs of the agent;
 //! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
@@ -27,6 +27,7 @@ mod bad_front_ends;
 mod balloon;
 mod config_space;
 mod given_back;
+mod handed_over;
 mod hinting;
 mod inflation;
 mod jobs;

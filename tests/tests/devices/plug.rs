@@ -207,6 +207,22 @@ fn next_agent_requests_what_is_plugged() {
 }
 
 #[test]
+fn driver_that_knows_an_earlier_size_is_not_given_up() {
+    // Nothing is plugged yet when the agent dies, and the driver is about to plug.
+    let (mut host, mem) = requested(4);
+    host.replace_agent();
+    let memory = host.memory().clone();
+    let mut mem = mem.moved_to(&host.mem_socket(), &memory);
+    // Linux gives up the device after ERROR. After these it asks again.
+    let answer = mem.plug(0, 1);
+    assert!(matches!(answer, Answer::Nack | Answer::Busy | ACK), "{answer:?}");
+    // Otherwise it asks without end.
+    mem.driver.front_end.wait_for_config_change();
+    request_blocks(&host, &mut mem, 4);
+    assert_eq!(mem.plug(0, 1), ACK);
+}
+
+#[test]
 fn request_waits_while_the_agent_waits_for_a_guest() {
     let (host, mut mem) = requested(4);
     let folder = host.folder().join("stream");
