@@ -167,7 +167,31 @@ impl Pool {
         count
     }
 
-    fn returned(&self, runs: &[(u64, u64)]) {
+    /// Puts a report of free pages into the queue. Returns its runs: place in the pool, and count.
+    pub fn put_report(&self, balloon: &mut BalloonDriver, random: &mut Random) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        while runs.is_empty() {
+            for _ in 0..PIECES {
+                // Every second run is never reported. Otherwise nothing would be left for a job.
+                let run = random.below(self.pages.len() as u64 / (2 * LONGEST)) * 2 * LONGEST;
+                let offset = random.below(LONGEST);
+                let count = self.take(run + offset, 1 + random.below(LONGEST - offset));
+                if count > 0 {
+                    runs.push((run + offset, count));
+                }
+            }
+        }
+        let piece = |(at, count): &(u64, u64)| {
+            Piece::writable((self.first + at) * PAGE_SIZE, (count * PAGE_SIZE) as u32)
+        };
+        let pieces: Vec<Piece> = runs.iter().map(piece).collect();
+        let queue = balloon.report_queue();
+        balloon.driver.queue(queue).put(&pieces);
+        runs
+    }
+
+    /// A report was returned: its pages are free.
+    pub fn returned(&self, runs: &[(u64, u64)]) {
         for (at, count) in runs {
             for word in &self.pages[*at as usize..(at + count) as usize] {
                 let mut word = lock(word);
@@ -228,6 +252,14 @@ impl Running {
         Self { pool: pool.clone(), started: Instant::now(), ends, threads }
     }
 
+    /// Starts the thread that writes and checks. The test reports.
+    pub fn start_writer(pool: &Arc<Pool>) -> Self {
+        let ends = Arc::new(AtomicBool::new(false));
+        let ours = (pool.clone(), ends.clone());
+        let threads = vec![std::thread::spawn(move || write(&ours.0, &ours.1))];
+        Self { pool: pool.clone(), started: Instant::now(), ends, threads }
+    }
+
     /// Waits for this many more reports.
     pub fn wait_for_reports(&self, count: u64) {
         let reports = || self.pool.reports.load(Ordering::Relaxed);
@@ -276,22 +308,7 @@ fn report(pool: &Pool, mut balloon: BalloonDriver, ends: &AtomicBool) {
     let queue = balloon.report_queue();
     while !ends.load(Ordering::Relaxed) {
         let Some(inside) = pool.gate.enter() else { return };
-        let mut runs = Vec::new();
-        for _ in 0..PIECES {
-            // Every second run is never reported. Otherwise nothing would be left for the job.
-            let run = random.below(pool.pages.len() as u64 / (2 * LONGEST)) * 2 * LONGEST;
-            let offset = random.below(LONGEST);
-            let (at, count) = (run + offset, 1 + random.below(LONGEST - offset));
-            let count = pool.take(at, count);
-            if count > 0 {
-                runs.push((at, count));
-            }
-        }
-        let piece = |(at, count): &(u64, u64)| {
-            Piece::writable((pool.first + at) * PAGE_SIZE, (count * PAGE_SIZE) as u32)
-        };
-        let pieces: Vec<Piece> = runs.iter().map(piece).collect();
-        balloon.driver.queue(queue).put(&pieces);
+        let runs = pool.put_report(&mut balloon, &mut random);
         balloon.driver.queue(queue).kick();
         drop(inside);
         // While a job allows no change, it waits in the queue.

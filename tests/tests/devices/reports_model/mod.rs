@@ -18,12 +18,14 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::front_end::DeviceHost;
 use pageferry_tests::front_end::host::FIRST_FREE_PAGE;
 use pageferry_tests::memory::TestMemory;
+use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use pageferry_tests::scenario::SOON;
 use pageferry_tests::vmm::Tracker;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 const PAGES: u64 = 8192;
 /// Bytes per second, so that a job takes a second or two.
@@ -135,4 +137,30 @@ fn during_the_passes_of_a_migration() {
     running.end("passes");
     let there = pool.as_of(&pool.instant(), destination.memory());
     there.check_all();
+}
+
+#[test]
+fn while_agents_are_killed() {
+    let mut host = host(Tracker::Log);
+    let pool = full(&host);
+    host.vmm.set_guest(pool.guest());
+    host.vmm.start().unwrap();
+    let running = Running::start_writer(&pool);
+    let mut random = Random::new(3);
+    let mut balloon = host.balloon();
+    let queue = balloon.report_queue();
+    for _ in 0..10 {
+        // As many as the queue holds, and then the agent dies in the middle of them.
+        let reports: Vec<_> = (0..3).map(|_| pool.put_report(&mut balloon, &mut random)).collect();
+        balloon.driver.queue(queue).kick();
+        std::thread::sleep(Duration::from_micros(random.below(3000)));
+        host.replace_agent();
+        balloon = balloon.moved_to(&host.balloon_socket(), host.memory());
+        for report in &reports {
+            balloon.driver.queue(queue).wait_used();
+            pool.returned(report);
+        }
+    }
+    running.end("agents that are killed");
+    pool.check_all();
 }
