@@ -180,6 +180,16 @@ impl DeviceHost {
         self.vmm.reattach(self.agent.socket()).unwrap();
     }
 
+    /// The agent hangs, and the VMM hands everything to another one, whose sockets are elsewhere.
+    pub fn replace_hanging_agent(&mut self) {
+        self.agent.process().freeze().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let next = agent_in(folder.path());
+        self.vmm.reattach(next.socket()).unwrap();
+        self.operator = Operator::new(next.socket().to_owned());
+        (self.agent, self.folder) = (next, folder);
+    }
+
     /// The agent is the same one as at the start of the test.
     #[track_caller]
     pub fn assert_alive(&mut self) {

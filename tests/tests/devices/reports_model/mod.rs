@@ -140,7 +140,7 @@ fn during_the_passes_of_a_migration() {
 }
 
 #[test]
-fn while_agents_are_killed() {
+fn while_agents_are_killed_and_hang() {
     let mut host = host(Tracker::Log);
     let pool = full(&host);
     host.vmm.set_guest(pool.guest());
@@ -149,12 +149,16 @@ fn while_agents_are_killed() {
     let mut random = Random::new(3);
     let mut balloon = host.balloon();
     let queue = balloon.report_queue();
-    for _ in 0..10 {
-        // As many as the queue holds, and then the agent dies in the middle of them.
+    for round in 0..10 {
+        // As many as the queue holds, and then the agent ends in the middle of them.
         let reports: Vec<_> = (0..3).map(|_| pool.put_report(&mut balloon, &mut random)).collect();
         balloon.driver.queue(queue).kick();
         std::thread::sleep(Duration::from_micros(random.below(3000)));
-        host.replace_agent();
+        if round % 2 == 0 {
+            host.replace_agent();
+        } else {
+            host.replace_hanging_agent();
+        }
         balloon = balloon.moved_to(&host.balloon_socket(), host.memory());
         for report in &reports {
             balloon.driver.queue(queue).wait_used();
