@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Between a front-end and the library: hands every message on, in both directions, and has
-//! [`super::messages`] look at those of the front-end.
+//! `messages` look at those of the front-end.
 
 use super::messages::Messages;
 use super::port::DevicePort;
