@@ -351,3 +351,47 @@ fn check(front_end: &FrontEnd) -> Result<(), vhost::Error> {
     use vhost::vhost_user::VhostUserFrontend;
     front_end.frontend.check_device_state()
 }
+
+/// A front-end that holds on to the agent in its own way. What it returns lives until the end.
+type Holds = fn(&DeviceHost) -> Box<dyn std::any::Any>;
+
+#[test]
+fn agent_ends_when_it_is_asked_whatever_a_front_end_does() {
+    let holds: [Holds; 4] = [
+        |host| Box::new(host.balloon()),
+        |host| {
+            let mut stream = UnixStream::connect(host.balloon_socket()).unwrap();
+            stream.write_all(&[1; 7]).unwrap();
+            Box::new(stream)
+        },
+        |host| {
+            let mut balloon = host.balloon();
+            // Nobody reads its calls, and it keeps all queues full.
+            for queue in balloon.driver.queues.values_mut() {
+                queue.call.write(u64::MAX - 1).unwrap();
+                while queue.free_descriptors() > 0 {
+                    queue.put(&[Piece::readable(FIRST * PAGE_SIZE, 1 << 20)]);
+                }
+                queue.kick();
+            }
+            Box::new(balloon)
+        },
+        |host| {
+            use vhost::vhost_user::message::VhostTransferStateDirection::LOAD;
+            let balloon = host.balloon();
+            let (reader, writer) = rustix::pipe::pipe().unwrap();
+            balloon.driver.front_end.move_state(LOAD, reader).unwrap();
+            let check = Frame::request(FrontendReq::CHECK_DEVICE_STATE.into(), Vec::new());
+            balloon.driver.front_end.send(&check).unwrap();
+            Box::new((balloon, writer))
+        },
+    ];
+    for (at, holds) in holds.iter().enumerate() {
+        let mut host = DeviceHost::ram(PAGES);
+        let held = holds(&host);
+        host.agent.process().terminate().unwrap();
+        let ended = host.agent.process().wait(PATIENCE);
+        assert!(ended.is_ok(), "front-end {at}: {ended:?}");
+        drop(held);
+    }
+}
