@@ -84,6 +84,8 @@ pub struct VirtioMem<M> {
     plugged_size: u64,
     /// True until the first request after [`VirtioMem::connected`].
     may_be_replay: bool,
+    /// See [`VirtioMem::forget_sizes`]. True until the operator or a saved state sets sizes.
+    sizes_are_lost: bool,
 }
 
 impl<M: PluggableMemory> VirtioMem<M> {
@@ -103,6 +105,7 @@ impl<M: PluggableMemory> VirtioMem<M> {
             usable_region_size: 0,
             plugged_size: 0,
             may_be_replay: false,
+            sizes_are_lost: false,
         };
         device.recount();
         device.requested_size = device.plugged_size;
@@ -125,6 +128,14 @@ impl<M: PluggableMemory> VirtioMem<M> {
             self.usable_region_size = self.region.region_size;
         }
         self.plugged_size = self.region.plugged_in(&self.memory, usable) + outside;
+    }
+
+    /// Call this if there may have been an agent before this one, whose sizes are lost: the whole
+    /// region becomes usable. The driver may know a larger region than what is plugged needs, and
+    /// gives up the device if it gets an error for a block in it.
+    pub fn forget_sizes(&mut self) {
+        self.sizes_are_lost = true;
+        self.usable_region_size = self.region.region_size;
     }
 
     /// True if it has this region.
@@ -186,6 +197,7 @@ impl<M: PluggableMemory> VirtioMem<M> {
         self.region.check_size("requested_size", size, 0..=self.region.region_size)?;
         let before = (self.requested_size, self.usable_region_size);
         self.requested_size = size;
+        self.sizes_are_lost = false;
         self.usable_region_size = self.usable_region_size.max(self.region.usable_for(size));
         Ok(before != (self.requested_size, self.usable_region_size))
     }
@@ -213,7 +225,9 @@ impl<M: PluggableMemory> VirtioMem<M> {
     pub fn unplug_all(&mut self) -> Result<(), MemoryRefused> {
         self.memory.unplug(self.region.all())?;
         self.plugged_size = 0;
-        self.usable_region_size = self.region.usable_for(self.requested_size);
+        if !self.sizes_are_lost {
+            self.usable_region_size = self.region.usable_for(self.requested_size);
+        }
         Ok(())
     }
 
@@ -345,6 +359,7 @@ impl<M: PluggableMemory> VirtioMem<M> {
         self.region.check_size("requested_size", requested, 0..=size)?;
         self.region.check_size("usable_region_size", usable, requested..=size)?;
         self.requested_size = requested;
+        self.sizes_are_lost = false;
         self.usable_region_size = usable;
         self.recount();
         Ok(())

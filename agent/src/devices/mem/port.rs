@@ -45,8 +45,8 @@ struct State {
     /// A front-end has connected while there was no state machine: the first request may be a
     /// replay.
     may_be_replay: bool,
-    /// The state machine was made for a guest that has plugged blocks. An agent before this one has
-    /// told its driver another size.
+    /// The state machine was just made. An agent before this one may have told the driver other
+    /// sizes.
     sizes_are_new: bool,
 }
 
@@ -125,7 +125,8 @@ impl State {
                 if std::mem::take(&mut self.may_be_replay) {
                     device.connected();
                 }
-                self.sizes_are_new = device.config().plugged_size > 0;
+                device.forget_sizes();
+                self.sizes_are_new = true;
             }
         }
         let (device, _) = self.device.as_mut()?;

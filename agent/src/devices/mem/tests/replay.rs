@@ -87,7 +87,16 @@ fn an_agent_that_knows_no_sizes_wants_what_is_plugged() {
     assert_eq!(sizes(&next), (3, BLOCKS, 3));
     next.connected();
     assert_eq!(next.process(plug(3, 1)), Response::Nack);
+    // A driver that knows a larger usable region gets no error for a block in it.
     let empty = Memory::new();
+    let mut next = VirtioMem::new(REGION, &empty).unwrap();
+    next.forget_sizes();
+    assert_eq!(next.process(plug(3, 1)), Response::Nack);
+    assert_eq!(next.process(Request::UnplugAll), Response::Ack);
+    assert_eq!(state(&mut next, 3, 1), Response::State(BlockState::Unplugged));
+    next.set_requested_size(0).unwrap();
+    assert_eq!(next.process(Request::UnplugAll), Response::Ack);
+    assert_eq!(state(&mut next, 3, 1), Response::Error);
     assert_eq!(sizes(&VirtioMem::new(REGION, &empty).unwrap()), (0, 0, 0));
 }
 
