@@ -33,7 +33,7 @@ use crate::memory::backing::BackingKind;
 use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::huge::{Fill, HugeWindow};
-use crate::memory::small_pages::{self, SmallPages};
+use crate::memory::placement::{Pages, Placement};
 use crate::memory::{BackingError, Block, GuestMemory, huge};
 use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -42,7 +42,7 @@ use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::shm::bitmap::runs_of_word;
 use pageferry_protocol::stream::RecordHeader;
 use pageferry_protocol::stream::payload::decode_bitmap;
-use pageferry_protocol::stream::record::FLAG_STRAY;
+use pageferry_protocol::stream::record::{FLAG_STRAY, FLAG_WHOLE};
 use std::sync::{Arc, Mutex};
 
 /// Places the pages that all streams receive.
@@ -99,8 +99,7 @@ struct Target {
     received: MappedBitmap,
     /// The host page that was mapped last; only on hugetlbfs.
     window: Mutex<Option<HugeWindow>>,
-    /// `Some` if a write would allocate more than it writes.
-    small_pages: Option<SmallPages>,
+    placement: Placement,
 }
 
 impl<'a> Placer<'a> {
@@ -108,8 +107,8 @@ impl<'a> Placer<'a> {
     pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
         let given_back = DiscardRecorder::start(&job.memory, || ())?;
         let mut blocks = Vec::new();
-        let small_pages = SmallPages::of(&job.memory);
-        for (block, small_pages) in job.memory.blocks().iter().zip(small_pages) {
+        let placements = Placement::of(&job.memory);
+        for (block, placement) in job.memory.blocks().iter().zip(placements) {
             job.check()?;
             let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
             // The marks are cleared first, so that what the VMM discards from now on stays marked.
@@ -121,7 +120,7 @@ impl<'a> Placer<'a> {
             }
             block.backing.empty().map_err(failed)?;
             let received = MappedBitmap::private(block.geometry.pages())?;
-            blocks.push(Target { received, window: Mutex::new(None), small_pages });
+            blocks.push(Target { received, window: Mutex::new(None), placement });
         }
         let host_pages: Vec<u64> =
             job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
@@ -147,9 +146,9 @@ impl<'a> Placer<'a> {
     /// If a file cannot be punched.
     pub fn end_pass(&self) -> Result<(), JobError> {
         for (target, block) in self.blocks.iter().zip(self.job.memory.blocks()) {
-            let Some(small_pages) = &target.small_pages else { continue };
             self.job.check()?;
-            let settled = small_pages.settle(&block.backing, &target.received, &[]);
+            let settled =
+                target.placement.settle(&self.job.memory, &block.backing, &target.received, &[]);
             settled.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
         }
         Ok(())
@@ -191,10 +190,15 @@ impl<'a> Placer<'a> {
             huge::write(&block.backing, &mut window, range.offset(), Fill::Bytes(payload))
                 .map_err(failed)?;
         } else {
+            let is_new = target.received.next_set(range).is_none();
             target.received.set(range);
-            let small_pages = target.small_pages.as_ref();
-            small_pages::write(small_pages, &block.backing, range.offset(), payload)
-                .map_err(failed)?;
+            let pages = match header.flags() & FLAG_WHOLE {
+                _ if !is_new => Pages::Old,
+                0 => Pages::New,
+                _ => Pages::Whole,
+            };
+            let placed = target.placement.write(&block.backing, range.offset(), payload, pages);
+            placed.map_err(failed)?;
         }
         self.mark(header, block);
         add(&self.job.live.pages_received, range.count);
@@ -288,7 +292,7 @@ impl<'a> Placer<'a> {
     fn empty(&self, at: usize, block: &Block, range: PageRange) -> Result<(), MemoryError> {
         let target = &self.blocks[at];
         let emptied = if block.backing.host_page_size() == PAGE_SIZE {
-            empty_small(block, &target.received, range)
+            empty_small(block, target, range)
         } else {
             let mut window = lock(&target.window);
             empty_huge(block, &target.received, &mut window, range)
@@ -297,13 +301,12 @@ impl<'a> Placer<'a> {
     }
 }
 
-fn empty_small(
-    block: &Block, received: &MappedBitmap, range: PageRange,
-) -> Result<(), BackingError> {
+fn empty_small(block: &Block, target: &Target, range: PageRange) -> Result<(), BackingError> {
     let mut rest = range;
-    while let Some(run) = received.runs(rest).next() {
-        received.clear(run);
+    while let Some(run) = target.received.runs(rest).next() {
+        target.received.clear(run);
         block.backing.punch(run)?;
+        target.placement.freed(run);
         rest = PageRange::new(run.end(), range.end() - run.end());
     }
     Ok(())

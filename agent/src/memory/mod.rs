@@ -47,7 +47,9 @@
 //! - [`runs`]: joins runs of pages that lie near each other;
 //! - [`zero`]: finds zero pages;
 //! - [`huge`]: writes to hugetlbfs, which needs a mapping;
-//! - [`small_pages`]: places single pages on a tmpfs that hands out huge pages;
+//! - [`placement`]: how pages come into a file; [`file_placer`]: through a mapping, of which
+//!   [`mapped_pieces`] knows what is mapped; [`large_pages`]: pages of 2 MiB; [`small_pages`]:
+//!   single pages on a tmpfs that hands out huge ones; [`unsettled`]: large pages that may not fill;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping
 //!   ([`vmm-survives`](crate::invariants#vmm-survives));
 //! - [`error`]: what can go wrong with the memory.
@@ -67,15 +69,19 @@ pub mod extents;
 pub mod fault_ordering;
 pub mod fence;
 pub mod fetch;
+pub mod file_placer;
 pub mod freed;
 pub mod guest_memory;
 pub mod host_page_set;
 pub mod huge;
+pub mod large_pages;
+pub mod mapped_pieces;
 pub mod mappings;
 pub mod marking;
 pub mod missing_pages;
 pub mod page_buffer;
 pub mod page_placer;
+pub mod placement;
 pub mod pool;
 pub mod recorded_discards;
 pub mod runs;
@@ -83,6 +89,7 @@ pub mod small_pages;
 pub mod sync;
 #[cfg(test)]
 pub(crate) mod test_support;
+pub mod unsettled;
 pub mod zero;
 
 pub use backing::{Backing, BackingError};

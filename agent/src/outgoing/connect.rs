@@ -24,7 +24,7 @@ use pageferry_protocol::control::reply::RemoteError;
 use pageferry_protocol::memory::BlockTable;
 use pageferry_protocol::stream::answer::{Accept, decode_error, encode_error};
 use pageferry_protocol::stream::hello::{
-    FEATURE_POSTCOPY, HELLO_ACKNOWLEDGE, HELLO_RECOVER, feature_of,
+    FEATURE_POSTCOPY, FEATURE_WHOLE, HELLO_ACKNOWLEDGE, HELLO_RECOVER, feature_of,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use std::os::fd::{AsFd, OwnedFd};
@@ -141,7 +141,8 @@ fn shake_hands(
         if index < usize::from(options.streams) {
             let compressor = Compressor::new(options.compression)
                 .map_err(JobError::from_io("create a compressor"))?;
-            streams.senders.push(PageSender::new(index, socket, compressor));
+            let sender = PageSender::new(index, socket, compressor);
+            streams.senders.push(sender.marking_whole(accept.features & FEATURE_WHOLE != 0));
         } else {
             // The guest waits for these pages, and compressing them would take longer than it
             // saves.
@@ -170,6 +171,13 @@ fn in_order(job: &Job, host_pages: &[u64]) -> Vec<u64> {
 }
 
 /// The features that a source with these options offers.
+fn offered_features(options: &OutgoingOptions) -> u64 {
+    // Postcopy asks for single pages, so it has no use for large ones.
+    let whole = if options.mode.may_postcopy() { 0 } else { FEATURE_WHOLE };
+    wanted_features(options) | whole
+}
+
+/// The features that a source with these options cannot do without.
 fn wanted_features(options: &OutgoingOptions) -> u64 {
     let postcopy = if options.mode.may_postcopy() { FEATURE_POSTCOPY } else { 0 };
     feature_of(options.compression) | postcopy
@@ -197,7 +205,7 @@ fn send_hello(
         let hello = Hello {
             version_min: STREAM_VERSION,
             version_max: STREAM_VERSION,
-            features: wanted_features(options),
+            features: offered_features(options),
             session,
             stream: index as u16,
             streams: streams.len() as u16,

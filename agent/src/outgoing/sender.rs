@@ -19,12 +19,14 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use pageferry_protocol::stream::payload::Totals;
-use pageferry_protocol::stream::record::FLAG_STRAY;
+use pageferry_protocol::stream::record::{FLAG_STRAY, FLAG_WHOLE};
 use pageferry_protocol::stream::{Kind, RECORD_SIZE, RecordHeader};
 use rustix::io::IoSlice;
 
 /// Bytes of one word of pages.
 const WORD_BYTES: usize = (WORD_BITS * PAGE_SIZE) as usize;
+/// Words of 2 MiB.
+const WHOLE_WORDS: u64 = (2 << 20) / WORD_BYTES as u64;
 /// A batch is sent when it holds this many bytes.
 const BATCH: usize = WORD_BYTES;
 
@@ -42,6 +44,10 @@ pub struct PageSender {
     compressor: Option<Compressor>,
     /// A run of zero pages that may still grow: id of the block, flags, and pages.
     zeros: Option<(u32, u16, PageRange)>,
+    /// Data records say where all pages of 2 MiB follow.
+    marks_whole: bool,
+    /// The word that is queued begins such 2 MiB.
+    is_whole: bool,
     /// The totals of this stream.
     pub totals: Totals,
     broken: bool,
@@ -91,9 +97,17 @@ impl PageSender {
             queue: Vec::new(),
             compressor,
             zeros: None,
+            marks_whole: false,
+            is_whole: false,
             totals: Totals::default(),
             broken: false,
         }
+    }
+
+    /// The same sender, whose records say where all pages of 2 MiB follow if `marks_whole`.
+    #[must_use]
+    pub fn marking_whole(self, marks_whole: bool) -> Self {
+        Self { marks_whole, ..self }
     }
 
     /// True for the primary.
@@ -119,6 +133,11 @@ impl PageSender {
         &mut self, pass: &SendContext<'_>, (at, block): (usize, &Block), dirty: &MappedBitmap,
         word: u64,
     ) -> Result<(), JobError> {
+        // The destination is empty before pass 0, and only then can large pages come into it.
+        self.is_whole = self.marks_whole
+            && !pass.send_zeros
+            && word.is_multiple_of(WHOLE_WORDS)
+            && (word..word + WHOLE_WORDS).all(|word| has_word(dirty, word));
         // `never-read`: publish the word first, and look at the discard marks and the known holes
         // after that; see the fence. `clear-then-read`: take the dirty bits before the read.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
@@ -232,7 +251,10 @@ impl PageSender {
             let at = start + below.count_ones() as usize * PAGE_SIZE as usize;
             at..at + run.bytes() as usize
         };
-        let flagged = [(data & !stray, 0), (data & stray, FLAG_STRAY)];
+        // A piece that begins with zero pages has more of them as often as not.
+        let whole = if self.is_whole && data == u64::MAX { FLAG_WHOLE } else { 0 };
+        self.is_whole = false;
+        let flagged = [(data & !stray, whole), (data & stray, FLAG_STRAY)];
         let most = pass.limiter.max_pages_per_send();
         match &mut self.compressor {
             None => {
@@ -390,6 +412,10 @@ impl PageSender {
         add(&job.live.wire_bytes, bytes);
         Ok(())
     }
+}
+
+fn has_word(dirty: &MappedBitmap, word: u64) -> bool {
+    (word + 1) * WORD_BITS <= dirty.pages() && dirty.word(word) == u64::MAX
 }
 
 /// Splits a run into pieces of at most `most` pages.

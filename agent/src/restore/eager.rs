@@ -24,8 +24,9 @@ use crate::memory::MemoryError;
 use crate::memory::PageBuffer;
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
+use crate::memory::large_pages::LARGE;
+use crate::memory::placement::{Pages, Placement};
 use crate::memory::recorded_discards::RecordedDiscards;
-use crate::memory::small_pages::{self, SmallPages};
 use crate::memory::{BackingError, Block};
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
@@ -69,8 +70,8 @@ struct Filling<'a> {
     /// The extents that have content: index of the block, and pages.
     extents: Vec<(usize, PageRange)>,
     next: AtomicUsize,
-    /// For each block: `Some` if a write to its file would allocate more than it writes.
-    small_pages: Vec<Option<SmallPages>>,
+    /// For each block.
+    placements: Vec<Placement>,
     /// Number of extents that a worker claims at once.
     stretch: usize,
     /// Number of pages that have content.
@@ -116,14 +117,14 @@ impl<'a> Filling<'a> {
         let (next, failed, ended) =
             (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
         let stretch = items_per_claim(extents.len(), workers, STRETCH);
-        let small_pages = SmallPages::of(&job.memory);
+        let placements = Placement::of(&job.memory);
         Ok(Self {
             job,
             source,
             given_back,
             extents,
             next,
-            small_pages,
+            placements,
             stretch,
             pages,
             done: AtomicU64::new(0),
@@ -158,12 +159,12 @@ impl<'a> Filling<'a> {
     /// Frees pages that were allocated as part of a huge page and hold no content. The workers
     /// have ended.
     fn settle(&self) -> Result<(), JobError> {
-        for (at, small_pages) in self.small_pages.iter().enumerate() {
-            let Some(small_pages) = small_pages else { continue };
+        for (at, placement) in self.placements.iter().enumerate() {
             self.job.check()?;
             let block = &self.job.memory.blocks()[at];
             let gone = [&block.discarded, self.given_back.freed(at)];
-            let settled = small_pages.settle(&block.backing, self.source.present(at), &gone);
+            let (memory, present) = (&self.job.memory, self.source.present(at));
+            let settled = placement.settle(memory, &block.backing, present, &gone);
             settled.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
         }
         Ok(())
@@ -245,7 +246,9 @@ impl<'a> Filling<'a> {
         &self, index: usize, at: usize, extent: PageRange, content: &[u8], window: &mut Window,
     ) -> Result<(), JobError> {
         let block: &Block = &self.job.memory.blocks()[at];
-        let small_pages = self.small_pages[at].as_ref();
+        let placement = &self.placements[at];
+        let is_whole = self.source.present(at).count(extent) * PAGE_SIZE == LARGE;
+        let kind = if is_whole { Pages::Whole } else { Pages::New };
         for (word, present) in self.source.present(at).nonzero_words(extent) {
             let _placing = self.job.memory.readers.reading(index, at, word);
             let pages =
@@ -253,7 +256,7 @@ impl<'a> Filling<'a> {
             for run in runs_of_word(word * WORD_BITS, pages) {
                 let start = (run.first - extent.first) as usize * PAGE_SIZE as usize;
                 let content = &content[start..start + run.bytes() as usize];
-                let written = window.write(at, block, run, content, small_pages);
+                let written = window.write((at, block), run, content, (placement, kind));
                 written.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
             }
             add(&self.job.live.pages_restored, u64::from(pages.count_ones()));
@@ -268,11 +271,11 @@ struct Window(Option<(usize, Option<HugeWindow>)>);
 
 impl Window {
     fn write(
-        &mut self, at: usize, block: &Block, run: PageRange, content: &[u8],
-        small_pages: Option<&SmallPages>,
+        &mut self, (at, block): (usize, &Block), run: PageRange, content: &[u8],
+        (placement, pages): (&Placement, Pages),
     ) -> Result<(), BackingError> {
         if block.backing.kind() != BackingKind::Hugetlb {
-            return small_pages::write(small_pages, &block.backing, run.offset(), content);
+            return placement.write(&block.backing, run.offset(), content, pages);
         }
         let (_, window) = match &mut self.0 {
             Some(mapped) if mapped.0 == at => mapped,

@@ -22,8 +22,10 @@ pub const FEATURE_LZ4: u64 = 1 << 0;
 pub const FEATURE_ZSTD: u64 = 1 << 1;
 /// Feature: the guest may run before its memory is there.
 pub const FEATURE_POSTCOPY: u64 = 1 << 2;
+/// Feature: data records may have [`FLAG_WHOLE`](super::record::FLAG_WHOLE).
+pub const FEATURE_WHOLE: u64 = 1 << 3;
 /// All features that this crate knows. A destination accepts those of them that are offered.
-pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD | FEATURE_POSTCOPY;
+pub const FEATURES: u64 = FEATURE_LZ4 | FEATURE_ZSTD | FEATURE_POSTCOPY | FEATURE_WHOLE;
 
 /// Flag: the source recovers a postcopy, named by its session.
 pub const HELLO_RECOVER: u16 = 1 << 0;

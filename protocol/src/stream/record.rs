@@ -45,6 +45,11 @@ pub const FLAGS_COMPRESSED: u16 = FLAG_LZ4 | FLAG_ZSTD;
 /// requested that.
 pub const FLAG_PAUSED: u16 = 1 << 3;
 
+/// Flag of [`Kind::Data`]: the source has content for all pages of the 2 MiB of the block in which
+/// the record lies, and they follow in this pass. So the destination may use a page of 2 MiB. Needs
+/// [`super::hello::FEATURE_WHOLE`].
+pub const FLAG_WHOLE: u16 = 1 << 4;
+
 /// The kind of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
@@ -256,7 +261,7 @@ impl RecordHeader {
         let kind = Kind::from_wire(self.kind.get()).ok_or(RecordError::Kind(self.kind.get()))?;
         let flags = self.flags.get();
         let known = match kind {
-            Kind::Data => FLAG_STRAY | FLAGS_COMPRESSED,
+            Kind::Data => FLAG_STRAY | FLAGS_COMPRESSED | FLAG_WHOLE,
             Kind::Zero | Kind::Remaining => FLAG_STRAY,
             Kind::End => FLAG_PAUSED,
             _ => 0,

@@ -11,6 +11,7 @@ pub mod feature {
     pub const EVENT_REMOVE: u64 = 1 << 3;
     pub const MISSING_HUGETLBFS: u64 = 1 << 4;
     pub const MISSING_SHMEM: u64 = 1 << 5;
+    pub const MINOR_SHMEM: u64 = 1 << 10;
     pub const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     pub const WP_UNPOPULATED: u64 = 1 << 13;
     pub const POISON: u64 = 1 << 14;

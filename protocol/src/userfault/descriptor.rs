@@ -21,6 +21,10 @@ pub enum RegisterMode {
     Missing = 1 << 0,
     /// A write to a protected page waits or is recorded (`UFFDIO_REGISTER_MODE_WP`).
     WriteProtect = 1 << 1,
+    /// An access to a page that the file has and the mapping has not waits
+    /// (`UFFDIO_REGISTER_MODE_MINOR`). For a mapping that nobody touches: pages are placed as with
+    /// [`RegisterMode::Missing`], which would forbid pages of 2 MiB in the file.
+    Minor = 1 << 2,
 }
 
 /// Pages that could not be filled.
@@ -103,8 +107,11 @@ impl Userfaultfd {
     /// Only mappings of this process are looked at: for those of another one the caller has to.
     pub fn register(&self, range: AddressRange, what: RegisterMode) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
-        let purpose =
-            if what == RegisterMode::Missing { "missing pages" } else { "write protection" };
+        let purpose = match what {
+            RegisterMode::Missing => "missing pages",
+            RegisterMode::WriteProtect => "write protection",
+            RegisterMode::Minor => "placing",
+        };
         let refused = |source| UserfaultError::Register {
             address: range.start,
             length: range.length,

@@ -12,10 +12,11 @@ use std::ffi::c_void;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 /// Names of the features that this project asks for, `UFFD_FEATURE_*`, and their bits.
-const FEATURE_NAMES: [(&str, u64); 7] = [
+const FEATURE_NAMES: [(&str, u64); 8] = [
     ("EVENT_REMOVE", feature::EVENT_REMOVE),
     ("MISSING_HUGETLBFS", feature::MISSING_HUGETLBFS),
     ("MISSING_SHMEM", feature::MISSING_SHMEM),
+    ("MINOR_SHMEM", feature::MINOR_SHMEM),
     ("WP_HUGETLBFS_SHMEM", feature::WP_HUGETLBFS_SHMEM),
     ("WP_UNPOPULATED", feature::WP_UNPOPULATED),
     ("POISON", feature::POISON),
@@ -145,7 +146,7 @@ fn refused(features: u64, source: Errno, unused: &OwnedFd) -> UserfaultError {
 /// If the kernel has none.
 pub(super) fn open_user_mode_only() -> Result<OwnedFd, UserfaultError> {
     let uffd = user_mode_only().map_err(|source| UserfaultError::Open { source })?;
-    handshake(&uffd, feature::MISSING_SHMEM)
+    handshake(&uffd, feature::MISSING_SHMEM | feature::MINOR_SHMEM)
         .map_err(|source| UserfaultError::Handshake { source })?;
     Ok(uffd)
 }

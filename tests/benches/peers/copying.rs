@@ -4,7 +4,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::{Image, WarmPool, full_guest};
+use super::image::{Image, WarmPool, full_guest, warm_large_pages};
 use super::ours::{Moved, Side, migrate};
 use super::qemu::Mode;
 use super::table::{Better, Table, median};
@@ -67,6 +67,7 @@ pub fn full(bench: &Bench, table: &mut Table) {
     for _ in 0..bench.rounds {
         for mover in &mut movers {
             destination.clear();
+            warm_large_pages(&bench.folder, size + size / 16);
             let time = match mover.how {
                 How::Pageferry(streams) => {
                     let done =

@@ -2,6 +2,8 @@
 
 //! Guest memory as a file on tmpfs, prepared once and used by all programs.
 
+use pageferry_agent::memory::Backing;
+use pageferry_agent::memory::large_pages::{LARGE, LargePages};
 use pageferry_tests::random::{Random, page_text};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
@@ -128,6 +130,23 @@ impl WarmPool {
             free.file.write_all_at(&piece, index * piece.len() as u64).unwrap();
         }
         Self { _held: held }
+    }
+}
+
+/// Makes `length` bytes of large pages that are free and warm.
+///
+/// What is reported to the host cannot be held back for large pages, but it is reported after two
+/// seconds only. So this is called right before each run.
+pub fn warm_large_pages(folder: &Path, length: u64) {
+    let image = Image::new(folder, "large", length);
+    let backing = Backing::new(image.file.try_clone().unwrap().into(), 0, length).unwrap();
+    let Some(large) = LargePages::new(&backing).unwrap() else { return };
+    let content = vec![1; LARGE as usize];
+    for at in (0..length / LARGE * LARGE).step_by(LARGE as usize) {
+        backing.write(at, &content[..4096]).unwrap();
+        if large.make(at) {
+            large.copy(at, &content).unwrap();
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //!
 //! - [`pairs`]: the table of docs/postcopy.md, cell by cell;
 //! - [`huge_pages`]: hugetlbfs, and transparent huge pages;
+//! - [`large_pages`]: guests that come in pages of 2 MiB;
 //! - [`allocation`]: the cost of a guest of 1 TiB that uses 1 GiB.
 //!
 //! `huge_tmpfs.rs`, beside this file, is a program of its own, because it turns transparent huge
@@ -12,4 +13,5 @@
 
 mod allocation;
 mod huge_pages;
+mod large_pages;
 mod pairs;

@@ -8,7 +8,7 @@ use pageferry_agent::outgoing::compress::Compressor;
 use pageferry_client::{Compression, JobStatus, OutgoingOptions, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_protocol::stream::answer::{Accept, decode_error};
-use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_ZSTD};
+use pageferry_protocol::stream::hello::{FEATURE_LZ4, FEATURE_WHOLE, FEATURE_ZSTD};
 use pageferry_protocol::stream::record::{FLAG_LZ4, FLAG_ZSTD, FLAGS_COMPRESSED};
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
 use pageferry_tests::random::{Random, page_content, page_text};
@@ -225,7 +225,8 @@ fn refused_compression_ends_the_job_before_tracking() {
             let (mut stream, _) = listener.accept().unwrap();
             stream.set_read_timeout(Some(SOON)).unwrap();
             let (kind, _, payload) = read_record(&stream).unwrap();
-            assert_eq!((kind, Hello::decode(&payload).unwrap().features), (Kind::Hello, offered));
+            let hello = Hello::decode(&payload).unwrap();
+            assert_eq!((kind, hello.features), (Kind::Hello, offered | FEATURE_WHOLE));
             let payload =
                 Accept { version: STREAM_VERSION, features: accepted, host_pages: Vec::new() }
                     .encode();

@@ -4,8 +4,9 @@
 
 use super::scene::under_way;
 use pageferry_agent::image::Chain;
-use pageferry_client::{Phase, RestoreOptions};
+use pageferry_client::{Config, Phase, RestoreOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_tests::memory::{Backing, BlockLayout};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use pageferry_tests::scenario::image_guest::{
@@ -16,6 +17,7 @@ use pageferry_tests::scenario::{At, Guest, Host};
 use rustix::fs::{CWD, FileType, Mode};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// An image of a guest with content in all its pages, and that content.
 fn image(host: &Host, seed: u64) -> (PathBuf, Vec<u8>) {
@@ -42,11 +44,21 @@ fn assert_restores(guest: &Guest, path: &Path, bytes: &[u8], options: &RestoreOp
     assert!(guest.bytes() == bytes, "the memory differs from the image");
 }
 
+/// A guest whose memory is this file.
+fn guest_of(host: &Host, file: File) -> Guest {
+    let backing = Backing::File(Arc::new(file));
+    let layout = BlockLayout { backing, ..BlockLayout::ram(PAGES * PAGE_SIZE) };
+    Guest::of(host, vec![layout], Config::default())
+}
+
 #[test]
 fn memory_that_refuses_writes_fails_the_restore() {
     let mut host = Host::start();
     let (path, bytes) = image(&host, 1);
-    let guest = Guest::new(&host, PAGES);
+    // Pages come into shared memory by other means, to which the limit does not apply.
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let Some(file) = require::file_on_disk(folder, PAGES * PAGE_SIZE) else { return };
+    let guest = guest_of(&host, file);
     for limit in [0, PAGE_SIZE + 1, PAGES * PAGE_SIZE / 2] {
         host.agent.process().limit_files(Some(limit)).unwrap();
         let status = guest.restored(&path, &eager());
@@ -56,6 +68,18 @@ fn memory_that_refuses_writes_fails_the_restore() {
         assert_eq!(guest.vmm.resumes(), 0);
     }
     assert_restores(&guest, &path, &bytes, &eager());
+}
+
+#[test]
+fn memory_without_room_fails_the_restore() {
+    let Some(tmpfs) = require::tmpfs() else { return };
+    let host = Host::start();
+    let (path, _) = image(&host, 1);
+    let guest = guest_of(&host, tmpfs.file("size=5M", PAGES * PAGE_SIZE).unwrap());
+    let status = guest.restored(&path, &eager());
+    assert_failed(&status, &["block 0", "No space left on device"]);
+    assert!(guest.is_hole());
+    assert_eq!(guest.vmm.resumes(), 0);
 }
 
 #[test]
