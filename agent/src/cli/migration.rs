@@ -13,7 +13,11 @@ use pageferry_protocol::control::job::{
     Compression, IncomingOptions, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Parameters,
     ResumePolicy,
 };
+use std::num::NonZero;
 use std::time::Duration;
+
+/// See [`usual_streams`].
+const MOST_STREAMS: u16 = 8;
 
 /// A migration.
 #[derive(Debug, Args)]
@@ -31,12 +35,23 @@ pub struct MigrateArgs {
     pub(super) options: OutgoingArgs,
 }
 
+/// Streams of a migration if the operator does not say. Each keeps a processor of both hosts busy,
+/// and 8 fill any link. In postcopy, pages for which the guest waits share the link with them.
+fn usual_streams(mode: Mode) -> u16 {
+    if mode.may_postcopy() {
+        return 1;
+    }
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    u16::try_from(processors).unwrap_or(MOST_STREAMS).min(MOST_STREAMS)
+}
+
 /// Options of an outgoing migration, for any command line that starts one.
 #[derive(Debug, Clone, Args)]
 pub struct OutgoingArgs {
-    /// Number of connections that carry pages.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
-    pub streams: u16,
+    /// Number of connections that carry pages, 1 to 64.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64),
+          help = "Number of connections that carry pages, 1 to 64 [default: one for each processor, at most 8; 1 with postcopy]")]
+    pub streams: Option<u16>,
     /// Longest pause of the guest for the last pass. If nothing is dirty, the guest is paused
     /// whatever the limit is.
     #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
@@ -108,7 +123,8 @@ impl TryFrom<OutgoingArgs> for OutgoingOptions {
         if args.release && !args.mode.may_postcopy() {
             return refused("--release needs --mode postcopy or --mode hybrid");
         }
-        let (streams, urgent) = (args.streams, args.urgent_streams);
+        let streams = args.streams.unwrap_or_else(|| usual_streams(args.mode));
+        let urgent = args.urgent_streams;
         if args.mode.may_postcopy() && streams + urgent > MAX_STREAMS {
             return Err(UsageError(format!(
                 "--streams {streams} and --urgent-streams {urgent} are {} connections: \
@@ -117,7 +133,7 @@ impl TryFrom<OutgoingArgs> for OutgoingOptions {
             )));
         }
         Ok(Self {
-            streams: args.streams,
+            streams,
             downtime_limit: args.downtime_limit,
             bandwidth: args.bandwidth,
             max_passes: args.max_passes,
