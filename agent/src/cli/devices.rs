@@ -101,6 +101,9 @@ fn table(status: &BalloonStatus, with_stats: bool) -> Vec<(&'static str, String)
         lines.push(("hinted", format!("{} when the last migration began", bytes(status.hinted))));
     }
     if with_stats {
+        if status.stats.is_empty() {
+            lines.push(("statistics", "the guest has sent none".to_owned()));
+        }
         lines.extend(status.stats.iter().filter_map(|(tag, value)| {
             let (name, is_size) = STATS.get(usize::from(*tag))?;
             Some((*name, if *is_size { bytes(*value) } else { value.to_string() }))
@@ -145,7 +148,8 @@ pub fn mem(args: &MemArgs) -> Result<Exit, Box<dyn Error>> {
         return Ok(Exit::Done);
     }
     let region = match status.region_size {
-        0 => "the VMM has not handed it over".to_owned(),
+        0 => "none: the VMM has not handed it over, or it cannot be one; --requested says why"
+            .to_owned(),
         size => format!("{} at {:#x}", bytes(size), status.addr),
     };
     for line in [

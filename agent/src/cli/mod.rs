@@ -147,7 +147,7 @@ pub struct AgentArgs {
     pub mem_block: Option<String>,
     /// The unit in which the guest plugs and unplugs memory of --mem: a power of two.
     #[arg(long, value_name = "SIZE", requires = "mem", default_value = "2M",
-          value_parser = parse::parse_size)]
+          value_parser = parse::parse_block_size)]
     pub mem_block_size: u64,
 }
 

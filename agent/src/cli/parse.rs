@@ -7,6 +7,7 @@ use pageferry_protocol::control::job::{
     Compression, MIN_BANDWIDTH, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
+use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::Duration;
 
 /// Reads a time: a number with us, ms, s, m or h.
@@ -61,6 +62,18 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let number = number
         .map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" does not fit in 64 bits"))
+}
+
+/// The unit of a virtio-mem device.
+///
+/// # Errors
+/// If the text is malformed, or no power of two of at least a page.
+pub fn parse_block_size(text: &str) -> Result<u64, String> {
+    let size = parse_size(text)?;
+    if size.is_power_of_two() && size >= PAGE_SIZE {
+        return Ok(size);
+    }
+    Err(format!("\"{text}\": write a power of two of at least 4K, as 2M"))
 }
 
 /// Reads a bandwidth limit: as [`parse_size`], but at least [`MIN_BANDWIDTH`], or 0 for no limit.

@@ -6,7 +6,7 @@
 //! The library ends its thread if this returns an error for an event. So nothing that a guest or a
 //! front-end does is one.
 
-use super::exit_event::ExitEvent;
+use super::library_fds::ExitEvent;
 use super::port::DevicePort;
 use super::queues::{Memory, Queues, Ring};
 use super::state_transfer::StateTransfer;

@@ -105,7 +105,21 @@ impl GuestMap {
                 }
             }
         }
-        self.pieces.sort_unstable_by_key(|piece| piece.gpa);
+        self.pieces.sort_unstable_by_key(|piece| (piece.gpa, piece.at));
+        // A front-end that lies has regions that overlap, and a VMM can hand over a file twice. The
+        // first one counts.
+        let mut end = 0;
+        self.pieces.retain_mut(|piece| {
+            let skip = end.max(piece.gpa) - piece.gpa;
+            if skip >= piece.length {
+                return false;
+            }
+            piece.gpa += skip;
+            piece.offset += skip;
+            piece.length -= skip;
+            end = piece.gpa + piece.length;
+            true
+        });
     }
 
     /// Calls `found` with the parts of `length` bytes from `gpa` that lie in blocks: index of the
@@ -227,6 +241,26 @@ mod tests {
         assert_eq!(found(u64::MAX - p, 2 * p), (vec![], p));
         assert_eq!(view.pages(0x20_0000 + 10, 1), [(1, PageRange::new(0, 1))]);
         assert_eq!(view.pages(0x20_0000 + p - 1, 2), [(1, PageRange::new(0, 2))]);
+    }
+
+    #[test]
+    fn pieces_that_overlap_count_once() {
+        let memory = Arc::new(memory(&[16]));
+        let p = PAGE_SIZE;
+        let mut table = FrontEndTable::default();
+        let file = memory.blocks()[0].backing.fd();
+        for (gpa, length, offset) in
+            [(0, 8 * p, 0), (2 * p, 2 * p, 0), (6 * p, 4 * p, 4 * p), (0, 8 * p, 8 * p)]
+        {
+            table.add(gpa, length, file, offset);
+        }
+        let mut map = GuestMap::default();
+        map.update(&table, &memory, true);
+        let view = DeviceMemory::new(&memory, &map);
+        let mut ranges = Vec::new();
+        assert_eq!(view.ranges(0, 12 * p, &mut ranges), 2 * p);
+        assert_eq!(ranges.iter().map(|range| range.length).sum::<u64>(), 10 * p);
+        assert!(map.pieces.windows(2).all(|two| two[0].gpa + two[0].length <= two[1].gpa));
     }
 
     #[test]

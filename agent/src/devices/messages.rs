@@ -16,6 +16,7 @@ use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::vhost_user::{
     FrontendReq, Region, decode_mem_table, decode_single_region,
 };
+use pageferry_protocol::memory::MAX_MEM_SLOTS;
 use rustix::fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl};
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -44,12 +45,14 @@ impl Messages {
             Ok(FrontendReq::SET_MEM_TABLE) => {
                 (self.table, self.addresses) = Default::default();
                 let regions = decode_mem_table(&frame.body).unwrap_or_default();
+                check_count(regions.len())?;
                 for (region, file) in regions.iter().zip(&frame.fds) {
                     self.add(region, file);
                 }
             }
             Ok(FrontendReq::ADD_MEM_REG) => {
                 let region = decode_single_region(&frame.body).ok();
+                check_count(self.addresses.len() + 1)?;
                 if let Some((region, file)) = region.zip(frame.fds.first()) {
                     self.add(&region, file);
                 }
@@ -108,6 +111,14 @@ impl Messages {
         }
         Ok(())
     }
+}
+
+/// Each region takes one of the guards against files that shrink, so there must not be any number.
+fn check_count(regions: usize) -> Result<(), String> {
+    if regions <= MAX_MEM_SLOTS {
+        return Ok(());
+    }
+    Err(format!("its table has {regions} regions, allowed: {MAX_MEM_SLOTS}"))
 }
 
 fn make_nonblocking(fd: impl AsFd) -> Result<(), String> {

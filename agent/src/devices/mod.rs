@@ -13,7 +13,7 @@
 //! - [`relay`] and `messages`: hand messages from the front-end to the back-end library, and look at
 //!   them on the way;
 //! - [`back_end`]: the back-end library's side: features, configuration and events of any device;
-//! - `exit_event`: ends the library's thread;
+//! - `library_fds`: descriptors that the library has;
 //! - [`queues`]: takes buffers from queues and returns them; [`buffer`]: one of them;
 //! - [`guest_map`]: which pages of which blocks a guest physical address is;
 //! - [`registry`]: the devices of an agent; [`state_pieces`]: their states in its jobs;
@@ -26,8 +26,8 @@ pub mod back_end;
 pub mod balloon;
 pub mod buffer;
 pub mod device;
-mod exit_event;
 pub mod guest_map;
+mod library_fds;
 pub mod mem;
 mod messages;
 pub mod port;

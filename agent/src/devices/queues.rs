@@ -12,6 +12,7 @@
 use super::buffer::{Buffer, Mapped};
 use super::device::Handled;
 use super::guest_map::{DeviceMemory, FrontEndTable, GuestMap};
+use super::library_fds::is_writable;
 use super::port::DevicePort;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
@@ -77,8 +78,11 @@ struct Needed {
 enum Step {
     /// There is none, or the queue is not served.
     Idle,
-    /// It was handled.
-    Handled,
+    /// It was handled. The driver is to be told if it was returned.
+    Handled {
+        /// It was.
+        returned: bool,
+    },
     /// These pages of this memory must be here first.
     Needs(Needed),
 }
@@ -171,7 +175,10 @@ impl Queues {
             }
             match step {
                 Step::Idle => return,
-                Step::Handled => {
+                Step::Handled { returned } => {
+                    if returned {
+                        tell_driver(&rings[queue]);
+                    }
                     self.return_kept(rings);
                     if self.port.device().take_config_change() {
                         self.port.config_changed();
@@ -245,12 +252,13 @@ impl Queues {
             return Step::Needs(Needed { memory: memory.clone(), pages });
         }
         drop(ring);
-        match self.port.device().handle(queue, &in_use, &mut buffer, &view) {
+        let handled = self.port.device().handle(queue, &in_use, &mut buffer, &view);
+        match handled {
             Handled::Return => self.give_back(&rings[queue], &buffer, &view),
             Handled::Keep => {}
             Handled::Break(why) => self.break_queue(queue, why),
         }
-        Step::Handled
+        Step::Handled { returned: handled == Handled::Return }
     }
 
     /// Brings the map up to date. `None` while the front-end has given no memory.
@@ -278,7 +286,6 @@ impl Queues {
             let length = buffer.write_answer();
             return_used(ring, buffer.head(), length);
         });
-        tell_driver(ring);
     }
 
     /// Returns the buffers that the device has kept until now.
@@ -303,9 +310,9 @@ impl Queues {
                     return;
                 }
                 memory.write_by_device(&pages, || return_used(ring, head, 0));
-                tell_driver(ring);
             });
             if returned && needed.is_none() {
+                rings.get(queue).inspect(|ring| tell_driver(ring));
                 continue;
             }
             self.port.device().keep_again(queue, head);
@@ -338,11 +345,14 @@ fn return_used(ring: &Ring, head: u16, length: u32) {
     }
 }
 
+/// Tells the driver of a used buffer. Not while a lock of the session is held: a front-end can make
+/// the event one that waits.
 fn tell_driver(ring: &Ring) {
-    match ring.get_ref().signal_used_queue() {
-        // The driver has not read an earlier event yet, which says the same.
-        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-        Err(error) => log::debug!("the driver is not told of a buffer: {error}"),
-        Ok(()) => {}
+    let ring = ring.get_ref();
+    // If it is full, the driver has not read an earlier event yet, which says the same.
+    if ring.get_call().as_ref().is_some_and(is_writable)
+        && let Err(error) = ring.signal_used_queue()
+    {
+        log::debug!("the driver is not told of a buffer: {error}");
     }
 }

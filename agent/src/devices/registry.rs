@@ -70,7 +70,7 @@ impl Devices {
     /// If the path cannot be bound, or the kernel refuses a thread.
     pub fn listen(&self, new: NewDevice, path: &Path) -> io::Result<()> {
         let mut sockets = lock(&self.sockets);
-        sockets.push(DeviceSocket::listen(path, self.make(new)?)?);
+        sockets.push(DeviceSocket::start(Some(path), self.make(new)?)?);
         Ok(())
     }
 
@@ -94,7 +94,7 @@ impl Devices {
             Some(port) => port,
             None => {
                 let port = self.make(asked)?;
-                sockets.push(DeviceSocket::without_path(port.clone())?);
+                sockets.push(DeviceSocket::start(None, port.clone())?);
                 port
             }
         };

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// How long the other side may leave a message unread.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Messages of one side before the other has its turn.
+const TURN: u32 = 64;
+
 /// Why a relay ends.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
@@ -83,7 +86,8 @@ fn hand_on(
     from: &mut FrameSocket, to: &FrameSocket,
     mut look_at: impl FnMut(&Frame) -> Result<(), RelayError>,
 ) -> Result<bool, RelayError> {
-    loop {
+    // Then the other side has its turn, and `stop` is looked at.
+    for _ in 0..TURN {
         match from.try_recv() {
             Ok(Some(frame)) => {
                 log::trace!("request {} with {} bytes", frame.request, frame.body.len());
@@ -95,4 +99,5 @@ fn hand_on(
             Err(error) => return Err(error.into()),
         }
     }
+    Ok(true)
 }

@@ -13,9 +13,11 @@ use crate::transport::unix_socket::check_peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+use std::fs::DirBuilder;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,35 +50,16 @@ struct Arrivals {
 
 impl DeviceSocket {
     /// Serves front-ends that connect to `path`, which gets mode 0600, and those that are handed
-    /// over.
+    /// over. Without a path, only the latter.
     ///
     /// # Errors
     /// If the path cannot be bound, or the kernel refuses a thread.
-    pub fn listen(path: &Path, port: Arc<DevicePort>) -> io::Result<Self> {
-        let mut inner = path.as_os_str().to_owned();
-        inner.push(".inner");
-        Self::start(port, Some(UnixPathListener::bind(path)?), inner.into())
-    }
-
-    /// Serves front-ends that are handed over.
-    ///
-    /// # Errors
-    /// If the kernel refuses a thread.
-    pub fn without_path(port: Arc<DevicePort>) -> io::Result<Self> {
-        // Seeded by the kernel, so nobody can be there before.
-        let number = RandomState::new().build_hasher().finish();
-        let inner = std::env::temp_dir().join(format!("pageferry-{number:016x}"));
-        Self::start(port, None, inner)
-    }
-
-    /// `inner` is a path for the connection to the library.
-    fn start(
-        port: Arc<DevicePort>, listener: Option<UnixPathListener>, inner: PathBuf,
-    ) -> io::Result<Self> {
+    pub fn start(path: Option<&Path>, port: Arc<DevicePort>) -> io::Result<Self> {
+        let listener = path.map(UnixPathListener::bind).transpose()?;
         let stop = Event::new()?;
         let arrivals = Arrivals { port: port.clone(), listener, stop: stop.try_clone()? };
         let name = port.device().name().to_owned();
-        let thread = Builder::new().name(name).spawn(move || serve(&arrivals, &inner))?;
+        let thread = Builder::new().name(name).spawn(move || serve(&arrivals))?;
         Ok(Self { port, stop, thread: Some(thread) })
     }
 }
@@ -90,7 +73,7 @@ impl Drop for DeviceSocket {
     }
 }
 
-fn serve(arrivals: &Arrivals, inner: &Path) {
+fn serve(arrivals: &Arrivals) {
     let (port, stop) = (&arrivals.port, arrivals.stop.as_fd());
     let name = port.device().name();
     while arrivals.wait() {
@@ -104,7 +87,7 @@ fn serve(arrivals: &Arrivals, inner: &Path) {
             }
         };
         log::info!("{name}: a front-end has connected");
-        if let Err(error) = serve_one(front_end, inner, port, stop) {
+        if let Err(error) = serve_one(front_end, port, stop) {
             log::warn!("{name}: {}", crate::error::chain(&*error));
             pause(stop);
         }
@@ -159,13 +142,13 @@ fn pause(stop: BorrowedFd<'_>) {
 
 /// Serves a front-end until it or this agent ends the connection.
 fn serve_one(
-    front_end: OwnedFd, inner: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
+    front_end: OwnedFd, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let name = port.device().name();
     let (connection, ended) = Connection::new(port.clone());
-    let served = serve_connection(front_end, inner, port, stop, connection);
+    let served = serve_connection(front_end, port, stop, connection);
     port.set_front_end(None);
-    wait_for_threads(name, &ended);
+    wait_for_threads(name, &ended, stop);
     port.device().disconnected();
     served
 }
@@ -173,8 +156,7 @@ fn serve_one(
 /// Returns when the library's threads have been told to end. The last one of them drops the last
 /// copy of `connection`.
 fn serve_connection(
-    front_end: OwnedFd, inner: &Path, port: &Arc<DevicePort>, stop: BorrowedFd<'_>,
-    connection: Connection,
+    front_end: OwnedFd, port: &Arc<DevicePort>, stop: BorrowedFd<'_>, connection: Connection,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let name = port.device().name();
     let wake_token = connection.wake_token();
@@ -189,36 +171,71 @@ fn serve_connection(
             wake_token,
         )?;
     }
-    let library = connect_to_library(&mut daemon, inner)?;
+    let library = connect_to_library(&mut daemon)?;
     let relayed = relay::run(front_end.into(), library.into(), port, stop);
     connection.end();
-    // The library reads the end of the connection, and its thread ends.
-    let waited = daemon.wait();
-    queues.iter().for_each(|handler| handler.send_exit_event());
-    relayed?;
-    // The library calls the end of a connection an error, too.
-    if let Err(error) = waited {
-        log::debug!("{name}: {error}");
-    }
-    Ok(())
+    // This waits for the library's threads, one of which may be in the middle of a buffer.
+    let close = move || {
+        // The library reads the end of the connection, and its thread ends. It calls that an error,
+        // too.
+        if let Err(error) = daemon.wait() {
+            log::debug!("{name}: {error}");
+        }
+        queues.iter().for_each(|handler| handler.send_exit_event());
+        drop((daemon, queues));
+    };
+    Builder::new().name(format!("{name}-end")).spawn(close)?;
+    Ok(relayed?)
 }
 
 /// Waits for the threads of a connection. The next front-end may have the same driver, so two of
-/// them must not be served at once.
-fn wait_for_threads(name: &str, ended: &Receiver<()>) {
+/// them must not be served at once. An agent that ends does not wait for ever.
+fn wait_for_threads(name: &str, ended: &Receiver<()>, stop: BorrowedFd<'_>) {
     while ended.recv_timeout(END_TIMEOUT) == Err(RecvTimeoutError::Timeout) {
         log::warn!("{name}: a buffer of the last front-end is still being handled");
+        if is_readable(stop) {
+            return;
+        }
     }
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
 }
 
 /// A socket to the library, which accepts connections and takes none that are made.
 fn connect_to_library(
-    daemon: &mut VhostUserDaemon<Connection>, inner: &Path,
+    daemon: &mut VhostUserDaemon<Connection>,
 ) -> Result<OwnedFd, Box<dyn std::error::Error>> {
-    // Only this user can connect. The path is gone as soon as the library has accepted.
-    let listening = UnixPathListener::bind(inner)?;
-    let mut listener = Listener::from(UnixListener::from(listening.as_fd().try_clone_to_owned()?));
-    let connected = UnixStream::connect(inner)?;
+    // Nobody else can reach a path in a folder of mode 0700. It is gone as soon as the library has
+    // accepted.
+    let folder = PrivateFolder::make()?;
+    let path = folder.0.join("s");
+    let listening = UnixListener::bind(&path)?;
+    let mut listener = Listener::from(listening);
+    let connected = UnixStream::connect(&path)?;
     daemon.start(&mut listener).map_err(|error| error.to_string())?;
     Ok(connected.into())
+}
+
+/// A folder that only this user can look into. It is removed on drop.
+struct PrivateFolder(PathBuf);
+
+impl PrivateFolder {
+    fn make() -> io::Result<Self> {
+        // Seeded by the kernel, so nobody can be there before.
+        let number = RandomState::new().build_hasher().finish();
+        let folder = std::env::temp_dir().join(format!("pageferry-{number:016x}"));
+        DirBuilder::new().mode(0o700).create(&folder)?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            log::warn!("{} stays: {error}", self.0.display());
+        }
+    }
 }

@@ -51,33 +51,38 @@ pub fn add(
 }
 
 /// Takes the states of devices away from `pieces`, and hands them to the devices. `file` has all
-/// pieces, those of the VMM first.
+/// pieces, those of the VMM first. Returns a sentence if the agent lacks a device of the guest.
 ///
 /// # Errors
 /// If a state cannot be read, or a device refuses it.
 pub fn take(
     devices: &Devices, pieces: &mut Vec<PieceSize>, file: BorrowedFd<'_>,
-) -> io::Result<()> {
+) -> io::Result<Option<String>> {
     let Some(first) = pieces.iter().position(|piece| piece.name.starts_with(PREFIX)) else {
-        return Ok(());
+        return Ok(None);
     };
+    let mut lacking = Vec::new();
     let file = File::from(file.try_clone_to_owned()?);
     let mut at: u64 = pieces[..first].iter().map(|piece| piece.length).sum();
     for piece in pieces.split_off(first) {
         let name = piece.name.strip_prefix(PREFIX).unwrap_or(&piece.name);
-        load(devices.all().find(|device| device.name() == name), name, &file, at, piece.length)?;
+        match devices.all().find(|device| device.name() == name) {
+            Some(device) => load(&**device, &file, at, piece.length)?,
+            None => lacking.push(name.to_owned()),
+        }
         at += piece.length;
     }
-    Ok(())
+    let sentence = |names: String| {
+        format!(
+            "the guest has a {names} that this agent does not have, so its state is lost: start \
+             the agent with the devices of the one at the source"
+        )
+    };
+    Ok((!lacking.is_empty()).then(|| sentence(lacking.join(" and a "))))
 }
 
-fn load(
-    device: Option<&std::sync::Arc<dyn Device>>, name: &str, file: &File, at: u64, length: u64,
-) -> io::Result<()> {
-    let Some(device) = device else {
-        log::warn!("the state of the guest's {name} is dropped: this agent has no such device");
-        return Ok(());
-    };
+fn load(device: &dyn Device, file: &File, at: u64, length: u64) -> io::Result<()> {
+    let name = device.name();
     let invalid = |why: String| {
         io::Error::new(io::ErrorKind::InvalidData, format!("the state of {name}: {why}"))
     };
@@ -132,11 +137,12 @@ mod tests {
         assert_eq!(pieces[1].name, "pageferry-device:balloon");
 
         let (destination, balloon) = with_balloon();
-        take(&destination, &mut pieces.clone(), file.as_fd()).unwrap();
+        assert_eq!(take(&destination, &mut pieces.clone(), file.as_fd()).unwrap(), None);
         assert_eq!(balloon.status().target, 5 << 20);
         // Without such a device the guest comes all the same, and its VMM sees its own pieces.
         let mut seen = pieces.clone();
-        take(&Devices::default(), &mut seen, file.as_fd()).unwrap();
+        let lost = take(&Devices::default(), &mut seen, file.as_fd()).unwrap().unwrap();
+        assert!(lost.starts_with("the guest has a balloon that this agent"), "{lost}");
         assert_eq!(seen, [cpu]);
         pieces[1].length -= 1;
         let refused = take(&destination, &mut pieces, file.as_fd()).unwrap_err().to_string();

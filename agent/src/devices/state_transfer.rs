@@ -6,6 +6,7 @@
 use super::device::Device;
 use crate::lock::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -23,6 +24,8 @@ const MAX_STATE: usize = 64 << 10;
 const LIMIT: Duration = Duration::from_secs(10);
 /// How often a transfer looks whether the connection has ended.
 const LOOK: Duration = Duration::from_millis(100);
+/// Pause after a pipe was not ready although the kernel said so.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// A transfer, or none.
 #[derive(Debug)]
@@ -49,6 +52,9 @@ impl StateTransfer {
             ));
         }
         let device = self.device.clone();
+        // What can be read when this looks, somebody else may read first.
+        let flags = fcntl_getfl(&file)?;
+        fcntl_setfl(&file, flags | OFlags::NONBLOCK)?;
         let mut pipe = Pipe { file, deadline: Instant::now() + LIMIT, ending: self.ending.clone() };
         let transfer = move || match direction {
             VhostTransferStateDirection::SAVE => pipe.write(&device.save()),
@@ -88,8 +94,7 @@ impl Pipe {
     fn write(&mut self, state: &[u8]) -> Result<(), String> {
         // A pipe that can be written has room for so many bytes at once.
         for part in state.chunks(rustix::pipe::PIPE_BUF) {
-            self.wait(PollFlags::OUT)?;
-            self.file.write_all(part).map_err(|error| format!("cannot write it: {error}"))?;
+            while !self.done("write", |file| file.write_all(part))? {}
         }
         Ok(())
     }
@@ -97,16 +102,34 @@ impl Pipe {
     fn read(&mut self) -> Result<Vec<u8>, String> {
         let (mut state, mut part) = (Vec::new(), [0; 4096]);
         loop {
-            self.wait(PollFlags::IN)?;
-            match self.file.read(&mut part) {
-                Ok(0) => return Ok(state),
-                Ok(length) => state.extend_from_slice(&part[..length]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(format!("cannot read it: {error}")),
+            let mut length = None;
+            let read = |file: &mut File| file.read(&mut part).map(|read| length = Some(read));
+            self.done("read", read)?;
+            match length {
+                Some(0) => return Ok(state),
+                Some(length) => state.extend_from_slice(&part[..length]),
+                None => {}
             }
             if state.len() > MAX_STATE {
                 return Err(format!("it has more than {MAX_STATE} bytes"));
             }
+        }
+    }
+
+    /// Runs `act` when the pipe is ready for it. False if it was not after all.
+    fn done(
+        &mut self, what: &str, act: impl FnOnce(&mut File) -> io::Result<()>,
+    ) -> Result<bool, String> {
+        self.wait(if what == "read" { PollFlags::IN } else { PollFlags::OUT })?;
+        match act(&mut self.file) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                // A socket can be readable and have less than it gives at once.
+                std::thread::sleep(PAUSE);
+                Ok(false)
+            }
+            Err(error) => Err(format!("cannot {what} it: {error}")),
         }
     }
 
@@ -116,7 +139,8 @@ impl Pipe {
             let mut polled = [PollFd::from_borrowed_fd(self.file.as_fd(), events)];
             match poll(&mut polled, Some(&look)) {
                 Ok(0) | Err(Errno::INTR) => {}
-                Ok(_) => return Ok(()),
+                Ok(_) if Instant::now() < self.deadline => return Ok(()),
+                Ok(_) => {}
                 Err(errno) => return Err(errno.to_string()),
             }
             if self.ending.load(Ordering::Relaxed) {

@@ -185,8 +185,11 @@ fn load(job: &IncomingJob, received: Received) -> Result<(), JobError> {
         source: errno.into(),
     })?;
     let mut pieces = pieces;
-    state_pieces::take(&job.devices, &mut pieces, file.as_fd())
+    let lost = state_pieces::take(&job.devices, &mut pieces, file.as_fd())
         .map_err(JobError::from_io("load the state of the agent's devices"))?;
+    if let Some(lost) = lost {
+        job.warn(lost);
+    }
     job.hooks.ask_with(&Hook::LoadState { pieces }, &[file.as_fd()], job.hook_timeout)?;
     Ok(())
 }

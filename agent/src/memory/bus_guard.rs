@@ -17,9 +17,9 @@ use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Enough for the log, all blocks twice (for an old and a new session), and the windows of all
-/// streams.
-const MAX_RANGES: usize = 2048;
+/// Enough for the log, all blocks twice (for an old and a new session), the windows of all streams,
+/// and the tables of two devices twice.
+const MAX_RANGES: usize = 4096;
 const SIGBUS: i32 = rustix::process::Signal::BUS.as_raw();
 
 /// The entry of a guarded range. `end` is written last, and is 0 while the entry is free.

@@ -137,8 +137,11 @@ impl VmmState {
     fn load(&self, job: &Job) -> Result<(), JobError> {
         job.enter(Phase::Loading);
         let mut pieces = self.pieces.clone();
-        state_pieces::take(&job.devices, &mut pieces, self.file.as_fd())
+        let lost = state_pieces::take(&job.devices, &mut pieces, self.file.as_fd())
             .map_err(JobError::from_io("load the state of the agent's devices"))?;
+        if let Some(lost) = lost {
+            job.warn(lost);
+        }
         let hook = Hook::LoadState { pieces };
         job.hooks.ask_with(&hook, &[self.file.as_fd()], job.hook_timeout)?;
         Ok(())

@@ -14,6 +14,7 @@ use crate::transport::address::check_socket;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::devices::DeviceSpec;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
+use pageferry_protocol::error::size;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -97,7 +98,9 @@ impl SharedSession {
     /// Answers PLUGGED_MEMORY.
     pub(super) fn plugged_memory(&self, requested: Option<u64>) -> Answer {
         let Some((mem, port)) = self.devices.mem() else {
-            let sentence = "this agent has no virtio-mem device: start it with --mem PATH";
+            let sentence = "this agent has no virtio-mem device: start it with --mem PATH, or have the VMM \
+                            connect to one (Client::device_socket); a QEMU of pageferry qemu uses its own \
+                            (virtio-mem-pci)";
             return Err(RemoteError::new(ErrorCode::NotFound, sentence));
         };
         if let Some(requested) = requested {
@@ -114,10 +117,22 @@ impl SharedSession {
     /// Answers BALLOON.
     pub(super) fn balloon(&self, target: Option<u64>, ask_stats: bool) -> Answer {
         let Some((balloon, port)) = self.devices.balloon() else {
-            let sentence = "this agent has no balloon: start it with --balloon PATH";
+            let sentence = "this agent has no balloon: start it with --balloon PATH, or have the VMM connect \
+                            to one (Client::device_socket); a QEMU of pageferry qemu uses its own (balloon in \
+                            its monitor)";
             return Err(RemoteError::new(ErrorCode::NotFound, sentence));
         };
         if let Some(target) = target {
+            let memory: u64 =
+                self.memory().blocks().iter().map(|block| block.geometry.length).sum();
+            if target > memory {
+                let sentence = format!(
+                    "the target is {}, allowed: at most the {} of the VM",
+                    size(target),
+                    size(memory)
+                );
+                return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+            }
             let changed = balloon
                 .set_target(target)
                 .map_err(|sentence| RemoteError::new(ErrorCode::Invalid, sentence))?;

@@ -3,6 +3,7 @@
 //! The devices of an agent, by which the guest gives memory back, as operators see them.
 
 use super::codec::{DecodeError, Decoder, Encoder};
+use crate::memory::PAGE_SIZE;
 use crate::memory::geometry::MAX_NAME;
 
 /// The virtio id of the balloon.
@@ -52,9 +53,10 @@ impl DeviceSpec {
                 Err(invalid("block", block.len() as u64, "0 bytes for a balloon"))
             }
             BALLOON => Ok(Self::Balloon),
-            MEM if !block_size.is_power_of_two() => {
-                Err(invalid("block_size", block_size, "powers of two"))
+            MEM if !block_size.is_power_of_two() || block_size < PAGE_SIZE => {
+                Err(invalid("block_size", block_size, "powers of two, at least 4096"))
             }
+            MEM if block.is_empty() => Err(invalid("block", 0, "at least 1 byte")),
             MEM => Ok(Self::Mem { block: block.to_owned(), block_size }),
             other => Err(invalid("device", other.into(), "5, balloon, or 24, virtio-mem")),
         }

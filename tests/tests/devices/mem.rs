@@ -69,5 +69,5 @@ fn linux_plugs_memory_and_gives_it_back() {
     let is_back = |status: &Status| status.total >= total + 30 * MIB;
     stage.guest.console.wait_for_status("its memory again", is_back).unwrap();
     let refused = stage.operator.run("mem", &["--requested", "3M"]).unwrap_err().to_string();
-    assert!(refused.contains("requested_size is 0x300000"), "{refused}");
+    assert!(refused.contains("requested_size is 3 MiB"), "{refused}");
 }

@@ -79,9 +79,11 @@ impl Balloon {
     /// # Errors
     /// If it is more than the device can count.
     pub fn set_target(&self, bytes: u64) -> Result<bool, String> {
-        let pages = u32::try_from(bytes / PAGE_SIZE).map_err(|_| {
-            format!("the balloon holds at most {} bytes", u64::from(u32::MAX) * PAGE_SIZE)
-        })?;
+        if (1..PAGE_SIZE).contains(&bytes) {
+            return Err(format!("the target is {bytes} bytes, allowed: 0, or at least 4 KiB"));
+        }
+        let pages = u32::try_from(bytes / PAGE_SIZE)
+            .map_err(|_| "the balloon can hold less than 16 TiB".to_owned())?;
         let mut state = lock(&self.state);
         Ok(std::mem::replace(&mut state.config.target_pages, pages) != pages)
     }

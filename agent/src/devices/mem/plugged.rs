@@ -7,6 +7,7 @@ use super::region::{MemoryRefused, PluggableMemory, Region};
 use crate::lock::lock;
 use crate::memory::GuestMemory;
 use pageferry_protocol::control::request::BlockRange;
+use pageferry_protocol::error::size;
 use pageferry_protocol::memory::PageRange;
 use std::sync::{Arc, Mutex};
 
@@ -47,7 +48,9 @@ pub fn region_of(
     let unit = block.discard_unit();
     if !block_size.is_multiple_of(unit) {
         let sentence = format!(
-            "the block size is {block_size:#x}, allowed: multiples of {unit:#x} on this memory"
+            "block_size is {}, allowed: multiples of {} on this memory",
+            size(block_size),
+            size(unit)
         );
         return Some(Err(sentence));
     }

@@ -50,11 +50,6 @@ struct State {
     sizes_are_new: bool,
 }
 
-/// The sentence for an agent whose VMM has not handed over the block.
-fn no_block(name: &str) -> String {
-    format!("the VMM has handed over no block named {name:?}")
-}
-
 impl MemDevice {
     /// A device on the memory of `session`.
     pub fn new(options: MemOptions, session: Arc<dyn SessionMemory>) -> Self {
@@ -75,7 +70,23 @@ impl MemDevice {
         let set = |device: &mut VirtioMem<PluggedBlock>| {
             device.set_requested_size(size).map_err(|error| error.to_string())
         };
-        self.with_device(set).unwrap_or_else(|| Err(no_block(&self.options.block)))
+        self.with_device(set).unwrap_or_else(|| Err(self.why_not()))
+    }
+
+    /// Why there is no region.
+    fn why_not(&self) -> String {
+        let name = &self.options.block;
+        let memory = self.session.memory().unwrap_or_default();
+        let blocks = memory.blocks();
+        let names: Vec<&str> = blocks.iter().map(|block| &*block.geometry.name).collect();
+        match region_of(&memory, name, self.options.block_size) {
+            Some(Err(complaint)) => format!("block {name:?}: {complaint}"),
+            _ if names.is_empty() => "the VMM has handed over no memory yet".to_owned(),
+            _ => {
+                let names = names.join(", ");
+                format!("the VMM has handed over no block named {name:?}; its blocks: {names}")
+            }
+        }
     }
 
     /// What operators see.
@@ -93,7 +104,7 @@ impl MemDevice {
         })
     }
 
-    /// Runs `act` on the state machine. `None` if the block is not there.
+    /// Runs `act` on the state machine. `None` if the block is not there, or cannot be the region.
     fn with_device<T>(&self, act: impl FnOnce(&mut VirtioMem<PluggedBlock>) -> T) -> Option<T> {
         let memory = self.session.memory()?;
         lock(&self.state).on(&self.options, &memory, act)
@@ -232,6 +243,6 @@ impl Device for MemDevice {
             .with_device(|device| device.load(state).map_err(|error| crate::error::chain(&error)));
         // The driver knows the sizes of the state.
         lock(&self.state).sizes_are_new = false;
-        loaded.unwrap_or_else(|| Err(no_block(&self.options.block)))
+        loaded.unwrap_or_else(|| Err(self.why_not()))
     }
 }

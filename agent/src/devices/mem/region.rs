@@ -4,6 +4,7 @@
 //! are plugged.
 
 use super::wire::BlockRun;
+use pageferry_protocol::error::size;
 use pageferry_protocol::memory::geometry::MAX_BLOCK_LENGTH;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 
@@ -59,15 +60,18 @@ pub enum MemoryRefused {
 pub enum FieldError {
     /// The block size is not a power of two, or too small or too large.
     #[error(
-        "block_size is {value:#x}, allowed: powers of two from {PAGE_SIZE:#x} \
-         to {MAX_BLOCK_LENGTH:#x}"
+        "block_size is {}, allowed: powers of two from {} to {}",
+        size(*value), size(PAGE_SIZE), size(MAX_BLOCK_LENGTH)
     )]
     BlockSize {
         /// The block size in bytes.
         value: u64,
     },
     /// The value is not a multiple of the block size.
-    #[error("{field} is {value:#x}, allowed: multiples of the block_size {block_size:#x}")]
+    #[error(
+        "{field} is {}, allowed: multiples of the block_size {}",
+        shown(field, *value), size(*block_size)
+    )]
     Unaligned {
         /// The field.
         field: &'static str,
@@ -77,7 +81,10 @@ pub enum FieldError {
         block_size: u64,
     },
     /// The value is too small or too large.
-    #[error("{field} is {value:#x}, allowed: {min:#x} to {max:#x}")]
+    #[error(
+        "{field} is {}, allowed: {} to {}",
+        shown(field, *value), shown(field, *min), shown(field, *max)
+    )]
     OutOfRange {
         /// The field.
         field: &'static str,
@@ -88,6 +95,11 @@ pub enum FieldError {
         /// Largest value that is allowed.
         max: u64,
     },
+}
+
+/// A size in units; the address as a number.
+fn shown(field: &str, value: u64) -> String {
+    if field == "addr" { format!("{value:#x}") } else { size(value) }
 }
 
 /// What does not change during the life of a device.

@@ -157,7 +157,7 @@ fn any_request() -> impl Strategy<Value = Request> {
             .prop_map(|(target, ask_stats)| Request::Balloon { target, ask_stats }),
         any::<Option<u64>>().prop_map(|requested| Request::PluggedMemory { requested }),
         Just(Request::ConnectDevice { device: DeviceSpec::Balloon }),
-        (".{0,60}", 0u32..64).prop_map(|(block, order)| Request::ConnectDevice {
+        (".{1,60}", 12u32..64).prop_map(|(block, order)| Request::ConnectDevice {
             device: DeviceSpec::Mem { block, block_size: 1 << order }
         }),
         Just(Request::StartIncoming {

@@ -130,15 +130,16 @@ mod configuration {
 
     #[test]
     fn region_that_breaks_a_rule_is_refused_by_field_and_value() {
-        let block_size = "allowed: powers of two from 0x1000 to 0x4000000000000";
-        for (value, named) in [(0, "0x0"), (0x800, "0x800"), (0x3000, "0x3000"), (1 << 51, "0x8")] {
+        let block_size = "allowed: powers of two from 4 KiB to 1024 TiB";
+        let named = [(0, "0 bytes"), (0x800, "2 KiB"), (0x3000, "12 KiB"), (1 << 51, "2048 TiB")];
+        for (value, named) in named {
             let error = refused(Region { block_size: value, ..REGION });
             assert!(error.starts_with(&format!("block_size is {named}")), "{error}");
             assert!(error.ends_with(block_size), "{error}");
         }
         assert_eq!(
             refused(Region { addr: ADDR + 0x1000, ..REGION }),
-            "addr is 0x100001000, allowed: multiples of the block_size 0x10000000"
+            "addr is 0x100001000, allowed: multiples of the block_size 256 MiB"
         );
         assert_eq!(
             refused(Region { addr: u64::MAX - BLOCK + 1, ..REGION }),
@@ -146,13 +147,13 @@ mod configuration {
         );
         assert_eq!(
             refused(Region { region_size: BLOCK / 2, ..REGION }),
-            "region_size is 0x8000000, allowed: multiples of the block_size 0x10000000"
+            "region_size is 128 MiB, allowed: multiples of the block_size 256 MiB"
         );
         assert_eq!(
             refused(Region { region_size: 0, ..REGION }),
-            "region_size is 0x0, allowed: 0x10000000 to 0x4000000000000"
+            "region_size is 0 bytes, allowed: 256 MiB to 1024 TiB"
         );
-        assert!(refused(Region { region_size: 1 << 51, ..REGION }).contains("0x8000000000000"));
+        assert!(refused(Region { region_size: 1 << 51, ..REGION }).contains("2048 TiB"));
     }
 
     #[test]
@@ -162,11 +163,11 @@ mod configuration {
         let before = device.config();
         assert_eq!(
             device.set_requested_size(BLOCK + 1).unwrap_err().to_string(),
-            "requested_size is 0x10000001, allowed: multiples of the block_size 0x10000000"
+            "requested_size is 268435457 bytes, allowed: multiples of the block_size 256 MiB"
         );
         assert_eq!(
             device.set_requested_size((BLOCKS + 1) * BLOCK).unwrap_err().to_string(),
-            "requested_size is 0xd0000000, allowed: 0x0 to 0xc0000000"
+            "requested_size is 3328 MiB, allowed: 0 bytes to 3 GiB"
         );
         assert_eq!(device.config(), before);
     }

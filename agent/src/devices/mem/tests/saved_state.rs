@@ -44,14 +44,11 @@ fn state_that_is_not_valid_is_refused_by_field_and_changes_nothing() {
     }
     assert_eq!(
         with(44, 7),
-        "requested_size is 0x7, allowed: multiples of the block_size 0x10000000"
+        "requested_size is 7 bytes, allowed: multiples of the block_size 256 MiB"
     );
-    assert_eq!(with(44, 13 * BLOCK), "requested_size is 0xd0000000, allowed: 0x0 to 0xc0000000");
-    assert_eq!(
-        with(52, 3 * BLOCK),
-        "usable_region_size is 0x30000000, allowed: 0x40000000 to 0xc0000000"
-    );
-    assert!(with(52, 8 * BLOCK + 1).starts_with("usable_region_size is 0x80000001"));
+    assert_eq!(with(44, 13 * BLOCK), "requested_size is 3328 MiB, allowed: 0 bytes to 3 GiB");
+    assert_eq!(with(52, 3 * BLOCK), "usable_region_size is 768 MiB, allowed: 1 GiB to 3 GiB");
+    assert!(with(52, 8 * BLOCK + 1).starts_with("usable_region_size is 2147483649 bytes"));
     let error = device.load(&[&saved[..], &[0]].concat()).unwrap_err();
     assert_eq!(error, LoadError::Decode(DecodeError::TrailingBytes { extra: 1 }));
     let newer = [&(STATE_VERSION + 1).to_le_bytes()[..], &saved[4..]].concat();

@@ -1,19 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The event by which the thread of a connection's queues is ended.
+//! Descriptors that the library has.
 //!
-//! The library (0.24) takes the reading end out of its owner and never closes it. An agent that
-//! serves many front-ends would run out of descriptors, so this closes it.
+//! - The event by which the thread of a connection's queues is ended: the library (0.24) takes the
+//!   reading end out of its owner and never closes it. An agent that serves many front-ends would
+//!   run out of descriptors, so this closes it.
+//! - The event by which a driver hears of used buffers: whether a write to it would wait.
 #![allow(unsafe_code)]
 
 use crate::lock::lock;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-/// The event. Drop it after the library's thread.
+/// True if a write to the event would not wait. It is non-blocking, but its other owners can change
+/// that.
+pub(super) fn is_writable(event: &EventNotifier) -> bool {
+    // SAFETY: the descriptor is open as long as `event` is borrowed.
+    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
+    let mut polled = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    let polls = poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    polls.is_ok() && polled[0].revents().contains(PollFlags::OUT)
+}
+
+/// The event that ends the thread. Drop it after the library's thread.
 #[derive(Debug, Default)]
 pub(super) struct ExitEvent(Mutex<Option<RawFd>>);
 
