@@ -13,7 +13,8 @@
 //! - [`tables`]: front-ends with other regions; [`handed_over`]: without a path;
 //! - [`given_back`]: most of memory is given back; [`reports_model`]: reports against a model;
 //! - [`plug`]: virtio-mem; [`jobs`]: states and memory in jobs of the agent;
-//! - [`bad_drivers`], [`bad_front_ends`]: those that break the rules; [`scene`]: their victim.
+//! - [`bad_drivers`], [`bad_front_ends`], [`hostile`]: those that break the rules; [`scene`]: their
+//!   victim.
 #![allow(
     clippy::print_stderr,
     clippy::unwrap_used,
@@ -29,6 +30,7 @@ mod config_space;
 mod given_back;
 mod handed_over;
 mod hinting;
+mod hostile;
 mod inflation;
 mod jobs;
 mod mem;
