@@ -86,7 +86,10 @@ pub fn full(bench: &Bench, table: &mut Table) {
         }
     }
     for mover in &movers {
-        let remark = if mover.moved.is_empty() { String::new() } else { peaks(&mover.moved) };
+        let remark = match mover.moved.as_slice() {
+            [] => String::new(),
+            moved => format!("{}; {}", peaks(moved), processor_time(moved, size)),
+        };
         table.add(WORK, &mover.name, "GB/s", &mover.rates, remark);
     }
     let qemus = movers.iter().filter(|mover| matches!(mover.how, How::Qemu(_)));
@@ -98,6 +101,12 @@ pub fn full(bench: &Bench, table: &mut Table) {
             table.compare(WORK, &mover.name, &best.name, Better::More);
         }
     }
+}
+
+/// Processor time of both ends for each GiB.
+fn processor_time(moved: &[Moved], size: u64) -> String {
+    let seconds: Vec<f64> = moved.iter().map(|one| one.processor).collect();
+    format!("{:.2} s of processor time per GiB", median(&seconds) * GIB as f64 / size as f64)
 }
 
 fn peaks(moved: &[Moved]) -> String {

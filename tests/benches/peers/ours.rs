@@ -24,6 +24,8 @@ pub struct Moved {
     pub source_peak: u64,
     /// Peak resident bytes of the destination's agent.
     pub destination_peak: u64,
+    /// Processor time of both agents, in seconds.
+    pub processor: f64,
 }
 
 /// An agent and the client that owns its guest.
@@ -61,6 +63,17 @@ impl Side {
         text.split_whitespace().next().unwrap().parse::<f64>().unwrap() / 1e6
     }
 
+    /// Processor time that all threads of the agent have used, also those that have ended, in
+    /// seconds.
+    fn all_processor_time(&mut self) -> f64 {
+        let path = format!("/proc/{}/stat", self.agent.process().id());
+        let text = std::fs::read_to_string(path).unwrap();
+        // After the name in parentheses: state is field 3, utime 14, and stime 15.
+        let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        ticks as f64 / rustix::param::clock_ticks_per_second() as f64
+    }
+
     fn peak(&mut self) -> u64 {
         peak_of(Path::new(&format!("/proc/{}/status", self.agent.process().id())))
     }
@@ -81,5 +94,6 @@ pub fn migrate(mut from: Side, mut to: Side, options: &OutgoingOptions) -> Moved
     let status = from.client.wait(job, LIMIT).unwrap();
     let time = started.elapsed();
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
-    Moved { time, status, source_peak: from.peak(), destination_peak: to.peak() }
+    let processor = from.all_processor_time() + to.all_processor_time();
+    Moved { time, status, source_peak: from.peak(), destination_peak: to.peak(), processor }
 }
