@@ -8,6 +8,7 @@
 use super::exit::Exit;
 use super::migration::IncomingArgs;
 use super::parse::{parse_name, parse_size};
+use crate::transport::unix_path::{UnixPathError, check_may_replace};
 use clap::{Args, Subcommand};
 use pageferry_attach::process::target::TargetProcess;
 use pageferry_attach::qemu::attachment::{Attachment, End, Helpers};
@@ -25,10 +26,14 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a QEMU that was asked to end may take.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an agent may take to end whose VMM is gone.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
+/// Interval at which this is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// `pageferry qemu`.
 #[derive(Debug, Subcommand)]
@@ -206,6 +211,19 @@ pub fn run(command: &QemuCommand) -> Result<Exit, Box<dyn Error>> {
     }
 }
 
+/// Refuses a path that another agent or another QEMU has, or a file that is no socket. Before QEMU
+/// is started or asked: a QEMU takes the path of its monitor from whoever has it.
+fn check_free(path: &Path) -> Result<(), UnixPathError> {
+    let deadline = Instant::now() + END_TIMEOUT;
+    loop {
+        match check_may_replace(path) {
+            // The agent of a command that was killed a moment ago is about to end.
+            Err(UnixPathError::InUse(_)) if Instant::now() < deadline => std::thread::sleep(LOOK),
+            checked => return checked,
+        }
+    }
+}
+
 /// A descriptor that is readable after a signal that asks this process to end.
 fn signals() -> std::io::Result<UnixStream> {
     let (signals, wake) = UnixStream::pair()?;
@@ -218,6 +236,8 @@ fn signals() -> std::io::Result<UnixStream> {
 fn launch(
     agent: &AgentOptions, line: &QemuLine, receive: Option<(Option<&str>, IncomingOptions)>,
 ) -> Result<Exit, Box<dyn Error>> {
+    check_free(&agent.socket)?;
+    check_free(&monitor_beside(&agent.socket))?;
     let signals = signals()?;
     let launch = Launch {
         arguments: line.qemu.clone(),
@@ -277,6 +297,7 @@ fn launch(
 }
 
 fn attach(args: &AttachArgs) -> Result<Exit, Box<dyn Error>> {
+    check_free(&args.agent.socket)?;
     let signals = signals()?;
     let monitor = Monitor::connect(&args.qmp)?;
     let listens = monitor.process();

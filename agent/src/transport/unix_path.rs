@@ -21,7 +21,7 @@
 //! start replaces it.
 
 use crate::waiting::may_wait;
-use pageferry_protocol::control::unix_path::socket_address;
+use pageferry_protocol::control::unix_path::{is_listened_on, socket_address};
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -259,7 +259,10 @@ fn set_mode(path: &Path, mode: Mode) -> Result<(), UnixPathError> {
 }
 
 /// Refuses everything except a stale socket, and a path that does not exist.
-fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
+///
+/// # Errors
+/// What is there.
+pub fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
     let found = match rustix::fs::lstat(path) {
         Ok(stat) => FileType::from_raw_mode(stat.st_mode),
         // Another process has removed it meanwhile.
@@ -278,19 +281,16 @@ fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
     Err(UnixPathError::NotASocket { path: path.to_owned(), found })
 }
 
-/// Refuses a socket on which a process listens. It tries to connect and does not wait: a listener
-/// whose queue is full would not answer.
+/// Refuses a socket on which a process listens.
 fn check_is_stale(path: &Path) -> Result<(), UnixPathError> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
-    let socket = socket.map_err(kernel("make a socket"))?;
-    match rustix::net::connect(&socket, &socket_address(path)?) {
-        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(()),
-        // A process listens, or its queue is full, or the socket is not a stream socket.
-        Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS | Errno::PROTOTYPE) => {
-            Err(UnixPathError::InUse(path.to_owned()))
+    socket_address(path)?;
+    match is_listened_on(path) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(UnixPathError::InUse(path.to_owned())),
+        Err(source) => {
+            let what = "find out whether a process listens there";
+            Err(UnixPathError::Kernel { what, source })
         }
-        Err(errno) => Err(kernel("find out whether a process listens there")(errno)),
     }
 }
 

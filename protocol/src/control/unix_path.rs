@@ -76,6 +76,23 @@ pub fn connect_unix(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+/// True if a process listens on the socket at `path`. It tries to connect and does not wait: a
+/// listener whose queue is full would not answer. A socket of another kind counts as one.
+///
+/// # Errors
+/// If the path is not allowed, or the kernel does not tell.
+pub fn is_listened_on(path: &Path) -> io::Result<bool> {
+    let address =
+        socket_address(path).map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match connect(&socket, &address) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Ok(()) | Err(Errno::AGAIN | Errno::INPROGRESS | Errno::PROTOTYPE) => Ok(true),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,7 +134,11 @@ mod tests {
         rustix::net::bind(&socket, &socket_address(&path).unwrap()).unwrap();
         rustix::net::listen(&socket, 0).unwrap();
         let _fills_the_queue = UnixStream::connect(&path).unwrap();
+        assert!(is_listened_on(&path).unwrap());
         let error = connect_unix(&path, Instant::now() + Duration::from_millis(50)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(socket);
+        assert!(!is_listened_on(&path).unwrap());
+        assert!(!is_listened_on(&folder.path().join("none")).unwrap());
     }
 }

@@ -176,7 +176,11 @@ impl Place<'_> {
         self.start("receive", name, &[], guest)
     }
 
-    fn start(
+    /// `pageferry qemu ACTION`. Returns when it serves its QEMU, whose guest may still boot.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(
         &self, action: &str, name: &str, more: &[&str], guest: &LinuxGuest,
     ) -> Result<AttachedGuest, Error> {
         let mut side_car = SideCar::spawn(&self.arguments(action, name, more, guest)?)?;

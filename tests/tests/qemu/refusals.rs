@@ -9,6 +9,7 @@ use pageferry_tests::linux_guest::{
 use pageferry_tests::require;
 use rustix::process::Signal;
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
 
 /// Memory that can be served.
 fn good() -> GuestMemory {
@@ -116,6 +117,52 @@ fn operator_hears_at_once_what_a_qemu_cannot_do() {
     }
     here.handle().signal(Signal::TERM).unwrap();
     here.wait().unwrap();
+}
+
+/// A QEMU takes the path of its monitor from whoever has it: a second start must not get so far.
+#[test]
+fn socket_of_another_guest_is_refused_before_a_qemu_starts() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let (place, guest) = (stage.place(), guest(GuestMemory::Private, &[]));
+    let mut here = place.start("run", "here", &[], &guest).unwrap();
+    let socket = place.agent_socket("here");
+    let monitor = format!("{}.qmp", socket.display());
+    let inode = || std::fs::metadata(&monitor).unwrap().ino();
+    let before = inode();
+    let line = |action| {
+        let mut words = place.arguments(action, "another", &[], &guest).unwrap();
+        let at = words.iter().position(|word| word == "--socket").unwrap();
+        words[at + 1] = socket.clone().into();
+        words
+    };
+    let attach = ["attach", "--socket", socket.to_str().unwrap(), "--qmp", "/no-such-monitor"];
+    for words in [line("run"), line("receive"), attach.map(OsString::from).to_vec()] {
+        let said = fails(&words);
+        let expected = format!("{} is in use: another process listens there", socket.display());
+        assert!(said.contains(&expected), "{words:?}: {said}");
+        assert!(!said.contains("QEMU"), "{said}");
+    }
+    // Its agent ends with it, and QEMU goes on with its monitor.
+    here.side_car.kill().unwrap();
+    let said = fails(&line("run"));
+    assert!(said.contains(&format!("{monitor} is in use")), "{said}");
+    assert_eq!(inode(), before);
+    here.attach().unwrap();
+    here.agent.status().unwrap();
+}
+
+/// All processes of a terminal get what Ctrl-C sends, and QEMU may be the first to end.
+#[test]
+fn qemu_that_is_ended_is_no_reason_for_a_warning() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let guest = guest(GuestMemory::Private, &[]);
+    let mut here = stage.place().start("run", "here", &[], &guest).unwrap();
+    here.qemu.signal(Signal::TERM).unwrap();
+    here.side_car.wait().unwrap();
+    let said = here.side_car.lines().join("\n");
+    assert!(!said.contains("WARN"), "{said}");
 }
 
 /// A destination begins with making holes of its memory.

@@ -138,7 +138,7 @@ fn settings_line(settings: Option<&Settings>) -> String {
 /// with this monitor and process.
 ///
 /// # Errors
-/// If the guest cannot be resumed.
+/// If QEMU cannot be put in order.
 pub fn run(told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> {
     let process = TargetProcess::open(pid)?;
     let (mut resumes, mut settings) = (false, None);
@@ -159,11 +159,14 @@ pub fn run(told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> 
     );
     let mut restore = settings;
     let deadline = Instant::now() + TIMEOUT;
+    let mut logged = String::new();
     loop {
         if process.has_exited()? {
+            log::info!("QEMU {pid} has ended");
             return Ok(());
         }
         let resumed = Monitor::connect(monitor).and_then(|mut monitor| {
+            check_is_of(&monitor, pid)?;
             if resumes {
                 resume(&mut monitor)?;
             }
@@ -174,12 +177,37 @@ pub fn run(told: impl Read, monitor: &Path, pid: u32) -> Result<(), GuardError> 
         });
         match resumed {
             Ok(()) => return Ok(()),
-            Err(error) if Instant::now() > deadline => return Err(error.into()),
-            Err(error) => log::debug!("{}", pageferry_client::error::chain(&error)),
+            Err(error) if Instant::now() > deadline => {
+                log::error!("QEMU {pid} could not be put in order{}", left(resumes));
+                return Err(error.into());
+            }
+            Err(error) => {
+                let why = pageferry_client::error::chain(&error);
+                if why != logged {
+                    log::warn!("cannot put QEMU {pid} in order yet{}: {why}", left(resumes));
+                    logged = why;
+                }
+            }
         }
         // Ends early with QEMU.
         let _ = process.wait(Some(TRY))?;
     }
+}
+
+/// Refuses a monitor that is not that of this QEMU: whoever has its path now has another guest.
+fn check_is_of(monitor: &Monitor, pid: u32) -> Result<(), MonitorError> {
+    match monitor.process() {
+        // It may have been made by a process that has ended, such as the parent of a daemon.
+        Some(other) if other != pid && TargetProcess::open(other).is_ok() => {
+            Err(monitor.of_other_process())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What a QEMU that is not in order means for its guest.
+fn left(resumes: bool) -> &'static str {
+    if resumes { "; its guest stays paused" } else { "; its migration settings stay changed" }
 }
 
 /// Resumes the guest, also if QEMU is still saving its state.
@@ -192,14 +220,14 @@ fn resume(monitor: &mut Monitor) -> Result<(), MonitorError> {
     Ok(())
 }
 
-/// Why the guest cannot be resumed.
+/// Why QEMU cannot be put in order.
 #[derive(Debug, thiserror::Error)]
 pub enum GuardError {
     /// The process.
     #[error(transparent)]
     Process(#[from] ProcessError),
     /// The monitor.
-    #[error("the guest stays paused")]
+    #[error("QEMU could not be put in order")]
     Monitor(#[from] MonitorError),
 }
 

@@ -5,6 +5,7 @@
 use super::command_line::{self, MemoryFile, Purpose, Settings};
 use super::monitor::{Monitor, MonitorError};
 use crate::process::target::{ProcessError, TargetProcess};
+use pageferry_protocol::control::unix_path::is_listened_on;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::ffi::OsString;
@@ -63,6 +64,12 @@ pub enum LaunchError {
         /// The path.
         path: PathBuf,
     },
+    /// Somebody listens where the monitor is to be. QEMU would take the path from it.
+    #[error("the monitor's path {} is in use: another process listens there", path.display())]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
     /// The monitor.
     #[error(transparent)]
     Monitor(#[from] MonitorError),
@@ -103,6 +110,10 @@ impl Launch {
     pub fn start(&self) -> Result<Launched, LaunchError> {
         if self.monitor.as_os_str().len() > MAX_SOCKET_PATH {
             return Err(LaunchError::LongPath { path: self.monitor.clone() });
+        }
+        // QEMU removes whatever is at this path, also the monitor of a QEMU that runs.
+        if matches!(is_listened_on(&self.monitor), Ok(true)) {
+            return Err(LaunchError::InUse { path: self.monitor.clone() });
         }
         let settings = Settings {
             purpose: self.purpose,

@@ -62,8 +62,8 @@ pub enum MonitorError {
         #[source]
         source: Option<std::io::Error>,
     },
-    /// After the connection broke, another process listens at the socket.
-    #[error("the connection to QEMU's monitor broke, and another process listens at {}", path.display())]
+    /// Another process than this QEMU listens at the socket, after the connection broke.
+    #[error("another process than QEMU listens at {}, the path of its monitor", path.display())]
     OtherProcess {
         /// The socket.
         path: PathBuf,
@@ -160,13 +160,18 @@ impl Monitor {
         let before = self.process();
         let mut next = Self::greeted(&self.path)?;
         if next.process() != before {
-            return Err(MonitorError::OtherProcess { path: self.path.clone() });
+            return Err(self.of_other_process());
         }
         // An answer to an old command cannot come any more, so their ids may come again.
         next.exchange("qmp_capabilities", Value::Null, None)?;
         log::warn!("the connection to QEMU's monitor broke, and was made again");
         *self = next;
         Ok(())
+    }
+
+    /// Another process than the one that was expected listens here.
+    pub(super) fn of_other_process(&self) -> MonitorError {
+        MonitorError::OtherProcess { path: self.path.clone() }
     }
 
     /// The process that listens for this monitor: QEMU.
