@@ -257,6 +257,10 @@ impl Attachment {
         };
         let before = std::mem::replace(&mut self.machine.state().cannot_serve, why.clone());
         if let Some(why) = why.filter(|why| before.as_ref() != Some(why)) {
+            // A QEMU that ends closes its monitor before: what fails then is of no interest.
+            if matches!(self.machine.process.wait(Some(LOOK)), Ok(true)) {
+                return;
+            }
             log::warn!("no job can pause this guest: {why}");
         }
     }
