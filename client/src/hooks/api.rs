@@ -113,7 +113,8 @@ pub trait Hooks: Send {
     ///
     /// # Errors
     /// If the VMM cannot, also for 0. A migration with that policy fails before it has begun; one
-    /// whose operator asks later goes on without, and its status says so.
+    /// whose operator asks later goes on without, and its status says so. The throttle is then as
+    /// it was before.
     fn throttle(&mut self, percent: u32) -> Result<(), HookError> {
         let _ = percent;
         Ok(())

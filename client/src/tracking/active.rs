@@ -128,13 +128,16 @@ impl ActiveTrackers {
     ) -> Reply<()> {
         let mut by_hooks = self.by_hooks();
         Replaced::check("to throttle the guest", by_hooks.throttled, link)?;
-        if percent > 0 {
-            // Recorded before the result is known, as for the tracker.
-            by_hooks.throttled = Some(link);
-        }
-        throttle()?;
-        if percent == 0 {
-            by_hooks.throttled = None;
+        match throttle() {
+            Ok(()) if percent == 0 => by_hooks.throttled = None,
+            Ok(()) => by_hooks.throttled = Some(link),
+            // A hook that panics may have begun before.
+            Err(error) => {
+                if percent > 0 && error.code == ErrorCode::Panicked {
+                    by_hooks.throttled = Some(link);
+                }
+                return Err(error);
+            }
         }
         Ok(())
     }
@@ -274,6 +277,29 @@ mod tests {
         tracking.agent_lost(NEW, &mut called).unwrap();
         tracking.lift_throttle(NEW, &mut called).unwrap();
         assert_eq!(calls, 2);
+    }
+
+    #[test]
+    fn only_what_was_throttled_is_lifted() {
+        let fails = |code| move || Err(RemoteError::new(code, "no throttle"));
+        for (code, throttled) in [(ErrorCode::Other, false), (ErrorCode::Panicked, true)] {
+            let tracking = ActiveTrackers::default();
+            tracking.throttle(NEW, 20, fails(code)).unwrap_err();
+            let mut lifted = false;
+            let mut lift = || {
+                lifted = true;
+                nothing()
+            };
+            tracking.lift_throttle(NEW, &mut lift).unwrap();
+            assert_eq!(lifted, throttled, "{code:?}");
+        }
+        // A throttle that cannot be raised or ended is still on.
+        for percent in [0, 40] {
+            let tracking = ActiveTrackers::default();
+            tracking.throttle(NEW, 20, nothing).unwrap();
+            tracking.throttle(NEW, percent, fails(ErrorCode::Other)).unwrap_err();
+            assert_eq!(tracking.by_hooks().throttled, Some(NEW), "{percent}");
+        }
     }
 
     #[test]
