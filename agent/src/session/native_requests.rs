@@ -226,6 +226,7 @@ impl SharedSession {
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
             Request::StartOutgoing { target, options } => {
+                self.check_guest_exists(role, options.hook_timeout)?;
                 self.lock().start_outgoing(&target, options, fds)
             }
             Request::StartIncoming { listen, options } => {
@@ -246,6 +247,7 @@ impl SharedSession {
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.lock().start_postcopy(),
             Request::StartSnapshot { path, options } => {
+                self.check_guest_exists(role, options.hook_timeout)?;
                 self.lock().start_snapshot(path, options, &fds)
             }
             Request::StartRestore { path, options } => {

@@ -96,6 +96,33 @@ impl SharedSession {
         Err(RemoteError::new(ErrorCode::State, sentence))
     }
 
+    /// Refuses to migrate or save a guest that the VMM does not have: its operator learns that now,
+    /// and no destination is used up.
+    pub(super) fn check_guest_exists(
+        &self, role: Role, timeout: Duration,
+    ) -> Result<(), RemoteError> {
+        if role != Role::Operator {
+            return Ok(());
+        }
+        let hooks = {
+            let session = self.lock();
+            session.check_can_start()?;
+            session.hooks.clone()
+        };
+        match hooks.ask(&Hook::ProbeGuest, timeout.min(QUESTION_TIMEOUT)) {
+            Err(HookError::Refused { error, .. }) if error.code != ErrorCode::Unsupported => {
+                Err(RemoteError::new(ErrorCode::State, error.sentence))
+            }
+            Ok(()) => Ok(()),
+            // A VMM that does not know the question has a guest. Of one that does not answer the
+            // job says why it fails.
+            Err(error) => {
+                log::debug!("{}", crate::error::chain(&error));
+                Ok(())
+            }
+        }
+    }
+
     /// Recovers the paused job, or adopts one that another agent began.
     pub(super) fn recover(
         &self, role: Role, session: [u8; 16], address: &str, options: OutgoingOptions,

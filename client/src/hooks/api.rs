@@ -151,6 +151,16 @@ pub trait Hooks: Send {
         Err(no_guest(origin))
     }
 
+    /// An operator wants to migrate or save the guest of this VMM. Is there one? If not, the
+    /// operator is told at once, and no job begins. Nothing changes by the answer. Not called if
+    /// the VMM itself starts the job.
+    ///
+    /// # Errors
+    /// If there is no guest yet. Say what to do first. The default has one.
+    fn check_guest(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
     /// An operator wants to bring another guest into the memory of this VMM: by a restore, or by a
     /// migration whose source is connected and fits. That destroys the content of the memory.
     /// Before it returns success, the VMM must have stopped its guest, if it has one, together with

@@ -91,6 +91,10 @@ impl Hooks for CatchPanics<'_> {
         self.call("expect guest", |hooks| hooks.expect_guest(origin))
     }
 
+    fn check_guest(&mut self) -> Result<(), HookError> {
+        self.call("check guest", |hooks| hooks.check_guest())
+    }
+
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         self.call("accept guest", |hooks| hooks.accept_guest(origin))
     }

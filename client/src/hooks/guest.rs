@@ -129,6 +129,12 @@ pub(super) fn expect_guest(
     hooks.expect_guest(origin).map_err(failed)
 }
 
+/// Asks the VMM whether it has a guest. Nothing changes.
+pub(super) fn probe_guest(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<()> {
+    let _guest_hooks = context.ownership.lock_guest_hooks();
+    hooks.check_guest().map_err(failed)
+}
+
 /// Asks the VMM whether an operator may bring another guest here. Ownership changes before the
 /// answer is sent, as when the VMM itself starts the job.
 pub(super) fn accept_guest(

@@ -117,6 +117,20 @@ fn operator_hears_at_once_what_a_qemu_cannot_do() {
     }
     here.handle().signal(Signal::TERM).unwrap();
     here.wait().unwrap();
+
+    let there = stage.place().receive_image("there", &guest).unwrap();
+    let image = stage.file("image");
+    for (command, options) in [
+        ("migrate", &["--to", "tcp:127.0.0.1:9"][..]),
+        ("migrate", &["--to", "tcp:127.0.0.1:9", "--mode", "postcopy"]),
+        ("snapshot", &[&image, "--mode", "paused"]),
+        ("snapshot", &[&image]),
+    ] {
+        let said = there.agent.run(command, options).unwrap_err().sentence();
+        assert!(said.contains("this QEMU waits for a guest: listen or restore first"), "{said}");
+    }
+    assert_eq!(there.agent.status().unwrap()["status"], "idle");
+    assert!(!std::path::Path::new(&image).exists());
 }
 
 /// A QEMU takes the path of its monitor from whoever has it: a second start must not get so far.

@@ -236,6 +236,15 @@ impl Hooks for QemuHooks {
         self.accept_guest(origin)
     }
 
+    fn check_guest(&mut self) -> Result<(), HookError> {
+        match self.machine.state().guest {
+            Guest::Here => Ok(()),
+            Guest::Awaited | Guest::Loaded => {
+                Err(HookError::new("this QEMU waits for a guest: listen or restore first"))
+            }
+        }
+    }
+
     fn accept_guest(&mut self, origin: &GuestOrigin) -> Result<(), HookError> {
         // There is nothing to stop.
         if self.machine.state().guest == Guest::Awaited {
