@@ -76,7 +76,14 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
         (JobKind::Restore, _) if status.counters.time_to_run_us == 0 => "in the image",
         _ => "here",
     };
-    format!("{place}, run state {}", guest.name())
+    let moved = status.kind == JobKind::Outgoing && status.phase == Phase::Completed;
+    if moved && guest == RunState::Running {
+        // Its destination may leave it paused, and does not tell.
+        return place.to_owned();
+    }
+    // The operator of the VMM may pause and resume it since then, and does not tell.
+    let when = if status.phase.is_final() { " when the job ended" } else { "" };
+    format!("{place}, run state {}{when}", guest.name())
 }
 
 /// The lines that `pageferry status` prints: name and value.
@@ -347,6 +354,21 @@ mod tests {
         assert!(
             status(JobKind::Outgoing, Phase::Unconfirmed).contains("resume --socket /a --force")
         );
+    }
+
+    #[test]
+    fn run_state_is_shown_as_what_is_known() {
+        let line = |kind, phase, guest| {
+            let status = JobStatus { kind, phase, arrived: true, ..JobStatus::default() };
+            guest_line(&status, guest)
+        };
+        use {JobKind::*, RunState::*};
+        assert_eq!(line(Outgoing, Phase::Completed, Running), "at the destination");
+        let line_of_paused = line(Outgoing, Phase::Completed, Paused);
+        assert_eq!(line_of_paused, "at the destination, run state paused when the job ended");
+        let line_of_snapshot = line(Snapshot, Phase::Completed, Running);
+        assert_eq!(line_of_snapshot, "here, run state running when the job ended");
+        assert_eq!(line(Incoming, Phase::Loading, Running), "here, run state running");
     }
 
     #[test]

@@ -403,7 +403,7 @@ fn an_operator_sees_and_says_what_the_guest_is_to_be() {
     let says = |line: &str| {
         line.starts_with("guest ")
             && line.contains("at the destination")
-            && line.ends_with("paused")
+            && line.ends_with("paused when the job ended")
     };
     assert!(lines.lines().any(says), "{lines}");
     let output = Command::new(program())
