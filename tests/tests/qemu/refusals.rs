@@ -97,6 +97,17 @@ fn run_names_options_that_it_cannot_use() {
     }
 }
 
+#[test]
+fn huge_pages_of_no_size_of_this_machine_are_refused_with_those_that_there_are() {
+    let Some(tools) = require::qemu() else { return };
+    let stage = Stage::new(tools, QemuVersion::V10_0);
+    let guest = guest(GuestMemory::Private, &[]);
+    let more = ["--huge-pages", "3M"];
+    let arguments = stage.place().arguments("run", "refused", &more, &guest).unwrap();
+    let said = fails(&arguments);
+    assert!(said.contains("3M is no size of huge pages on this machine; it has"), "{said}");
+}
+
 /// Before anybody waits, and before a destination is used up.
 #[test]
 fn operator_hears_at_once_what_a_qemu_cannot_do() {

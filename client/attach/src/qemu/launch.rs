@@ -8,6 +8,7 @@ use crate::process::target::{ProcessError, TargetProcess};
 use pageferry_protocol::control::unix_path::is_listened_on;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -50,8 +51,32 @@ pub enum LaunchError {
         #[source]
         source: std::io::Error,
     },
+    /// The kernel has no huge pages of this size.
+    #[error(
+        "{} is no size of huge pages on this machine; it has {}", size_text(*size),
+        if sizes.is_empty() { "none".to_owned() } else { sizes.join(", ") }
+    )]
+    NoSuchHugePages {
+        /// The size.
+        size: u64,
+        /// The sizes that there are.
+        sizes: Vec<String>,
+    },
+    /// There are not enough huge pages.
+    #[error(
+        "guest memory needs {needed} huge pages of {}, and {free} are free: reserve them in \
+         {FOLDER}/hugepages-{}kB/nr_hugepages, as root", size_text(*size), *size >> 10
+    )]
+    TooFewHugePages {
+        /// Their size.
+        size: u64,
+        /// How many are needed.
+        needed: u64,
+        /// How many can be had.
+        free: u64,
+    },
     /// QEMU exited before its monitor answered. It has said why on standard error.
-    #[error("QEMU has ended before its monitor answered: {status}")]
+    #[error("QEMU has ended before its monitor answered: {status}; see the lines before")]
     Ended {
         /// How.
         status: ExitStatus,
@@ -115,6 +140,8 @@ impl Launch {
         if matches!(is_listened_on(&self.monitor), Ok(true)) {
             return Err(LaunchError::InUse { path: self.monitor.clone() });
         }
+        // Before the size of the memory is found to be no multiple of it.
+        self.huge_page_size.map(|size| huge_page_pool(size, Path::new(FOLDER))).transpose()?;
         let settings = Settings {
             purpose: self.purpose,
             monitor: &self.monitor,
@@ -122,6 +149,8 @@ impl Launch {
             default_huge_page_size: default_huge_page_size(),
         };
         let plan = command_line::plan(&self.arguments, &settings, &huge_page_size_of)?;
+        // QEMU would end by a signal, or with a sentence that says less.
+        check_huge_pages(plan.files(), Path::new(FOLDER))?;
         let files: Vec<OwnedFd> = plan.files().iter().map(make_file).collect::<Result<_, _>>()?;
         let arguments = plan.arguments(|index| files[index].as_raw_fd());
         let mut child = spawn(&arguments, &files)?;
@@ -192,6 +221,63 @@ fn make_file(file: &MemoryFile) -> Result<OwnedFd, LaunchError> {
     Ok(made)
 }
 
+/// Where the kernel tells of its huge pages.
+const FOLDER: &str = "/sys/kernel/mm/hugepages";
+
+/// Refuses huge pages that the kernel does not have. `folder` is [`FOLDER`].
+fn check_huge_pages(files: &[MemoryFile], folder: &Path) -> Result<(), LaunchError> {
+    let mut needed: BTreeMap<u64, u64> = BTreeMap::new();
+    for file in files {
+        if let Some(size) = file.huge_page_size {
+            *needed.entry(size).or_default() += file.size.div_ceil(size);
+        }
+    }
+    for (size, needed) in needed {
+        let pool = huge_page_pool(size, folder)?;
+        let count = |file: &str| -> Option<u64> {
+            std::fs::read_to_string(pool.join(file)).ok()?.trim().parse().ok()
+        };
+        let (Some(free), Some(reserved)) = (count("free_hugepages"), count("resv_hugepages"))
+        else {
+            // The kernel does not tell: QEMU finds out.
+            continue;
+        };
+        let more = count("nr_overcommit_hugepages").unwrap_or(0);
+        let more = more.saturating_sub(count("surplus_hugepages").unwrap_or(0));
+        let free = free.saturating_sub(reserved) + more;
+        if free < needed {
+            return Err(LaunchError::TooFewHugePages { size, needed, free });
+        }
+    }
+    Ok(())
+}
+
+/// What the kernel tells of its huge pages of this size.
+fn huge_page_pool(size: u64, folder: &Path) -> Result<PathBuf, LaunchError> {
+    let pool = folder.join(format!("hugepages-{}kB", size >> 10));
+    if size.is_multiple_of(1 << 10) && pool.is_dir() {
+        return Ok(pool);
+    }
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut sizes: Vec<u64> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let kib = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+            Some(kib.parse::<u64>().ok()? << 10)
+        })
+        .collect();
+    sizes.sort_unstable();
+    let sizes = sizes.into_iter().map(size_text).collect();
+    Err(LaunchError::NoSuchHugePages { size, sizes })
+}
+
+/// A size as options have it, such as 2M.
+fn size_text(size: u64) -> String {
+    let units = [(30, "G"), (20, "M"), (10, "K")];
+    let unit = units.into_iter().find(|(shift, _)| size > 0 && size.is_multiple_of(1 << shift));
+    unit.map_or_else(|| size.to_string(), |(shift, unit)| format!("{}{unit}", size >> shift))
+}
+
 /// Size of the pages of a file system with huge pages.
 fn huge_page_size_of(path: &Path) -> Option<u64> {
     let statfs = rustix::fs::statfs(path).ok()?;
@@ -217,4 +303,36 @@ pub fn monitor_beside(agent_socket: &Path) -> PathBuf {
     let mut path = agent_socket.as_os_str().to_owned();
     path.push(".qmp");
     path.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn huge_pages_that_are_missing_are_named_with_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let pool = folder.path().join("hugepages-2048kB");
+        std::fs::create_dir(&pool).unwrap();
+        std::fs::create_dir(folder.path().join("hugepages-1048576kB")).unwrap();
+        let set = |file: &str, count: u64| {
+            std::fs::write(pool.join(file), format!("{count}\n")).unwrap();
+        };
+        set("free_hugepages", 5);
+        set("resv_hugepages", 2);
+        let check = |size, huge_page_size| {
+            let name = "ram".to_owned();
+            let files = [MemoryFile { name, size, huge_page_size }];
+            check_huge_pages(&files, folder.path()).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(1 << 30, None), Ok(()));
+        assert_eq!(check(6 << 20, Some(2 << 20)), Ok(()));
+        let said = check(8 << 20, Some(2 << 20)).unwrap_err();
+        assert!(said.contains("needs 4 huge pages of 2M, and 3 are free"), "{said}");
+        assert!(said.contains("hugepages-2048kB/nr_hugepages"), "{said}");
+        set("nr_overcommit_hugepages", 1);
+        assert_eq!(check(8 << 20, Some(2 << 20)), Ok(()));
+        let said = check(6 << 20, Some(3 << 20)).unwrap_err();
+        assert_eq!(said, "3M is no size of huge pages on this machine; it has 2M, 1G");
+    }
 }
