@@ -5,7 +5,7 @@
 
 use super::parse::{
     parse_address, parse_bandwidth, parse_compression, parse_duration, parse_mode, parse_policy,
-    parse_resume, parse_timeout,
+    parse_resume, parse_throttle, parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs, PauseArgs};
 use clap::Args;
@@ -221,7 +221,7 @@ pub struct ChangeArgs {
     switch_after: Option<u32>,
     /// Least throttle of the guest in percent of its time, from the next pass on. The policy may
     /// throttle more.
-    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=99))]
+    #[arg(long, value_name = "PERCENT", value_parser = parse_throttle)]
     throttle: Option<u32>,
 }
 

@@ -59,8 +59,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => digits.parse(),
     };
-    let number = number
-        .map_err(|_| format!("\"{text}\": write a number of bytes, with K, M, G or T, as 2G"))?;
+    let number = number.map_err(|_| {
+        format!("\"{text}\": write a whole number of bytes, or of K, M, G or T, as 512M or 2G")
+    })?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" does not fit in 64 bits"))
 }
 
@@ -74,6 +75,17 @@ pub fn parse_block_size(text: &str) -> Result<u64, String> {
         return Ok(size);
     }
     Err(format!("\"{text}\": write a power of two of at least 4K, as 2M"))
+}
+
+/// Reads a throttle: a part of the guest's time.
+///
+/// # Errors
+/// If the text is malformed. The error says what is allowed.
+pub fn parse_throttle(text: &str) -> Result<u32, String> {
+    let percent = text.strip_suffix('%').unwrap_or(text).parse().ok();
+    percent
+        .filter(|percent| *percent <= 99)
+        .ok_or_else(|| format!("\"{text}\": write a number of percent from 0 to 99, as 20"))
 }
 
 /// Reads a bandwidth limit: as [`parse_size`], but at least [`MIN_BANDWIDTH`], or 0 for no limit.
@@ -159,6 +171,10 @@ mod tests {
         assert_eq!(parse_size("0x1000"), Ok(4096));
         for wrong in ["", "G", "-1", "99999999999T"] {
             assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!((parse_throttle("20"), parse_throttle("99%")), (Ok(20), Ok(99)));
+        for wrong in ["", "%", "100", "-1", "20%%", "half"] {
+            assert!(parse_throttle(wrong).unwrap_err().contains("from 0 to 99"), "{wrong}");
         }
         assert_eq!((parse_bandwidth("0"), parse_bandwidth("64K")), (Ok(0), Ok(64 << 10)));
         for wrong in ["1", "63K", "65535"] {
