@@ -26,10 +26,14 @@ pub struct CheckArgs {
     /// Print a JSON array with one object for each thing that was tried.
     #[arg(long)]
     json: bool,
-    /// The QEMU to look at, for pageferry qemu.
-    #[arg(long, value_name = "PROGRAM", default_value = "qemu-system-x86_64")]
-    qemu: PathBuf,
+    /// The QEMU to look at, for pageferry qemu. The command fails if it cannot be used [default:
+    /// qemu-system-x86_64, which may be missing]
+    #[arg(long, value_name = "PROGRAM")]
+    qemu: Option<PathBuf>,
 }
+
+/// The QEMU to look at if nobody names one.
+const DEFAULT_QEMU: &str = "qemu-system-x86_64";
 
 /// One thing that was tried.
 struct Finding {
@@ -43,16 +47,25 @@ struct Finding {
 /// `pageferry check`
 ///
 /// # Errors
-/// If the output cannot be written.
+/// If the output cannot be written, or the QEMU that was named cannot be used. What is missing is
+/// no error: it rules out only a part.
 pub fn run(args: &CheckArgs) -> Result<Exit, Box<dyn Error>> {
-    let findings = findings(&args.qemu);
-    let mut out = io::stdout().lock();
-    if args.json {
-        let objects: Vec<Value> = findings.iter().map(to_json).collect();
-        writeln!(out, "{}", Value::Array(objects))?;
-        return Ok(Exit::Done);
+    let findings = findings(args.qemu.as_deref().unwrap_or(Path::new(DEFAULT_QEMU)));
+    print(&findings, args.json)?;
+    let qemu = findings.into_iter().find(|finding| finding.name == qemu::PROGRAM);
+    match qemu.map(|finding| finding.found) {
+        Some(Err(why)) if args.qemu.is_some() => Err(why.into()),
+        _ => Ok(Exit::Done),
     }
-    for Finding { name, found, rules_out } in &findings {
+}
+
+fn print(findings: &[Finding], json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    if json {
+        let objects: Vec<Value> = findings.iter().map(to_json).collect();
+        return writeln!(out, "{}", Value::Array(objects));
+    }
+    for Finding { name, found, rules_out } in findings {
         match found {
             Ok(detail) => writeln!(out, "{name:20} yes  {detail}")?,
             Err(why) => {
@@ -61,7 +74,7 @@ pub fn run(args: &CheckArgs) -> Result<Exit, Box<dyn Error>> {
             }
         }
     }
-    Ok(Exit::Done)
+    Ok(())
 }
 
 fn to_json(finding: &Finding) -> Value {

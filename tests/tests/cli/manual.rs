@@ -62,8 +62,11 @@ fn check_names_what_it_found_and_what_a_lack_rules_out() {
     {
         assert!(names.contains(&name), "{names:?}");
     }
+    // What is missing is no failure, except a QEMU that somebody has named.
     let table = run(&["check", "--qemu", "/nowhere/qemu"]);
-    assert_eq!(table.status.code(), Some(0));
+    assert_eq!(table.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&table.stderr);
+    assert!(said.starts_with("pageferry: /nowhere/qemu: No such file"), "{said}");
     let text = String::from_utf8(table.stdout).unwrap();
     assert!(text.contains("qemu                 no   /nowhere/qemu: No such file"), "{text}");
 }

@@ -16,11 +16,14 @@ use std::time::{Duration, Instant};
 /// The oldest version of QEMU that is served.
 const QEMU: (u32, u32) = (10, 0);
 
+/// The name of what was found about the program itself.
+pub(super) const PROGRAM: &str = "qemu";
+
 /// Everything that was tried. `program` is QEMU.
 pub(super) fn findings(program: &Path) -> Vec<Finding> {
     vec![
         Finding {
-            name: "qemu",
+            name: PROGRAM,
             found: version(program),
             rules_out: "pageferry qemu run and receive with this program (--qemu names another)",
         },
