@@ -15,6 +15,7 @@ Exit codes:
   2    the command line is wrong
   3    the postcopy is paused: recover it
   130  Ctrl-C ended the command; a job that it watched goes on
+  141  the reader of its output has gone; a job that it watched goes on
 `pageferry qemu run` and `receive` end with the exit code of QEMU.";
 
 /// How a command ended.
