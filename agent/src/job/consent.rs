@@ -34,7 +34,8 @@ impl OwnGuest {
             // A VMM that was started for this guest has had none.
             Self::Kept => "; a guest that this VMM had before goes on",
             Self::Replaced => {
-                "; the memory here was cleared for it, so a guest that this VMM had before is lost"
+                "; the memory here was cleared for it, so a guest that this VMM had before, if \
+                 any, is lost"
             }
         }
     }

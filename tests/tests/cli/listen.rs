@@ -171,7 +171,7 @@ fn a_guest_that_was_given_up_for_one_that_dies_on_its_way_is_said_to_be_lost() {
     let listened = listening.wait_with_output().unwrap();
     assert_eq!(listened.status.code(), Some(1));
     let said = stderr(&listened);
-    assert!(said.contains("so a guest that this VMM had before is lost"), "{said}");
+    assert!(said.contains("so a guest that this VMM had before, if any, is lost"), "{said}");
     assert_eq!(destination.vmm.client.ownership(), Ownership::Awaiting);
 }
 

@@ -82,7 +82,7 @@ pub enum Error {
     /// The machine's memory is an object that is not in the command line.
     #[error(
         "-machine memory-backend={id} names no memory object of this command line; add an -object \
-         memory-backend-memfd with id={id}, or leave memory-backend out"
+         memory-backend-ram with id={id}, or leave memory-backend out"
     )]
     NoSuchBackend {
         /// The name.

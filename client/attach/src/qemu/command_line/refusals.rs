@@ -47,8 +47,7 @@ fn refusal(name: &str, value: &str, purpose: Purpose) -> Option<(String, &'stati
         ("numa", _) => {
             let node = KeyValues::parse(value, Some("type"));
             let size = node.get("mem")?;
-            let advice =
-                "add an -object memory-backend-memfd for each node, and name it by memdev=";
+            let advice = "add an -object memory-backend-ram for each node, and name it by memdev=";
             Some((format!(" node,mem={size}"), advice))
         }
         ("device", _) => device(value),
