@@ -261,6 +261,24 @@ mod tests {
     }
 
     #[test]
+    fn monitor_of_another_process_is_refused() {
+        let mut other = Command::new("sleep").arg("60").spawn().unwrap();
+        let ((own, others), _) = at_monitor(
+            |_| Some(DONE.to_owned()),
+            |path| {
+                let monitor = Monitor::connect(path).unwrap();
+                let own = check_is_of(&monitor, std::process::id());
+                // This one listens, and lives.
+                (own, check_is_of(&monitor, other.id()))
+            },
+        );
+        other.kill().unwrap();
+        other.wait().unwrap();
+        own.unwrap();
+        assert!(matches!(others, Err(MonitorError::OtherProcess { .. })), "{others:?}");
+    }
+
+    #[test]
     fn a_guest_that_runs_or_was_given_up_is_left_alone() {
         assert!(commands(b"").is_empty());
         assert!(commands(b"n\n").is_empty());
