@@ -8,7 +8,6 @@ use crate::process::target::{ProcessError, TargetProcess};
 use pageferry_protocol::control::unix_path::is_listened_on;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -224,15 +223,14 @@ fn make_file(file: &MemoryFile) -> Result<OwnedFd, LaunchError> {
 /// Where the kernel tells of its huge pages.
 const FOLDER: &str = "/sys/kernel/mm/hugepages";
 
-/// Refuses huge pages that the kernel does not have. `folder` is [`FOLDER`].
+/// Refuses huge pages for the memory of `-m` that the kernel does not have. `folder` is [`FOLDER`].
+///
+/// Memory objects of the user are left to QEMU: with `reserve=off` they may be larger than the
+/// pool, as those of virtio-mem are.
 fn check_huge_pages(files: &[MemoryFile], folder: &Path) -> Result<(), LaunchError> {
-    let mut needed: BTreeMap<u64, u64> = BTreeMap::new();
-    for file in files {
-        if let Some(size) = file.huge_page_size {
-            *needed.entry(size).or_default() += file.size.div_ceil(size);
-        }
-    }
-    for (size, needed) in needed {
+    for file in files.iter().filter(|file| file.name == command_line::RAM) {
+        let Some(size) = file.huge_page_size else { continue };
+        let needed = file.size / size;
         let pool = huge_page_pool(size, folder)?;
         let count = |file: &str| -> Option<u64> {
             std::fs::read_to_string(pool.join(file)).ok()?.trim().parse().ok()
@@ -321,7 +319,7 @@ mod tests {
         set("free_hugepages", 5);
         set("resv_hugepages", 2);
         let check = |size, huge_page_size| {
-            let name = "ram".to_owned();
+            let name = command_line::RAM.to_owned();
             let files = [MemoryFile { name, size, huge_page_size }];
             check_huge_pages(&files, folder.path()).map_err(|error| error.to_string())
         };
