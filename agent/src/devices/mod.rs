@@ -10,8 +10,8 @@
 //! - [`port`]: a device, as the rest of the agent sees it;
 //! - [`device`]: what a kind of device has to do;
 //! - [`socket`]: waits for a front-end, and serves one after another;
-//! - [`relay`] and `messages`: hand messages from the front-end to the back-end library, and look at
-//!   them on the way;
+//! - [`relay`] and `messages`: hand messages from the front-end to the back-end library, and look
+//!   at them on the way;
 //! - [`back_end`]: the back-end library's side: features, configuration and events of any device;
 //! - `library_fds`: descriptors that the library has;
 //! - [`queues`]: takes buffers from queues and returns them; [`buffer`]: one of them;

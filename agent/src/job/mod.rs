@@ -440,7 +440,8 @@ impl Job {
     }
 
     /// Refuses populates from the start. Only for a job that has not started, and on the connection
-    /// that populates, so no populate is running. A device may be, and the job's thread waits for it.
+    /// that populates, so no populate is running. A device may be, and the job's thread waits for
+    /// it.
     pub fn start_refusing_populates(&self) {
         self.state().populates_refused = true;
     }

@@ -2,15 +2,16 @@
 
 //! Placing pages into shared memory through a mapping of the agent's own, by `UFFDIO_COPY`.
 //!
-//! A `write` to shared memory holds the lock of the file for the whole call. So all threads together
-//! place at the rate of one, and those that wait burn their processors. `UFFDIO_COPY` takes no such
-//! lock. It also allocates single pages on all shared memory, which a `write` does not: see
-//! [`super::small_pages`].
+//! A `write` to shared memory holds the lock of the file for the whole call. So all threads
+//! together place at the rate of one, and those that wait burn their processors. `UFFDIO_COPY`
+//! takes no such lock. It also allocates single pages on all shared memory, which a `write` does
+//! not: see [`super::small_pages`].
 //!
-//! The agent maps the block, and registers the mapping with a userfaultfd of its own, which takes no
-//! privilege. It registers for minor faults, none of which can occur: a mapping that is registered
-//! for missing faults would keep the kernel from making large pages (see [`super::large_pages`]). Nobody touches the mapping: no page fault occurs, and a file that shrinks is an error
-//! of the call instead of SIGBUS.
+//! The agent maps the block, and registers the mapping with a userfaultfd of its own, which takes
+//! no privilege. It registers for minor faults, none of which can occur: a mapping that is
+//! registered for missing faults would keep the kernel from making large pages (see
+//! [`super::large_pages`]). Nobody touches the mapping: no page fault occurs, and a file that
+//! shrinks is an error of the call instead of SIGBUS.
 //!
 #![allow(unsafe_code)]
 

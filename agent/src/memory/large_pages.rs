@@ -57,8 +57,8 @@ struct Range {
     length: usize,
 }
 
-// SAFETY: the mapping is shared memory that other processes have, too. It is only written, by copies
-// of bytes, to ranges that no other thread of this agent writes to.
+// SAFETY: the mapping is shared memory that other processes have, too. It is only written, by
+// copies of bytes, to ranges that no other thread of this agent writes to.
 unsafe impl Send for LargePages {}
 // SAFETY: as above.
 unsafe impl Sync for LargePages {}

@@ -49,7 +49,8 @@
 //! - [`huge`]: writes to hugetlbfs, which needs a mapping;
 //! - [`placement`]: how pages come into a file; [`file_placer`]: through a mapping, of which
 //!   [`mapped_pieces`] knows what is mapped; [`large_pages`]: pages of 2 MiB; [`small_pages`]:
-//!   single pages on a tmpfs that hands out huge ones; [`unsettled`]: large pages that may not fill;
+//!   single pages on a tmpfs that hands out huge ones; [`unsettled`]: large pages that may not
+//!   fill;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping
 //!   ([`vmm-survives`](crate::invariants#vmm-survives));
 //! - [`error`]: what can go wrong with the memory.
