@@ -188,10 +188,11 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         let folder = tempfile::tempdir().unwrap();
         let image = folder.path().join("image");
         let mut agent = Agent::spawn();
-        let guest = hasty(&agent, stamped());
-        // The whole snapshot takes a second, so the agent hangs in the middle.
-        let options =
-            SnapshotOptions { mode, bandwidth: PAGES * PAGE_SIZE, ..SnapshotOptions::default() };
+        // The agent saves pieces of 1 MiB, and waits for the limit after each but the last. So the
+        // whole snapshot takes seconds, and the agent hangs in the middle.
+        let (pages, bandwidth) = (2048, 1 << 20);
+        let guest = hasty(&agent, Ram::odd(pages).stamped());
+        let options = SnapshotOptions { mode, bandwidth, ..SnapshotOptions::default() };
         guest.client.start_snapshot(&image, &options).unwrap();
         wait_until("the memory to be saved", SOON, || {
             guest.client.status().unwrap().phase == Phase::Saving
@@ -202,10 +203,15 @@ fn an_agent_that_was_given_up_gives_no_image_its_name() {
         wait_until("the agent to be lost", SOON, || !lock(&guest.vmm.asked).losses.is_empty())
             .unwrap();
         assert!(!guest.vmm.is_paused());
-        (0..PAGES).for_each(|page| guest.write(page, 7));
+        (0..pages).for_each(|page| guest.write(page, 7));
         agent.thaw();
         assert!(!agent.ends_well(), "the agent was killed when it was lost");
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        let left: Vec<_> = std::fs::read_dir(folder.path())
+            .unwrap()
+            .flatten()
+            .map(|entry| entry.file_name())
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
         let next = Agent::spawn();
         guest.reattach(next.socket());
         let job = guest

@@ -93,7 +93,8 @@ fn idle_connections_keep_out_neither_a_vmm_nor_an_operator() {
 fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
     let agent = Listening::start();
     let stop = AtomicBool::new(false);
-    let deaf = AtomicU64::new(0);
+    // Connections whose replies nobody reads, and those that made room for others.
+    let crowd = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..160 {
             scope.spawn(|| {
@@ -104,19 +105,18 @@ fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
                     // Until the agent ends the connection: it takes no more requests, because its
                     // replies are not read.
                     while !stop.load(Ordering::Relaxed) {
-                        match stream.write_all(&requests) {
-                            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                                deaf.fetch_add(1, Ordering::Relaxed);
+                        if let Err(error) = stream.write_all(&requests) {
+                            crowd.fetch_add(1, Ordering::Relaxed);
+                            if error.kind() != std::io::ErrorKind::WouldBlock {
+                                break;
                             }
-                            Err(_) => break,
-                            Ok(()) => {}
                         }
                     }
                 }
             });
         }
         let _stop = OnDrop(|| stop.store(true, Ordering::Relaxed));
-        while deaf.load(Ordering::Relaxed) < 200 {
+        while crowd.load(Ordering::Relaxed) < 200 {
             std::thread::yield_now();
         }
         let vmm = Attached::new(&agent.path, Ram::odd(16));
