@@ -46,6 +46,7 @@ pub mod in_process;
 pub mod linux_guest;
 pub mod memory;
 pub mod mock_vmm;
+pub mod on_drop;
 pub mod plug;
 pub mod process;
 pub mod proxy;

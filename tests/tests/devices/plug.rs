@@ -2,11 +2,15 @@
 
 //! virtio-mem with a driver of our own.
 
+use pageferry_protocol::control::request::Request;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::front_end::driver::Driver;
 use pageferry_tests::front_end::host::{MEM_AREA, MEM_BLOCK, PLUGGABLE_GPA};
 use pageferry_tests::front_end::mem::{Answer, request};
 use pageferry_tests::front_end::{DeviceHost, MemDriver, Piece};
+use pageferry_tests::on_drop::OnDrop;
+use pageferry_tests::scenario::RawClient;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const ACK: Answer = Answer::Ack(0);
@@ -54,6 +58,32 @@ fn blocks_are_plugged_and_unplugged_as_the_driver_asks() {
     assert_eq!(host.block(1).allocated().unwrap(), 0);
     assert_eq!(mem.state(0, 4), UNPLUGGED);
     assert_eq!(mem.plugged(), 0);
+}
+
+/// Linux compares the plugged size with its own count, and warns if they differ.
+#[test]
+fn driver_reads_what_it_was_told_whoever_asks_meanwhile() {
+    let (host, mut mem) = requested(4);
+    let path = host.agent.socket().to_owned();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let mut operator = RawClient::connect(&path);
+                while !stop.load(Ordering::Relaxed) {
+                    let ask = Request::PluggedMemory { requested: None };
+                    operator.ask(&ask, Vec::new()).unwrap();
+                }
+            });
+        }
+        let _stop = OnDrop(|| stop.store(true, Ordering::Relaxed));
+        for round in 0..500 {
+            assert_eq!(mem.plug(0, 2), ACK, "round {round}");
+            assert_eq!(mem.plugged(), 2 * MEM_BLOCK, "round {round}");
+            assert_eq!(mem.unplug(0, 2), ACK, "round {round}");
+            assert_eq!(mem.plugged(), 0, "round {round}");
+        }
+    });
 }
 
 #[test]

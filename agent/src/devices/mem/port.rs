@@ -4,7 +4,7 @@
 
 use super::device::VirtioMem;
 use super::plugged::{PluggedBlock, region_of};
-use super::wire::{REQUEST_SIZE, RESPONSE_SIZE};
+use super::wire::{CONFIG_SIZE, REQUEST_SIZE, RESPONSE_SIZE};
 use crate::devices::access::SessionMemory;
 use crate::devices::buffer::Buffer;
 use crate::devices::device::{Device, Handled};
@@ -29,7 +29,8 @@ pub struct MemDevice {
     options: MemOptions,
     session: Arc<dyn SessionMemory>,
     state: Mutex<State>,
-    /// The configuration when the state was free last.
+    /// The configuration, as every request that was answered has left it. It is locked after the
+    /// state, or alone.
     config: Mutex<Vec<u8>>,
 }
 
@@ -53,7 +54,8 @@ struct State {
 impl MemDevice {
     /// A device on the memory of `session`.
     pub fn new(options: MemOptions, session: Arc<dyn SessionMemory>) -> Self {
-        Self { options, session, state: Mutex::default(), config: Mutex::default() }
+        let config = Mutex::new(vec![0; CONFIG_SIZE]);
+        Self { options, session, state: Mutex::default(), config }
     }
 
     /// How it is configured.
@@ -107,7 +109,24 @@ impl MemDevice {
     /// Runs `act` on the state machine. `None` if the block is not there, or cannot be the region.
     fn with_device<T>(&self, act: impl FnOnce(&mut VirtioMem<PluggedBlock>) -> T) -> Option<T> {
         let memory = self.session.memory()?;
-        lock(&self.state).on(&self.options, &memory, act)
+        self.on(&mut lock(&self.state), &memory, act)
+    }
+
+    /// As [`State::on`]. Publishes the configuration before the driver can hear of the outcome:
+    /// Linux compares it with what it was told.
+    fn on<T>(
+        &self, state: &mut State, memory: &Arc<GuestMemory>,
+        act: impl FnOnce(&mut VirtioMem<PluggedBlock>) -> T,
+    ) -> Option<T> {
+        let done = state.on(&self.options, memory, |device| {
+            let done = act(device);
+            (done, device.config().encode().to_vec())
+        });
+        // Without a block there is nothing to plug.
+        let (done, config) = done
+            .map_or_else(|| (None, vec![0; CONFIG_SIZE]), |(done, config)| (Some(done), config));
+        *lock(&self.config) = config;
+        done
     }
 }
 
@@ -186,17 +205,11 @@ impl Device for MemDevice {
     }
 
     fn config(&self) -> Vec<u8> {
-        let mut config = lock(&self.config);
-        let memory = self.session.memory();
-        // While a request waits for a disk, the driver reads what held before.
-        if let (Ok(mut state), Some(memory)) = (self.state.try_lock(), memory) {
-            // Without a block there is nothing to plug.
-            *config = state
-                .on(&self.options, &memory, |device| device.config().encode().to_vec())
-                .unwrap_or_default();
+        // While a request waits for a disk, the driver reads what held before it.
+        if let (Ok(mut state), Some(memory)) = (self.state.try_lock(), self.session.memory()) {
+            self.on(&mut state, &memory, |_| ());
         }
-        config.resize(super::wire::CONFIG_SIZE, 0);
-        config.clone()
+        lock(&self.config).clone()
     }
 
     fn take_config_change(&self) -> bool {
@@ -215,7 +228,7 @@ impl Device for MemDevice {
         };
         let room = buffer.writable().iter().map(|piece| piece.length).sum::<u64>();
         let room = usize::try_from(room).unwrap_or(usize::MAX);
-        let handled = state.on(&self.options, memory.memory(), |device| {
+        let handled = self.on(&mut state, memory.memory(), |device| {
             device.check_features(features).map_err(|error| error.to_string())?;
             device.handle(&request, room).map_err(|error| error.to_string())
         });

@@ -7,6 +7,7 @@ use pageferry_protocol::control::Frame;
 use pageferry_protocol::control::frame::FrameHeader;
 use pageferry_protocol::control::request::Request;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::on_drop::OnDrop;
 use pageferry_tests::scenario::{Attached, Listening, Ram, SOON};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -125,13 +126,4 @@ fn too_many_silent_connections_keep_out_no_vmm_or_operator() {
             vmm.client.status().unwrap();
         }
     });
-}
-
-/// Calls the function on drop, also if a check fails.
-struct OnDrop<F: Fn()>(F);
-
-impl<F: Fn()> Drop for OnDrop<F> {
-    fn drop(&mut self) {
-        (self.0)();
-    }
 }
