@@ -200,7 +200,7 @@ fn handle_until_stopped(
     let mut shortage = ShortageReport::new(job);
     let mut cancelled = Some(job.cancel.fd());
     loop {
-        let demanded = missing_pages.demanded().as_fd();
+        let demanded = missing_pages.demands().event().as_fd();
         let woken = wait_for(missing_pages.uffd(), stop, Some(demanded), cancelled);
         match woken.map_err(PlaceError::Read)? {
             Woken::Stopped => return Ok(()),

@@ -38,6 +38,15 @@ pub enum BackingError {
         /// The end of the access, in bytes from the start of the block.
         end: u64,
     },
+    /// A write through a mapping raised SIGBUS.
+    #[error(
+        "the memory went away while byte {at:#x} of the block was written: the file was truncated, its \
+         file system is full, or the memory has failed"
+    )]
+    Lost {
+        /// Where the write began, in bytes from the start of the block.
+        at: u64,
+    },
     /// The pool has no huge page left.
     #[error("no huge page of {} kB is free for byte {at:#x} of the block: raise {pool}/nr_hugepages", size >> 10)]
     NoHugePage {

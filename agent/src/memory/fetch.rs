@@ -45,7 +45,7 @@ impl GuestMemory {
             if Instant::now() >= end || !go_on() {
                 return false;
             }
-            missing_pages.demand(missing);
+            missing_pages.demands().add(missing);
             std::thread::sleep(LOOK);
         }
     }

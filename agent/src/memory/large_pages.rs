@@ -145,7 +145,7 @@ impl LargePages {
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at as usize), bytes.len());
         }
         if self.guard.was_lost() {
-            return Err(BackingError::Truncated { end });
+            return Err(BackingError::Lost { at });
         }
         self.mapped.note(at, bytes.len() as u64, |at, length| self.unmap(at, length));
         Ok(())
@@ -320,7 +320,7 @@ mod tests {
         }
         rustix::fs::ftruncate(&file, LARGE).unwrap();
         let error = large.copy(LARGE + 8, &[1; 16]).unwrap_err();
-        assert!(matches!(error, BackingError::Truncated { end } if end == LARGE + 24), "{error}");
+        assert!(matches!(error, BackingError::Lost { at } if at == LARGE + 8), "{error}");
     }
 
     #[test]

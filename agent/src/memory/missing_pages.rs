@@ -44,6 +44,8 @@
 //! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
 //! [`super::fault_ordering`], and a model checker tries all orders of them.
 
+mod demands;
+
 use super::block::Block;
 use super::fault_ordering::{Requested, request, requested_of};
 use super::fence::Readers;
@@ -63,6 +65,8 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::yield_now;
 use std::time::{Duration, Instant};
+
+pub use demands::Demands;
 
 /// How often an arrival is tried again while the VMM changes its mappings, and the pause between
 /// two tries. Minutes in all: the VMM may not get a processor for a while, and an error here loses
@@ -104,10 +108,8 @@ pub struct MissingPages {
     load: Mutex<StateLoad>,
     /// Odd while faults are read and answered.
     answering: AtomicU64,
-    /// Host pages that a device of this agent needs, and the event for the thread that handles
-    /// faults.
-    demands: Mutex<Vec<(usize, u64)>>,
-    demanded: Event,
+    /// What devices of this agent need.
+    demands: Demands,
 }
 
 /// Held while faults are read and answered. Ends on drop.
@@ -158,8 +160,7 @@ impl MissingPages {
             event: Event::new().map_err(PlaceError::Event)?,
             load: Mutex::new(StateLoad::Loading),
             answering: AtomicU64::new(0),
-            demands: Mutex::default(),
-            demanded: Event::new().map_err(PlaceError::Event)?,
+            demands: Demands::new().map_err(PlaceError::Event)?,
         })
     }
 
@@ -178,24 +179,14 @@ impl MissingPages {
         &self.event
     }
 
-    /// Has the thread that handles faults fetch these host pages, as if the guest had touched them.
-    pub fn demand(&self, host_pages: Vec<(usize, u64)>) {
-        lock(&self.demands).extend(host_pages);
-        self.demanded.signal();
-    }
-
-    /// Readable when there are demands.
-    pub fn demanded(&self) -> &Event {
-        &self.demanded
+    /// What devices of this agent need.
+    pub fn demands(&self) -> &Demands {
+        &self.demands
     }
 
     /// Takes the demands that are still missing.
     pub fn take_demands(&self) -> Vec<(usize, u64)> {
-        self.demanded.reset();
-        let mut demands = std::mem::take(&mut *lock(&self.demands));
-        demands.retain(|(at, host_page)| self.missing.block(*at).bits().contains(*host_page));
-        demands.dedup();
-        demands
+        self.demands.take(&self.missing)
     }
 
     /// Wakes the job's thread.
