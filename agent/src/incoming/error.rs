@@ -50,7 +50,10 @@ pub enum IncomingError {
         source: DecompressError,
     },
     /// The destination has host pages too large for postcopy.
-    #[error("block {id}: the host page size is {}, postcopy takes at most {}", bytes(*size), bytes(*limit))]
+    #[error(
+        "block {id}: the host page size is {}, postcopy takes at most {}",
+        bytes(*size), bytes(*limit)
+    )]
     HostPageTooLarge {
         /// The block.
         id: u32,

@@ -98,9 +98,9 @@ impl SharedSession {
     /// Answers PLUGGED_MEMORY.
     pub(super) fn plugged_memory(&self, requested: Option<u64>) -> Answer {
         let Some((mem, port)) = self.devices.mem() else {
-            let sentence = "this agent has no virtio-mem device: start it with --mem PATH, or have the VMM \
-                            connect to one (Client::device_socket); a QEMU of pageferry qemu uses its own \
-                            (virtio-mem-pci)";
+            let sentence = "this agent has no virtio-mem device: start it with --mem PATH, or have \
+                            the VMM connect to one (Client::device_socket); a QEMU of pageferry \
+                            qemu uses its own (virtio-mem-pci)";
             return Err(RemoteError::new(ErrorCode::NotFound, sentence));
         };
         if let Some(requested) = requested {
@@ -117,9 +117,9 @@ impl SharedSession {
     /// Answers BALLOON.
     pub(super) fn balloon(&self, target: Option<u64>, ask_stats: bool) -> Answer {
         let Some((balloon, port)) = self.devices.balloon() else {
-            let sentence = "this agent has no balloon: start it with --balloon PATH, or have the VMM connect \
-                            to one (Client::device_socket); a QEMU of pageferry qemu uses its own (balloon in \
-                            its monitor)";
+            let sentence = "this agent has no balloon: start it with --balloon PATH, or have the \
+                            VMM connect to one (Client::device_socket); a QEMU of pageferry qemu \
+                            uses its own (balloon in its monitor)";
             return Err(RemoteError::new(ErrorCode::NotFound, sentence));
         };
         if let Some(target) = target {

@@ -109,7 +109,7 @@ impl SharedSession {
             session.check_can_start()?;
             session.hooks.clone()
         };
-        match hooks.ask(&Hook::ProbeGuest, timeout.min(QUESTION_TIMEOUT)) {
+        match hooks.ask(&Hook::CheckGuest, timeout.min(QUESTION_TIMEOUT)) {
             Err(HookError::Refused { error, .. }) if error.code != ErrorCode::Unsupported => {
                 Err(RemoteError::new(ErrorCode::State, error.sentence))
             }

@@ -247,7 +247,7 @@ impl HookChannel {
             }
             Hook::LoadState { pieces } => guest::load_state(context, pieces, fds, hooks),
             Hook::ExpectGuest { origin } => guest::expect_guest(context, &origin, hooks),
-            Hook::ProbeGuest => guest::probe_guest(context, hooks),
+            Hook::CheckGuest => guest::check_guest(context, hooks),
             Hook::AcceptGuest { origin } => guest::accept_guest(context, &origin, hooks),
             Hook::StartTracking { sources } => trackers::start(context, sources, hooks),
             Hook::StopTracking { sources } => trackers::stop(context, sources, hooks),

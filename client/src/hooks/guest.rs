@@ -130,7 +130,7 @@ pub(super) fn expect_guest(
 }
 
 /// Asks the VMM whether it has a guest. Nothing changes.
-pub(super) fn probe_guest(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<()> {
+pub(super) fn check_guest(context: &HookContext, hooks: &mut dyn Hooks) -> Reply<()> {
     let _guest_hooks = context.ownership.lock_guest_hooks();
     hooks.check_guest().map_err(failed)
 }

@@ -34,7 +34,7 @@ pub mod code {
     pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
     pub const EXPECT_GUEST: u32 = 0x2011;
-    pub const PROBE_GUEST: u32 = 0x2012;
+    pub const CHECK_GUEST: u32 = 0x2012;
 }
 
 /// Largest number of pages in one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -127,7 +127,7 @@ pub enum Hook {
         origin: GuestOrigin,
     },
     /// An operator wants to migrate or save the guest: does this VMM have one? Nothing changes.
-    ProbeGuest,
+    CheckGuest,
     /// An operator wants to bring another guest here: may the memory of this VMM be filled, and
     /// its guest, if it has one, be given up?
     AcceptGuest {
@@ -207,7 +207,7 @@ impl Hook {
             Self::WatchWrites => code::WATCH_WRITES,
             Self::UnwatchWrites => code::UNWATCH_WRITES,
             Self::ExpectGuest { .. } => code::EXPECT_GUEST,
-            Self::ProbeGuest => code::PROBE_GUEST,
+            Self::CheckGuest => code::CHECK_GUEST,
             Self::AcceptGuest { .. } => code::ACCEPT_GUEST,
             Self::Event { .. } => code::EVENT,
         }
@@ -232,7 +232,7 @@ impl Hook {
             Self::WatchWrites => "watch writes",
             Self::UnwatchWrites => "unwatch writes",
             Self::ExpectGuest { .. } => "expect guest",
-            Self::ProbeGuest => "probe guest",
+            Self::CheckGuest => "check guest",
             Self::AcceptGuest { .. } => "accept guest",
             Self::Event { .. } => "event",
         }
@@ -312,7 +312,7 @@ impl Hook {
             code::EXPECT_GUEST => {
                 GuestOrigin::decode(decoder).map(|origin| Self::ExpectGuest { origin })
             }
-            code::PROBE_GUEST => Ok(Self::ProbeGuest),
+            code::CHECK_GUEST => Ok(Self::CheckGuest),
             code::ACCEPT_GUEST => {
                 GuestOrigin::decode(decoder).map(|origin| Self::AcceptGuest { origin })
             }

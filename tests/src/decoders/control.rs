@@ -363,7 +363,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,
-        Hook::ProbeGuest,
+        Hook::CheckGuest,
         Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/images/mönday.img".into() } },
         Hook::Event { status: Box::new(status()) },
     ];

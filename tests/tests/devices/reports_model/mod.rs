@@ -2,7 +2,8 @@
 
 //! Reports that come as fast as the driver can put them, while the guest's memory is on its way: a
 //! page that was written keeps its content, and a page that was reported and not written again has
-//! its old content or zeroes (laws 1 to 7 of docs/invariants.md).
+//! its old content or zeroes (`never-read`, `never-populate` and `same-memory` of
+//! docs/invariants.md).
 //!
 //! - [`guest`]: a guest that writes, checks and reports the pages of a pool;
 //! - this file: the jobs.

@@ -148,7 +148,7 @@ fn examples_of_hooks() -> Vec<Hook> {
         Hook::WatchWrites,
         Hook::UnwatchWrites,
         Hook::ExpectGuest { origin: GuestOrigin::Migration { address: "unix:/a".into() } },
-        Hook::ProbeGuest,
+        Hook::CheckGuest,
         Hook::AcceptGuest { origin: GuestOrigin::Image { path: "/image".into() } },
         Hook::Event { status: Box::default() },
     ]

@@ -35,7 +35,7 @@ pub mod code {
     pub const ACCEPT_GUEST: u32 = 0x200f;
     pub const PROBE_FAULTS: u32 = 0x2010;
     pub const EXPECT_GUEST: u32 = 0x2011;
-    pub const PROBE_GUEST: u32 = 0x2012;
+    pub const CHECK_GUEST: u32 = 0x2012;
 }
 
 /// What a test wants instead of success.
@@ -211,7 +211,7 @@ fn succeed(
             }
         }
         code::START_TRACKING | code::STOP_TRACKING => {}
-        code::RELINQUISH | code::EXPECT_GUEST | code::PROBE_GUEST | code::ACCEPT_GUEST => {}
+        code::RELINQUISH | code::EXPECT_GUEST | code::CHECK_GUEST | code::ACCEPT_GUEST => {}
         other => panic!("hook {other:#x} is not in the document"),
     }
     answer(sequence, &success, &[]);
