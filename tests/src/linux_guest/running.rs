@@ -119,3 +119,12 @@ impl RunningGuest {
         &self.sockets
     }
 }
+
+/// A failed test says what QEMU and the guest's kernel said: often the only trace of the reason.
+impl Drop for RunningGuest {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.messages());
+        }
+    }
+}

@@ -4,7 +4,8 @@
 
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    Mode, OutgoingOptions, Parameters, Phase, RestoreMode, RestoreOptions, SnapshotOptions,
+    MIN_BANDWIDTH, Mode, OutgoingOptions, Parameters, Phase, RestoreMode, RestoreOptions,
+    SnapshotOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::files::memfd;
@@ -119,10 +120,11 @@ fn what_a_device_writes_is_in_the_front_ends_dirty_log() {
 fn what_a_device_writes_during_a_migration_arrives() {
     let source = DeviceHost::with_pluggable(16 * MEM_BLOCK);
     let destination = DeviceHost::with_pluggable(16 * MEM_BLOCK);
-    source.block(0).fill(PageRange::new(FIRST, 256), 1).unwrap();
+    // The first pass takes a minute: it cannot end before the device has written.
+    source.block(0).fill(PageRange::new(FIRST, 1024), 1).unwrap();
     let mut mem = source.mem();
     source.mem_status(&["--requested", &(8 * MEM_BLOCK).to_string()]);
-    let slow = OutgoingOptions { bandwidth: 256 << 10, ..OutgoingOptions::default() };
+    let slow = OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..OutgoingOptions::default() };
     let jobs = source.start_move(&destination, &slow);
     source.vmm.wait_phase(Phase::Passes, SOON).unwrap();
     // The queue itself may be sent already. The driver's writes are marked in the log, as a
@@ -167,8 +169,11 @@ fn queues_that_have_not_arrived_yet_are_fetched() {
     balloon.driver.queue(0).put(&[pageferry_tests::front_end::Piece::readable(gpa, 16)]);
     source.block(0).mark(source.block(0).all());
     // Hardly any page is pushed.
-    let options =
-        OutgoingOptions { mode: Mode::Postcopy, bandwidth: 64 << 10, ..OutgoingOptions::default() };
+    let options = OutgoingOptions {
+        mode: Mode::Postcopy,
+        bandwidth: MIN_BANDWIDTH,
+        ..OutgoingOptions::default()
+    };
     let jobs = source.start_move(&destination, &options);
     destination.vmm.wait_phase(Phase::Postcopy, SOON).unwrap();
     assert_eq!(bases[&0], 0);
@@ -208,7 +213,7 @@ fn background_snapshot_has_the_memory_of_its_instant() {
         let _ = sent.send(bytes);
         Ok(())
     });
-    let options = SnapshotOptions { bandwidth: 256 << 10, ..SnapshotOptions::default() };
+    let options = SnapshotOptions { bandwidth: MIN_BANDWIDTH, ..SnapshotOptions::default() };
     let job = host.vmm.start_snapshot(&image, &options).unwrap();
     let instant = instant.recv_timeout(SOON).unwrap();
     host.vmm.wait_phase(Phase::Saving, SOON).unwrap();
