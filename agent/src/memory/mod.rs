@@ -11,6 +11,7 @@
 //! - [`guest_memory`]: all blocks of a guest, and who is told of their discards;
 //! - [`mappings`]: the addresses at which the VMM has mapped the blocks;
 //! - [`host_page_set`]: sets of host pages from which threads take pages;
+//! - [`chunks`]: how several threads share a walk over all blocks;
 //! - [`current`]: whether this agent is still the current one of its VMM.
 //!
 //! Discards and their order with readers:
@@ -59,6 +60,7 @@ pub mod backing;
 pub mod block;
 pub mod bus_guard;
 pub mod capture_ordering;
+pub mod chunks;
 pub mod copy_before_write;
 pub mod current;
 pub mod cursor;

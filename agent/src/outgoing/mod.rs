@@ -10,6 +10,7 @@
 //! - [`fixup`]: syncs the trackers, and clears discarded pages
 //!   ([`fix-up-after-sync`](crate::invariants#fix-up-after-sync));
 //! - [`pass`]: one walk of all workers over the dirty pages;
+//! - [`clear_ahead`]: clears the VMM's tracker before the workers read;
 //! - [`sender`]: reads pages and sends them in batches
 //!   ([`never-read`](crate::invariants#never-read) and
 //!   [`clear-then-read`](crate::invariants#clear-then-read));
@@ -25,6 +26,7 @@
 //! If the migration fails before the commit point, the guest continues here, and the trackers and
 //! the throttle are off again.
 
+pub mod clear_ahead;
 pub mod compress;
 pub mod connect;
 pub mod converge;

@@ -2,13 +2,18 @@
 
 //! A pass: one walk of all workers over the dirty pages.
 //!
-//! The memory is cut into chunks, and the workers claim them from one atomic counter. Each worker
+//! The memory is cut into chunks, which the workers claim one by one ([`Chunks`]). Each worker
 //! takes the dirty bits of its chunk, reads the pages, finds the zero pages, and sends on its own
 //! stream. So no thread scans for the others, and a slow worker or stream claims fewer chunks.
+//!
+//! The less is dirty, the smaller are the chunks of a pass. Otherwise the pages that a guest keeps
+//! writing, which often lie in one piece, would be one or two chunks. In the last pass, while the
+//! guest is paused, all other streams would wait for the streams that have them.
 //!
 //! The destination answers when it has applied the pass. If one worker fails, the others stop at
 //! their next chunk, and the pass fails.
 
+use super::clear_ahead::{ClearAhead, UNIT};
 use super::fixup::DirtyState;
 use super::migration::Migration;
 use super::sender::{PageSender, SendContext};
@@ -16,63 +21,41 @@ use crate::devices::balloon::hints::FreePages;
 use crate::devices::registry::AskedForFreePages;
 use crate::job::{JobError, get};
 use crate::memory::MemoryError;
+use crate::memory::chunks::Chunks;
 use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
-use crate::tracking::LazyClear;
 use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use pageferry_protocol::stream::Kind;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Pages of a chunk: 64 MiB. A tracker that is cleared by hooks is cleared in the same chunks, so a
-/// chunk is no larger than what one clear hook can carry.
-const CHUNK_PAGES: u64 = (64 << 20) / PAGE_SIZE;
-const _: () = assert!(CHUNK_PAGES <= pageferry_protocol::control::hook::MAX_CLEAR_PAGES);
+/// Pages of a chunk in the first pass, and most in every other: 64 MiB.
+const LARGEST_CHUNK: u64 = (64 << 20) / PAGE_SIZE;
+/// A stretch that is cleared in a tracker ahead of the workers has a chunk for each of them.
+const _: () = assert!(LARGEST_CHUNK <= UNIT);
+/// Fewest pages of a chunk: 2 MiB. To claim a smaller one would cost more than it shares better.
+const SMALLEST_CHUNK: u64 = (2 << 20) / PAGE_SIZE;
+/// Dirty pages that lie together are at least so many chunks for each worker. So a worker that
+/// still has one when the others have none left keeps them waiting for an eighth of its own time.
+const CHUNKS_PER_WORKER: u64 = 8;
 /// Number of words of zero pages in a row after which a worker looks for the next data in the file.
 const HOLE_WORDS: u64 = 4;
 
-/// The chunks of a pass. Each is handed out once.
-struct Chunks {
-    next: AtomicU64,
-    /// For each block the index of its first chunk; then the number of all chunks.
-    starts: Vec<u64>,
-    /// A worker failed, so the others stop.
-    failed: AtomicBool,
-}
-
-impl Chunks {
-    fn new(memory: &GuestMemory) -> Self {
-        let mut starts = vec![0];
-        let mut total = 0;
-        for block in memory.blocks() {
-            total += block.geometry.pages().div_ceil(CHUNK_PAGES);
-            starts.push(total);
-        }
-        Self { next: AtomicU64::new(0), starts, failed: AtomicBool::new(false) }
-    }
-
-    /// Claims a chunk: the index of its block, and its pages.
-    fn claim(&self, memory: &GuestMemory) -> Option<(usize, PageRange)> {
-        if self.failed.load(Ordering::Relaxed) {
-            return None;
-        }
-        let chunk = self.next.fetch_add(1, Ordering::Relaxed);
-        let at = self.starts.partition_point(|start| *start <= chunk) - 1;
-        let block = memory.blocks().get(at)?;
-        let chunk = PageRange::new((chunk - self.starts[at]) * CHUNK_PAGES, CHUNK_PAGES);
-        Some((at, chunk.intersection(&block.all())))
-    }
+/// The pages of a chunk in a pass after the first, in which `dirty` pages are sent on `streams`.
+fn chunk_pages(dirty: u64, streams: usize) -> u64 {
+    let share = dirty / (CHUNKS_PER_WORKER * streams.max(1) as u64);
+    (share / SMALLEST_CHUNK * SMALLEST_CHUNK).clamp(SMALLEST_CHUNK, LARGEST_CHUNK)
 }
 
 /// What all workers of a pass share.
 struct Pass<'a> {
     view: SendContext<'a>,
-    chunks: Chunks,
+    chunks: Chunks<'a>,
     dirty: &'a DirtyState,
-    lazy: Option<&'a LazyClear>,
+    /// Clears the tracker whose sync does not clear, if there is one.
+    clear: Option<ClearAhead<'a>>,
     /// Pages that are free in the guest. Pass 0 leaves them out: what the guest writes to them from
     /// now on the trackers report, and what they hold is nobody's.
     free: Option<&'a FreePages>,
@@ -88,6 +71,8 @@ impl Migration {
         let (sent_before, bytes_before) = (get(&job.live.pages_sent), get(&job.live.wire_bytes));
         self.send_discards()?;
 
+        let (memory, clear) = (&*job.memory, self.trackers.lazy_clear());
+        let streams = self.streams.senders.len();
         let pass = Pass {
             view: SendContext {
                 job: &job,
@@ -95,13 +80,15 @@ impl Migration {
                 send_zeros: number > 0,
                 sent: self.unannounced_frees.sent(),
             },
-            chunks: Chunks::new(&job.memory),
+            chunks: chunks(&job.memory, &self.dirty, number, streams),
             dirty: &self.dirty,
-            lazy: self.trackers.lazy_clear(),
+            clear: clear
+                .map(|clear| ClearAhead::new(memory, &self.dirty, clear, streams, number == 0)),
             free: self.free_pages.as_ref().map(AskedForFreePages::pages),
             number,
         };
         run_workers(&pass, &mut self.streams.senders)?;
+        drop(pass);
         // The guest gets its free pages back.
         self.free_pages = None;
 
@@ -117,6 +104,18 @@ impl Migration {
         job.announce();
         Ok(())
     }
+}
+
+/// The chunks of pass `number`.
+fn chunks<'a>(
+    memory: &'a GuestMemory, dirty: &'a DirtyState, number: u64, streams: usize,
+) -> Chunks<'a> {
+    if number == 0 {
+        // Which pages are sent is known only when a worker has looked at their chunk.
+        return Chunks::new(memory, LARGEST_CHUNK);
+    }
+    let pages = chunk_pages(dirty.remaining(), streams);
+    Chunks::new(memory, pages).only(|at, rest| dirty.pages.block(at).next_set(rest))
 }
 
 /// Runs one worker for each stream. Returns the first error in the order of the streams.
@@ -136,26 +135,26 @@ fn run_workers(pass: &Pass<'_>, senders: &mut [PageSender]) -> Result<(), JobErr
 fn work(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError> {
     let outcome = work_chunks(pass, sender).and_then(|()| sender.end_pass(&pass.view, pass.number));
     if outcome.is_err() {
-        pass.chunks.failed.store(true, Ordering::Relaxed);
+        pass.chunks.stop();
     }
     outcome
 }
 
 fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError> {
     let memory = &pass.view.job.memory;
-    while let Some((at, chunk)) = pass.chunks.claim(memory) {
+    while let Some((at, chunk)) = pass.chunks.claim() {
         let block: &Block = &memory.blocks()[at];
         let dirty = pass.dirty.pages.block(at);
-        if pass.number == 0 {
-            find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
-            if let Some(free) = pass.free {
-                leave_out_free(at, free, dirty, chunk);
+        match &pass.clear {
+            // `clear-then-read`: before the first page of the chunk is read.
+            Some(clear) => clear.reach(at, chunk)?,
+            None if pass.number == 0 => {
+                find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
             }
+            None => {}
         }
-        if let Some(lazy) = pass.lazy {
-            // `clear-then-read`, for a tracker whose sync does not clear: clear the chunk before
-            // its first page is read.
-            lazy.clear(block.geometry.id, dirty, chunk)?;
+        if let Some(free) = pass.free.filter(|_| pass.number == 0) {
+            leave_out_free(at, free, dirty, chunk);
         }
         send_chunk(pass, sender, (at, block), dirty, chunk)?;
     }
@@ -251,21 +250,21 @@ mod tests {
     use crate::memory::test_support::memory;
 
     #[test]
-    fn each_chunk_of_each_block_is_claimed_once() {
-        let memory = memory(&[CHUNK_PAGES + 5, 3, 2 * CHUNK_PAGES]);
-        let chunks = Chunks::new(&memory);
-        let claimed: Vec<_> = std::iter::from_fn(|| chunks.claim(&memory)).collect();
-        let expected = [
-            (0, PageRange::new(0, CHUNK_PAGES)),
-            (0, PageRange::new(CHUNK_PAGES, 5)),
-            (1, PageRange::new(0, 3)),
-            (2, PageRange::new(0, CHUNK_PAGES)),
-            (2, PageRange::new(CHUNK_PAGES, CHUNK_PAGES)),
-        ];
-        assert_eq!(claimed, expected);
-        let chunks = Chunks::new(&memory);
-        chunks.failed.store(true, Ordering::Relaxed);
-        assert_eq!(chunks.claim(&memory), None, "another worker failed");
+    fn chunks_shrink_with_what_is_dirty() {
+        const MIB: u64 = (1 << 20) / PAGE_SIZE;
+        for (dirty, streams, chunk) in [
+            (0, 1, 2),
+            (128, 8, 2),
+            (128, 1, 16),
+            (128 * 8 + 100, 8, 16),
+            (1024, 2, 64),
+            (1024, 32, 4),
+            (1 << 20, 2, 64),
+            (u64::MAX / MIB, 1, 64),
+        ] {
+            let pages = chunk_pages(dirty * MIB, streams);
+            assert_eq!(pages, chunk * MIB, "{dirty} MiB dirty, {streams} streams");
+        }
     }
 
     #[test]

@@ -246,6 +246,9 @@ fn check_arrived(model: &Model, source: &Client, from: &Memory, destination: &Cl
 
 fn run_case(seed: u64) {
     let mut chance = Random::new(seed);
+    // Chunks of several sizes, for passes, syncs and fix-ups: one to three in the largest block.
+    let chunk = [64, 128, u64::MAX][chance.below(3) as usize];
+    pageferry_agent::memory::chunks::limit_for_tests(chunk);
     let folder = tempfile::tempdir().unwrap();
     let world = World::new();
     let source = side(SourceHooks(world.clone()), &world.memory);
