@@ -11,26 +11,35 @@
 //!
 //! A populate moves pages from the discarded ones to the dirty log while the lock is held, so at
 //! the instant each of these pages is in one of the two. A model checker tries all orders.
+//!
+//! A fix-up needs only that no marks are set meanwhile. So its threads share the lock, and do not
+//! wait for each other.
 
-use super::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use super::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Orders marks and instants. `T` is the snapshot's set of pages that are still to be saved.
 #[derive(Debug)]
 pub struct Marking<T> {
-    marks: Mutex<()>,
+    marks: RwLock<()>,
     snapshot: Mutex<Option<Arc<T>>>,
 }
 
 impl<T> Default for Marking<T> {
     fn default() -> Self {
-        Self { marks: Mutex::new(()), snapshot: Mutex::new(None) }
+        Self { marks: RwLock::new(()), snapshot: Mutex::new(None) }
     }
 }
 
 impl<T> Marking<T> {
     /// While this is held, no marks are set and no instant is taken.
-    pub fn lock(&self) -> MutexGuard<'_, ()> {
-        self.marks.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn lock(&self) -> RwLockWriteGuard<'_, ()> {
+        self.marks.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Marking::lock`], but several threads can hold this at once. For those who set no marks
+    /// of discards themselves.
+    pub fn share(&self) -> RwLockReadGuard<'_, ()> {
+        self.marks.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Calls `mark` to set the marks of a discard. Returns its result, and the snapshot, if there

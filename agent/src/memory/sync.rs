@@ -9,4 +9,5 @@
 pub(crate) use pageferry_protocol::shm::bitmap;
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};
 pub(crate) use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+pub(crate) use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 pub(crate) use std::thread::yield_now;

@@ -2,6 +2,7 @@
 
 //! Guest memory for unit tests.
 
+use super::block::GuestLog;
 use super::{Backing, Block, GuestMemory};
 use crate::hooks::Hooks;
 use crate::job::{Job, notifier};
@@ -21,6 +22,20 @@ pub(crate) fn memory(pages: &[u64]) -> GuestMemory {
         Arc::new(Block::new(geometry(id, length), backing, 0, None).unwrap())
     };
     GuestMemory::new((0..).zip(pages).map(block).collect(), BlockTable::new(), None)
+}
+
+/// Memory with a dirty log. The blocks lie side by side from guest address 0 on.
+pub(crate) fn memory_with_log(pages: &[u64], log: GuestLog) -> GuestMemory {
+    let mut gpa = 0;
+    let block = |(id, pages): (u32, &u64)| {
+        let length = pages * PAGE_SIZE;
+        let geometry = BlockGeometry { gpa, ..geometry(id, length) };
+        gpa += length;
+        let backing = Backing::new(memfd(length), 0, length).unwrap();
+        Arc::new(Block::new(geometry, backing, 0, None).unwrap())
+    };
+    let blocks = (0..).zip(pages).map(block).collect();
+    GuestMemory::new(blocks, BlockTable::new(), Some(Arc::new(log)))
 }
 
 /// A job of a VMM without hooks. Its memory counts as one host page of 1 GiB.

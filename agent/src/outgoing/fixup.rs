@@ -37,15 +37,19 @@ use super::migration::Migration;
 use super::sender::SendContext;
 use crate::job::{JobError, add, micros};
 use crate::memory::MemoryError;
+use crate::memory::chunks::Chunks;
 use crate::memory::{Block, GuestMemory};
 use crate::tracking::{DirtyPages, LogTracker, Tracker, Trackers};
-use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::{MappedBitmap, MappingError};
+use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::stream::payload::{MAX_RUNS, encode_runs};
 use pageferry_protocol::stream::{Kind, RecordHeader};
-use std::sync::atomic::Ordering;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
+/// Pages of a chunk in a walk over bitmaps: 16 GiB, whose bitmap has 512 KiB.
+const WALK_PAGES: u64 = (16 << 30) / PAGE_SIZE;
 /// An odd value: [`GuestMemory::changes`] is even whenever nothing is changing.
 const NEVER: u64 = u64::MAX;
 
@@ -68,7 +72,7 @@ pub struct DirtyState {
     /// `settling` has pages.
     settles: bool,
     /// Stray pages were found since the last announcement.
-    found_stray: bool,
+    found_stray: AtomicBool,
 }
 
 impl DirtyState {
@@ -86,7 +90,7 @@ impl DirtyState {
             settled_at: NEVER,
             announced_at: NEVER,
             settles: false,
-            found_stray: false,
+            found_stray: AtomicBool::new(false),
         })
     }
 
@@ -95,22 +99,42 @@ impl DirtyState {
         self.remaining
     }
 
-    /// Drops the stale bits of a block, also in a tracker whose sync does not clear by itself.
+    /// Drops the stale bits of all blocks, also in a tracker whose sync does not clear by itself.
+    /// Up to `threads` threads share the work. Returns how many pages are dirty.
     fn fix_up(
-        &mut self, memory: &GuestMemory, at: usize, trackers: &Trackers, first_sync: bool,
-    ) -> Result<(), JobError> {
+        &self, memory: &GuestMemory, trackers: &Trackers, first_sync: bool, threads: usize,
+    ) -> Result<u64, JobError> {
+        let dirty = AtomicU64::new(0);
+        // Walk over the dirty pages, not the discarded: those may be most of the guest.
+        let chunks =
+            Chunks::new(memory, WALK_PAGES).only(|at, pages| self.pages.block(at).next_set(pages));
+        chunks.share(threads, |at, chunk| {
+            dirty.fetch_add(
+                self.fix_up_chunk(memory, at, chunk, trackers, first_sync)?,
+                Ordering::Relaxed,
+            );
+            Ok::<(), JobError>(())
+        })?;
+        Ok(dirty.into_inner())
+    }
+
+    /// The same for a chunk of the block at index `at`.
+    fn fix_up_chunk(
+        &self, memory: &GuestMemory, at: usize, chunk: PageRange, trackers: &Trackers,
+        first_sync: bool,
+    ) -> Result<u64, JobError> {
         let block = &memory.blocks()[at];
         let (dirty, settling, dropped) =
             (self.pages.block(at), self.settling.block(at), self.dropped.block(at));
-        let mut any = false;
-        // Walk over the dirty pages, not the discarded: those may be most of the guest.
-        for (word, dirty_pages) in dirty.nonzero_words(block.all()) {
+        let (mut any, mut remaining) = (false, 0);
+        for (word, dirty_pages) in dirty.nonzero_words(chunk) {
+            remaining += u64::from(dirty_pages.count_ones());
             let suspects = dirty_pages & block.discarded.word(word);
             if suspects == 0 {
                 continue;
             }
             // A discard sets all its marks under this lock, so here it has set all of them or none.
-            let _marking = memory.marking.lock();
+            let _marking = memory.marking.share();
             let unsure = settling.word(word) | block.unsettled.word(word);
             let known = suspects & block.stray.word(word);
             let mut stray = 0;
@@ -120,17 +144,21 @@ impl DirtyState {
                 // not read on a suspicion.
                 stray = known | written & !trackers.imprecise(block, word, written)?;
             }
-            self.found_stray |= block.stray.or_word(word, stray) != 0;
-            dropped.or_word(word, dirty.take_bits(word, suspects & !stray));
+            if block.stray.or_word(word, stray) != 0 {
+                self.found_stray.store(true, Ordering::Relaxed);
+            }
+            let stale = dirty.take_bits(word, suspects & !stray);
+            remaining -= u64::from(stale.count_ones());
+            dropped.or_word(word, stale);
             any = true;
         }
         if any {
             if let Some(lazy) = trackers.lazy_clear() {
-                lazy.clear(block.geometry.id, dropped, block.all())?;
+                lazy.clear(block.geometry.id, dropped, chunk)?;
             }
-            dropped.clear(block.all());
+            dropped.clear(chunk);
         }
-        Ok(())
+        Ok(remaining)
     }
 }
 
@@ -186,7 +214,8 @@ impl Migration {
             }
             (self.dirty.settled_at, self.dirty.settles) = (changes, true);
         }
-        self.trackers.sync(&memory, &self.dirty.pages)?;
+        let threads = self.streams.senders.len();
+        self.trackers.sync(&memory, &self.dirty.pages, threads)?;
         self.measurements.record_sync(started.elapsed());
         Ok(())
     }
@@ -194,14 +223,14 @@ impl Migration {
     fn clear_discarded(&mut self, first_sync: bool) -> Result<(), JobError> {
         let memory = self.job.memory.clone();
         let started = Instant::now();
-        for (at, block) in memory.blocks().iter().enumerate() {
-            self.dirty.fix_up(&memory, at, &self.trackers, first_sync)?;
-            if self.dirty.settles {
+        let threads = self.streams.senders.len();
+        let remaining = self.dirty.fix_up(&memory, &self.trackers, first_sync, threads)?;
+        if std::mem::take(&mut self.dirty.settles) {
+            for (at, block) in memory.blocks().iter().enumerate() {
                 self.dirty.settling.block(at).clear(block.all());
             }
         }
-        self.dirty.settles = false;
-        self.expect_pages(self.dirty.pages.count());
+        self.expect_pages(remaining);
         self.measurements.add_fixup_time(started.elapsed());
         let sync = self.measurements.sync_time();
         self.job.count(|counters| counters.sync_us = micros(sync));
@@ -222,14 +251,13 @@ impl Migration {
         let changes = memory.changes();
         // If there was no discard, no populate and no stray page since the last announcement, there
         // is nothing to announce, and the fix-up has left no announced page dirty.
-        if memory.is_unchanged(self.dirty.announced_at) && !self.dirty.found_stray {
+        if memory.is_unchanged(self.dirty.announced_at) && !*self.dirty.found_stray.get_mut() {
             return Ok(());
         }
-        (self.dirty.announced_at, self.dirty.found_stray) = (changes, false);
+        (self.dirty.announced_at, *self.dirty.found_stray.get_mut()) = (changes, false);
+        self.dirty.find_new_discards(&memory, self.streams.senders.len());
         for (at, block) in memory.blocks().iter().enumerate() {
-            let announced = self.dirty.announced.block(at);
-            let fresh = &self.dirty.dropped.block(at);
-            find_new_discards(block, announced, fresh, self.dirty.pages.block(at));
+            let fresh = self.dirty.dropped.block(at);
             let runs: Vec<PageRange> = fresh.runs(block.all()).collect();
             fresh.clear(block.all());
             for part in runs.chunks(MAX_RUNS) {
@@ -247,7 +275,7 @@ impl Migration {
         if !job.memory.blocks().iter().any(|block| block.may_have_known_holes()) {
             return Ok(());
         }
-        LogTracker.sync(&job.memory, &self.dirty.pages)?;
+        LogTracker.sync(&job.memory, &self.dirty.pages, self.streams.senders.len())?;
         let view = SendContext { job: &job, limiter: &job.limiter, send_zeros: true, sent: None };
         for (at, block) in job.memory.blocks().iter().enumerate() {
             self.streams.senders[0].send_known_holes(&view, block, self.dirty.pages.block(at))?;
@@ -268,26 +296,35 @@ impl Migration {
     }
 }
 
-/// Sets in `fresh` the discarded pages that were not announced, and removes from `announced` the
-/// pages that are not discarded any more.
-///
-/// All announced pages, old and new, are cleared in `dirty`: they are not sent in the pass that
-/// follows, even if the VMM populates them now. Otherwise the DISCARD and the page would be in the
-/// same pass on different streams. The destination could apply them in either order, and hold
-/// content of a page that is announced here. The populate has marked the log, so the page is sent
-/// in the next pass.
-fn find_new_discards(
-    block: &Block, announced: &MappedBitmap, fresh: &MappedBitmap, dirty: &MappedBitmap,
-) {
-    for (word, known) in announced.nonzero_words(block.all()) {
-        let holds = block.discarded.word(word) & !block.stray.word(word);
-        announced.take_bits(word, known & !holds);
-    }
-    for (word, discarded) in block.discarded.nonzero_words(block.all()) {
-        let stays = discarded & !block.stray.word(word);
-        let new = announced.or_word(word, stays);
-        dirty.take_bits(word, stays);
-        fresh.or_word(word, new);
+impl DirtyState {
+    /// Sets in `dropped` the discarded pages that were not announced, and removes from `announced`
+    /// the pages that are not discarded any more. Up to `threads` threads share the work.
+    ///
+    /// All announced pages, old and new, are cleared in the dirty bitmap: they are not sent in the
+    /// pass that follows, even if the VMM populates them now. Otherwise the DISCARD and the page
+    /// would be in the same pass on different streams. The destination could apply them in either
+    /// order, and hold content of a page that is announced here. The populate has marked the log,
+    /// so the page is sent in the next pass.
+    fn find_new_discards(&self, memory: &GuestMemory, threads: usize) {
+        let chunks = Chunks::new(memory, WALK_PAGES).only(|at, pages| {
+            let announced = self.announced.block(at).next_set(pages);
+            let discarded = memory.blocks()[at].discarded.next_set(pages);
+            announced.into_iter().chain(discarded).min()
+        });
+        let Ok(()) = chunks.share::<Infallible>(threads, |at, chunk| {
+            let (block, announced) = (&memory.blocks()[at], self.announced.block(at));
+            for (word, known) in announced.nonzero_words(chunk) {
+                let holds = block.discarded.word(word) & !block.stray.word(word);
+                announced.take_bits(word, known & !holds);
+            }
+            for (word, discarded) in block.discarded.nonzero_words(chunk) {
+                let stays = discarded & !block.stray.word(word);
+                let new = announced.or_word(word, stays);
+                self.pages.block(at).take_bits(word, stays);
+                self.dropped.block(at).or_word(word, new);
+            }
+            Ok(())
+        });
     }
 }
 
@@ -298,15 +335,9 @@ mod tests {
     use crate::job::Deadline;
     use crate::memory::test_support::memory;
     use crate::tracking::TrackerChoice;
-    use pageferry_protocol::memory::PAGE_SIZE;
+    use pageferry_protocol::shm::MappedBitmap;
     use std::sync::Arc;
     use std::time::Duration;
-
-    fn bitmap(pages: &[u64]) -> MappedBitmap {
-        let bitmap = MappedBitmap::private(128).unwrap();
-        pages.iter().for_each(|page| _ = bitmap.set(PageRange::new(*page, 1)));
-        bitmap
-    }
 
     fn pages(bitmap: &MappedBitmap) -> Vec<u64> {
         bitmap.runs(bitmap.all()).flat_map(|run| run.first..run.end()).collect()
@@ -335,11 +366,45 @@ mod tests {
                 Duration::ZERO,
                 &Deadline::default(),
             );
-            state.fix_up(&memory, 0, &trackers, first_sync).unwrap();
+            let remaining = state.fix_up(&memory, &trackers, first_sync, 1).unwrap();
+            assert_eq!(remaining, dirty.len() as u64);
             assert_eq!(pages(state.pages.block(0)), dirty, "first sync: {first_sync}");
             assert_eq!(pages(&block.stray), stray, "first sync: {first_sync}");
-            assert_eq!(state.found_stray, !first_sync);
+            assert_eq!(*state.found_stray.get_mut(), !first_sync);
             assert_eq!(state.dropped.count(), 0, "the next sync starts with an empty bitmap");
+        }
+    }
+
+    /// Many blocks, each with stale and other dirty pages: several threads do what one does.
+    #[test]
+    fn threads_share_the_fix_up_and_the_discards() {
+        const BLOCKS: u64 = 9;
+        let memory = memory(&[200; BLOCKS as usize]);
+        let mut state = DirtyState::new(&memory).unwrap();
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let first = at as u64;
+            block.discarded.set(PageRange::new(first, 70));
+            block.backing.write((first + 3) * PAGE_SIZE, &[1]).unwrap();
+            state.pages.block(at).set(PageRange::new(first + 3, 100));
+        }
+        let hooks = Arc::new(Hooks::new(None));
+        let choice = TrackerChoice::default();
+        let trackers = Trackers::new(&choice, &hooks, Duration::ZERO, &Deadline::default());
+        let remaining = state.fix_up(&memory, &trackers, false, 4).unwrap();
+        // The stray page, and those after the discarded ones.
+        assert_eq!(remaining, BLOCKS * 34);
+        assert!(*state.found_stray.get_mut());
+        state.find_new_discards(&memory, 4);
+        for (at, block) in memory.blocks().iter().enumerate() {
+            let first = at as u64;
+            let stray = PageRange::new(first + 3, 1);
+            let dirty: Vec<_> = state.pages.block(at).runs(block.all()).collect();
+            assert_eq!(dirty, [stray, PageRange::new(first + 70, 33)], "block {at}");
+            let announced: Vec<_> = state.announced.block(at).runs(block.all()).collect();
+            let expected = [PageRange::new(first, 3), PageRange::new(first + 4, 66)];
+            assert_eq!(announced, expected, "block {at}");
+            assert_eq!(state.dropped.block(at).count(block.all()), 69);
+            assert_eq!(pages(&block.stray), [first + 3]);
         }
     }
 
@@ -354,11 +419,15 @@ mod tests {
         for page in [3, 5] {
             block.stray.set(PageRange::new(page, 1));
         }
-        let (announced, fresh) = (bitmap(&[1, 2, 3]), bitmap(&[]));
-        let dirty = bitmap(&[1, 2, 3, 4, 5, 70]);
-        find_new_discards(block, &announced, &fresh, &dirty);
-        assert_eq!(pages(&announced), [2, 4, 70]);
-        assert_eq!(pages(&fresh), [4, 70]);
-        assert_eq!(pages(&dirty), [1, 3, 5]);
+        let state = DirtyState::new(&memory).unwrap();
+        let set = |bitmap: &MappedBitmap, pages: &[u64]| {
+            pages.iter().for_each(|page| _ = bitmap.set(PageRange::new(*page, 1)));
+        };
+        set(state.announced.block(0), &[1, 2, 3]);
+        set(state.pages.block(0), &[1, 2, 3, 4, 5, 70]);
+        state.find_new_discards(&memory, 1);
+        assert_eq!(pages(state.announced.block(0)), [2, 4, 70]);
+        assert_eq!(pages(state.dropped.block(0)), [4, 70]);
+        assert_eq!(pages(state.pages.block(0)), [1, 3, 5]);
     }
 }

@@ -189,7 +189,7 @@ mod tests {
         late(
             in_expired_stop(|job| {
                 let dirty = DirtyPages::none(&job.memory).unwrap();
-                trackers(job).sync(&job.memory, &dirty).err().map(JobError::from)
+                trackers(job).sync(&job.memory, &dirty, 1).err().map(JobError::from)
             }),
             "sync tracker",
         );

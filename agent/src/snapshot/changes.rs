@@ -129,8 +129,8 @@ impl Changes {
     }
 
     /// Asks the trackers which pages were written, and clears these pages there. Starts the
-    /// trackers if they are off.
-    pub fn sync(&mut self, job: &Job) -> Result<(), JobError> {
+    /// trackers if they are off. Up to `threads` threads share the work.
+    pub fn sync(&mut self, job: &Job, threads: usize) -> Result<(), JobError> {
         job.cancel.check()?;
         let Some(tracked) = &mut self.tracked else { return Ok(()) };
         let fresh = DirtyPages::none(&self.memory)?;
@@ -138,7 +138,7 @@ impl Changes {
         if !std::mem::replace(&mut tracked.started, true) {
             tracked.trackers.start(&self.memory)?;
         }
-        tracked.trackers.sync(&self.memory, &fresh)?;
+        tracked.trackers.sync(&self.memory, &fresh, threads)?;
         if let Some(lazy) = tracked.trackers.lazy_clear() {
             for (at, block) in self.memory.blocks().iter().enumerate() {
                 lazy.clear(block.geometry.id, fresh.block(at), block.all())?;
@@ -207,7 +207,7 @@ impl Changes {
     pub fn begin_epoch(&mut self, later: DirtyPages) -> Result<Option<&DirtyPages>, JobError> {
         let Some(tracked) = &mut self.tracked else { return Ok(None) };
         let mut dirty = std::mem::replace(&mut tracked.dirty, later);
-        let drained = LogTracker.sync(&self.memory, &dirty);
+        let drained = LogTracker.sync(&self.memory, &dirty, 1);
         tracked.broken |= drained.is_err();
         if tracked.since.is_none() {
             // The image has all pages, so older changes do not matter.
@@ -289,7 +289,7 @@ mod tests {
             Ok(())
         }
 
-        fn sync(&mut self, _: &GuestMemory, _: &DirtyPages) -> Result<(), TrackingError> {
+        fn sync(&mut self, _: &GuestMemory, _: &DirtyPages, _: usize) -> Result<(), TrackingError> {
             self.note("sync");
             Ok(())
         }

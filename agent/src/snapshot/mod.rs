@@ -121,7 +121,7 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
 fn capture(
     job: &Arc<Job>, plan: &SnapshotPlan, writer: &Arc<ImageWriter>, changes: &mut Changes,
 ) -> Result<Saved, JobError> {
-    changes.sync(job)?;
+    changes.sync(job, plan.options.workers.into())?;
     let mut watch = match plan.options.mode {
         SnapshotMode::Background => {
             job.enter(Phase::Protecting);
@@ -152,7 +152,7 @@ fn capture(
         Some(paused) => paused.save_state()?,
         None => SavedState::of(job)?,
     };
-    changes.sync(job)?;
+    changes.sync(job, plan.options.workers.into())?;
     let instant = PointInTime::take(job, writer, watch.as_ref(), changes, prepared)?;
     if watch.is_some()
         && let Some(paused) = paused.take()

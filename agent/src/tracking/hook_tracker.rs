@@ -39,7 +39,9 @@ impl Tracker for HookTracker {
         Ok(self.hooks.ask(&Hook::StartTracking { sources: Declared::HOOKS }, self.timeout)?)
     }
 
-    fn sync(&mut self, _memory: &GuestMemory, _dirty: &DirtyPages) -> Result<(), TrackingError> {
+    fn sync(
+        &mut self, _memory: &GuestMemory, _dirty: &DirtyPages, _threads: usize,
+    ) -> Result<(), TrackingError> {
         Ok(self.hooks.ask(&Hook::SyncTracker, self.stop.cap_timeout(self.timeout))?)
     }
 
@@ -154,7 +156,7 @@ mod tests {
             // The tracker is not on yet.
             tracker.stop();
             tracker.start(&memory).unwrap();
-            (0..2).for_each(|_| tracker.sync(&memory, &dirty).unwrap());
+            (0..2).for_each(|_| tracker.sync(&memory, &dirty, 1).unwrap());
             (0..2).for_each(|_| tracker.stop());
         });
         let sources = Declared::HOOKS;

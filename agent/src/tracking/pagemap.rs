@@ -22,16 +22,15 @@
 //! 6.7.
 #![allow(unsafe_code)]
 
-use crate::lock::lock;
+use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
 
-/// The number of runs of written pages that one call can report, in 96 KiB. A run costs 24 bytes,
+/// The most runs of written pages that one call can report, in 96 KiB. A run costs 24 bytes,
 /// whatever its length.
-const REGIONS: usize = 4096;
+const REGIONS: u64 = 4096;
 
 /// `PAGE_IS_WRITTEN`. A scan for this category alone takes the kernel's fast path.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -149,11 +148,11 @@ pub enum PagemapError {
     },
 }
 
-/// The pagemap of a VMM. Any thread may scan it; only one scan runs at a time.
+/// The pagemap of a VMM. Several threads may scan it at once: the kernel locks the VMM's address
+/// space for reading, and a table of pages (2 MiB) at a time.
 #[derive(Debug)]
 pub struct Pagemap {
     fd: OwnedFd,
-    regions: Mutex<Vec<PageRegion>>,
 }
 
 impl Pagemap {
@@ -171,10 +170,9 @@ impl Pagemap {
             return Err(PagemapError::NotProc { kind });
         }
         // An empty range: the kernel checks the arguments, and scans nothing.
-        let mut regions = vec![PageRegion::default(); REGIONS];
-        scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut regions)
+        scan_once(fd.as_fd(), 0, 0, WRITTEN, &mut [PageRegion::default()])
             .map_err(|source| PagemapError::NoScan { source })?;
-        Ok(Self { fd, regions: Mutex::new(regions) })
+        Ok(Self { fd })
     }
 
     /// Reports and protects the pages that were written in `length` bytes from `address` of the
@@ -207,7 +205,9 @@ impl Pagemap {
         &self, address: u64, length: u64, wanted: Target, mut found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
-        let mut regions = lock(&self.regions);
+        // As many runs as there can be at most.
+        let regions = (length / PAGE_SIZE).clamp(1, REGIONS);
+        let mut regions = vec![PageRegion::default(); regions as usize];
         let mut start = address;
         while start < end {
             let (count, walk_end) =

@@ -8,11 +8,16 @@ use super::pagemap::Pagemap;
 use super::tracker::Tracker;
 use crate::hooks::Hooks;
 use crate::memory::GuestMemory;
+use crate::memory::chunks::Chunks;
 use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::memory::{PAGE_SHIFT, PageRange};
+use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Pages of a chunk of a scan: 256 MiB. To scan it takes 0.1 ms if nothing was written, and about
+/// 2 ms if all was, so it is worth a thread.
+const CHUNK_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 
 /// Write-protect scanning. Each sync reports the pages of the VMM's mapping that were written, and
 /// protects them again.
@@ -36,25 +41,28 @@ impl ScanTracker {
         Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false }
     }
 
+    /// Scans all mappings by up to `threads` threads.
     fn scan(
-        &self, memory: &GuestMemory, found: impl Fn(usize, PageRange),
+        &self, memory: &GuestMemory, threads: usize, found: impl Fn(usize, PageRange) + Sync,
     ) -> Result<(), TrackingError> {
-        for (index, block) in memory.blocks().iter().enumerate() {
+        // The kernel cannot protect a part of a host page.
+        let chunks = Chunks::new(memory, CHUNK_PAGES).of_whole_host_pages();
+        chunks.share(threads, |at, chunk| {
+            let block = &memory.blocks()[at];
             let id = block.geometry.id;
-            let base = block.vmm_address;
-            if base == 0 {
+            if block.vmm_address == 0 {
                 return Err(TrackingError::NotMapped { id });
             }
             // Once this agent has protected pages again, no other agent can find their writes.
             memory.current.check()?;
-            let scanned = self.pagemap.scan(base, block.geometry.length, |start, end| {
+            let base = block.vmm_address.saturating_add(chunk.offset());
+            let scanned = self.pagemap.scan(base, chunk.bytes(), |start, end| {
                 let first = start.saturating_sub(base) >> PAGE_SHIFT;
                 let last = end.saturating_sub(base) >> PAGE_SHIFT;
-                found(index, PageRange::new(first, last.saturating_sub(first)));
+                found(at, PageRange::new(chunk.first + first, last.saturating_sub(first)));
             });
-            scanned.map_err(|source| TrackingError::Scan { id, source })?;
-        }
-        Ok(())
+            scanned.map_err(|source| TrackingError::Scan { id, source })
+        })
     }
 }
 
@@ -64,10 +72,12 @@ impl Tracker for ScanTracker {
         self.started = true;
         self.hooks.ask(&Hook::StartTracking { sources: Declared::WRITE_PROTECT }, self.timeout)?;
         // Protects what is mapped. The reported pages are older than the start.
-        self.scan(memory, |_, _| {})
+        self.scan(memory, 1, |_, _| {})
     }
 
-    fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
+    fn sync(
+        &mut self, memory: &GuestMemory, dirty: &DirtyPages, threads: usize,
+    ) -> Result<(), TrackingError> {
         if self.missed {
             for (index, block) in memory.blocks().iter().enumerate() {
                 dirty.block(index).set(block.all());
@@ -76,7 +86,7 @@ impl Tracker for ScanTracker {
         if self.suspended {
             return Ok(());
         }
-        self.scan(memory, |index, range| {
+        self.scan(memory, threads, |index, range| {
             dirty.block(index).set(range);
         })?;
         self.missed = false;

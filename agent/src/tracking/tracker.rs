@@ -7,18 +7,21 @@ use super::error::TrackingError;
 use crate::memory::GuestMemory;
 
 /// A source of dirty pages.
-pub trait Tracker: Send {
+pub trait Tracker: Send + Sync {
     /// Starts to report writes.
     ///
     /// # Errors
     /// If the tracker cannot start.
     fn start(&mut self, memory: &GuestMemory) -> Result<(), TrackingError>;
 
-    /// Sets all pages in `dirty` that were written since the last sync, or since the start.
+    /// Sets all pages in `dirty` that were written since the last sync, or since the start. Up to
+    /// `threads` threads share the work.
     ///
     /// # Errors
     /// If the tracker cannot report. The job must not trust `dirty` any more.
-    fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError>;
+    fn sync(
+        &mut self, memory: &GuestMemory, dirty: &DirtyPages, threads: usize,
+    ) -> Result<(), TrackingError>;
 
     /// Stops to report. Also called after a failure, and possibly without a start.
     fn stop(&mut self);

@@ -76,12 +76,15 @@ impl Trackers {
         self.trackers.iter_mut().try_for_each(|tracker| tracker.start(memory))
     }
 
-    /// Syncs all trackers into `dirty`.
+    /// Syncs all trackers into `dirty`, one after the other. Up to `threads` threads share the work
+    /// of each.
     ///
     /// # Errors
     /// If one cannot report, or a discard bitmap was lost.
-    pub fn sync(&mut self, memory: &GuestMemory, dirty: &DirtyPages) -> Result<(), TrackingError> {
-        self.trackers.iter_mut().try_for_each(|tracker| tracker.sync(memory, dirty))?;
+    pub fn sync(
+        &mut self, memory: &GuestMemory, dirty: &DirtyPages, threads: usize,
+    ) -> Result<(), TrackingError> {
+        self.trackers.iter_mut().try_for_each(|tracker| tracker.sync(memory, dirty, threads))?;
         check_discards(memory)
     }
 

@@ -72,10 +72,16 @@ impl DirtyLog {
     /// `pages.first`. Bits of other guest pages, even in the same word, stay. Returns how many bits
     /// were taken.
     pub fn drain_into(&self, pages: PageRange, into: &MappedBitmap) -> u64 {
+        self.drain_into_part(pages, into, 0)
+    }
+
+    /// The same, for a bitmap in which page `first` stands for `pages.first`. Several threads may
+    /// drain at once, each its own pages.
+    pub fn drain_into_part(&self, pages: PageRange, into: &MappedBitmap, first: u64) -> u64 {
         let mut taken = 0;
-        self.drain(pages, |first, bits| {
+        self.drain(pages, |page, bits| {
             taken += u64::from(bits.count_ones());
-            into.or_at(first, bits);
+            into.or_at(first + page, bits);
         });
         taken
     }

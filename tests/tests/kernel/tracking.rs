@@ -20,7 +20,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -191,16 +191,38 @@ fn writes_around_the_mapping_need_the_shared_log() {
 
 #[test]
 fn no_write_is_lost_while_scans_run() {
-    const PAGES: u64 = 512;
+    no_write_is_lost(1);
+}
+
+/// The threads of a sync scan different parts of the mapping at once.
+#[test]
+fn no_write_is_lost_while_several_threads_scan() {
+    no_write_is_lost(3);
+}
+
+fn no_write_is_lost(threads: u64) {
+    const PAGES: u64 = 516;
     let Some(tracked) = Tracked::new(PAGES) else { return };
     let counter = |page: u64| -> u32 {
         tracked.memory.load(GuestAddress(page * PAGE_SIZE), Ordering::SeqCst).unwrap()
     };
     let stop = AtomicBool::new(false);
-    let mut copy = vec![0; PAGES as usize];
+    let copy: Vec<AtomicU32> = (0..PAGES).map(|_| AtomicU32::new(0)).collect();
     // Number of scans that found something. It is large enough that scans and writes meet
     // everywhere, whatever the order.
-    let mut found = 0u32;
+    let found = AtomicU32::new(0);
+    // Scans every part of the mapping but those of other threads, and copies what was written.
+    let scan = |thread: u64| {
+        let part = PAGES / threads;
+        let start = tracked.address + thread * part * PAGE_SIZE;
+        let copy_run = |from: u64, to: u64| {
+            found.fetch_add(1, Ordering::Relaxed);
+            let page = |address: u64| (address - tracked.address) / PAGE_SIZE;
+            (page(from)..page(to))
+                .for_each(|page| copy[page as usize].store(counter(page), Ordering::Relaxed));
+        };
+        tracked.pagemap.scan(start, part * PAGE_SIZE, copy_run).unwrap();
+    };
     std::thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut random = Random::new(1);
@@ -212,15 +234,22 @@ fn no_write_is_lost_while_scans_run() {
                     .unwrap();
             }
         });
-        while found < 1000 {
-            let pages = tracked.scan();
-            found += u32::from(!pages.is_empty());
-            pages.into_iter().for_each(|page| copy[page as usize] = counter(page));
-        }
+        let scanners: Vec<_> = (0..threads)
+            .map(|thread| {
+                let (scan, found) = (&scan, &found);
+                scope.spawn(move || {
+                    while found.load(Ordering::Relaxed) < 5000 {
+                        scan(thread);
+                    }
+                })
+            })
+            .collect();
+        scanners.into_iter().for_each(|scanner| scanner.join().unwrap());
         stop.store(true, Ordering::Relaxed);
         writer.join().unwrap();
     });
-    tracked.scan().into_iter().for_each(|page| copy[page as usize] = counter(page));
+    (0..threads).for_each(scan);
+    let copy: Vec<u32> = copy.into_iter().map(AtomicU32::into_inner).collect();
     let actual: Vec<u32> = (0..PAGES).map(counter).collect();
     assert_eq!(copy, actual, "the copies after each report equal the memory");
 }

@@ -30,6 +30,7 @@ mod memory {
         pub(crate) use crate::shm::bitmap;
         pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
         pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
+        pub(crate) use loom::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
         pub(crate) use loom::thread::yield_now;
         pub(crate) use std::sync::PoisonError;
     }
