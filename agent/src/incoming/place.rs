@@ -26,7 +26,7 @@
 //! A page that is placed and then given back is a hole. A page that is given back and then placed
 //! has its content. It never becomes a hole whose marks say that it was placed, or the reverse.
 
-use crate::job::{Job, JobError, add};
+use crate::job::{Job, JobError};
 use crate::lock::lock;
 use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
@@ -201,7 +201,6 @@ impl<'a> Placer<'a> {
             placed.map_err(failed)?;
         }
         self.mark(header, block);
-        add(&self.job.live.pages_received, range.count);
         Ok(())
     }
 
@@ -213,7 +212,6 @@ impl<'a> Placer<'a> {
             block.discarded.clear(range);
         } else {
             block.discarded.set(range);
-            add(&self.job.live.stray_pages, range.count);
         }
     }
 
@@ -227,7 +225,6 @@ impl<'a> Placer<'a> {
         let _placing = self.job.memory.placing();
         self.empty(at, block, range)?;
         self.mark(header, block);
-        add(&self.job.live.zero_pages, range.count);
         Ok(())
     }
 
@@ -238,9 +235,7 @@ impl<'a> Placer<'a> {
     pub fn place_discard(&self, at: usize, block: &Block, run: PageRange) -> Result<(), JobError> {
         let _placing = self.job.memory.placing();
         block.discarded.set(run);
-        self.empty(at, block, run)?;
-        add(&self.job.live.discarded_pages, run.count);
-        Ok(())
+        Ok(self.empty(at, block, run)?)
     }
 
     /// Notes pages that come after the guest runs, and makes holes of them, also if they were sent

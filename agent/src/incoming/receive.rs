@@ -12,8 +12,9 @@
 use super::decompress::Decompressor;
 use super::offer::Accepted;
 use super::place::Placer;
-use crate::job::{Job, JobError, add};
+use crate::job::{Job, JobError};
 use crate::lock::lock;
+use crate::stats::worker::WorkerCounters;
 use crate::transport::StreamError;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_protocol::control::job::RunState;
@@ -40,6 +41,9 @@ pub struct Received {
     /// The run state that the guest will have here, as the source says.
     pub guest: RunState,
 }
+
+/// What a stream has counted is published when it has received this many bytes, or waits for more.
+const BATCH: u64 = 256 << 10;
 
 /// Receives all passes on all streams.
 pub fn receive(
@@ -156,6 +160,8 @@ struct Stream<'a> {
     decompressor: Decompressor,
     may_postcopy: bool,
     counted: Totals,
+    /// What was counted and not published yet.
+    counters: WorkerCounters,
     state: StateCollector,
 }
 
@@ -166,23 +172,43 @@ impl<'a> Stream<'a> {
     ) -> Self {
         let (decompressor, may_postcopy) =
             (Decompressor::new(features), features & FEATURE_POSTCOPY != 0);
-        let (counted, state) = (Totals::default(), StateCollector::default());
-        Self { job, placer, barrier, writer, index, decompressor, may_postcopy, counted, state }
+        Self {
+            job,
+            placer,
+            barrier,
+            writer,
+            index,
+            decompressor,
+            may_postcopy,
+            counted: Totals::default(),
+            counters: WorkerCounters::default(),
+            state: StateCollector::default(),
+        }
     }
 
     fn run(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
+        let outcome = self.receive(reader);
+        self.counters.publish(&self.job.live);
+        outcome
+    }
+
+    fn receive(&mut self, reader: &mut RecordReader) -> Result<StreamEnd, JobError> {
         loop {
-            let record = reader.read()?;
+            if self.counters.wire_bytes >= BATCH {
+                self.counters.publish(&self.job.live);
+            }
+            let record = reader.read_after(|| self.counters.publish(&self.job.live))?;
             // An ERROR record says why the source failed. That tells more than `OTHER_FAILED`.
             if record.kind != Kind::Error {
                 self.barrier.check()?;
             }
-            add(&self.job.live.wire_bytes, record.wire_bytes());
+            self.counters.wire_bytes += record.wire_bytes();
             match record.kind {
                 Kind::Data => self.data(&record.header, record.payload)?,
                 Kind::Zero => {
                     self.placer.place_zero(&record.header)?;
                     self.counted.zero_pages += record.header.range().count;
+                    self.counters.zero_pages += record.header.range().count;
                     self.count_stray(&record.header);
                 }
                 Kind::PassEnd => self.end_pass(record.header.number())?,
@@ -237,6 +263,7 @@ impl<'a> Stream<'a> {
         };
         self.placer.place_data(header, pages)?;
         self.counted.data_pages += header.range().count;
+        self.counters.pages_received += header.range().count;
         self.count_stray(header);
         Ok(())
     }
@@ -244,6 +271,7 @@ impl<'a> Stream<'a> {
     fn count_stray(&mut self, header: &RecordHeader) {
         if header.flags() & FLAG_STRAY != 0 {
             self.counted.stray_pages += header.range().count;
+            self.counters.stray_pages += header.range().count;
         }
     }
 
@@ -254,6 +282,7 @@ impl<'a> Stream<'a> {
         for run in runs.map_err(|source| StreamError::Payload { kind: "discard", source })? {
             self.placer.place_discard(at, block, run)?;
             self.counted.discarded_pages += run.count;
+            self.counters.discarded_pages += run.count;
         }
         Ok(())
     }
@@ -266,6 +295,7 @@ impl<'a> Stream<'a> {
             );
         }
         self.counted.passes += 1;
+        self.counters.publish(&self.job.live);
         self.barrier.arrive(|| {
             self.placer.end_pass()?;
             self.job.count(|counters| counters.passes = number + 1);

@@ -8,11 +8,12 @@
 //! read, scanned, checksummed and sent.
 
 use super::compress::Compressor;
-use crate::job::{Job, JobError, add};
+use crate::job::{Job, JobError};
 use crate::memory::Block;
 use crate::memory::MemoryError;
 use crate::memory::fence::Reading;
 use crate::memory::zero::data_mask;
+use crate::stats::worker::WorkerCounters;
 use crate::tracking::DirtyPages;
 use crate::transport::{Limiter, RecordWriter, StreamSocket};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -50,6 +51,8 @@ pub struct PageSender {
     is_whole: bool,
     /// The totals of this stream.
     pub totals: Totals,
+    /// What was counted since the last send.
+    counters: WorkerCounters,
     broken: bool,
 }
 
@@ -77,9 +80,9 @@ struct TakenWord {
 impl TakenWord {
     /// Takes the dirty bits of a word, and leaves out discarded pages (`never-read` and
     /// `clear-then-read`).
-    fn take(pass: &SendContext<'_>, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
+    fn take(counters: &mut WorkerCounters, block: &Block, dirty: &MappedBitmap, word: u64) -> Self {
         let taken = dirty.take_word(word);
-        add(&pass.job.live.pass_pages_done, u64::from(taken.count_ones()));
+        counters.pass_pages_done += u64::from(taken.count_ones());
         let discarded = block.discarded.word(word) & taken;
         let stray = if discarded == 0 { 0 } else { block.stray.word(word) & discarded };
         Self { send: taken & (!discarded | stray), stray }
@@ -100,6 +103,7 @@ impl PageSender {
             marks_whole: false,
             is_whole: false,
             totals: Totals::default(),
+            counters: WorkerCounters::default(),
             broken: false,
         }
     }
@@ -141,7 +145,7 @@ impl PageSender {
         // `never-read`: publish the word first, and look at the discard marks and the known holes
         // after that; see the fence. `clear-then-read`: take the dirty bits before the read.
         let reading = pass.job.memory.readers.reading(self.index, at, word);
-        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
+        let TakenWord { send, stray } = TakenWord::take(&mut self.counters, block, dirty, word);
         self.send_word(pass, (at, block), word, send, stray, reading)
     }
 
@@ -178,7 +182,7 @@ impl PageSender {
         // In pass 0 the destination has holes already.
         if holes != 0 && pass.send_zeros {
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, stray);
-            add(&pass.job.live.freed_pages, holes.count_ones().into());
+            self.counters.freed_pages += u64::from(holes.count_ones());
         }
         Ok(())
     }
@@ -195,7 +199,7 @@ impl PageSender {
             let holes =
                 block.known_holes(word, pages & !block.discarded.word(word)).map_err(failed)?;
             self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, holes, 0);
-            add(&pass.job.live.freed_pages, holes.count_ones().into());
+            self.counters.freed_pages += u64::from(holes.count_ones());
         }
         self.flush(pass)
     }
@@ -231,7 +235,7 @@ impl PageSender {
     pub fn queue_hole(
         &mut self, pass: &SendContext<'_>, block: &Block, dirty: &MappedBitmap, word: u64,
     ) {
-        let TakenWord { send, stray } = TakenWord::take(pass, block, dirty, word);
+        let TakenWord { send, stray } = TakenWord::take(&mut self.counters, block, dirty, word);
         self.queue_zero_pages(pass, block.geometry.id, word * WORD_BITS, send, stray);
     }
 
@@ -289,8 +293,8 @@ impl PageSender {
         }
         self.totals.data_pages += u64::from(data.count_ones());
         self.totals.stray_pages += u64::from((data & stray).count_ones());
-        add(&pass.job.live.pages_sent, u64::from(data.count_ones()));
-        add(&pass.job.live.stray_pages, u64::from((data & stray).count_ones()));
+        self.counters.pages_sent += u64::from(data.count_ones());
+        self.counters.stray_pages += u64::from((data & stray).count_ones());
         self.queue_zero_pages(pass, block, first, send & !data, stray);
         if data == 0 {
             // No page of this word has content, so the next word may use its part of the buffer.
@@ -304,8 +308,8 @@ impl PageSender {
     fn queue_zero_pages(
         &mut self, pass: &SendContext<'_>, block: u32, first: u64, zero: u64, stray: u64,
     ) {
-        add(&pass.job.live.zero_pages, u64::from(zero.count_ones()));
-        add(&pass.job.live.stray_pages, u64::from((zero & stray).count_ones()));
+        self.counters.zero_pages += u64::from(zero.count_ones());
+        self.counters.stray_pages += u64::from((zero & stray).count_ones());
         if !pass.send_zeros {
             return;
         }
@@ -351,6 +355,8 @@ impl PageSender {
         self.end_zeros();
         self.filled = 0;
         if self.queue.is_empty() {
+            // Zero pages of pass 0, for which nothing is sent.
+            self.counters.publish(&pass.job.live);
             return Ok(());
         }
         let mut from = 0;
@@ -385,7 +391,8 @@ impl PageSender {
         self.broken = true;
         self.writer.socket().write_all(&mut parts)?;
         self.broken = false;
-        add(&pass.job.live.wire_bytes, bytes as u64);
+        self.counters.wire_bytes += bytes as u64;
+        self.counters.publish(&pass.job.live);
         Ok(to)
     }
 
@@ -409,7 +416,8 @@ impl PageSender {
         self.broken = true;
         let bytes = self.writer.write(header, payload)?;
         self.broken = false;
-        add(&job.live.wire_bytes, bytes);
+        self.counters.wire_bytes += bytes;
+        self.counters.publish(&job.live);
         Ok(())
     }
 }

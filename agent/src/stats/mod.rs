@@ -5,11 +5,13 @@
 //! - [`latency`]: a histogram of the time that faults wait;
 //! - [`stopwatch`]: the time that something lasts;
 //! - [`totals`]: the sums over all jobs of the agent;
+//! - [`worker`]: what one worker counts, published in batches;
 //! - this file: the plain counters.
 
 pub mod latency;
 pub mod stopwatch;
 pub mod totals;
+pub mod worker;
 
 use latency::Latency;
 use pageferry_protocol::control::job::Counters;

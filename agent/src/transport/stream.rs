@@ -292,6 +292,16 @@ impl RecordReader {
     /// If the record is malformed, or the peer is gone, is silent, or does not finish the record in
     /// time.
     pub fn read(&mut self) -> Result<ReceivedRecord<'_>, TransportError> {
+        self.read_after(|| ())
+    }
+
+    /// The same. If no whole record is there, calls `before_wait` before each wait.
+    ///
+    /// # Errors
+    /// As [`RecordReader::read`].
+    pub fn read_after(
+        &mut self, mut before_wait: impl FnMut(),
+    ) -> Result<ReceivedRecord<'_>, TransportError> {
         // When the wait for the record began, and when its first byte was here.
         let (mut asked, mut begun) = (None, None);
         loop {
@@ -299,6 +309,7 @@ impl RecordReader {
                 Next::Record(kind, header) => return Ok(self.take(kind, header)),
                 Next::Missing(missing) => missing,
             };
+            before_wait();
             let here = self.end - self.start;
             let (since, limit) = if here == 0 {
                 (*asked.get_or_insert_with(Instant::now), self.patience)
