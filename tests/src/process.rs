@@ -221,8 +221,12 @@ impl Process {
     }
 }
 
+/// A failed test shows what its processes have said: often the only trace of the reason.
 impl Drop for Process {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{} said: {}", self.name, self.lines().join("\n"));
+        }
         if !self.has_ended() {
             // Both fail only if the process is gone already.
             let _ = self.child.kill();

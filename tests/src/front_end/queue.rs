@@ -94,13 +94,20 @@ pub struct DriverQueue {
     chains: Vec<Vec<u16>>,
 }
 
+/// The events of a queue: by which the device hears of buffers, and by which the driver does. The
+/// last one waits for the second.
+fn events() -> (EventFd, EventFd, Epoll) {
+    let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+    let (kick, call, called) = (event(), event(), Epoll::new().unwrap());
+    let wanted = EpollEvent::new(EventSet::IN, 0);
+    called.ctl(ControlOperation::Add, call.as_raw_fd(), wanted).unwrap();
+    (kick, call, called)
+}
+
 impl DriverQueue {
     /// An empty queue.
     pub fn new(memory: &Arc<TestMemory>, rings: Rings) -> Self {
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
-        let (kick, call, called) = (event(), event(), Epoll::new().unwrap());
-        let wanted = EpollEvent::new(EventSet::IN, 0);
-        called.ctl(ControlOperation::Add, call.as_raw_fd(), wanted).unwrap();
+        let (kick, call, called) = events();
         let queue = Self {
             memory: memory.clone(),
             rings,
@@ -120,8 +127,11 @@ impl DriverQueue {
 
     /// The same queue after the guest has moved to `memory`. The device there begins at
     /// [`DriverQueue::available_index`] unless the front-end says otherwise.
+    ///
+    /// A VMM makes new events for each connection. The agent before may still read the old ones.
     pub fn moved_to(self, memory: &Arc<TestMemory>) -> Self {
-        Self { memory: memory.clone(), ..self }
+        let (kick, call, called) = events();
+        Self { memory: memory.clone(), kick, call, called, ..self }
     }
 
     /// Where it lies.

@@ -109,9 +109,13 @@ impl RunningGuest {
 
     /// What QEMU and the kernel have printed.
     pub fn messages(&self) -> String {
-        let kernel = std::fs::read(self.sockets.kernel_log()).unwrap_or_default();
         let qemu = self.process.lines().join("\n");
-        format!("QEMU said: {qemu}\nthe kernel said: {}", String::from_utf8_lossy(&kernel))
+        format!("QEMU said: {qemu}\nthe kernel said: {}", self.kernel_log())
+    }
+
+    fn kernel_log(&self) -> String {
+        let log = std::fs::read(self.sockets.kernel_log()).unwrap_or_default();
+        String::from_utf8_lossy(&log).into_owned()
     }
 
     /// Its files.
@@ -120,11 +124,11 @@ impl RunningGuest {
     }
 }
 
-/// A failed test says what QEMU and the guest's kernel said: often the only trace of the reason.
+/// A failed test shows what the guest's kernel has said, beside what its processes have.
 impl Drop for RunningGuest {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{}", self.messages());
+            eprintln!("the kernel said: {}", self.kernel_log());
         }
     }
 }

@@ -120,8 +120,8 @@ fn what_a_device_writes_is_in_the_front_ends_dirty_log() {
 fn what_a_device_writes_during_a_migration_arrives() {
     let source = DeviceHost::with_pluggable(16 * MEM_BLOCK);
     let destination = DeviceHost::with_pluggable(16 * MEM_BLOCK);
-    // The first pass takes a minute: it cannot end before the device has written.
-    source.block(0).fill(PageRange::new(FIRST, 1024), 1).unwrap();
+    // The first pass takes 16 seconds: it cannot end before the device has written.
+    source.block(0).fill(PageRange::new(FIRST, 256), 1).unwrap();
     let mut mem = source.mem();
     source.mem_status(&["--requested", &(8 * MEM_BLOCK).to_string()]);
     let slow = OutgoingOptions { bandwidth: MIN_BANDWIDTH, ..OutgoingOptions::default() };
