@@ -4,7 +4,7 @@
 
 use crate::transport::Address;
 use pageferry_protocol::control::job::{
-    Compression, MIN_BANDWIDTH, Mode, NonConvergence, ResumePolicy,
+    Compression, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -99,6 +99,17 @@ pub fn parse_bandwidth(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Reads the memory for captured pages: as [`parse_size`], but at least [`MIN_CAPTURE_MEMORY`].
+///
+/// # Errors
+/// If the text is malformed or the memory too small. The error says what is allowed.
+pub fn parse_capture_memory(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        bytes @ MIN_CAPTURE_MEMORY.. => Ok(bytes),
+        _ => Err(format!("\"{text}\": write at least {}M", MIN_CAPTURE_MEMORY >> 20)),
+    }
+}
+
 /// Reads an address of a migration. The agent gets the text.
 pub(super) fn parse_address(text: &str) -> Result<String, String> {
     Address::parse(text).map(|_| text.to_owned()).map_err(|error| crate::error::chain(&error))
@@ -176,6 +187,8 @@ mod tests {
         for wrong in ["", "%", "100", "-1", "20%%", "half"] {
             assert!(parse_throttle(wrong).unwrap_err().contains("from 0 to 99"), "{wrong}");
         }
+        assert_eq!(parse_capture_memory("4M"), Ok(4 << 20));
+        assert!(parse_capture_memory("4095K").unwrap_err().contains("at least 4M"));
         assert_eq!((parse_bandwidth("0"), parse_bandwidth("64K")), (Ok(0), Ok(64 << 10)));
         for wrong in ["1", "63K", "65535"] {
             assert!(parse_bandwidth(wrong).unwrap_err().contains("at least 64K"), "{wrong}");

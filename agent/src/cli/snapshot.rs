@@ -2,7 +2,7 @@
 
 //! The arguments of `snapshot` and `restore` on the command line.
 
-use super::parse::{parse_bandwidth, parse_resume, parse_timeout};
+use super::parse::{parse_bandwidth, parse_capture_memory, parse_resume, parse_timeout};
 use super::{DetachArgs, OperatorArgs};
 use clap::Args;
 use pageferry_protocol::control::job::{
@@ -47,6 +47,11 @@ pub struct SnapshotArgs {
     /// Write through the page cache. Use it if the image is restored from soon.
     #[arg(long)]
     pub cached: bool,
+    /// In the background: most memory for pages that the guest wrote to before they were saved, at
+    /// least 4M, with K, M, G or T. It is allocated as it is needed. If it is full, the guest waits
+    /// for the disk.
+    #[arg(long, value_name = "BYTES", default_value = "64M", value_parser = parse_capture_memory)]
+    pub capture_memory: u64,
     #[command(flatten)]
     common: ImageArgs,
 }
@@ -103,9 +108,19 @@ impl TryFrom<SnapshotArgs> for SnapshotOptions {
 
     fn try_from(args: SnapshotArgs) -> io::Result<Self> {
         let ImageArgs { workers, bandwidth, hook_timeout } = args.common;
-        let (mode, track, replace, cached) = (args.mode, args.track, args.replace, args.cached);
-        let base = args.base.as_deref().map(from_root).transpose()?.unwrap_or_default();
-        Ok(Self { mode, workers, bandwidth, base, track, replace, cached, hook_timeout })
+        let SnapshotArgs { mode, base, track, replace, cached, capture_memory, .. } = args;
+        let base = base.as_deref().map(from_root).transpose()?.unwrap_or_default();
+        Ok(Self {
+            mode,
+            workers,
+            bandwidth,
+            base,
+            track,
+            replace,
+            cached,
+            capture_memory,
+            hook_timeout,
+        })
     }
 }
 

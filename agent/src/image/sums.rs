@@ -29,8 +29,9 @@ const MOST_RUNS: usize = 8192;
 #[derive(Debug, Default)]
 pub struct PageSums(Mutex<Runs>);
 
+/// Checksums that were collected, in runs.
 #[derive(Debug, Default)]
-struct Runs {
+pub struct Runs {
     /// Each run of bytes, by its offset in the file.
     runs: BTreeMap<u64, Vec<u8>>,
     /// Bytes of all runs.
@@ -38,11 +39,9 @@ struct Runs {
 }
 
 impl PageSums {
-    /// Adds bytes that belong at offset `place` of `file`. Writes everything if a limit is reached.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
-    pub fn add(&self, file: BorrowedFd<'_>, place: u64, bytes: &[u8]) -> Result<(), ImageFault> {
+    /// Adds bytes that belong at offset `place` of the file. Returns everything if a limit is
+    /// reached: the caller must write it.
+    pub fn add(&self, place: u64, bytes: &[u8]) -> Option<Runs> {
         let mut collected = lock(&self.0);
         collected.bytes += bytes.len();
         let before = collected.runs.range_mut(..place).next_back();
@@ -51,18 +50,16 @@ impl PageSums {
             None => drop(collected.runs.insert(place, bytes.to_vec())),
         }
         if collected.bytes < MOST_BYTES && collected.runs.len() < MOST_RUNS {
-            return Ok(());
+            return None;
         }
-        let full = std::mem::take(&mut *collected);
         // Other threads can add checksums during the write.
-        drop(collected);
-        full.write(file)
+        Some(std::mem::take(&mut *collected))
     }
 
     /// Writes all collected checksums.
     ///
     /// # Errors
-    /// As for [`PageSums::add`].
+    /// If the file cannot be written.
     pub fn flush(&self, file: BorrowedFd<'_>) -> Result<(), ImageFault> {
         std::mem::take(&mut *lock(&self.0)).write(file)
     }
@@ -70,7 +67,10 @@ impl PageSums {
 
 impl Runs {
     /// Writes the runs in order, and runs that touch each other with one write.
-    fn write(self, file: BorrowedFd<'_>) -> Result<(), ImageFault> {
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn write(self, file: BorrowedFd<'_>) -> Result<(), ImageFault> {
         let mut joined: (u64, Vec<u8>) = Default::default();
         for (place, mut bytes) in self.runs {
             if joined.0 + joined.1.len() as u64 == place {
@@ -100,7 +100,9 @@ mod tests {
             // The runs do not overlap, and are not in order.
             for (index, place) in order.iter().enumerate().step_by(at_once) {
                 let (place, bytes) = (u64::from(*place) * 4, (index as u32 + 1).to_le_bytes());
-                sums.add(file.as_fd(), place, &bytes).unwrap();
+                if let Some(full) = sums.add(place, &bytes) {
+                    full.write(file.as_fd()).unwrap();
+                }
                 expected[place as usize..place as usize + 4].copy_from_slice(&bytes);
             }
             sums.flush(file.as_fd()).unwrap();
@@ -112,14 +114,15 @@ mod tests {
     }
 
     #[test]
-    fn checksums_are_written_at_the_limit_before_the_flush() {
+    fn checksums_must_be_written_at_the_limit() {
         let file = tempfile::tempfile().unwrap();
         let sums = PageSums::default();
         let part = vec![7; MOST_BYTES / 4];
-        for index in 0..4 {
-            assert_eq!(file.metadata().unwrap().len(), 0);
-            sums.add(file.as_fd(), index * part.len() as u64, &part).unwrap();
+        for index in 0..3 {
+            assert!(sums.add(index * part.len() as u64, &part).is_none());
         }
+        let full = sums.add(3 * part.len() as u64, &part).unwrap();
+        full.write(file.as_fd()).unwrap();
         assert_eq!(file.metadata().unwrap().len(), MOST_BYTES as u64);
     }
 }

@@ -10,6 +10,10 @@
 //! disk at once, and do not push more useful data out of the page cache. Small runs are written
 //! through the page cache, because a disk request for each would be slow.
 //!
+//! A write through the page cache locks the file, so it waits for the direct writes that are under
+//! way. A thread with many small runs would wait for each of them. So it waits once, for a lock of
+//! this program (`direct_writes`), and direct writes begin again when all its runs are written.
+//!
 //! If anything fails, nothing is left of the image, and a file that had its name is unchanged.
 
 use super::bytes::{read_at, write_at};
@@ -31,6 +35,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Shortest run in bytes that is written with direct I/O.
@@ -41,6 +46,9 @@ const HOLE: usize = 4096;
 /// Most bytes of one read or write, except of pages.
 const PART: usize = 1 << 20;
 
+/// The index of a block, pages of it, and their bytes.
+type RunOfBytes<'a> = (usize, PageRange, &'a [u8]);
+
 /// An image that is being written.
 #[derive(Debug)]
 pub struct ImageWriter {
@@ -48,6 +56,9 @@ pub struct ImageWriter {
     /// The same file, opened for direct I/O; `None` if the file system does not support it, or the
     /// caller does not want it.
     direct: Option<OwnedFd>,
+    /// Shared by threads that write with direct I/O. A thread that writes many small runs through
+    /// the page cache has it alone.
+    direct_writes: RwLock<()>,
     layout: Layout,
     table: BlockTable,
     /// The pages of each block that were put and are not zero.
@@ -120,7 +131,8 @@ impl ImageWriter {
         rustix::fs::ftruncate(&file, layout.contents())
             .map_err(kernel("set the length of the file"))?;
         let (sums, id, taken) = (PageSums::default(), new_id()?, AtomicU64::new(now()));
-        Ok(Self { file, direct, layout, table: table.clone(), present, sums, id, taken })
+        let (direct_writes, table) = (RwLock::default(), table.clone());
+        Ok(Self { file, direct, direct_writes, layout, table, present, sums, id, taken })
     }
 
     /// Gives the image the id and the time of the image with this header. Both show the same guest
@@ -156,36 +168,93 @@ impl ImageWriter {
     /// # Errors
     /// If the file cannot be written.
     pub fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, ImageError> {
-        let mut data = PageRange::new(range.first, 0);
+        self.put_runs([(at, range, bytes)])
+    }
+
+    /// As [`ImageWriter::put`], for several runs: the index of the block, the pages and the bytes
+    /// of each.
+    ///
+    /// # Errors
+    /// As [`ImageWriter::put`].
+    pub fn put_runs<'a>(
+        &self, runs: impl IntoIterator<Item = (usize, PageRange, &'a [u8])>,
+    ) -> Result<u64, ImageError> {
         let mut put = 0;
-        for (first, pages) in (range.first..).step_by(64).zip(bytes.chunks(64 * PAGE_SIZE as usize))
-        {
-            for run in runs_of_word(first, data_mask(pages)) {
+        let mut small = Vec::new();
+        for (at, range, bytes) in runs {
+            let with_content = |run: PageRange| {
+                let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
+                (at, run, &bytes[start..start + run.bytes() as usize])
+            };
+            let mut data = PageRange::new(range.first, 0);
+            let parts = (range.first..).step_by(64).zip(bytes.chunks(64 * PAGE_SIZE as usize));
+            for run in parts.flat_map(|(first, pages)| runs_of_word(first, data_mask(pages))) {
                 put += run.count;
                 if run.first == data.end() {
                     data.count += run.count;
                 } else {
-                    self.put_run(at, range, data, bytes)?;
+                    small.extend(self.put_large(with_content(data))?);
                     data = run;
                 }
             }
+            small.extend(self.put_large(with_content(data))?);
         }
-        self.put_run(at, range, data, bytes)?;
+        self.put_small(&small)?;
         Ok(put)
     }
 
-    /// Writes the pages `run`, which are not zero, and their checksums. `bytes` holds the pages
-    /// `range`.
-    fn put_run(
-        &self, at: usize, range: PageRange, run: PageRange, bytes: &[u8],
-    ) -> Result<(), ImageError> {
-        if run.is_empty() {
+    /// Writes a run of pages that are not zero with direct I/O. Returns it if that is not possible,
+    /// or if it is too small for that.
+    fn put_large<'a>(&self, run: RunOfBytes<'a>) -> Result<Option<RunOfBytes<'a>>, ImageError> {
+        let (at, pages, bytes) = run;
+        if pages.is_empty() {
+            return Ok(None);
+        }
+        self.add_sums(run)?;
+        let Some(direct) = self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) else {
+            return Ok(Some(run));
+        };
+        let among_others = self.direct_writes.read().unwrap_or_else(PoisonError::into_inner);
+        let written = write_at(direct.as_fd(), bytes, self.layout.page(at, pages.first));
+        drop(among_others);
+        match written {
+            // EINVAL: the buffer does not have the alignment that the device requires. A write
+            // through the page cache accepts any alignment.
+            Err(ImageFault::KernelAt { source: Errno::INVAL, .. }) => return Ok(Some(run)),
+            written => written.map_err(|fault| fault.of(self.path()))?,
+        }
+        self.set_present(at, pages);
+        Ok(None)
+    }
+
+    /// Writes runs through the page cache. Their checksums are collected already.
+    fn put_small(&self, runs: &[RunOfBytes<'_>]) -> Result<(), ImageError> {
+        if runs.is_empty() {
             return Ok(());
         }
-        let start = (run.first - range.first) as usize * PAGE_SIZE as usize;
-        let bytes = &bytes[start..start + run.bytes() as usize];
+        let _alone = self.without_direct_writes();
+        for &(at, pages, bytes) in runs {
+            write_at(self.file.as_fd(), bytes, self.layout.page(at, pages.first))
+                .map_err(|fault| fault.of(self.path()))?;
+            self.set_present(at, pages);
+        }
+        Ok(())
+    }
+
+    /// While the guard is held, no direct write is under way. `None` if there are none at all.
+    fn without_direct_writes(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        let lock = || self.direct_writes.write().unwrap_or_else(PoisonError::into_inner);
+        self.direct.is_some().then(lock)
+    }
+
+    fn set_present(&self, at: usize, pages: PageRange) {
+        let fresh = self.present[at].set(pages);
+        debug_assert_eq!(fresh, pages.count, "a page is put once");
+    }
+
+    /// Computes the checksums of pages, and writes those that were collected if they are many.
+    fn add_sums(&self, (at, run, bytes): RunOfBytes<'_>) -> Result<(), ImageError> {
         let mut sums = [0u32; EXTENT_PAGES as usize];
-        let failed = |fault: ImageFault| fault.of(self.path());
         let parts = (run.first..run.end())
             .step_by(sums.len())
             .zip(bytes.chunks(sums.len() * PAGE_SIZE as usize));
@@ -193,25 +262,11 @@ impl ImageWriter {
             let each = pages.chunks(PAGE_SIZE as usize).map(checksum);
             let count = sums.iter_mut().zip(each).map(|(sum, value)| *sum = value).count();
             let sums = zerocopy::IntoBytes::as_bytes(&sums[..count]);
-            self.sums
-                .add(self.file.as_fd(), self.layout.page_sum(at, first), sums)
-                .map_err(failed)?;
+            if let Some(full) = self.sums.add(self.layout.page_sum(at, first), sums) {
+                let _alone = self.without_direct_writes();
+                full.write(self.file.as_fd()).map_err(|fault| fault.of(self.path()))?;
+            }
         }
-        let (place, cached) = (self.layout.page(at, run.first), self.file.as_fd());
-        let written = match self.direct.as_ref().filter(|_| bytes.len() >= DIRECT) {
-            // EINVAL: the buffer does not have the alignment that the device requires. A write
-            // through the page cache accepts any alignment.
-            Some(direct) => match write_at(direct.as_fd(), bytes, place) {
-                Err(ImageFault::KernelAt { source: Errno::INVAL, .. }) => {
-                    write_at(cached, bytes, place)
-                }
-                outcome => outcome,
-            },
-            None => write_at(cached, bytes, place),
-        };
-        written.map_err(failed)?;
-        let fresh = self.present[at].set(run);
-        debug_assert_eq!(fresh, run.count, "a page is put once");
         Ok(())
     }
 

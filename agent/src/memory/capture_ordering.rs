@@ -46,6 +46,16 @@ pub fn before_write<E>(
     lifted.map(|()| taken)
 }
 
+/// A worker has taken all pages of a piece that were pending. Waits for the threads that took pages
+/// of it before, according to `overlaps`. From then on nobody takes a page of the piece, and `take`
+/// finds all of its pages that faults have captured.
+pub fn collect<T>(
+    readers: &Readers, overlaps: impl Fn(usize, u64) -> bool, take: impl FnOnce() -> T,
+) -> T {
+    readers.wait(overlaps);
+    take()
+}
+
 /// Pages are marked as discarded, and not freed yet. `capture_pending` captures those of them that
 /// are pending; then this waits until all threads that took pages before have read them.
 pub fn before_punch(

@@ -13,9 +13,10 @@
 //!
 //! - A **worker** sweeps the memory: it publishes the word of pages in the fence, takes what is
 //!   pending of it, reads it, and removes the protection.
-//! - The **fault thread** handles a write fault: it publishes, takes and reads the page. If the
-//!   page is not pending, the fault thread waits for the threads that may still be reading it. Then
-//!   it removes the protection, and the guest writes. So no write happens before the page is read.
+//! - The **fault thread** handles a write fault: it publishes, takes and reads the page, and keeps
+//!   it in [`CapturedPages`]. If the page is not pending, the fault thread waits for the threads
+//!   that may still be reading it. Then it removes the protection, and the guest writes. So no
+//!   write happens before the page is read.
 //! - A **discard** has marked the page. It captures what is pending, as a worker does, and waits
 //!   for all threads that took pages of the range before. Only then is the page freed and the
 //!   discard acknowledged, so nobody reads the page later
@@ -31,37 +32,40 @@
 //! because a thread takes a page before it reads it. So the agent waits for all readers before it
 //! asks the VMM to unregister its mappings.
 //!
+//! # How captured pages get into the sink
+//!
+//! A worker saves a *piece* at a time, an aligned range of pages. When it has taken all that was
+//! pending of the piece, it waits for the threads that took pages of it before. From then on nobody
+//! takes a page of the piece, and all of them that faults have captured are in [`CapturedPages`].
+//! The worker adds them to what it has read, and puts the whole piece at once. If room for captured
+//! pages becomes scarce, one more thread puts them in batches, without the rest of their pieces
+//! ([`CopyBeforeWrite::put_while_scarce`]).
+//!
 //! The bytes that were read count only if the page was still protected while it was read. If the
 //! VMM gives up on the agent, it unregisters its mappings, and the removal of the protection that
 //! follows each read fails. Then the snapshot fails.
 
 use super::block::Block;
-use super::capture_ordering::{before_unregister, before_write, capture};
-use super::cursor::Cursor;
+use super::capture_batch::Batch;
+use super::capture_ordering::{before_unregister, before_write, capture, collect};
+use super::captured_pages::{CapturedPages, Leaving, Piece, Room};
 use super::error::MemoryError;
 use super::fence::{FAULTS, Readers, SESSION};
 use super::host_page_set::{HostPageSet, fence_words};
-use super::mappings::Mappings;
-use super::page_buffer::PageBuffer;
+use super::sweep_order::{Claim, SweepOrder};
+use super::write_protection::Protection;
 use crate::lock::lock;
 use crate::stats::{LiveCounters, add};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
-use pageferry_protocol::userfault::Userfaultfd;
 use rustix::io::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Bytes that are read before they are put into the sink, unless the sink asks for more. They stay
-/// in the processor's cache until then.
+/// Bytes of a piece, unless the sink asks for more. They stay in the processor's cache until they
+/// are put.
 pub const BATCH: usize = 1 << 20;
-
-/// How often a change of the protection is tried again while the VMM frees memory, and the pause
-/// between two tries. Seconds in all: the thread that reads the removals may wait for the disk.
-const MAX_TRIES: u32 = 10_000;
-const PAUSE: Duration = Duration::from_micros(200);
 
 /// Why a [`Sink`] cannot take a page.
 pub type SinkError = Box<dyn std::error::Error + Send + Sync>;
@@ -115,86 +119,29 @@ pub enum CaptureError {
     GivenUp,
 }
 
+/// Pages that follow each other, and their bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<'a> {
+    /// The index of their block.
+    pub at: usize,
+    /// The pages.
+    pub pages: PageRange,
+    /// Their bytes.
+    pub bytes: &'a [u8],
+}
+
 /// Receives the captured pages.
 pub trait Sink: std::fmt::Debug + Send + Sync {
-    /// Stores the pages `range` of the block at index `at`. No page is put twice. Returns how many
-    /// of them are not zero.
+    /// Stores the pages of `runs`, which are in the order of the memory. No page is put twice.
+    /// Returns how many of them are not zero.
     ///
     /// # Errors
     /// If the pages cannot be stored.
-    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError>;
+    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError>;
 
-    /// How many bytes the sink prefers to get at once.
+    /// How many bytes the sink prefers to get at once: a power of two.
     fn batch(&self) -> usize {
         BATCH
-    }
-}
-
-/// The write protection of the VMM's mappings.
-#[derive(Debug)]
-pub struct Protection {
-    /// The userfaultfd that reports the write faults.
-    pub uffd: Userfaultfd,
-    /// The addresses of the mappings.
-    pub mappings: Mappings,
-    /// The VMM frees memory without a request. Then a page that reads as zero may be one that was
-    /// freed after the instant.
-    pub unannounced_frees: bool,
-}
-
-impl Protection {
-    /// Write-protects host pages.
-    ///
-    /// # Errors
-    /// If they are no longer registered, or the kernel refuses.
-    pub fn protect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
-        let addresses = self.mappings.addresses(at, host_pages);
-        self.patiently(at, || self.uffd.protect(addresses))
-    }
-
-    /// Removes the protection of host pages, and wakes the threads that wait to write there. Not
-    /// for the thread that reads the events.
-    ///
-    /// # Errors
-    /// As for [`Protection::protect`].
-    pub fn unprotect(&self, at: usize, host_pages: PageRange) -> Result<(), CaptureError> {
-        let addresses = self.mappings.addresses(at, host_pages);
-        self.patiently(at, || self.uffd.unprotect(addresses))
-    }
-
-    /// Removes the protection of a host page for a thread that waits to write there. For the thread
-    /// that reads the events: if it has to read a removal first, the writer is only woken, and
-    /// faults again.
-    ///
-    /// # Errors
-    /// As for [`Protection::protect`].
-    pub fn allow_write(&self, at: usize, host_page: u64) -> Result<(), CaptureError> {
-        let addresses = self.mappings.addresses(at, PageRange::new(host_page, 1));
-        let allowed = match self.uffd.unprotect(addresses) {
-            Err(Errno::AGAIN) => self.uffd.wake(addresses),
-            allowed => allowed,
-        };
-        allowed.map_err(|source| self.failed(at, source))
-    }
-
-    /// Runs `change`, and again while the VMM frees memory and its removals are not read yet.
-    fn patiently(
-        &self, at: usize, change: impl Fn() -> Result<(), Errno>,
-    ) -> Result<(), CaptureError> {
-        let mut tries = 0;
-        loop {
-            match change() {
-                Err(Errno::AGAIN) if tries < MAX_TRIES => {
-                    tries += 1;
-                    std::thread::sleep(PAUSE);
-                }
-                changed => return changed.map_err(|source| self.failed(at, source)),
-            }
-        }
-    }
-
-    fn failed(&self, at: usize, source: Errno) -> CaptureError {
-        CaptureError::Protection { id: self.mappings.all()[at].id, source }
     }
 }
 
@@ -217,91 +164,45 @@ pub struct CopyBeforeWrite {
     /// The buffer of discards. The first discard that captures something allocates it. The lock is
     /// held while a discard captures and puts.
     discard_batch: Mutex<Option<Batch>>,
-    /// Where the workers continue.
-    pub cursor: Cursor,
-}
-
-/// Pages that were read and not yet put into the sink.
-#[derive(Debug)]
-pub struct Batch {
-    buffer: PageBuffer,
-    /// The batch counts as full from this number of bytes on.
-    full: usize,
-    filled: usize,
-    /// Index of the block, the pages, and where they begin in the buffer.
-    runs: Vec<(usize, PageRange, usize)>,
-}
-
-impl Batch {
-    /// Room for about `bytes` bytes of pages of `blocks`, and for at least one host page.
-    fn new(blocks: &[Arc<Block>], bytes: usize) -> Result<Self, MappingError> {
-        let largest = blocks.iter().map(|block| block.backing.host_page_size()).max();
-        let part = largest.unwrap_or(PAGE_SIZE).clamp(WORD_BITS * PAGE_SIZE, 2 << 20) as usize;
-        Ok(Self {
-            buffer: PageBuffer::try_new(bytes + part)?,
-            full: bytes,
-            filled: 0,
-            runs: Vec::new(),
-        })
-    }
-
-    fn is_full(&self) -> bool {
-        self.filled >= self.full
-    }
-
-    /// Reads pages, and returns their bytes.
-    fn read(&mut self, at: usize, block: &Block, pages: PageRange) -> Result<&[u8], CaptureError> {
-        let start = self.filled;
-        let bytes = pages.bytes() as usize;
-        let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
-        block
-            .backing
-            .read(pages.offset(), &mut self.buffer[start..start + bytes])
-            .map_err(failed)?;
-        self.filled += bytes;
-        match self.runs.last_mut() {
-            Some((last_at, last, _)) if *last_at == at && last.end() == pages.first => {
-                last.count += pages.count
-            }
-            _ => self.runs.push((at, pages, start)),
-        }
-        Ok(&self.buffer[start..start + bytes])
-    }
+    /// Pages that faults have captured and that are not put yet.
+    captured: CapturedPages,
+    /// Pages of a piece.
+    piece: u64,
+    /// Which piece the workers save next.
+    order: SweepOrder,
 }
 
 impl CopyBeforeWrite {
-    /// Will capture the `pending` pages of `blocks` into `sink`.
+    /// Will capture the `pending` pages of `blocks` into `sink`. Pages that faults capture take at
+    /// most `capture_memory` bytes until they are put.
     pub fn new(
         blocks: &[Arc<Block>], pending: Arc<HostPageSet>, protection: Option<Arc<Protection>>,
-        sink: Arc<dyn Sink>, live: Arc<LiveCounters>,
+        sink: Arc<dyn Sink>, capture_memory: usize, live: Arc<LiveCounters>,
     ) -> Self {
-        let (failure, failed) = (Mutex::default(), AtomicBool::new(false));
-        let (stopped, discard_batch, cursor) = (
-            AtomicBool::new(false),
-            Mutex::default(),
-            Cursor::with_pieces(blocks, BATCH as u64 / PAGE_SIZE),
-        );
-        let blocks = blocks.to_vec();
+        let units = (0..blocks.len()).map(|at| pending.block(at).unit());
+        let piece = units.fold(sink.batch() as u64 / PAGE_SIZE, u64::max);
         Self {
-            blocks,
+            blocks: blocks.to_vec(),
             pending,
             protection,
             sink,
             live,
-            failure,
-            failed,
-            stopped,
-            discard_batch,
-            cursor,
+            failure: Mutex::default(),
+            failed: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+            discard_batch: Mutex::default(),
+            captured: CapturedPages::new(capture_memory, piece),
+            piece,
+            order: SweepOrder::new(piece),
         }
     }
 
-    /// The buffer that a worker needs. It is empty between two calls of [`CopyBeforeWrite::sweep`].
+    /// The buffer that a worker needs.
     ///
     /// # Errors
     /// If there is no memory for it.
     pub fn batch(&self) -> Result<Batch, CaptureError> {
-        Batch::new(&self.blocks, self.sink.batch()).map_err(|error| MemoryError::from(error).into())
+        Batch::new(self.piece).map_err(|error| MemoryError::from(error).into())
     }
 
     /// The pages that are not captured yet.
@@ -309,80 +210,129 @@ impl CopyBeforeWrite {
         &self.pending
     }
 
-    /// Worker `worker` captures what is pending of the host pages `range`. Returns the number of
-    /// captured pages.
+    /// Claims a piece for a worker. `None` if no piece is left for it.
+    pub fn claim(&self) -> Option<Claim<'_>> {
+        self.order.claim(&self.pending, &self.captured)
+    }
+
+    /// Worker `worker` saves a piece: it captures what is pending of it, and puts that with the
+    /// pages of the piece that faults have captured. Returns the number of pages that it captured
+    /// itself.
     ///
     /// # Errors
     /// If a page cannot be read or put, or the protection is gone.
     pub fn sweep(
-        &self, readers: &Readers, worker: usize, at: usize, range: PageRange, batch: &mut Batch,
+        &self, readers: &Readers, worker: usize, piece: Piece, batch: &mut Batch,
     ) -> Result<u64, CaptureError> {
-        let mut pages = 0;
-        for (word, mask) in fence_words(range, self.pending.block(at).unit()) {
-            pages += self.read(readers, worker, (at, word, mask), batch)?;
-            if batch.is_full() {
-                self.unprotect_and_put(batch)?;
-            }
+        let (at, pages) = (piece.0, self.order.pages(piece));
+        let swept =
+            self.read(readers, worker, at, self.pending.block(at).covering(pages), batch)?;
+        let overlaps = |index, word| index == at && self.published_pages(at, word).overlaps(&pages);
+        let captured = collect(readers, overlaps, || self.captured.take(piece));
+        for page in captured.pages() {
+            batch.copy(page, page.pages.first - pages.first);
         }
-        self.unprotect_and_put(batch)?;
-        Ok(pages)
+        drop(captured);
+        self.put(batch)?;
+        Ok(swept)
     }
 
-    /// Takes and reads those of the host pages `mask` of word `word` that are pending. Returns the
-    /// number of pages.
+    /// Captures what is pending of the host pages `range`, which lie in one piece, into the batch,
+    /// and removes their protection: the guest does not wait for the disk. Returns the number of
+    /// pages.
     fn read(
-        &self, readers: &Readers, worker: usize, (at, word, mask): (usize, u64, u64),
-        batch: &mut Batch,
+        &self, readers: &Readers, reader: usize, at: usize, range: PageRange, batch: &mut Batch,
     ) -> Result<u64, CaptureError> {
+        batch.clear();
         let (host_pages, block) = (self.pending.block(at), &self.blocks[at]);
-        let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
-        let take = || self.pending.take(at, word, mask);
-        let read = |taken| {
-            runs_of_word(word * WORD_BITS, taken).try_for_each(|run| {
-                let pages = host_pages.pages(run);
-                let bytes = batch.read(at, block, pages)?;
-                self.check_not_freed(block, pages, bytes)
-            })
-        };
-        let taken = capture(readers, (worker, at, host_pages.word_of(first)), take, read)?;
-        Ok(u64::from(taken.count_ones()) * host_pages.unit())
-    }
-
-    /// Removes the protection of the pages that were read, and puts them into the sink.
-    fn unprotect_and_put(&self, batch: &mut Batch) -> Result<(), CaptureError> {
+        let mut count = 0;
+        for (word, mask) in
+            fence_words(range.intersection(&host_pages.bits().all()), host_pages.unit())
+        {
+            let first = word * WORD_BITS + u64::from(mask.trailing_zeros());
+            let take = || self.pending.take(at, word, mask);
+            let read = |taken| {
+                runs_of_word(word * WORD_BITS, taken).try_for_each(|run| {
+                    let pages = host_pages.pages(run);
+                    let bytes = batch.read(block, at, pages, pages.first % self.piece)?;
+                    self.check_not_freed(block, pages, bytes)
+                })
+            };
+            let taken = capture(readers, (reader, at, host_pages.word_of(first)), take, read)?;
+            count += u64::from(taken.count_ones()) * host_pages.unit();
+        }
         if let Some(protection) = &self.protection {
-            // The guest does not wait for the disk: the protection is removed first.
-            for (at, pages, _) in &batch.runs {
-                protection.unprotect(*at, self.pending.block(*at).covering(*pages))?;
+            for run in batch.runs() {
+                protection.unprotect(at, host_pages.covering(run.pages))?;
             }
         }
-        self.put(batch)
+        Ok(count)
     }
 
+    /// Puts the pages of the batch into the sink.
     fn put(&self, batch: &mut Batch) -> Result<(), CaptureError> {
-        for (at, pages, start) in batch.runs.drain(..) {
-            let bytes = &batch.buffer[start..start + pages.bytes() as usize];
-            self.put_run(at, pages, bytes)?;
+        let runs = batch.runs();
+        if runs.is_empty() {
+            return Ok(());
         }
-        batch.filled = 0;
-        Ok(())
-    }
-
-    /// Puts captured pages, `range` of the block at index `at`, into the sink.
-    ///
-    /// # Errors
-    /// If the sink cannot store them.
-    pub fn put_run(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<(), CaptureError> {
-        let put = self.sink.put(at, range, bytes).map_err(CaptureError::Sink)?;
+        let put = self.sink.put(&runs).map_err(CaptureError::Sink)?;
+        let pages: u64 = runs.iter().map(|run| run.pages.count).sum();
         add(&self.live.pages_saved, put);
-        add(&self.live.zero_pages, range.count - put);
+        add(&self.live.zero_pages, pages - put);
         add(&self.live.image_bytes, put * PAGE_SIZE);
         Ok(())
     }
 
-    /// The guest is about to write to a host page. Captures it into `into`, unless it is captured
-    /// already, and then removes the protection. Returns the pages if they are in `into` now: the
-    /// caller must put them into the sink.
+    /// Puts captured pages without the rest of their pieces whenever room for more of them is
+    /// scarce, until [`CopyBeforeWrite::end_batches`].
+    ///
+    /// # Errors
+    /// If a page cannot be put.
+    pub fn put_while_scarce(&self) -> Result<(), CaptureError> {
+        let mut batch = None;
+        while let Some(captured) = self.captured.take_scarce(self.batch_bytes()) {
+            self.put_captured(captured, &mut batch)?;
+        }
+        Ok(())
+    }
+
+    /// Ends [`CopyBeforeWrite::put_while_scarce`].
+    pub fn end_batches(&self) {
+        self.captured.close();
+    }
+
+    fn batch_bytes(&self) -> usize {
+        (self.piece * PAGE_SIZE) as usize
+    }
+
+    fn put_captured(
+        &self, captured: Leaving<'_>, batch: &mut Option<Batch>,
+    ) -> Result<(), CaptureError> {
+        let mut kept = batch.take().map_or_else(|| self.batch(), Ok)?;
+        kept.clear();
+        let mut place = 0;
+        for page in captured.pages() {
+            kept.copy(page, place);
+            place += page.pages.count;
+        }
+        // The guest waits for room, but not for the disk.
+        drop(captured);
+        self.put(batch.insert(kept))
+    }
+
+    /// Room for a host page of the block at index `at` that a fault will capture. `None` if there
+    /// was none for `wait`.
+    ///
+    /// # Errors
+    /// If the host has no memory for it.
+    pub fn room(&self, at: usize, wait: Duration) -> Result<Option<Room<'_>>, CaptureError> {
+        let size = self.pending.block(at).unit() * PAGE_SIZE;
+        Ok(self.captured.room(size as usize, wait)?)
+    }
+
+    /// The guest is about to write to a host page. Captures it into `room`, unless it is captured
+    /// already, and then removes the protection. Without room it captures nothing: then the page is
+    /// not pending, or the snapshot has failed.
     ///
     /// The protection is also removed if the page cannot be read. The snapshot has failed then, and
     /// the guest need not wait until it ends.
@@ -390,29 +340,28 @@ impl CopyBeforeWrite {
     /// # Errors
     /// If the page cannot be read, or the protection is gone.
     pub fn write_fault(
-        &self, readers: &Readers, (at, host_page): (usize, u64), into: &mut [u8],
-    ) -> Result<Option<PageRange>, CaptureError> {
+        &self, readers: &Readers, (at, host_page): (usize, u64), room: Option<Room<'_>>,
+    ) -> Result<(), CaptureError> {
         let (host_pages, block) = (self.pending.block(at), &self.blocks[at]);
         let pages = host_pages.pages(PageRange::new(host_page, 1));
+        // A snapshot that failed takes nothing. Discards no longer look for it: they wait only for
+        // threads that took a page before.
+        let mut room = room.filter(|_| !self.stopped.load(Ordering::Acquire));
+        let wanted = room.is_some();
         let take = || {
-            // A snapshot that failed takes nothing. Discards no longer look for it: they wait only
-            // for threads that took a page before.
-            let wanted = !self.stopped.load(Ordering::Acquire);
-            if wanted {
-                self.pending.take(at, host_page / WORD_BITS, 1 << (host_page % WORD_BITS))
-            } else {
-                0
-            }
+            let bit = 1 << (host_page % WORD_BITS);
+            if wanted { self.pending.take(at, host_page / WORD_BITS, bit) } else { 0 }
         };
         let read = |_| {
+            let Some(mut room) = room.take() else { return Ok(()) };
+            let bytes = &mut room.bytes()[..pages.bytes() as usize];
             let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
-            block
-                .backing
-                .read(pages.offset(), &mut into[..pages.bytes() as usize])
-                .map_err(failed)?;
-            self.check_not_freed(block, pages, &into[..pages.bytes() as usize])?;
+            block.backing.read(pages.offset(), bytes).map_err(failed)?;
+            self.check_not_freed(block, pages, bytes)?;
             add(&self.live.copied_before_write_pages, pages.count);
-            self.cursor.fault(at, pages.end());
+            // Kept before the word is withdrawn: the worker that saves the piece waits for that,
+            // and then finds the page.
+            room.keep(at, pages);
             Ok(())
         };
         let overlaps = |index, word| index == at && self.published_pages(at, word).overlaps(&pages);
@@ -425,8 +374,7 @@ impl CopyBeforeWrite {
             if self.stopped.load(Ordering::Acquire) { Ok(()) } else { lifted }
         };
         let place = (FAULTS, at, host_pages.word_of(host_page));
-        let taken = before_write(readers, place, take, read, overlaps, lift)?;
-        Ok((taken != 0).then_some(pages))
+        before_write(readers, place, take, read, overlaps, lift).map(drop)
     }
 
     /// Checks that none of these pages, which were just read, was freed after the instant by a VMM
@@ -485,11 +433,18 @@ impl CopyBeforeWrite {
     fn copy_into(
         &self, kept: &mut Option<Batch>, readers: &Readers, at: usize, host_pages: PageRange,
     ) -> Result<u64, CaptureError> {
-        let mut batch = kept.take().map_or_else(|| self.batch(), Ok)?;
-        let pages = self.sweep(readers, SESSION, at, host_pages, &mut batch)?;
-        // Kept only on success: a failed call leaves pages in the batch that the next discard must
-        // not put.
-        *kept = Some(batch);
+        let batch = match kept {
+            Some(batch) => batch,
+            None => kept.insert(self.batch()?),
+        };
+        let unit = self.pending.block(at).unit();
+        let per_piece = self.piece / unit;
+        let mut pages = 0;
+        for number in host_pages.first / per_piece..host_pages.end().div_ceil(per_piece) {
+            let part = PageRange::new(number * per_piece, per_piece).intersection(&host_pages);
+            pages += self.read(readers, SESSION, at, part, batch)?;
+            self.put(batch)?;
+        }
         Ok(pages)
     }
 
@@ -506,16 +461,24 @@ impl CopyBeforeWrite {
     }
 
     /// Waits for the rest after all pending pages are taken: for faults to read what they took, and
-    /// for a discard to read and put what it took. After this the protection is not needed any
-    /// more.
+    /// for a discard to read and put what it took. Puts what faults have captured since. After this
+    /// the protection is not needed any more, and all pages are in the sink.
     ///
     /// # Errors
-    /// As [`CopyBeforeWrite::check`].
+    /// As [`CopyBeforeWrite::check`], or if a page cannot be put.
     pub fn finish(&self, readers: &Readers) -> Result<(), CaptureError> {
         before_unregister(readers);
         drop(lock(&self.discard_batch));
         self.stop_faults();
-        self.check()
+        self.check()?;
+        let mut batch = None;
+        loop {
+            let captured = self.captured.take_batch(self.batch_bytes());
+            if captured.pages().is_empty() {
+                return Ok(());
+            }
+            self.put_captured(captured, &mut batch)?;
+        }
     }
 
     /// From now on no fault takes a page. While pages are pending, call this before
@@ -529,6 +492,11 @@ impl CopyBeforeWrite {
     pub fn fail(&self, error: CaptureError) {
         lock(&self.failure).get_or_insert(error);
         self.failed.store(true, Ordering::Release);
+    }
+
+    /// True if faults capture nothing any more, because all is captured or the snapshot failed.
+    pub fn is_over(&self) -> bool {
+        self.stopped.load(Ordering::Acquire) || self.has_failed()
     }
 
     /// True if [`CopyBeforeWrite::fail`] was called.

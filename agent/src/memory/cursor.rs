@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The cursor: which missing or pending pages are pushed, prefetched or captured next.
+//! The cursor: which missing pages are pushed or prefetched next.
 //!
 //! A guest that touched a page will soon touch the pages after it. So the work goes on right after
 //! the last fault, in small pieces, so that the next fault does not wait behind a large one. While
@@ -26,8 +26,6 @@ pub struct Cursor {
     next: AtomicU64,
     /// Pages of the next piece.
     piece: AtomicU64,
-    /// Pages of a piece right after a fault.
-    smallest: u64,
     /// The number of each block's first page in that count.
     starts: Vec<u64>,
 }
@@ -35,28 +33,18 @@ pub struct Cursor {
 impl Cursor {
     /// A cursor at the first page.
     pub fn new(blocks: &[Arc<Block>]) -> Self {
-        Self::with_pieces(blocks, SMALLEST)
-    }
-
-    /// A cursor for work that no fault waits for: a piece has at least `smallest` pages.
-    pub fn with_pieces(blocks: &[Arc<Block>], smallest: u64) -> Self {
         let starts = blocks.iter().scan(0, |next, block| {
             let start = *next;
             *next += block.geometry.pages();
             Some(start)
         });
-        Self {
-            next: AtomicU64::new(0),
-            piece: AtomicU64::new(smallest),
-            smallest,
-            starts: starts.collect(),
-        }
+        Self { next: AtomicU64::new(0), piece: AtomicU64::new(SMALLEST), starts: starts.collect() }
     }
 
     /// A fault: the guest waits for the page before page `page` of the block at index `at`. The
     /// next piece starts at `page`.
     pub fn fault(&self, at: usize, page: u64) {
-        self.piece.store(self.smallest, Ordering::Relaxed);
+        self.piece.store(SMALLEST, Ordering::Relaxed);
         self.next.store(self.starts[at] + page, Ordering::Relaxed);
     }
 

@@ -33,6 +33,10 @@
 //! - [`copy_before_write`]: saves the guest's memory as it was at one instant, while the guest
 //!   runs;
 //! - [`capture_ordering`]: the steps by which captures, writes and discards of a page agree;
+//! - [`write_protection`]: the protection that reports the guest's writes;
+//! - [`captured_pages`]: pages that were captured before a write, until they are in the image;
+//! - [`sweep_order`]: which piece of the memory the workers of a snapshot save next;
+//! - [`capture_batch`]: the buffer for pages that are put into the image at once;
 //! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
 //! - [`fetch`]: missing pages that a device of this agent needs;
 //! - [`page_placer`]: places pages through a userfaultfd;
@@ -59,7 +63,9 @@
 pub mod backing;
 pub mod block;
 pub mod bus_guard;
+pub mod capture_batch;
 pub mod capture_ordering;
+pub mod captured_pages;
 pub mod chunks;
 pub mod copy_before_write;
 pub mod current;
@@ -89,10 +95,12 @@ pub mod pool;
 pub mod recorded_discards;
 pub mod runs;
 pub mod small_pages;
+pub mod sweep_order;
 pub mod sync;
 #[cfg(test)]
 pub(crate) mod test_support;
 pub mod unsettled;
+pub mod write_protection;
 pub mod zero;
 
 pub use backing::{Backing, BackingError};

@@ -3,12 +3,11 @@
 //! An image takes what copy-before-write captures.
 
 use crate::image::ImageWriter;
-use crate::memory::copy_before_write::{BATCH, Sink, SinkError};
-use pageferry_protocol::memory::PageRange;
+use crate::memory::copy_before_write::{BATCH, Run, Sink, SinkError};
 
 impl Sink for ImageWriter {
-    fn put(&self, at: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError> {
-        Ok(ImageWriter::put(self, at, range, bytes)?)
+    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+        Ok(self.put_runs(runs.iter().map(|run| (run.at, run.pages, run.bytes)))?)
     }
 
     fn batch(&self) -> usize {

@@ -153,7 +153,9 @@ fn capture(
         None => SavedState::of(job)?,
     };
     changes.sync(job, plan.options.workers.into())?;
-    let instant = PointInTime::take(job, writer, watch.as_ref(), changes, prepared)?;
+    let capture_memory = usize::try_from(plan.options.capture_memory).unwrap_or(usize::MAX);
+    let instant =
+        PointInTime::take(job, writer, watch.as_ref(), changes, prepared, capture_memory)?;
     if watch.is_some()
         && let Some(paused) = paused.take()
     {
@@ -167,7 +169,7 @@ fn capture(
     instant.finish()?;
     if let Some(watch) = &mut watch {
         watch.end()?;
-        // All pages that were captured for the last faults are in the image now, or have failed.
+        // The last faults are handled now, or have failed the snapshot.
         instant.copier.check()?;
     }
     // All memory is read now. If this agent is still the current one, it was the current one all

@@ -27,10 +27,11 @@ pub struct PointInTime {
 }
 
 impl PointInTime {
-    /// Takes the instant. With a `watch`, the guest's later writes are reported.
+    /// Takes the instant. With a `watch`, the guest's later writes are reported. Pages that are
+    /// captured for them take at most `capture_memory` bytes.
     pub fn take(
         job: &Arc<Job>, writer: &Arc<ImageWriter>, watch: Option<&WriteWatch>,
-        changes: &mut Changes, mut prepared: Prepared,
+        changes: &mut Changes, mut prepared: Prepared, capture_memory: usize,
     ) -> Result<Self, JobError> {
         let memory = &job.memory;
         let pending = &prepared.pending;
@@ -40,6 +41,7 @@ impl PointInTime {
             pending.clone(),
             protection,
             writer.clone(),
+            capture_memory,
             job.live.clone(),
         ));
         job.set_remaining(pending);

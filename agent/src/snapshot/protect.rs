@@ -19,10 +19,10 @@ use super::write_faults;
 use crate::event::Event;
 use crate::job::{Job, JobError};
 use crate::memory::backing::BackingKind;
-use crate::memory::copy_before_write::Protection;
 use crate::memory::host_page_set::BlockHostPages;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::mappings::Mappings;
+use crate::memory::write_protection::Protection;
 use crate::snapshot::SnapshotError;
 use crate::tracking::DirtyPages;
 use pageferry_protocol::control::Trackers;
@@ -175,7 +175,7 @@ impl WriteWatch {
         Ok(count)
     }
 
-    /// Ends the watch. When this returns, all pages that were captured for a write are in the sink.
+    /// Ends the watch. When this returns, all faults are handled.
     pub fn end(&mut self) -> Result<(), JobError> {
         if !std::mem::take(&mut self.watching) {
             return Ok(());

@@ -5,9 +5,10 @@
 
 use super::protect_ordering;
 use crate::lock::lock;
-use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite, Protection};
+use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite};
 use crate::memory::guest_memory::DiscardObserver;
 use crate::memory::host_page_set::BlockHostPages;
+use crate::memory::write_protection::Protection;
 use pageferry_protocol::memory::PageRange;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};

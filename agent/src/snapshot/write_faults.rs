@@ -2,113 +2,47 @@
 
 //! Write faults of a background snapshot: the guest keeps running while its memory is saved.
 //!
-//! When the guest writes to a page that is not saved yet, the write fault arrives here. Two threads
-//! handle it:
+//! When the guest writes to a page that is not saved yet, the write fault arrives here. The *fault
+//! thread* copies the page and removes the write protection. The guest continues; it does not wait
+//! for the disk. The threads of the sweep put the page into the image ([`super::sweep`]).
 //!
-//! - The *fault thread* copies the page into a free buffer and removes the write protection. The
-//!   guest continues; it does not wait for the disk.
-//! - The *writer thread* puts filled buffers into the image and returns them to the pool.
-//!
-//! The number of buffers is fixed. If the guest writes faster than the disk, the fault thread waits
-//! for a buffer, and the guest waits with it. After the hook timeout without a free buffer the
+//! The memory for copied pages is bounded. If the guest writes faster than the disk, the fault
+//! thread waits for room, and the guest waits with it. After the hook timeout without room the
 //! snapshot fails, and all writes continue: a disk that hangs costs the snapshot, never the guest.
 
 use super::watch_state::{WatchState, WriteFaultAction};
 use crate::event::Event;
 use crate::job::{Job, JobError};
-use crate::memory::PageBuffer;
-use crate::memory::copy_before_write::CaptureError;
-use crate::memory::copy_before_write::CopyBeforeWrite;
+use crate::memory::captured_pages::Room;
+use crate::memory::copy_before_write::{CaptureError, CopyBeforeWrite};
 use crate::memory::guest_memory::DiscardObserver;
 use crate::missing_faults::wait;
-use pageferry_protocol::memory::PageRange;
-use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::userfault::{AddressRange, Events};
-use std::collections::BTreeSet;
 use std::os::fd::AsFd;
-use std::panic::resume_unwind;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// The bytes of all buffers for host pages of one size. There are always a few buffers.
-const BUFFER_BYTES: u64 = 32 << 20;
-/// The largest number of buffers for host pages of one size: 8 MiB of buffers for small pages.
-const MAX_BUFFERS: u64 = 2048;
-/// The interval at which a wait for a buffer checks whether it is still needed.
+/// The interval at which a wait for room checks whether it is still needed.
 const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
-/// A captured page that must be put into the image.
-struct Captured {
-    copier: Arc<CopyBeforeWrite>,
-    at: usize,
-    pages: PageRange,
-    bytes: PageBuffer,
-    pool: usize,
-}
-
-/// The buffers that go back and forth between the two threads.
-struct Buffers {
-    pools: Vec<BufferPool>,
-    /// The index of the pool for each block.
-    of_block: Vec<usize>,
-    captured: Sender<Captured>,
-    /// The longest wait for a buffer.
-    limit: Duration,
-}
-
-/// Buffers for host pages of one size.
-struct BufferPool {
-    free: Receiver<PageBuffer>,
-    to_free: Sender<PageBuffer>,
-}
-
-impl BufferPool {
-    fn new(host_page: u64) -> Result<Self, MappingError> {
-        let (to_free, free) = channel();
-        for _ in 0..(BUFFER_BYTES / host_page).clamp(4, MAX_BUFFERS) {
-            // Cannot fail: this function holds the receiver.
-            let _ = to_free.send(PageBuffer::try_new(host_page as usize)?);
-        }
-        Ok(Self { free, to_free })
-    }
-}
-
-/// Starts both threads. They handle faults until `stop` is readable, and end when all captured
-/// pages are in the image.
+/// Starts the fault thread. It handles faults until `stop` is readable.
 ///
 /// # Errors
-/// If a thread cannot be started, or there is no memory for the buffers.
+/// If the thread cannot be started.
 pub fn start(
     job: &Arc<Job>, shared: &Arc<WatchState>, stop: Event,
 ) -> Result<JoinHandle<()>, JobError> {
     let (job, shared) = (job.clone(), shared.clone());
-    let host_pages = || job.memory.blocks().iter().map(|block| block.backing.host_page_size());
-    let sizes: BTreeSet<u64> = host_pages().collect();
-    let pools = sizes.iter().map(|size| BufferPool::new(*size)).collect::<Result<Vec<_>, _>>()?;
-    let of_block = host_pages().map(|size| sizes.range(..size).count()).collect();
-    let give_back: Vec<_> = pools.iter().map(|pool| pool.to_free.clone()).collect();
-    let (captured, to_put) = channel();
-    let builder = |name| Builder::new().name(format!("{name}-{}", job.id));
-    let (fault_thread, writer_thread) = (builder("faults"), builder("captured"));
-    let writer = writer_thread
-        .spawn(move || run_writer(to_put, &give_back))
-        .map_err(JobError::from_io("start a thread"))?;
-    let buffers = Buffers { pools, of_block, captured, limit: job.hook_timeout };
-    let fault_thread = fault_thread.spawn(move || {
-        run_faults(&job, &shared, &stop, &buffers);
-        drop(buffers);
-        if let Err(panic) = writer.join() {
-            resume_unwind(panic);
-        }
-    });
-    fault_thread.map_err(JobError::from_io("start a thread"))
+    Builder::new()
+        .name(format!("faults-{}", job.id))
+        .spawn(move || run_faults(&job, &shared, &stop))
+        .map_err(JobError::from_io("start a thread"))
 }
 
-fn run_faults(job: &Job, shared: &WatchState, stop: &Event, buffers: &Buffers) {
+fn run_faults(job: &Job, shared: &WatchState, stop: &Event) {
     let mut guard = FailUnlessOver { shared, over: false };
-    match handle_faults(job, shared, stop, buffers) {
+    match handle_faults(job, shared, stop) {
         Ok(()) => guard.over = true,
         Err(error) => fail(&shared.mode(), error),
     }
@@ -128,16 +62,6 @@ impl Drop for FailUnlessOver<'_> {
     }
 }
 
-fn run_writer(captured: Receiver<Captured>, free: &[Sender<PageBuffer>]) {
-    for Captured { copier, at, pages, bytes, pool } in captured {
-        if let Err(error) = copier.put_run(at, pages, &bytes[..pages.bytes() as usize]) {
-            copier.fail(error);
-        }
-        // Fails only at the end, when nobody needs the buffer any more.
-        let _ = free[pool].send(bytes);
-    }
-}
-
 /// Before the instant there is no snapshot to fail, so the error is only logged. The job meets the
 /// same problem when it protects the next page, and reports it.
 fn fail(mode: &WriteFaultAction, error: CaptureError) {
@@ -149,9 +73,7 @@ fn fail(mode: &WriteFaultAction, error: CaptureError) {
     }
 }
 
-fn handle_faults(
-    job: &Job, shared: &WatchState, stop: &Event, buffers: &Buffers,
-) -> Result<(), CaptureError> {
+fn handle_faults(job: &Job, shared: &WatchState, stop: &Event) -> Result<(), CaptureError> {
     let uffd = &shared.protection.uffd;
     let mut events = Events::default();
     while wait(uffd, stop.as_fd()).map_err(CaptureError::ReadFaults)? {
@@ -166,7 +88,7 @@ fn handle_faults(
         for address in events.faults() {
             let Some(page) = shared.protection.mappings.locate(*address) else { continue };
             // After an error the other faults are still handled.
-            if let Err(error) = handle_fault(job, shared, &mode, page, buffers) {
+            if let Err(error) = handle_fault(job, shared, &mode, page, job.hook_timeout) {
                 fail(&mode, error);
             }
             // Faults are counted and timed only from the instant on.
@@ -192,52 +114,41 @@ fn handle_removal(job: &Job, shared: &WatchState, mode: &WriteFaultAction, remov
     }
 }
 
+/// `limit` is the longest wait for room.
 fn handle_fault(
-    job: &Job, shared: &WatchState, mode: &WriteFaultAction, page: (usize, u64), buffers: &Buffers,
+    job: &Job, shared: &WatchState, mode: &WriteFaultAction, page: (usize, u64), limit: Duration,
 ) -> Result<(), CaptureError> {
     let copier = match mode {
         WriteFaultAction::Ahead => return shared.allow_write(page),
         WriteFaultAction::CopyBeforeWrite(copier) => copier,
     };
-    let pool = buffers.of_block[page.0];
-    let BufferPool { free, to_free } = &buffers.pools[pool];
-    // A page that is not pending now never becomes pending again.
-    let is_pending = || copier.pending().block(page.0).bits().contains(page.1);
-    let is_lost = || job.cancel.is_cancelled() || copier.has_failed();
-    let bytes = wait_for_buffer(free, buffers.limit, is_pending, is_lost).unwrap_or_else(|error| {
+    let room = wait_for_room(job, copier, page, limit).unwrap_or_else(|error| {
         copier.fail(error);
         copier.stop_faults();
         None
     });
-    let Some(mut bytes) = bytes else {
-        // Without a buffer nothing is taken: the page is not pending, or the snapshot takes nothing
-        // any more.
-        return copier.write_fault(&job.memory.readers, page, &mut []).map(|_| ());
-    };
-    let captured = copier.write_fault(&job.memory.readers, page, &mut bytes);
-    if let Ok(Some(pages)) = captured {
-        let captured = Captured { copier: copier.clone(), at: page.0, pages, bytes, pool };
-        return buffers.captured.send(captured).map_err(|_| CaptureError::Panicked);
-    }
-    // The buffer is also returned after an error. Otherwise later faults would wait for it forever.
-    to_free.send(bytes).map_err(|_| CaptureError::Panicked)?;
-    captured.map(|_| ())
+    // Without room nothing is captured: the page is not pending, or the snapshot captures nothing
+    // any more.
+    copier.write_fault(&job.memory.readers, page, room)
 }
 
-/// Waits for a buffer for a pending page, and the guest waits with it if it writes faster than the
+/// Waits for room for a pending page, and the guest waits with it if it writes faster than the
 /// disk. The wait ends with `None` if the page is not pending any more, and with an error if the
-/// snapshot is lost, or if no buffer was returned for `limit`.
-fn wait_for_buffer(
-    free: &Receiver<PageBuffer>, limit: Duration, is_pending: impl Fn() -> bool,
-    is_lost: impl Fn() -> bool,
-) -> Result<Option<PageBuffer>, CaptureError> {
+/// snapshot is lost, or if there was no room for `limit`.
+fn wait_for_room<'a>(
+    job: &Job, copier: &'a CopyBeforeWrite, (at, host_page): (usize, u64), limit: Duration,
+) -> Result<Option<Room<'a>>, CaptureError> {
     let since = Instant::now();
-    while is_pending() {
-        match free.recv_timeout(CHECK_INTERVAL) {
-            Ok(bytes) => return Ok(Some(bytes)),
-            Err(_) if is_lost() => return Err(CaptureError::GivenUp),
-            Err(_) if since.elapsed() >= limit => return Err(CaptureError::SinkTimeout { limit }),
-            Err(_) => {}
+    // A page that is not pending now never becomes pending again.
+    while copier.pending().block(at).bits().contains(host_page) {
+        if let Some(room) = copier.room(at, CHECK_INTERVAL)? {
+            return Ok(Some(room));
+        }
+        if job.cancel.is_cancelled() || copier.is_over() {
+            return Err(CaptureError::GivenUp);
+        }
+        if since.elapsed() >= limit {
+            return Err(CaptureError::SinkTimeout { limit });
         }
     }
     Ok(None)
@@ -247,79 +158,88 @@ fn wait_for_buffer(
 mod tests {
     use super::*;
     use crate::job::CancelledBy;
-    use crate::memory::copy_before_write::SinkError;
-    use crate::memory::copy_before_write::{Protection, Sink};
+    use crate::memory::copy_before_write::{Run, Sink, SinkError};
     use crate::memory::host_page_set::HostPageSet;
     use crate::memory::mappings::Mappings;
     use crate::memory::test_support::{job, memfd, memory};
+    use crate::memory::write_protection::Protection;
     use pageferry_protocol::memory::PAGE_SIZE;
+
+    /// Pages of the block.
+    const PAGES: u64 = 64;
 
     /// A sink that must not get any page.
     #[derive(Debug)]
     struct Nowhere;
 
     impl Sink for Nowhere {
-        fn put(&self, _: usize, range: PageRange, _: &[u8]) -> Result<u64, SinkError> {
-            panic!("{range:?}")
+        fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+            panic!("{runs:?}")
         }
     }
 
-    /// The disk has returned no buffer.
+    /// A job, and its snapshot: all pages are pending, and there is room for two.
+    fn snapshot() -> (Arc<Job>, Arc<CopyBeforeWrite>) {
+        let job = job(memory(&[PAGES]));
+        let pending = HostPageSet::empty(job.memory.blocks(), &[PAGE_SIZE]).unwrap();
+        pending.add(0, 0, u64::MAX);
+        let (blocks, room) = (job.memory.blocks(), 2 * PAGE_SIZE as usize);
+        let copier = CopyBeforeWrite::new(
+            blocks,
+            Arc::new(pending),
+            None,
+            Arc::new(Nowhere),
+            room,
+            Arc::default(),
+        );
+        (job, Arc::new(copier))
+    }
+
+    fn fault(
+        job: &Job, copier: &Arc<CopyBeforeWrite>, host_page: u64, limit: Duration,
+    ) -> Result<(), CaptureError> {
+        let (uffd, mappings) = (memfd(0).into(), Mappings::of(job.memory.blocks()));
+        let protection = Protection { uffd, mappings, unannounced_frees: false };
+        let shared = WatchState::new(Arc::new(protection), Vec::new());
+        let mode = WriteFaultAction::CopyBeforeWrite(copier.clone());
+        handle_fault(job, &shared, &mode, (0, host_page), limit)
+    }
+
+    /// The disk takes nothing, so no room is given back.
     #[test]
-    fn wait_for_a_buffer_ends_with_the_job_or_the_snapshot() {
+    fn wait_for_room_ends_with_the_job_or_the_snapshot() {
         for is_cancelled in [false, true] {
-            let job = job(memory(&[64]));
-            let pending = HostPageSet::empty(job.memory.blocks(), &[PAGE_SIZE]).unwrap();
-            pending.add(0, 0, 1 << 3);
-            let (pending, sink) = (Arc::new(pending), Arc::new(Nowhere));
-            let copier =
-                CopyBeforeWrite::new(job.memory.blocks(), pending, None, sink, Arc::default());
-            let copier = Arc::new(copier);
-            let (uffd, mappings) = (memfd(0).into(), Mappings::of(job.memory.blocks()));
-            let shared = WatchState::new(
-                Arc::new(Protection { uffd, mappings, unannounced_frees: false }),
-                Vec::new(),
-            );
-            let ((to_free, free), (captured, _to_put)) = (channel(), channel());
-            let pools = vec![BufferPool { free, to_free }];
-            let buffers = Buffers { pools, of_block: vec![0], captured, limit: CHECK_INTERVAL * 3 };
+            let (job, copier) = snapshot();
+            let long = Duration::from_secs(3600);
+            (0..2).for_each(|page| fault(&job, &copier, page, long).unwrap());
             if is_cancelled {
                 job.cancel.cancel(CancelledBy::Operator).unwrap();
             } else {
                 copier.fail(CaptureError::Panicked);
             }
-            let mode = WriteFaultAction::CopyBeforeWrite(copier.clone());
-            handle_fault(&job, &shared, &mode, (0, 3), &buffers).unwrap();
+            fault(&job, &copier, 3, long).unwrap();
             // The reason must not be that the disk is too slow.
             let why = copier.check().unwrap_err();
             assert_eq!(matches!(why, CaptureError::GivenUp), is_cancelled, "{why}");
             assert_eq!(matches!(why, CaptureError::Panicked), !is_cancelled, "{why}");
-            assert_eq!(copier.pending().remaining_pages(), 1, "nothing is taken");
+            assert_eq!(copier.pending().remaining_pages(), PAGES - 2, "nothing more is taken");
         }
     }
 
     #[test]
-    fn wait_for_a_buffer_ends_when_pointless_or_too_long() {
-        let pool = BufferPool::new(8 << 20).unwrap();
+    fn wait_for_room_ends_when_pointless_or_too_long() {
+        let (job, copier) = snapshot();
         let (long, short) = (Duration::from_secs(3600), CHECK_INTERVAL * 3);
-        let taken: Vec<_> = (0..4)
-            .map(|_| wait_for_buffer(&pool.free, short, || true, || true).unwrap().unwrap())
-            .collect();
-        assert!(taken.iter().all(|bytes| bytes.len() == 8 << 20));
-        assert!(wait_for_buffer(&pool.free, long, || false, || true).unwrap().is_none());
-        assert!(matches!(
-            wait_for_buffer(&pool.free, long, || true, || true),
-            Err(CaptureError::GivenUp)
-        ));
-        let error = wait_for_buffer(&pool.free, short, || true, || false).unwrap_err().to_string();
+        (0..2).for_each(|page| fault(&job, &copier, page, long).unwrap());
+        // The page is captured already, so it needs no room.
+        fault(&job, &copier, 1, long).unwrap();
+        copier.check().unwrap();
+        fault(&job, &copier, 2, short).unwrap();
+        let error = copier.check().unwrap_err().to_string();
         assert!(
             error.contains("nothing was written to the image for 60ms")
                 && error.contains("hook_timeout"),
             "{error}"
         );
-        let BufferPool { free, to_free } = pool;
-        let waiting = std::thread::spawn(move || wait_for_buffer(&free, long, || true, || false));
-        taken.into_iter().for_each(|bytes| to_free.send(bytes).unwrap());
-        assert!(waiting.join().unwrap().unwrap().is_some());
     }
 }

@@ -6,10 +6,12 @@
 //! protected pages. The guest writes in the same step that removes the protection of its page: a
 //! later write would see more of what was done before.
 //!
-//! The model fails if a page is read while or after it changes, if it is captured twice or not at
-//! all, or if the guest waits forever.
+//! The model fails if a page is read while or after it changes, if it is captured or put into the
+//! image twice or not at all, or if the guest waits forever.
 
-use crate::memory::capture_ordering::{before_punch, before_unregister, before_write, capture};
+use crate::memory::capture_ordering::{
+    before_punch, before_unregister, before_write, capture, collect,
+};
 use crate::memory::fence::{FAULTS, Readers, SESSION};
 use crate::shm::bitmap::{Bitmap, WORD_BITS};
 use loom::cell::UnsafeCell;
@@ -43,6 +45,7 @@ struct Content {
     touch: UnsafeCell<()>,
     holds: Plain,
     captured: Plain,
+    put: Plain,
 }
 
 impl Content {
@@ -51,6 +54,7 @@ impl Content {
             touch: UnsafeCell::new(()),
             holds: Plain::new(AT_THE_INSTANT),
             captured: Plain::new(0),
+            put: Plain::new(0),
         }
     }
 
@@ -77,6 +81,8 @@ struct Snapshot {
     /// True if discards must save pages before they punch.
     capturing: Mutex<bool>,
     contents: Vec<(u64, Content)>,
+    /// The pages of each word that faults have captured and nobody has put.
+    kept: Mutex<[u64; 2]>,
     /// The page that the guest waits to write to.
     writes: Option<u64>,
 }
@@ -99,6 +105,7 @@ impl Snapshot {
             over: AtomicBool::new(false),
             capturing: Mutex::new(true),
             contents: pages.iter().map(|page| (*page, Content::new())).collect(),
+            kept: Mutex::new([0; 2]),
             writes,
         })
     }
@@ -142,6 +149,34 @@ impl Snapshot {
         self.lift(word, self.capture(WORKER, word, u64::MAX));
     }
 
+    /// A worker saves a piece: a word.
+    fn save(&self, word: u64) {
+        let taken = self.capture(WORKER, word, u64::MAX);
+        self.lift(word, taken);
+        let kept = collect(&self.readers, |_, other| other == word, || self.leave(word));
+        self.put(word, taken | kept);
+    }
+
+    /// The pages of a word that faults have captured leave.
+    fn leave(&self, word: u64) -> u64 {
+        std::mem::take(&mut self.kept.lock().unwrap()[word as usize])
+    }
+
+    /// They leave in a batch, without the rest of their piece.
+    fn put_batch(&self) {
+        (0..2).for_each(|word| self.put(word, self.leave(word)));
+    }
+
+    fn put(&self, word: u64, pages: u64) {
+        for (page, content) in &self.contents {
+            let (of, bit) = word_and_bit(*page);
+            if of == word && pages & bit != 0 {
+                assert_eq!(content.captured.load(Relaxed), 1, "only what was read is put");
+                assert_eq!(content.put.fetch_add(1, Relaxed), 0, "it is put once");
+            }
+        }
+    }
+
     /// A worker cannot read the pages that it takes of a word.
     fn work_fails(&self, word: u64) {
         let take = || self.pending.take_bits(word, u64::MAX);
@@ -154,7 +189,12 @@ impl Snapshot {
         let take = || {
             if self.over.load(Ordering::Acquire) { 0 } else { self.pending.take_bits(word, bit) }
         };
-        let read = |taken| readable.map(|()| self.read_all(word, taken));
+        let read = |taken| {
+            readable.map(|()| {
+                self.read_all(word, taken);
+                self.kept.lock().unwrap()[word as usize] |= taken;
+            })
+        };
         let lift = || {
             self.lift(word, bit);
             Ok(())
@@ -198,6 +238,15 @@ impl Snapshot {
             assert_eq!(content.captured.load(Relaxed), 1, "page {page}")
         });
         self.check_written();
+    }
+
+    #[track_caller]
+    fn check_put(&self) {
+        assert_eq!(*self.kept.lock().unwrap(), [0; 2], "the worker has collected all");
+        self.contents
+            .iter()
+            .for_each(|(page, content)| assert_eq!(content.put.load(Relaxed), 1, "page {page}"));
+        self.check_captured();
     }
 
     #[track_caller]
@@ -338,5 +387,67 @@ fn a_discard_as_a_snapshot_fails_is_not_read_after() {
         let discard = spawn(&snapshot, |snapshot| snapshot.discard(PAGE));
         snapshot.abort();
         join([fault, discard]);
+    });
+}
+
+#[test]
+fn a_worker_collects_what_faults_captured_of_its_piece() {
+    model(None, || {
+        let snapshot = Snapshot::of(&[PAGE], Some(PAGE));
+        let worker = spawn(&snapshot, |snapshot| snapshot.save(0));
+        snapshot.fault(PAGE);
+        join([worker]);
+        snapshot.check_put();
+    });
+}
+
+#[test]
+fn a_worker_collects_a_page_beside_those_that_it_takes() {
+    model(3, || {
+        let snapshot = Snapshot::of(&[PAGE, NEIGHBOUR, ELSEWHERE], Some(NEIGHBOUR));
+        let worker = spawn(&snapshot, |snapshot| {
+            snapshot.save(1);
+            snapshot.save(0);
+        });
+        snapshot.fault(ELSEWHERE);
+        snapshot.fault(NEIGHBOUR);
+        join([worker]);
+        snapshot.check_put();
+    });
+}
+
+#[test]
+fn worker_and_batch_put_each_captured_page_once() {
+    model(2, || {
+        let snapshot = Snapshot::of(&[PAGE, NEIGHBOUR], Some(PAGE));
+        let worker = spawn(&snapshot, |snapshot| snapshot.save(0));
+        let batch = spawn(&snapshot, Snapshot::put_batch);
+        snapshot.fault(PAGE);
+        join([worker, batch]);
+        snapshot.check_put();
+    });
+}
+
+#[test]
+fn a_page_that_a_batch_has_is_not_read_again_by_its_discard() {
+    model(2, || {
+        let snapshot = Snapshot::of(&[PAGE], None);
+        let fault = spawn(&snapshot, |snapshot| snapshot.fault(PAGE));
+        let batch = spawn(&snapshot, Snapshot::put_batch);
+        snapshot.discard(PAGE);
+        join([fault, batch]);
+        snapshot.check_captured();
+    });
+}
+
+#[test]
+fn a_guest_goes_on_if_the_snapshot_fails_while_a_batch_leaves() {
+    model(2, || {
+        let snapshot = Snapshot::of(&[PAGE], Some(PAGE));
+        let fault = spawn(&snapshot, |snapshot| snapshot.fault(PAGE));
+        let batch = spawn(&snapshot, Snapshot::put_batch);
+        snapshot.abort();
+        join([fault, batch]);
+        snapshot.check_written();
     });
 }

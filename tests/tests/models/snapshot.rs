@@ -16,6 +16,7 @@ use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,
     SnapshotOptions, StatePiece,
 };
+use pageferry_protocol::control::job::MIN_CAPTURE_MEMORY;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
@@ -262,6 +263,8 @@ fn check_guest(world: &World) {
 struct Aside {
     captured: AtomicU64,
     rescued: AtomicU64,
+    /// Snapshots whose memory for captured pages was too little for all of them at once.
+    scarce: AtomicU64,
 }
 
 fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
@@ -311,12 +314,16 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
         let mut base = String::new();
         for number in 0..4 {
             let path = folder.path().join(format!("image{number}"));
+            // With the least, captured pages also leave in batches.
+            let is_scarce = chance.one_in(2);
+            let capture_memory = if is_scarce { MIN_CAPTURE_MEMORY } else { 64 << 20 };
             let options = SnapshotOptions {
                 mode,
                 workers: 1 + chance.below(3) as u16,
                 base: base.clone(),
                 track: true,
                 cached: chance.one_in(2),
+                capture_memory,
                 // Half of the background snapshots last about 100 ms, so that the guest writes and
                 // discards pages that are not saved yet.
                 bandwidth: if seed.is_multiple_of(2) && mode == SnapshotMode::Background {
@@ -335,6 +342,11 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
             // An fsync waits for everything that other processes have written to the same disk.
             let status = client.wait(started.job, 4 * SOON).unwrap();
             aside.captured.fetch_add(status.counters.copied_before_write_pages, Ordering::Relaxed);
+            if is_scarce
+                && status.counters.copied_before_write_pages * PAGE_SIZE >= MIN_CAPTURE_MEMORY
+            {
+                aside.scarce.fetch_add(1, Ordering::Relaxed);
+            }
             aside.rescued.fetch_add(status.counters.copied_before_discard_pages, Ordering::Relaxed);
             match status.phase {
                 Phase::Completed => {
@@ -364,10 +376,13 @@ fn a_background_snapshot_is_a_consistent_cut() {
     let aside = Aside::default();
     proptest!(seeds::cases(CASES), |(seed in any::<u64>())| run_case(seeds::repeated(seed), SnapshotMode::Background, &aside));
     let (captured, rescued) = (aside.captured.into_inner(), aside.rescued.into_inner());
+    let scarce = aside.scarce.into_inner();
     // In a few cases, or in one repeated case, perhaps no snapshot is slow.
     let many = seeds::cases(CASES).cases >= 20 && seeds::given().is_none();
-    let found = format!("{captured} pages for writes, {rescued} for discards");
-    assert!(!many || (captured > 0 && rescued > 0), "nothing was tried: {found}");
+    let found = format!(
+        "{captured} pages for writes, {rescued} for discards; {scarce} times scarce memory"
+    );
+    assert!(!many || (captured > 0 && rescued > 0 && scarce > 0), "nothing was tried: {found}");
     eprintln!("copied aside: {found}");
 }
 

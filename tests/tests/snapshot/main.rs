@@ -4,7 +4,7 @@
 //!
 //! - [`kvm`]: a real guest that keeps running;
 //! - [`operator`]: snapshots and restores by an operator on the command line;
-//! - [`bandwidth`]: the bandwidth limit;
+//! - [`bandwidth`]: the bandwidth limit; [`capture_memory`]: the memory for captured pages;
 //! - [`huge`]: guests on huge pages;
 //! - [`increments`]: images that can be the base of others;
 //! - [`aborts`]: snapshots that do not complete;
@@ -17,6 +17,7 @@
 
 mod aborts;
 mod bandwidth;
+mod capture_memory;
 mod files;
 mod full_disk;
 mod hangs;

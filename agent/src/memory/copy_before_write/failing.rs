@@ -12,13 +12,15 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 const PAGES: u64 = 200;
+/// Room for captured pages.
+const ROOM: usize = 1 << 20;
 
 /// A disk that is broken.
 #[derive(Debug)]
 struct Broken;
 
 impl Sink for Broken {
-    fn put(&self, _: usize, _: PageRange, _: &[u8]) -> Result<u64, SinkError> {
+    fn put(&self, _: &[Run<'_>]) -> Result<u64, SinkError> {
         Err(ImageFault::KernelAt { what: "write", at: 0x5000, source: Errno::IO }
             .of(Path::new("/image"))
             .into())
@@ -46,6 +48,7 @@ fn all_pending(memory: &GuestMemory) -> Arc<CopyBeforeWrite> {
         Arc::new(pending),
         None,
         Arc::new(Broken),
+        ROOM,
         Arc::default(),
     ))
 }
@@ -63,8 +66,8 @@ fn is_broken(outcome: Result<(), CaptureError>) {
 fn failing_disk_fails_a_sweep() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
-    let range = PageRange::new(0, PAGES);
-    is_broken(copier.sweep(&memory.readers, 0, 0, range, &mut copier.batch().unwrap()).map(drop));
+    let mut batch = copier.batch().unwrap();
+    is_broken(copier.sweep(&memory.readers, 0, (0, 0), &mut batch).map(drop));
     assert!(!copier.has_failed());
 }
 
@@ -72,12 +75,12 @@ fn failing_disk_fails_a_sweep() {
 fn write_continues_although_its_page_cannot_be_put() {
     let (memory, _fd) = memory();
     let copier = all_pending(&memory);
-    let mut into = vec![0; PAGE_SIZE as usize];
-    let pages = copier.write_fault(&memory.readers, (0, 7), &mut into).unwrap().unwrap();
-    assert_eq!((pages, &into[..]), (PageRange::new(7, 1), &[5; PAGE_SIZE as usize][..]));
-    is_broken(copier.put_run(0, pages, &into));
+    let room = || copier.room(0, Duration::ZERO).unwrap();
+    copier.write_fault(&memory.readers, (0, 7), room()).unwrap();
     // A second fault finds that the page is no longer pending.
-    assert_eq!(copier.write_fault(&memory.readers, (0, 7), &mut into).unwrap(), None);
+    copier.write_fault(&memory.readers, (0, 7), room()).unwrap();
+    assert_eq!(copier.pending.remaining_pages(), PAGES - 1);
+    is_broken(copier.finish(&memory.readers));
 }
 
 #[test]

@@ -3,8 +3,7 @@
 use super::*;
 use crate::memory::Backing;
 use crate::memory::block::GuestLog;
-use crate::memory::copy_before_write::SinkError;
-use crate::memory::copy_before_write::{CopyBeforeWrite, Sink};
+use crate::memory::copy_before_write::{CopyBeforeWrite, Run, Sink, SinkError};
 use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::test_support::{let_others_run, memfd};
@@ -126,9 +125,10 @@ struct Kept {
 }
 
 impl Sink for Kept {
-    fn put(&self, _: usize, range: PageRange, bytes: &[u8]) -> Result<u64, SinkError> {
-        self.pages.lock().unwrap().push(range);
-        let nonzero = bytes.chunks(PAGE_SIZE as usize).filter(|page| page[0] != 0).count() as u64;
+    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+        self.pages.lock().unwrap().extend(runs.iter().map(|run| run.pages));
+        let pages = runs.iter().flat_map(|run| run.bytes.chunks(PAGE_SIZE as usize));
+        let nonzero = pages.filter(|page| page[0] != 0).count() as u64;
         self.nonzero.fetch_add(nonzero, Ordering::SeqCst);
         Ok(nonzero)
     }
@@ -142,6 +142,7 @@ fn capture(memory: &GuestMemory, kept: &Arc<Kept>, pages: u64) -> Arc<CopyBefore
         Arc::new(pending),
         None,
         kept.clone(),
+        1 << 20,
         Arc::default(),
     ));
     memory.marking.take_instant(|| Ok::<_, ()>(copier.clone())).unwrap();
@@ -178,9 +179,8 @@ fn page_freed_across_the_instant_is_not_saved_later() {
         copier
     });
     assert_eq!(copier.pending().block(0).bits().word(0), 0b1001);
-    let all = PageRange::new(0, 64);
     let mut batch = copier.batch().unwrap();
-    assert_eq!(copier.sweep(&memory.readers, 0, 0, all, &mut batch).unwrap(), 2);
+    assert_eq!(copier.sweep(&memory.readers, 0, (0, 0), &mut batch).unwrap(), 2);
     assert_eq!(*kept.pages.lock().unwrap(), [PageRange::new(0, 1), PageRange::new(3, 1)]);
 }
 

@@ -2,7 +2,7 @@
 
 //! Fields that several kinds of jobs have in their options.
 
-use super::{MAX_STREAMS, MIN_BANDWIDTH, ResumePolicy};
+use super::{MAX_STREAMS, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder};
 use std::time::Duration;
 
@@ -27,6 +27,16 @@ pub(super) fn bandwidth_value(value: u64) -> Result<u64, DecodeError> {
         _ => {
             let allowed = "0 for no limit, or at least 0x10000 (64 KiB) bytes per second";
             Err(DecodeError::InvalidValue { field: "bandwidth", value, allowed })
+        }
+    }
+}
+
+pub(super) fn capture_memory(decoder: &mut Decoder<'_>) -> Result<u64, DecodeError> {
+    match decoder.u64("capture_memory")? {
+        value @ MIN_CAPTURE_MEMORY.. => Ok(value),
+        value => {
+            let allowed = "at least 0x400000 (4 MiB) bytes";
+            Err(DecodeError::InvalidValue { field: "capture_memory", value, allowed })
         }
     }
 }

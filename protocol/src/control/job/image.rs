@@ -2,7 +2,7 @@
 
 //! Options of a snapshot and of a restore.
 
-use super::fields::{bandwidth, flag, micros, resume, timeout, workers};
+use super::fields::{bandwidth, capture_memory, flag, micros, resume, timeout, workers};
 use super::{MAX_ADDRESS, OutgoingOptions, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::path::{Path, PathBuf};
@@ -62,6 +62,11 @@ pub struct SnapshotOptions {
     pub replace: bool,
     /// Write the image through the page cache, where it stays for a restore that follows soon.
     pub cached: bool,
+    /// In the background: most memory in bytes for pages that were captured because the guest wrote
+    /// to them, until they are in the image, at least
+    /// [`MIN_CAPTURE_MEMORY`](super::MIN_CAPTURE_MEMORY). It is allocated as it is needed. If it is
+    /// full, the guest waits for the disk.
+    pub capture_memory: u64,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
 }
@@ -76,6 +81,7 @@ impl Default for SnapshotOptions {
             track: false,
             replace: false,
             cached: false,
+            capture_memory: 64 << 20,
             hook_timeout: OutgoingOptions::default().hook_timeout,
         }
     }
@@ -112,6 +118,7 @@ impl SnapshotOptions {
             .u16(u16::from(self.replace))
             .u16(u16::from(self.cached))
             .u64(self.bandwidth)
+            .u64(self.capture_memory)
             .u64(micros(self.hook_timeout))
             .text(&self.base)
     }
@@ -124,6 +131,7 @@ impl SnapshotOptions {
             replace: flag(decoder, "replace")?,
             cached: flag(decoder, "cached")?,
             bandwidth: bandwidth(decoder)?,
+            capture_memory: capture_memory(decoder)?,
             hook_timeout: timeout(decoder, "hook_timeout")?,
             base: decoder.text("base", MAX_ADDRESS)?.to_owned(),
         })

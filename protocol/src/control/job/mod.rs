@@ -30,6 +30,9 @@ pub const MAX_STREAMS: u16 = 64;
 /// Lowest bandwidth limit in bytes per second. With less, a peer would wait so long for a page that
 /// it takes the other side for dead.
 pub const MIN_BANDWIDTH: u64 = 64 << 10;
+/// Least memory in bytes for pages that a snapshot has captured before the guest wrote to them: two
+/// of the largest host pages.
+pub const MIN_CAPTURE_MEMORY: u64 = 4 << 20;
 /// Longest address of a peer, and longest path, in bytes.
 pub const MAX_ADDRESS: usize = 4096;
 /// Longest sentence of an error in bytes.

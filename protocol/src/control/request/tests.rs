@@ -4,8 +4,8 @@ use super::super::devices::DeviceSpec;
 use super::*;
 use crate::control::frame::MAX_BODY;
 use crate::control::job::{
-    Compression, Counters, JobKind, JobStatus, MIN_BANDWIDTH, Mode, NonConvergence, Phase,
-    RestoreMode, ResumePolicy, RunState, SnapshotMode,
+    Compression, Counters, JobKind, JobStatus, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode,
+    NonConvergence, Phase, RestoreMode, ResumePolicy, RunState, SnapshotMode,
 };
 use proptest::prelude::*;
 
@@ -68,17 +68,22 @@ fn any_parameters() -> impl Strategy<Value = Parameters> {
 
 fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
     let mode = prop::sample::select(SnapshotMode::NAMES.map(|(_, mode)| mode).to_vec());
-    let numbers = (1u16..=64, any::<u64>(), 1u64..1 << 30);
+    let numbers = (1u16..=64, any::<u64>(), MIN_CAPTURE_MEMORY.., 1u64..1 << 30);
     (mode, numbers, ".{0,60}", any::<[bool; 3]>()).prop_map(
-        |(mode, (workers, bandwidth, timeout), base, [track, replace, cached])| SnapshotOptions {
-            mode,
-            workers,
-            bandwidth,
-            base,
-            track,
-            replace,
-            cached,
-            hook_timeout: Duration::from_micros(timeout),
+        |(mode, (workers, bandwidth, capture_memory, timeout), base, flags)| {
+            let [track, replace, cached] = flags;
+            let hook_timeout = Duration::from_micros(timeout);
+            SnapshotOptions {
+                mode,
+                workers,
+                bandwidth,
+                base,
+                track,
+                replace,
+                cached,
+                capture_memory,
+                hook_timeout,
+            }
         },
     )
 }
@@ -357,6 +362,11 @@ fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
         [(0, "0 s"), (25 * 3600 * 1_000_000, "90000 s"), (u64::MAX, "18446744073709551615 µs")]
     {
         let error = format!("hook_timeout is {named}, allowed: 1 microsecond to 24 hours");
+        assert_eq!(refused(26, &value.to_le_bytes()), error);
+    }
+    for value in [0, MIN_CAPTURE_MEMORY - 1] {
+        let error =
+            format!("capture_memory is {value:#x}, allowed: at least 0x400000 (4 MiB) bytes");
         assert_eq!(refused(18, &value.to_le_bytes()), error);
     }
     let based = |length| {
@@ -366,7 +376,7 @@ fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
         refused_with(based(MAX_ADDRESS + 1), 0, &[])
             .starts_with("base has 4097 bytes, allowed are 4096")
     );
-    assert_eq!(refused_with(based(1), 30, &[0xff]), "base is not UTF-8");
+    assert_eq!(refused_with(based(1), 38, &[0xff]), "base is not UTF-8");
 }
 
 #[test]

@@ -39,7 +39,7 @@ pub fn incoming() -> Body {
 /// "Options of a snapshot" without a base.
 pub fn snapshot(mode: u16) -> Body {
     let body = Body::new().u16(mode).u16(2).u16(0).u16(1).u16(1);
-    body.u64(0).u64(PATIENCE).text("")
+    body.u64(0).u64(64 << 20).u64(PATIENCE).text("")
 }
 
 /// "Options of a restore" without a working set.
