@@ -38,6 +38,7 @@ use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
+use qemu_guest::Mover;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -368,18 +369,25 @@ fn small_pages(bench: &Bench, table: &mut Table) {
 
 /// QEMU's guest is smaller, and notes only what took longer than a touch without a fault.
 fn qemu(bench: &Bench, table: &mut Table) {
-    let work = "postcopy: a fault, QEMU";
+    let work = "postcopy: a fault of a guest in QEMU";
     let (source, destination, _warm) = full_guest(&bench.folder, qemu_guest::SIZE);
-    let ways = [("quiet", true), ("pushing", false)];
+    let (qemu, ours) = (Mover::Qemu, Mover::Pageferry { streams: 1 });
+    let ways = [
+        ("quiet", ours, true),
+        ("quiet", qemu, true),
+        ("pushing", ours, false),
+        ("pushing", Mover::Pageferry { streams: 2 }, false),
+        ("pushing", qemu, false),
+    ];
     let mut rounds = ways.map(|_| Vec::new());
     for _ in 0..bench.rounds {
-        for ((_, quiet), rounds) in ways.iter().zip(&mut rounds) {
+        for ((_, mover, quiet), rounds) in ways.iter().zip(&mut rounds) {
             destination.clear();
-            rounds.push(qemu_guest::migrate(&source, &destination, *quiet));
+            rounds.push(mover.migrate(&source, &destination, *quiet));
         }
     }
-    for ((who, _), rounds) in ways.iter().zip(&rounds) {
-        let middle = |figure: &dyn Fn(&qemu_guest::Qemu) -> f64| {
+    for ((way, mover, _), rounds) in ways.iter().zip(&rounds) {
+        let middle = |figure: &dyn Fn(&qemu_guest::Moved) -> f64| {
             median(&rounds.iter().map(figure).collect::<Vec<_>>())
         };
         for (name, part) in QUANTILES {
@@ -391,7 +399,7 @@ fn qemu(bench: &Bench, table: &mut Table) {
                 middle(&|moved| moved.time.as_secs_f64() * 1e3)
             );
             let remark = if part == 500 { remark } else { String::new() };
-            table.add(work, &format!("{who}, {name}"), "us", &samples, remark);
+            table.add(work, &format!("{way}, {mover}, {name}"), "us", &samples, remark);
         }
     }
 }

@@ -111,27 +111,11 @@ impl Machine {
     /// Starts it with the additional arguments `more`.
     pub fn start(folder: &Path, name: &str, image: &Image, more: &[&str]) -> Self {
         let socket = folder.join(name);
-        let memory = format!(
-            "memory-backend-file,id=ram,size={},mem-path={},share=on",
-            image.size,
-            image.path.display()
-        );
-        let mut command = Command::new(PROGRAM);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-accel", "tcg"]);
-        command.args([
-            "-machine",
-            "q35,memory-backend=ram",
-            "-m",
-            &format!("{}M", image.size >> 20),
-        ]);
-        command
-            .args([
-                "-object",
-                &memory,
-                "-qmp",
-                &format!("unix:{},server=on,wait=off", socket.display()),
-            ])
-            .args(more);
+        let memory = format!("memory-backend-file,mem-path={},share=on", image.path.display());
+        let [program, options @ ..] = Self::command_line(image.size, &memory);
+        let mut command = Command::new(program);
+        command.args(options);
+        command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]).args(more);
         let mut process = Process::spawn(name, &mut command).unwrap();
         let stream = wait_for("QEMU's control socket", PATIENCE, || {
             assert!(!process.has_ended(), "QEMU ended: {:?}", process.lines());
@@ -143,6 +127,27 @@ impl Machine {
         machine.read();
         machine.execute("qmp_capabilities", json!({}));
         machine
+    }
+
+    /// The program and its options for a guest of `size` bytes. `memory` is the value of `-object`
+    /// without id and size.
+    pub fn command_line(size: u64, memory: &str) -> [String; 13] {
+        [
+            PROGRAM,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-accel",
+            "tcg",
+            "-machine",
+            "q35,memory-backend=ram",
+            "-m",
+            &format!("{}M", size >> 20),
+            "-object",
+            &format!("{memory},id=ram,size={size}"),
+        ]
+        .map(str::to_owned)
     }
 
     /// The id of the process.

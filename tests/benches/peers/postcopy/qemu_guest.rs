@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The same with QEMU: a guest under TCG whose boot sector touches pages and measures each touch
-//! itself, migrated by postcopy with preemption.
+//! A guest under TCG whose boot sector touches pages and measures each touch itself. QEMU moves it by
+//! postcopy with preemption, and pageferry does, beside unmodified QEMUs.
 //!
 //! An ordinary guest is not needed, and would not report how long it waited. This guest records
 //! each touch that takes longer than any touch without a fault. The bench reads these records in
@@ -9,17 +9,21 @@
 
 use super::super::image::Image;
 use super::super::qemu::{Machine, free_port};
+use super::super::qemu_guest::memory_of;
 use super::super::table::median;
 use super::Times;
 use pageferry_tests::deadline::{wait_for, wait_until};
+use pageferry_tests::linux_guest::{Operator, Qmp, SideCar};
 use serde_json::json;
+use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Bytes per second while the guest waits for the switch: practically none.
+/// A push that is held back, in bytes per second: practically none.
 const TRICKLE: u64 = 1 << 20;
 /// How long the guest touches pages while the push is held back.
 const QUIET: Duration = Duration::from_secs(2);
@@ -70,10 +74,10 @@ const BOOT: [u8; 196] = [
 
 /// The measurements of the guest.
 #[derive(Debug)]
-pub struct Qemu {
+pub struct Moved {
     /// Its slow touches after the switch.
     pub times: Times,
-    /// Pages that the destination requested, as QEMU counts them.
+    /// Pages that the destination requested, by its own count.
     pub requests: u64,
     /// Time until all memory was there.
     pub time: Duration,
@@ -103,6 +107,16 @@ impl Notes<'_> {
         };
         median(&(0..7).map(look).collect::<Vec<_>>())
     }
+
+    /// The slow touches from number `first` on.
+    fn times(&self, first: u32, ticks: f64) -> Times {
+        let mut times = Times::default();
+        for index in first..self.word(0).min(MOST) {
+            let took = f64::from(self.word(4 + u64::from(index)));
+            times.push(Duration::from_secs_f64(took / ticks / 1e6));
+        }
+        times
+    }
 }
 
 /// A disk that holds the boot sector.
@@ -114,16 +128,50 @@ fn boot_disk(path: &Path) -> String {
     format!("file={},format=raw,if=ide,file.locking=off", path.display())
 }
 
-/// Migrates a guest. With `quiet` its push is held back for a while.
-pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
-    let folder = tempfile::tempdir().unwrap();
-    let disk = boot_disk(&folder.path().join("disk"));
-    let incoming = ["-drive", &disk, "-incoming", "defer"];
-    let mut to = Machine::start(folder.path(), "destination", destination, &incoming);
-    let mut from = Machine::start(folder.path(), "source", source, &incoming[..2]);
+/// Who moves the guest.
+#[derive(Debug, Clone, Copy)]
+pub enum Mover {
+    /// QEMU itself.
+    Qemu,
+    /// `pageferry qemu`, with this many connections for pages that no fault waits for.
+    Pageferry { streams: u16 },
+}
+
+impl fmt::Display for Mover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qemu => f.write_str("QEMU"),
+            Self::Pageferry { streams } => write!(f, "pageferry, {streams}"),
+        }
+    }
+}
+
+impl Mover {
+    /// Moves the guest. With `quiet` its push is held back for a while.
+    pub fn migrate(self, source: &Image, destination: &Image, quiet: bool) -> Moved {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = boot_disk(&folder.path().join("disk"));
+        match self {
+            Self::Qemu => by_qemu(folder.path(), &disk, source, destination, quiet),
+            Self::Pageferry { streams } => {
+                by_pageferry(folder.path(), &disk, source, streams, quiet)
+            }
+        }
+    }
+}
+
+/// Starts the guest. Returns the ticks of its clock in a microsecond, too.
+fn start(folder: &Path, source: &Image, more: &[&str]) -> (Machine, f64) {
+    let from = Machine::start(folder, "source", source, more);
     let notes = Notes(&source.file);
     wait_until("touches of QEMU's guest", PATIENCE, || notes.touches() > 100_000).unwrap();
-    let ticks = notes.ticks();
+    (from, notes.ticks())
+}
+
+fn by_qemu(folder: &Path, disk: &str, source: &Image, destination: &Image, quiet: bool) -> Moved {
+    let incoming = ["-drive", disk, "-incoming", "defer"];
+    let mut to = Machine::start(folder, "destination", destination, &incoming);
+    let (mut from, ticks) = start(folder, source, &incoming[..2]);
 
     let on = |name| json!({ "capability": name, "state": true });
     for machine in [&mut to, &mut from] {
@@ -148,7 +196,7 @@ pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
     };
     reaches(&mut from, "active");
     let started = Instant::now();
-    let before = notes.word(0);
+    let before = Notes(&source.file).word(0);
     from.execute("migrate-start-postcopy", json!({}));
     if quiet {
         reaches(&mut from, "postcopy-active");
@@ -159,12 +207,55 @@ pub fn migrate(source: &Image, destination: &Image, quiet: bool) -> Qemu {
     let status = reaches(&mut from, "completed");
     let time = started.elapsed();
     to.execute("stop", json!({}));
-    let notes = Notes(&destination.file);
-    let mut times = Times::default();
-    for index in before..notes.word(0).min(MOST) {
-        times.push(Duration::from_secs_f64(
-            f64::from(notes.word(4 + u64::from(index))) / ticks / 1e6,
-        ));
+    let times = Notes(&destination.file).times(before, ticks);
+    Moved { times, requests: status["ram"]["postcopy-requests"].as_u64().unwrap_or_default(), time }
+}
+
+/// The source's QEMU is attached as it runs. The destination's memory is a file of ours.
+fn by_pageferry(folder: &Path, disk: &str, source: &Image, streams: u16, quiet: bool) -> Moved {
+    let file = |name: &str| folder.join(name);
+    let monitor = |name: &str| format!("unix:{},server=on,wait=off", file(name).display());
+    let address = format!("tcp:127.0.0.1:{}", free_port());
+    let mut line: Vec<OsString> = vec!["receive".into(), "--socket".into(), file("to").into()];
+    line.extend(["--listen", &address, "--"].map(OsString::from));
+    line.extend(Machine::command_line(source.size, "memory-backend-ram").map(OsString::from));
+    line.extend(["-qmp", &monitor("destination"), "-drive", disk].map(OsString::from));
+    let mut receiver = SideCar::spawn(&line).unwrap();
+    let said = receiver.wait_for_line("agent at").unwrap();
+    let destination = memory_of(said.split(' ').skip_while(|word| *word != "QEMU").nth(1).unwrap());
+    let mut to = Qmp::connect(&file("destination")).unwrap();
+
+    let (from, ticks) = start(folder, source, &["-drive", disk, "-qmp", &monitor("for-pageferry")]);
+    let line = ["attach".into(), "--socket".into(), file("from").into()];
+    let line = [&line[..], &["--qmp".into(), file("for-pageferry").into()]].concat();
+    let mut sender = SideCar::spawn(&line).unwrap();
+    sender.wait_for_line("agent at").unwrap();
+
+    let operator = Operator::new(file("from"));
+    let (streams, held_back) = (streams.to_string(), if quiet { TRICKLE } else { 0 }.to_string());
+    let options = ["--to", &address, "--mode", "postcopy", "--streams", &streams];
+    let options = [&options[..], &["--bandwidth", &held_back]].concat();
+    let before = Notes(&source.file).word(0);
+    let started = Instant::now();
+    let job = operator.start("migrate", &options).unwrap();
+    if quiet {
+        to.wait_for_event("RESUME").unwrap();
+        std::thread::sleep(QUIET);
+        to.execute("stop", json!({})).unwrap();
+        operator.run("set", &["--bandwidth", "0"]).unwrap();
     }
-    Qemu { times, requests: status["ram"]["postcopy-requests"].as_u64().unwrap_or_default(), time }
+    job.end().unwrap();
+    let time = started.elapsed();
+    let requests = Operator::new(file("to")).status().unwrap();
+    let requests = requests["requested_pages"].as_u64().unwrap_or_default();
+    if !quiet {
+        to.execute("stop", json!({})).unwrap();
+    }
+    let times = Notes(&destination).times(before, ticks);
+    drop(from);
+    // QEMU ends first, and then what serves it.
+    to.execute("quit", json!({})).unwrap();
+    receiver.wait().unwrap();
+    sender.wait().unwrap();
+    Moved { times, requests, time }
 }

@@ -116,12 +116,12 @@ fn files() -> (TempDir, Sockets) {
 }
 
 /// The memory of a QEMU that `pageferry qemu` has started.
-fn memory_of(process: &str) -> File {
+pub fn memory_of(process: &str) -> File {
     let folder = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();
     let paths = folder.map(|entry| entry.unwrap().path());
     let is_ram = |path: &PathBuf| {
         let target = std::fs::read_link(path).unwrap_or_default();
-        target.to_string_lossy().starts_with("/memfd:pageferry-pageferry-ram")
+        target.to_string_lossy().starts_with("/memfd:pageferry-")
     };
     let path = paths.into_iter().find(is_ram).unwrap();
     File::open(path).unwrap()

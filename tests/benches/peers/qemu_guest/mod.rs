@@ -25,6 +25,7 @@ mod mover;
 use super::Bench;
 use super::table::{Better, Table, median};
 use host::Host;
+pub use host::memory_of;
 use mover::Mover;
 use pageferry_tests::linux_guest::{GuestMemory, LinuxGuest, QemuTools, QemuVersion, Tick};
 use pageferry_tests::require;
