@@ -66,10 +66,13 @@ struct Cli {
     /// Where `snapshots` writes images: a folder on a disk with 10 GiB free.
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     disk: PathBuf,
-    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse, restore,
-    /// restore-lazy.
+    /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse,
+    /// linux-guest, restore, restore-lazy.
     #[arg(long, value_delimiter = ',')]
     snapshots: Vec<String>,
+    /// In `pause` of `snapshots`, the sizes of the guest in MiB.
+    #[arg(long, value_delimiter = ',', default_value = "256,1024,2048,4096")]
+    sizes: Vec<u64>,
     /// In `snapshots`, measure the agents of these builds of pageferry-test-process, too.
     #[arg(long, value_delimiter = ',')]
     other: Vec<PathBuf>,
@@ -108,6 +111,8 @@ pub struct Bench {
     pub disk: PathBuf,
     /// The parts of `snapshots` to run. All of them if none is named.
     pub snapshots: Vec<String>,
+    /// The sizes of the guest in `pause`, in MiB.
+    pub sizes: Vec<u64>,
     /// Other builds of the agent.
     pub other: Vec<PathBuf>,
     /// Rounds of each comparison.
@@ -158,6 +163,7 @@ fn main() {
         folder: cli.folder,
         disk: cli.disk,
         snapshots: cli.snapshots,
+        sizes: cli.sizes,
         other: cli.other,
         rounds: if cli.bench { cli.rounds } else { 1 },
         shrink: if cli.bench { 1 } else { 128 },

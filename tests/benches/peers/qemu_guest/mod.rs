@@ -19,8 +19,8 @@
 //! - *On the wire*: by the program's own count.
 //! - *Allocated*: the blocks of the memory files when the guest has arrived.
 
-mod host;
-mod mover;
+pub mod host;
+pub mod mover;
 
 use super::Bench;
 use super::table::{Better, Table, median};

@@ -7,9 +7,11 @@
 //!   gets;
 //! - [`restore`]: the time until a restored guest runs, and until all its memory is there;
 //! - [`floor`], [`qemu`]: the other programs that save;
-//! - [`roamer`]: a guest that writes everywhere.
+//! - [`roamer`]: a guest that writes everywhere;
+//! - [`linux_guest`]: a Linux guest that writes, beside QEMU's background-snapshot.
 
 mod floor;
+mod linux_guest;
 mod pause;
 mod qemu;
 mod restore;
@@ -38,12 +40,13 @@ const LIMIT: Duration = Duration::from_secs(600);
 const ROOM: u64 = 10 * GIB;
 
 /// The sub-parts of `snapshots`.
-pub const PARTS: [(&str, Part); 7] = [
+pub const PARTS: [(&str, Part); 8] = [
     ("save", save::to_disk),
     ("save-tmpfs", save::to_tmpfs),
     ("save-sparse", save::sparse),
     ("pause", pause::full),
     ("pause-sparse", pause::sparse),
+    ("linux-guest", linux_guest::writes),
     ("restore", restore::eager),
     ("restore-lazy", restore::lazy),
 ];
@@ -55,7 +58,13 @@ pub fn snapshots(bench: &Bench, table: &mut Table) {
         return;
     }
     for (name, part) in PARTS {
-        if bench.snapshots.is_empty() || bench.snapshots.iter().any(|wanted| wanted == name) {
+        // A test is short, and Linux boots slowly.
+        let wanted = if bench.snapshots.is_empty() {
+            bench.shrink == 1 || name != "linux-guest"
+        } else {
+            bench.snapshots.iter().any(|wanted| wanted == name)
+        };
+        if wanted {
             eprintln!("snapshots: {name} ...");
             part(bench, table);
         }
@@ -171,6 +180,15 @@ fn processor_time(process: u32) -> Duration {
     let ticks: u64 =
         fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
     Duration::from_millis(ticks * 10)
+}
+
+/// Processor time so far that the host did not give to this machine although it wanted it, in the
+/// kernel's ticks of 10 ms. Meanwhile threads wait, whatever their program does.
+fn stolen_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    // `cpu`, then the times of user, nice, system, idle, iowait, irq, softirq, steal.
+    let ticks = stat.split_whitespace().nth(8).and_then(|field| field.parse::<u64>().ok());
+    Duration::from_millis(ticks.unwrap_or_default() * 10)
 }
 
 /// Reports a target, and whether it was reached: the median of `samples`, which has one figure for

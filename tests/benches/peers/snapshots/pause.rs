@@ -7,7 +7,7 @@ use super::super::Bench;
 use super::super::image::{Image, WarmPool};
 use super::super::table::{Better, Table, median};
 use super::roamer::Pace;
-use super::{GIB, MIB, Shelf, Vmm, agents, bar, floor, ratios};
+use super::{GIB, MIB, Shelf, Vmm, agents, bar, floor, ratios, stolen_time};
 use pageferry_client::{JobStatus, SnapshotOptions};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::time::{Duration, Instant};
@@ -35,6 +35,8 @@ struct Felt {
     beside_copy: f64,
     /// Microseconds of the slow writes, in order.
     slow: Vec<f64>,
+    /// Milliseconds of processor time that the host gave to others.
+    stolen: f64,
 }
 
 impl Felt {
@@ -53,8 +55,8 @@ impl Felt {
 /// Guests of several sizes and paces.
 pub fn full(bench: &Bench, table: &mut Table) {
     let Some(shelf) = Shelf::new(bench, &bench.disk, table) else { return };
-    for size in [GIB / 4, GIB, 2 * GIB, 4 * GIB] {
-        of_size(bench, table, &shelf, size / bench.shrink);
+    for size in &bench.sizes {
+        of_size(bench, table, &shelf, size * MIB / bench.shrink);
     }
 }
 
@@ -106,18 +108,19 @@ fn feel(vmm: &mut Vmm, image: &Image, shelf: &Shelf, pace: Pace) -> Felt {
         shelf.clear();
     }
     guest.note(true);
-    let writes = guest.writes();
+    let (writes, stolen) = (guest.writes(), stolen_time());
     let saved = vmm.save(&shelf.path(), &SnapshotOptions::default());
     let during = (guest.writes() - writes) as f64 / saved.time.as_secs_f64();
     let mut slow: Vec<f64> =
         guest.note(false).iter().map(|time| time.as_secs_f64() * 1e6).collect();
     slow.sort_by(f64::total_cmp);
+    let stolen = (stolen_time() - stolen).as_secs_f64() * 1e3;
     drop(running);
     shelf.clear();
     assert_eq!(saved.status.counters.pages_saved, image.allocated() / PAGE_SIZE);
     let pause = guest.last_pause();
     let (total, pause) = (saved.time.as_secs_f64() * 1e3, pause.as_secs_f64() * 1e3);
-    Felt { status: saved.status, pause, total, speed: during / before, beside_copy, slow }
+    Felt { status: saved.status, pause, total, speed: during / before, beside_copy, slow, stolen }
 }
 
 fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: bool) {
@@ -149,6 +152,7 @@ fn add_rows(table: &mut Table, work: &str, who: &str, rounds: &[Felt], busy: boo
     add("a slow write, p50, by the guest's clock", "us", &|felt| felt.quantile(500), slow);
     add("a slow write, p99", "us", &|felt| felt.quantile(990), String::new());
     add("a slow write, most", "us", &|felt| felt.quantile(1000), String::new());
+    add("processor time that the host did not give", "ms", &|felt| felt.stolen, String::new());
     add("writes, of their rate before", "", &|felt| felt.speed, String::new());
     add("writes beside a plain copy", "", &|felt| felt.beside_copy, String::new());
 }
