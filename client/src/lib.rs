@@ -241,9 +241,9 @@ pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
 pub use pageferry_protocol::control::hook::GuestOrigin;
 pub use pageferry_protocol::control::job::{
-    Compression, Counters, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,
-    NonConvergence, NotUtf8, OutgoingOptions, Parameters, Phase, RestoreMode, RestoreOptions,
-    ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
+    Compression, Counters, HugePages, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,
+    NonConvergence, NotUtf8, OutgoingOptions, Parameters, Phase, Placing, RestoreMode,
+    RestoreOptions, ResumePolicy, RunState, SnapshotMode, SnapshotOptions,
 };
 pub use pageferry_protocol::control::reply::{ErrorCode, JobStarted};
 pub use pageferry_protocol::control::request::BlockRange;

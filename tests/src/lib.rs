@@ -22,6 +22,7 @@
 //! - [`linux_guest`]: real Linux guests under unmodified QEMUs;
 //! - [`front_end`]: a mock front-end of the agent's devices, with drivers;
 //! - [`decoders`]: what every decoder must do with arbitrary bytes;
+//! - [`seccomp`]: threads that may not use userfaultfd; [`memory_group`]: a limit of memory;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: the kernel's pool of huge
 //!   pages;
 //! - [`gate`], [`deadline`], [`random`]: stopping threads, waiting for conditions, and repeatable
@@ -45,6 +46,7 @@ pub mod huge_pages;
 pub mod in_process;
 pub mod linux_guest;
 pub mod memory;
+pub mod memory_group;
 pub mod mock_vmm;
 pub mod on_drop;
 pub mod plug;
@@ -53,6 +55,7 @@ pub mod proxy;
 pub mod random;
 pub mod require;
 pub mod scenario;
+pub mod seccomp;
 pub mod tmpfs;
 pub mod usage;
 pub mod verify;

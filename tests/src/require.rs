@@ -12,11 +12,12 @@
 //!
 //! If a need is not met, the test prints `skipped: why`. If the environment variable
 //! `PAGEFERRY_REQUIRE` names the need (comma separated:
-//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,net,disk,qemu`), the test fails instead. So a machine
-//! that should run everything skips nothing unnoticed.
+//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,cgroup,net,disk,qemu`), the test fails instead. So a
+//! machine that should run everything skips nothing unnoticed.
 
 use crate::huge_pages::HugePages;
 use crate::linux_guest::QemuTools;
+use crate::memory_group::MemoryGroup;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
@@ -82,6 +83,14 @@ pub fn huge_tmpfs() -> Option<Tmpfs> {
     let tried =
         tmpfs.file("size=16M,huge=always", 4 << 20).and_then(|file| hands_out_huge_pages(&file));
     met("huge-tmpfs", tried.map(|()| tmpfs).map_err(Into::into))
+}
+
+/// A control group whose processes may use `limit` bytes of memory.
+///
+/// # Panics
+/// If there is none, and `PAGEFERRY_REQUIRE` names `cgroup`.
+pub fn memory_group(limit: u64) -> Option<MemoryGroup> {
+    met("cgroup", MemoryGroup::new(limit).map_err(Into::into))
 }
 
 /// A file of `length` bytes in `folder`, which must be on a disk.

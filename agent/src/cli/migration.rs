@@ -4,14 +4,14 @@
 //! `resume`.
 
 use super::parse::{
-    parse_address, parse_bandwidth, parse_compression, parse_duration, parse_mode, parse_policy,
-    parse_resume, parse_throttle, parse_timeout,
+    parse_address, parse_bandwidth, parse_compression, parse_duration, parse_huge_pages,
+    parse_mode, parse_policy, parse_resume, parse_throttle, parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs, PauseArgs};
 use clap::Args;
 use pageferry_protocol::control::job::{
-    Compression, IncomingOptions, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions, Parameters,
-    ResumePolicy,
+    Compression, HugePages, IncomingOptions, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions,
+    Parameters, ResumePolicy,
 };
 use std::num::NonZero;
 use std::time::Duration;
@@ -97,12 +97,16 @@ pub struct OutgoingArgs {
     /// Longest time that the VMM may take to answer a hook.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_timeout)]
     pub hook_timeout: Duration,
+    /// Whether the destination may use huge pages.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
+          help = "Whether the destination may use huge pages: auto, where all of 2 MiB is used here; never")]
+    pub huge_pages: HugePages,
 }
 
 /// Options on the command line that do not go together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
-pub struct UsageError(String);
+pub struct UsageError(pub(super) String);
 
 impl TryFrom<OutgoingArgs> for OutgoingOptions {
     type Error = UsageError;
@@ -146,6 +150,7 @@ impl TryFrom<OutgoingArgs> for OutgoingOptions {
             resume: args.resume,
             peer_timeout: args.peer_timeout,
             hook_timeout: args.hook_timeout,
+            huge_pages: args.huge_pages,
         })
     }
 }
@@ -165,6 +170,10 @@ pub struct ListenArgs {
     pub(super) address: String,
     #[command(flatten)]
     pub(super) options: IncomingArgs,
+    /// Whether the guest gets huge pages.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
+          help = "Whether the guest gets huge pages: auto, where its source uses all of 2 MiB; never")]
+    pub(super) huge_pages: HugePages,
 }
 
 /// Options of a guest that comes here.
@@ -182,10 +191,11 @@ pub struct IncomingArgs {
     hook_timeout: Duration,
 }
 
-impl From<&IncomingArgs> for IncomingOptions {
-    fn from(args: &IncomingArgs) -> Self {
-        let &IncomingArgs { resume, peer_timeout, hook_timeout } = args;
-        Self { resume, peer_timeout, hook_timeout }
+impl IncomingArgs {
+    /// The options of the job.
+    pub fn options(&self, huge_pages: HugePages) -> IncomingOptions {
+        let &IncomingArgs { resume, peer_timeout, hook_timeout } = self;
+        IncomingOptions { resume, peer_timeout, hook_timeout, huge_pages }
     }
 }
 

@@ -265,7 +265,12 @@ where
         Command::Restore(args) => operator::restore(args),
         Command::Listen(args) => {
             let watched = operator::Watched::new(args.detach, &args.pause);
-            operator::listen(&args.operator, &args.address, watched, (&args.options).into())
+            operator::listen(
+                &args.operator,
+                &args.address,
+                watched,
+                args.options.options(args.huge_pages),
+            )
         }
         Command::Set(args) => operator::set(&args.operator, (&args.changes).into()),
         Command::Balloon(args) => devices::balloon(&args),

@@ -4,7 +4,7 @@
 
 use crate::transport::Address;
 use pageferry_protocol::control::job::{
-    Compression, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
+    Compression, HugePages, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -144,6 +144,15 @@ pub(super) fn parse_mode(text: &str) -> Result<Mode, String> {
 pub fn parse_resume(text: &str) -> Result<ResumePolicy, String> {
     let found = ResumePolicy::NAMES.iter().find(|(name, _)| *name == text);
     found.map(|(_, policy)| *policy).ok_or_else(|| format!("\"{text}\": write auto or never"))
+}
+
+/// Parses whether a guest gets huge pages.
+///
+/// # Errors
+/// If the text is something else. The error says what is allowed.
+pub fn parse_huge_pages(text: &str) -> Result<HugePages, String> {
+    let found = HugePages::NAMES.iter().find(|(name, _)| *name == text);
+    found.map(|(_, choice)| *choice).ok_or_else(|| format!("\"{text}\": write auto or never"))
 }
 
 pub(super) fn parse_compression(text: &str) -> Result<Compression, String> {

@@ -6,8 +6,8 @@
 //! hands the memory over, and answers the agent's hooks by QMP.
 
 use super::exit::Exit;
-use super::migration::IncomingArgs;
-use super::parse::{parse_name, parse_size};
+use super::migration::{IncomingArgs, UsageError};
+use super::parse::{parse_huge_pages, parse_name, parse_size};
 use crate::transport::unix_path::{UnixPathError, check_may_replace};
 use clap::{Args, Subcommand};
 use pageferry_attach::process::target::TargetProcess;
@@ -16,7 +16,7 @@ use pageferry_attach::qemu::command_line::Purpose;
 use pageferry_attach::qemu::guard;
 use pageferry_attach::qemu::launch::{Launch, Launched, monitor_beside};
 use pageferry_attach::qemu::monitor::Monitor;
-use pageferry_client::IncomingOptions;
+use pageferry_client::{HugePages, IncomingOptions};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::error::Error;
@@ -112,9 +112,6 @@ struct AgentOptions {
 /// QEMU's command line.
 #[derive(Debug, Args)]
 struct QemuLine {
-    /// Put the memory of -m into huge pages of this size, such as 2M. The kernel must have them.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    huge_pages: Option<u64>,
     /// QEMU and its arguments. Guest memory is moved to shared files, whatever -m, -object
     /// memory-backend-... and -mem-path say about it. A QMP monitor for pageferry is added, at the
     /// path of --socket with .qmp at its end.
@@ -127,6 +124,9 @@ struct QemuLine {
 pub struct RunArgs {
     #[command(flatten)]
     agent: AgentOptions,
+    /// Put the memory of -m into huge pages of this size, such as 2M. The kernel must have them.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    huge_pages: Option<u64>,
     #[command(flatten)]
     line: QemuLine,
 }
@@ -157,8 +157,57 @@ pub struct ReceiveArgs {
     listen: Option<String>,
     #[command(flatten)]
     incoming: IncomingArgs,
+    /// Put the memory of -m into huge pages of this size, such as 2M. The kernel must have them. Or
+    /// with --listen, for other memory: auto, the guest gets huge pages where its source uses all
+    /// of 2 MiB; never, it gets none.
+    #[arg(long, value_name = "SIZE|auto|never", value_parser = parse_receive_huge_pages,
+          default_value = "auto")]
+    huge_pages: ReceiveHugePages,
     #[command(flatten)]
     line: QemuLine,
+}
+
+/// Which huge pages a guest gets that is received.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ReceiveHugePages {
+    /// The kernel's huge pages of this size.
+    Pool(u64),
+    /// Transparent ones.
+    Transparent(HugePages),
+}
+
+fn parse_receive_huge_pages(text: &str) -> Result<ReceiveHugePages, String> {
+    if let Ok(choice) = parse_huge_pages(text) {
+        return Ok(ReceiveHugePages::Transparent(choice));
+    }
+    parse_size(text).map(ReceiveHugePages::Pool)
+}
+
+impl ReceiveArgs {
+    /// The address at which it listens, with the options of the migration.
+    fn listens(&self) -> Result<Option<(&str, IncomingOptions)>, UsageError> {
+        let choice = match self.huge_pages {
+            ReceiveHugePages::Pool(_) => HugePages::Auto,
+            ReceiveHugePages::Transparent(choice) => choice,
+        };
+        match self.listen.as_deref() {
+            Some(address) => Ok(Some((address, self.incoming.options(choice)))),
+            None if choice == HugePages::Never => Err(UsageError(
+                "--huge-pages never needs --listen; without it, give it to pageferry listen or \
+                 pageferry restore"
+                    .into(),
+            )),
+            None => Ok(None),
+        }
+    }
+
+    /// The size of the kernel's huge pages for the memory of -m.
+    fn huge_page_size(&self) -> Option<u64> {
+        match self.huge_pages {
+            ReceiveHugePages::Pool(size) => Some(size),
+            ReceiveHugePages::Transparent(_) => None,
+        }
+    }
 }
 
 impl AgentOptions {
@@ -199,9 +248,9 @@ pub fn run(command: &QemuCommand) -> Result<Exit, Box<dyn Error>> {
         super::open_files::check_limit()?;
     }
     match command {
-        QemuCommand::Run(args) => launch(&args.agent, &args.line, None),
+        QemuCommand::Run(args) => launch(&args.agent, &args.line, args.huge_pages, None),
         QemuCommand::Receive(args) => {
-            launch(&args.agent, &args.line, Some((args.listen.as_deref(), (&args.incoming).into())))
+            launch(&args.agent, &args.line, args.huge_page_size(), Some(args.listens()?))
         }
         QemuCommand::Attach(args) => attach(args),
         QemuCommand::Guard(args) => {
@@ -234,7 +283,8 @@ fn signals() -> std::io::Result<UnixStream> {
 }
 
 fn launch(
-    agent: &AgentOptions, line: &QemuLine, receive: Option<(Option<&str>, IncomingOptions)>,
+    agent: &AgentOptions, line: &QemuLine, huge_page_size: Option<u64>,
+    receive: Option<Option<(&str, IncomingOptions)>>,
 ) -> Result<Exit, Box<dyn Error>> {
     check_free(&agent.socket)?;
     check_free(&monitor_beside(&agent.socket))?;
@@ -242,7 +292,7 @@ fn launch(
     let launch = Launch {
         arguments: line.qemu.clone(),
         monitor: std::path::absolute(monitor_beside(&agent.socket))?,
-        huge_page_size: line.huge_pages,
+        huge_page_size,
         purpose: if receive.is_some() { Purpose::Receive } else { Purpose::Run },
     };
     let Launched { monitor, process, mut child } = launch.start()?;
@@ -257,7 +307,7 @@ fn launch(
     let attachment = Attachment::new(monitor, process, helpers, awaits_guest)
         .map_err(|error| kill(error.into()))?;
     let mut sentence = format!("{}; agent at {}", attachment.summary(), agent.socket.display());
-    if let Some((Some(address), options)) = &receive {
+    if let Some(Some((address, options))) = &receive {
         let address = attachment.listen(address, options).map_err(|error| kill(error.into()))?;
         sentence += &format!("; it listens at {address}");
     }

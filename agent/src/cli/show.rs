@@ -3,7 +3,7 @@
 //! Formats the status of a job: as a table, as JSON, or as a sentence about its failure.
 
 use crate::job::GUEST_UNCERTAIN;
-use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, RunState};
+use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, Placing, RunState};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::error::printable;
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -26,6 +26,10 @@ pub fn to_json(status: &JobStatus) -> Map<String, Value> {
     let (error, warning) = if completed { (Value::Null, error) } else { (error, Value::Null) };
     object.insert("error".into(), error);
     object.insert("warning".into(), warning);
+    let places = matches!(status.kind, JobKind::Incoming | JobKind::Restore);
+    let is_known = places && status.placing != Placing::None;
+    object.insert("placing".into(), json!(is_known.then(|| status.placing.name())));
+    object.insert("placing_reason".into(), json!(status.placing_reason));
     object.insert("trackers".into(), json!(status.trackers.names().collect::<Vec<_>>()));
     object.extend(
         status.counters.of_kind(status.kind).map(|(name, value)| (name.to_owned(), json!(value))),
@@ -84,6 +88,24 @@ fn guest_line(status: &JobStatus, guest: RunState) -> String {
     // The operator of the VMM may pause and resume it since then, and does not tell.
     let when = if status.phase.is_final() { " when the job ended" } else { "" };
     format!("{place}, run state {}{when}", guest.name())
+}
+
+/// How a job places pages, and why not better.
+fn placing_line(status: &JobStatus) -> Option<String> {
+    let how = match status.placing {
+        Placing::None => return None,
+        Placing::Write => "by writing to the file, one thread at a time".to_owned(),
+        Placing::Pages => "through a mapping, page by page".to_owned(),
+        Placing::HugePages => {
+            "through a mapping, in huge pages where all of 2 MiB comes".to_owned()
+        }
+    };
+    let made = match status.counters.huge_pages {
+        0 => String::new(),
+        made => format!("; {made} huge pages"),
+    };
+    let reason = status.placing_reason.as_ref().map_or(String::new(), |why| format!(" ({why})"));
+    Some(how + &made + &reason)
 }
 
 /// The lines that `pageferry status` prints: name and value.
@@ -155,6 +177,7 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
             ("total", time(counters.total_us)),
         ],
     });
+    lines.extend(placing_line(status).map(|line| ("placing", line)));
     lines.extend(fault_lines(status));
     if let Some(error) = &status.error {
         let label = if status.phase == Phase::Completed { "warning" } else { "error" };
@@ -326,6 +349,7 @@ pub fn shell_word(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pageferry_protocol::control::job::Counters;
 
     #[test]
     fn paths_are_quoted_where_a_shell_needs_it() {
@@ -399,6 +423,24 @@ mod tests {
                 assert!(!said.contains("as it was"), "{said}");
             }
         }
+    }
+
+    #[test]
+    fn way_of_placing_is_shown_with_its_reason() {
+        let line = |placing, huge_pages, reason: &str| {
+            let counters = Counters { huge_pages, ..Counters::default() };
+            let placing_reason = (!reason.is_empty()).then(|| reason.to_owned());
+            placing_line(&JobStatus { placing, counters, placing_reason, ..JobStatus::default() })
+        };
+        assert_eq!(line(Placing::None, 0, ""), None);
+        assert_eq!(
+            line(Placing::Write, 0, "no right").unwrap(),
+            "by writing to the file, one thread at a time (no right)"
+        );
+        assert_eq!(
+            line(Placing::HugePages, 3, "").unwrap(),
+            "through a mapping, in huge pages where all of 2 MiB comes; 3 huge pages"
+        );
     }
 
     #[test]

@@ -2,11 +2,13 @@
 
 //! The arguments of `snapshot` and `restore` on the command line.
 
-use super::parse::{parse_bandwidth, parse_capture_memory, parse_resume, parse_timeout};
+use super::parse::{
+    parse_bandwidth, parse_capture_memory, parse_huge_pages, parse_resume, parse_timeout,
+};
 use super::{DetachArgs, OperatorArgs};
 use clap::Args;
 use pageferry_protocol::control::job::{
-    RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
+    HugePages, RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
 };
 use std::io;
 use std::path::{Path, PathBuf};
@@ -84,6 +86,10 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume,
           help = "Whether the guest runs after the restore: auto, if it ran when it was saved; never, it stays paused")]
     pub resume: ResumePolicy,
+    /// Whether the guest gets huge pages.
+    #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
+          help = "Without --lazy: whether the guest gets huge pages: auto, where the image has all of 2 MiB; never")]
+    pub huge_pages: HugePages,
     #[command(flatten)]
     common: ImageArgs,
 }
@@ -132,8 +138,8 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
         let mode = if args.lazy { RestoreMode::Lazy } else { RestoreMode::Eager };
         let working_set =
             args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
-        let resume = args.resume;
-        Ok(Self { mode, workers, bandwidth, working_set, resume, hook_timeout })
+        let (resume, huge_pages) = (args.resume, args.huge_pages);
+        Ok(Self { mode, workers, bandwidth, working_set, resume, hook_timeout, huge_pages })
     }
 }
 

@@ -102,7 +102,7 @@ fn receive_on(
     job.enter(Phase::Preparing);
     // Only a postcopy needs the listener again.
     let listener = listener.filter(|_| accepted.may_postcopy());
-    let placer = Placer::prepare(job.common())?;
+    let placer = Placer::prepare(job.common(), accepted.huge_pages(job.options.huge_pages))?;
     accepted.send_accept(job)?;
     job.enter(Phase::Passes);
     let received = receive::receive(job, accepted, &placer)?;

@@ -10,10 +10,14 @@ use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
+use crate::memory::placement::HugePageUse;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::hook::Hook;
+use pageferry_protocol::control::job::HugePages;
 use pageferry_protocol::stream::answer::Accept;
-use pageferry_protocol::stream::hello::{FEATURE_POSTCOPY, FEATURES, HELLO_ACKNOWLEDGE};
+use pageferry_protocol::stream::hello::{
+    FEATURE_POSTCOPY, FEATURE_WHOLE, FEATURES, HELLO_ACKNOWLEDGE,
+};
 use pageferry_protocol::stream::table::compare_tables;
 use pageferry_protocol::stream::{Hello, Kind, RECORD_SIZE, RecordHeader, STREAM_VERSION};
 use std::os::fd::AsFd;
@@ -39,6 +43,17 @@ impl Accepted {
     /// True if postcopy was negotiated: the guest may run before its memory is here.
     pub fn may_postcopy(&self) -> bool {
         self.features & FEATURE_POSTCOPY != 0
+    }
+
+    /// Whether the guest gets huge pages, if this side's operator chose `choice`.
+    pub fn huge_pages(&self, choice: HugePages) -> HugePageUse {
+        if choice == HugePages::Auto && self.may_postcopy() {
+            return HugePageUse::NotKnown("postcopy asks for single pages");
+        }
+        if choice == HugePages::Auto && self.features & FEATURE_WHOLE == 0 {
+            return HugePageUse::NotKnown("the source does not say where all of 2 MiB comes");
+        }
+        HugePageUse::chosen(choice)
     }
 
     /// Sends the ACCEPT record.

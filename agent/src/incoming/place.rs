@@ -33,7 +33,7 @@ use crate::memory::backing::BackingKind;
 use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::huge::{Fill, HugeWindow};
-use crate::memory::placement::{Pages, Placement};
+use crate::memory::placement::{HugePageUse, Pages, Placement};
 use crate::memory::{BackingError, Block, GuestMemory, huge};
 use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -104,10 +104,10 @@ struct Target {
 
 impl<'a> Placer<'a> {
     /// Makes holes of all memory, and marks all of it as populated.
-    pub fn prepare(job: &'a Arc<Job>) -> Result<Self, JobError> {
+    pub fn prepare(job: &'a Arc<Job>, huge_pages: HugePageUse) -> Result<Self, JobError> {
         let given_back = DiscardRecorder::start(&job.memory, || ())?;
         let mut blocks = Vec::new();
-        let placements = Placement::of(&job.memory);
+        let placements = Placement::of(&job.memory, huge_pages, &job.placing);
         for (block, placement) in job.memory.blocks().iter().zip(placements) {
             job.check()?;
             let failed = |source| MemoryError::Backing { id: block.geometry.id, source };

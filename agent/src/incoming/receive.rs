@@ -427,6 +427,7 @@ impl StateCollector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::placement::HugePageUse;
     use crate::memory::test_support::{job, memory};
     use pageferry_protocol::memory::PAGE_SIZE;
     use std::os::unix::net::UnixStream;
@@ -442,7 +443,7 @@ mod tests {
         features: u64, records: &[(RecordHeader, &[u8])],
     ) -> Result<(Received, Vec<u64>), JobError> {
         let job = job(memory(&[64]));
-        let placer = Placer::prepare(&job).unwrap();
+        let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         let socket =
             |end: UnixStream| StreamSocket::new(end.into(), Duration::from_secs(60)).unwrap();

@@ -33,6 +33,7 @@ use crate::hooks::Hooks;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
+use crate::memory::placing_report::PlacingReport;
 use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use consent::OwnGuest;
@@ -69,6 +70,8 @@ pub struct Job {
     pub stop: Deadline,
     /// Counters that several threads update at once.
     pub live: Arc<LiveCounters>,
+    /// How the job places pages.
+    pub placing: Arc<PlacingReport>,
     /// The devices of the agent.
     pub devices: Arc<Devices>,
     started: Instant,
@@ -118,6 +121,7 @@ impl Job {
             limiter: Limiter::new(options.bandwidth),
             stop: Deadline::default(),
             live: Arc::default(),
+            placing: Arc::default(),
             devices: Arc::default(),
             started: Instant::now(),
             state: Mutex::new(State {
@@ -156,6 +160,7 @@ impl Job {
     pub fn status(&self) -> JobStatus {
         let state = self.state();
         let mut status = state.status.clone();
+        self.placing.report(&mut status);
         let counters = &mut status.counters;
         self.live.report(counters);
         if let Some(remaining) = &state.remaining {

@@ -17,6 +17,7 @@
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::guest_memory::GuestMemory;
+use super::huge_page_supply::HugePageSupply;
 use super::mapped_pieces::MappedPieces;
 use super::unsettled::Unsettled;
 use super::zero::is_zero;
@@ -25,13 +26,11 @@ use pageferry_protocol::shm::MappedBitmap;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::ffi::c_void;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::io;
+use std::sync::Arc;
 
 /// Bytes of a large page.
 pub const LARGE: u64 = 2 << 20;
-/// After so many large pages in a row that the kernel did not make, no more are asked for: memory
-/// is short, or in pieces.
-const MAX_REFUSALS: u32 = 4;
 
 /// A mapping of a block's file whose large pages are filled by copies.
 #[derive(Debug)]
@@ -48,7 +47,7 @@ pub struct LargePages {
     /// Those that are not settled yet.
     unsettled: Unsettled,
     mapped: MappedPieces,
-    refusals: AtomicU32,
+    supply: Arc<HugePageSupply>,
 }
 
 #[derive(Debug)]
@@ -69,7 +68,9 @@ impl LargePages {
     ///
     /// # Errors
     /// If there is no room for the mapping.
-    pub fn new(backing: &Backing) -> Result<Option<Self>, BackingError> {
+    pub fn new(
+        backing: &Backing, supply: &Arc<HugePageSupply>,
+    ) -> Result<Option<Self>, BackingError> {
         let kernel =
             |source| BackingError::Kernel { what: "map the file for large pages", at: 0, source };
         let length = backing.length();
@@ -102,7 +103,7 @@ impl LargePages {
             large,
             unsettled,
             mapped,
-            refusals: AtomicU32::new(0),
+            supply: supply.clone(),
         }))
     }
 
@@ -115,17 +116,18 @@ impl LargePages {
     /// if the kernel does not.
     pub fn make(&self, byte: u64) -> bool {
         let piece = byte / LARGE;
-        if piece >= self.large.pages() || self.refusals.load(Ordering::Relaxed) >= MAX_REFUSALS {
+        if piece >= self.large.pages() || !self.supply.may_ask() {
             return false;
         }
         let start = self.start.wrapping_add((piece * LARGE) as usize).cast();
         // SAFETY: the range lies in the mapping. Its pages keep their content.
         let made = unsafe { libc::madvise(start, LARGE as usize, libc::MADV_COLLAPSE) };
         if made != 0 {
-            self.refusals.fetch_add(1, Ordering::Relaxed);
+            self.supply
+                .refused(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::NOMEM));
             return false;
         }
-        self.refusals.store(0, Ordering::Relaxed);
+        self.supply.made();
         self.unsettled.add(piece);
         self.large.set(PageRange::new(piece, 1));
         true
@@ -226,11 +228,16 @@ impl Drop for Range {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::spare_memory::SpareMemory;
     use crate::memory::test_support::memfd;
     use rustix::pipe::{SpliceFlags, pipe, splice};
     use std::os::fd::OwnedFd;
 
     const PAGES: u64 = LARGE / PAGE_SIZE;
+
+    fn supply() -> Arc<HugePageSupply> {
+        Arc::new(HugePageSupply::new(&Arc::default(), SpareMemory::unlimited()))
+    }
 
     /// A block of three large pages and a few small ones, and a second descriptor of its file.
     fn block() -> (Backing, LargePages, OwnedFd) {
@@ -238,7 +245,7 @@ mod tests {
         let fd = memfd(length);
         let file = fd.try_clone().unwrap();
         let backing = Backing::new(fd, 0, length).unwrap();
-        let large = LargePages::new(&backing).unwrap().unwrap();
+        let large = LargePages::new(&backing, &supply()).unwrap().unwrap();
         (backing, large, file)
     }
 
@@ -327,13 +334,14 @@ mod tests {
     fn blocks_that_do_not_begin_at_a_large_page_have_none() {
         let length = 2 * LARGE;
         let backing = |offset| Backing::new(memfd(length + offset), offset, length).unwrap();
-        assert!(LargePages::new(&backing(PAGE_SIZE)).unwrap().is_none());
-        assert!(LargePages::new(&backing(LARGE)).unwrap().is_some());
+        assert!(LargePages::new(&backing(PAGE_SIZE), &supply()).unwrap().is_none());
+        assert!(LargePages::new(&backing(LARGE), &supply()).unwrap().is_some());
         // The kernel makes none of a hole, and is not asked for ever.
-        let large = LargePages::new(&backing(0)).unwrap().unwrap();
-        for _ in 0..=MAX_REFUSALS {
+        let supply = supply();
+        let large = LargePages::new(&backing(0), &supply).unwrap().unwrap();
+        for _ in 0..4 {
             assert!(!large.make(0));
         }
-        assert_eq!(large.refusals.load(Ordering::Relaxed), MAX_REFUSALS);
+        assert!(!supply.may_ask());
     }
 }

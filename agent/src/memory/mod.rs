@@ -55,7 +55,9 @@
 //! - [`placement`]: how pages come into a file; [`file_placer`]: through a mapping, of which
 //!   [`mapped_pieces`] knows what is mapped; [`large_pages`]: pages of 2 MiB; [`small_pages`]:
 //!   single pages on a tmpfs that hands out huge ones; [`unsettled`]: large pages that may not
-//!   fill;
+//!   fill; [`placing_report`]: what the status says about it;
+//! - [`huge_page_supply`]: whether the kernel is asked for large pages, which depends on
+//!   [`spare_memory`]: the memory that is left;
 //! - [`bus_guard`]: survives a file that shrinks under a mapping
 //!   ([`vmm-survives`](crate::invariants#vmm-survives));
 //! - [`error`]: what can go wrong with the memory.
@@ -83,6 +85,7 @@ pub mod freed;
 pub mod guest_memory;
 pub mod host_page_set;
 pub mod huge;
+pub mod huge_page_supply;
 pub mod large_pages;
 pub mod mapped_pieces;
 pub mod mappings;
@@ -91,10 +94,12 @@ pub mod missing_pages;
 pub mod page_buffer;
 pub mod page_placer;
 pub mod placement;
+pub mod placing_report;
 pub mod pool;
 pub mod recorded_discards;
 pub mod runs;
 pub mod small_pages;
+pub mod spare_memory;
 pub mod sweep_order;
 pub mod sync;
 #[cfg(test)]

@@ -7,15 +7,22 @@
 
 use super::backing::{Backing, BackingError, BackingKind};
 use super::file_placer::FilePlacer;
+use super::huge_page_supply::HugePageSupply;
 use super::large_pages::{LARGE, LargePages};
+use super::placing_report::PlacingReport;
 use super::small_pages::SmallPages;
+use super::spare_memory::SpareMemory;
 use super::{Block, GuestMemory};
+use pageferry_protocol::control::job::{HugePages, Placing};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
+use std::sync::Arc;
 
 /// A large page is made only if so many bytes at its start arrive at once. So what a peer that lies
 /// has allocated is at most eight times what it sends.
 const DENSE: usize = 256 << 10;
+/// The reason why a guest has no huge pages if it is not to have them.
+const NEVER: &str = "the options of the job want no huge pages";
 
 /// How pages come into the file of a block.
 #[derive(Debug)]
@@ -39,41 +46,92 @@ pub enum Pages {
     Old,
 }
 
+/// Whether the pages of a job may become huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HugePageUse {
+    /// Where all of them come.
+    WhereWhole,
+    /// Only where the file system hands them out by itself. Nobody knows where all of them come,
+    /// for this reason.
+    NotKnown(&'static str),
+    /// Nowhere.
+    Never,
+}
+
+impl HugePageUse {
+    /// What an operator chose.
+    pub fn chosen(choice: HugePages) -> Self {
+        match choice {
+            HugePages::Auto => Self::WhereWhole,
+            HugePages::Never => Self::Never,
+        }
+    }
+}
+
 impl Placement {
-    /// One for each block of `memory`, in order.
-    pub fn of(memory: &GuestMemory) -> Vec<Self> {
-        memory.blocks().iter().map(|block| Self::of_block(block)).collect()
+    /// One for each block of `memory`, in order. `report` gets what the status says about it.
+    pub fn of(
+        memory: &GuestMemory, huge_pages: HugePageUse, report: &Arc<PlacingReport>,
+    ) -> Vec<Self> {
+        let supply = Arc::new(HugePageSupply::new(report, SpareMemory::of_this_process()));
+        let of_block = |block: &Arc<Block>| Self::of_block(block, huge_pages, &supply, report);
+        memory.blocks().iter().map(of_block).collect()
     }
 
-    fn of_block(block: &Block) -> Self {
-        if block.backing.kind() != BackingKind::Shmem {
-            return Self::Write;
-        }
+    fn of_block(
+        block: &Block, huge_pages: HugePageUse, supply: &Arc<HugePageSupply>,
+        report: &PlacingReport,
+    ) -> Self {
         let (id, huge_page) = (block.geometry.id, block.backing.write_unit());
+        match block.backing.kind() {
+            BackingKind::Shmem => {}
+            // Whole host pages, through a mapping: see [`super::huge`].
+            BackingKind::Hugetlb => {
+                report.uses(Placing::Pages);
+                return Self::Write;
+            }
+            BackingKind::File => {
+                report.uses(Placing::Write);
+                report.limited(format!("block {id}: its file is on a disk"));
+                return Self::Write;
+            }
+        }
         let placer = match FilePlacer::new(&block.backing) {
             Ok(placer) => placer,
             Err(error) => {
                 let why = crate::error::chain(&error);
+                report.uses(Placing::Write);
+                report.limited(format!("block {id}: {why}"));
                 if huge_page > PAGE_SIZE {
                     log::warn!(
                         "block {id}: its file system hands out huge pages, so writing one page \
                          allocates a huge one: {why}"
                     );
-                } else {
-                    log::info!("block {id}: its pages are written one thread at a time: {why}");
                 }
                 return Self::Write;
             }
         };
+        report.uses(Placing::Pages);
         if huge_page <= PAGE_SIZE {
-            let large = LargePages::new(&block.backing).unwrap_or_else(|error| {
-                log::info!("block {id}: no large pages: {}", crate::error::chain(&error));
+            let large = LargePages::of_block(block, huge_pages, supply).unwrap_or_else(|why| {
+                report.limited(why);
                 None
             });
+            if large.is_some() {
+                report.uses(Placing::HugePages);
+            }
             return Self::Map(placer, large);
         }
-        match SmallPages::new(placer, &block.backing, huge_page) {
-            Ok(small_pages) => Self::SmallPages(small_pages),
+        let may_open = huge_pages != HugePageUse::Never;
+        match SmallPages::new(placer, &block.backing, huge_page, may_open) {
+            Ok(small_pages) => {
+                if may_open {
+                    report.uses(Placing::HugePages);
+                } else {
+                    report.limited(NEVER.into());
+                }
+                Self::SmallPages(small_pages)
+            }
             Err(error) => {
                 log::warn!("block {id}: no memory to remember huge pages: {error}");
                 Self::Write
@@ -119,6 +177,30 @@ impl Placement {
             Self::Map(_, Some(large)) => large.settle(memory, backing, filled, gone),
             Self::Write | Self::Map(_, None) => Ok(()),
         }
+    }
+}
+
+impl LargePages {
+    /// For a block, if it may and can have large pages. The reason if it cannot; a block that is
+    /// smaller than a large page needs none.
+    fn of_block(
+        block: &Block, huge_pages: HugePageUse, supply: &Arc<HugePageSupply>,
+    ) -> Result<Option<Self>, String> {
+        let id = block.geometry.id;
+        match huge_pages {
+            HugePageUse::WhereWhole => {}
+            HugePageUse::NotKnown(why) => return Err(why.into()),
+            HugePageUse::Never => return Err(NEVER.into()),
+        }
+        let large = Self::new(&block.backing, supply);
+        let large =
+            large.map_err(|error| format!("block {id}: {}", crate::error::chain(&error)))?;
+        if large.is_none() && block.backing.length() >= LARGE {
+            return Err(format!(
+                "block {id}: it does not begin at a multiple of 2 MiB of its file"
+            ));
+        }
+        Ok(large)
     }
 }
 

@@ -33,20 +33,23 @@ pub struct SmallPages {
     huge_page: u64,
     /// The open huge pages.
     opened: Unsettled,
+    /// Huge pages may be opened.
+    may_open: bool,
 }
 
 impl SmallPages {
     /// For a block into which a write allocates `huge_page` bytes, and which `placer` has mapped.
+    /// Without `may_open` the guest gets no huge pages.
     ///
     /// # Errors
     /// If there is no memory for the bitmap.
     pub fn new(
-        placer: FilePlacer, backing: &Backing, huge_page: u64,
+        placer: FilePlacer, backing: &Backing, huge_page: u64, may_open: bool,
     ) -> Result<Self, MappingError> {
         let into_first = backing.file_offset(0) % huge_page;
         let huge_pages = (into_first + backing.length()).div_ceil(huge_page);
         let opened = Unsettled::new(MappedBitmap::private(huge_pages)?, huge_page, into_first);
-        Ok(Self { placer, length: backing.length(), huge_page, opened })
+        Ok(Self { placer, length: backing.length(), huge_page, opened, may_open })
     }
 
     /// Places `bytes`, whole pages, at byte `at` of the block.
@@ -77,7 +80,7 @@ impl SmallPages {
             return true;
         }
         let end = self.opened.end_of(number);
-        let begins = byte + self.huge_page == end;
+        let begins = self.may_open && byte + self.huge_page == end;
         // A part of the huge page that is outside of the block must not be punched, so it is not
         // opened.
         let opens = begins && length >= DENSE.min(self.huge_page as usize) && end <= self.length;
@@ -120,7 +123,7 @@ mod tests {
         let geometry =
             BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
         let placer = FilePlacer::new(&backing).unwrap();
-        let small_pages = SmallPages::new(placer, &backing, HUGE).unwrap();
+        let small_pages = SmallPages::new(placer, &backing, HUGE, true).unwrap();
         (Block::new(geometry, backing, 0, None).unwrap(), small_pages)
     }
 
@@ -200,5 +203,14 @@ mod tests {
             assert_eq!(allocated(&block), pages(&expected));
             assert_eq!(small_pages.opened.count(), 0);
         }
+    }
+
+    #[test]
+    fn no_huge_page_is_opened_if_the_guest_is_to_have_none() {
+        let (block, opening) = block(0);
+        let small_pages = SmallPages { may_open: false, ..opening };
+        small_pages.write(&block.backing, 0, &vec![7; HUGE as usize]).unwrap();
+        assert_eq!(small_pages.opened.count(), 0);
+        assert_eq!(allocated(&block), pages(&[PageRange::new(0, PAGES)]));
     }
 }

@@ -19,7 +19,7 @@ use crate::outgoing::OutgoingError;
 use crate::transport::StreamError;
 use crate::transport::stream_error::decode_remote;
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
-use pageferry_protocol::control::job::{Compression, OutgoingOptions, Phase};
+use pageferry_protocol::control::job::{Compression, HugePages, OutgoingOptions, Phase};
 use pageferry_protocol::control::reply::RemoteError;
 use pageferry_protocol::memory::BlockTable;
 use pageferry_protocol::stream::answer::{Accept, decode_error, encode_error};
@@ -173,7 +173,8 @@ fn in_order(job: &Job, host_pages: &[u64]) -> Vec<u64> {
 /// The features that a source with these options offers.
 fn offered_features(options: &OutgoingOptions) -> u64 {
     // Postcopy asks for single pages, so it has no use for large ones.
-    let whole = if options.mode.may_postcopy() { 0 } else { FEATURE_WHOLE };
+    let never = options.mode.may_postcopy() || options.huge_pages == HugePages::Never;
+    let whole = if never { 0 } else { FEATURE_WHOLE };
     wanted_features(options) | whole
 }
 

@@ -25,10 +25,10 @@ use crate::memory::PageBuffer;
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
 use crate::memory::large_pages::LARGE;
-use crate::memory::placement::{Pages, Placement};
+use crate::memory::placement::{HugePageUse, Pages, Placement};
 use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::{BackingError, Block};
-use pageferry_protocol::control::job::Phase;
+use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
@@ -53,10 +53,12 @@ const AHEAD: usize = 4;
 /// The reason for the failure. The guest does not run and its memory is empty, unless the VMM
 /// failed to resume it: the guest may run then.
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>, workers: u16,
+    job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>,
+    options: &RestoreOptions,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
-    Filling::new(job, source, guard.discards.since(), workers.into())?.run(workers.into())?;
+    let since = guard.discards.since();
+    Filling::new(job, source, since, options)?.run(options.workers.into())?;
     state.load(job)?;
     resume_guest(job, state.guest, &mut guard.handed_over)
 }
@@ -97,7 +99,8 @@ impl Drop for Ending<'_> {
 
 impl<'a> Filling<'a> {
     fn new(
-        job: &'a Job, source: &'a Source, given_back: &'a RecordedDiscards, workers: usize,
+        job: &'a Job, source: &'a Source, given_back: &'a RecordedDiscards,
+        options: &RestoreOptions,
     ) -> Result<Self, JobError> {
         let event = Event::new().map_err(JobError::from_io("create an event descriptor"))?;
         let mut extents = Vec::new();
@@ -116,8 +119,9 @@ impl<'a> Filling<'a> {
         job.count(|counters| counters.remaining_pages = pages);
         let (next, failed, ended) =
             (AtomicUsize::new(0), AtomicBool::new(false), AtomicUsize::new(0));
-        let stretch = items_per_claim(extents.len(), workers, STRETCH);
-        let placements = Placement::of(&job.memory);
+        let stretch = items_per_claim(extents.len(), options.workers.into(), STRETCH);
+        let huge_pages = HugePageUse::chosen(options.huge_pages);
+        let placements = Placement::of(&job.memory, huge_pages, &job.placing);
         Ok(Self {
             job,
             source,

@@ -41,7 +41,7 @@ use crate::memory::MemoryError;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
-    Phase, RestoreMode, RestoreOptions, ResumePolicy, RunState,
+    Phase, Placing, RestoreMode, RestoreOptions, ResumePolicy, RunState,
 };
 use pageferry_protocol::control::state_pieces::PieceSize;
 use reset::{DiscardsSinceRequest, RecordDiscards, ResetGuard};
@@ -107,8 +107,12 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     }
     let guard = ResetGuard::reset(job, &source, discards)?;
     match plan {
-        None => eager::restore(job, &source, &state, guard, order.options.workers),
-        Some(plan) => lazy::restore(job, &source, &state, guard, plan, order.options.workers),
+        None => eager::restore(job, &source, &state, guard, &order.options),
+        Some(plan) => {
+            job.placing.uses(Placing::Pages);
+            job.placing.limited("the guest runs before its memory is there".into());
+            lazy::restore(job, &source, &state, guard, plan, order.options.workers)
+        }
     }
 }
 

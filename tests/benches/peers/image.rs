@@ -3,12 +3,15 @@
 //! Guest memory as a file on tmpfs, prepared once and used by all programs.
 
 use pageferry_agent::memory::Backing;
+use pageferry_agent::memory::huge_page_supply::HugePageSupply;
 use pageferry_agent::memory::large_pages::{LARGE, LargePages};
+use pageferry_agent::memory::spare_memory::SpareMemory;
 use pageferry_tests::random::{Random, page_text};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A file that is removed on drop.
 #[derive(Debug)]
@@ -140,7 +143,8 @@ impl WarmPool {
 pub fn warm_large_pages(folder: &Path, length: u64) {
     let image = Image::new(folder, "large", length);
     let backing = Backing::new(image.file.try_clone().unwrap().into(), 0, length).unwrap();
-    let Some(large) = LargePages::new(&backing).unwrap() else { return };
+    let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
+    let Some(large) = LargePages::new(&backing, &Arc::new(supply)).unwrap() else { return };
     let content = vec![1; LARGE as usize];
     for at in (0..length / LARGE * LARGE).step_by(LARGE as usize) {
         backing.write(at, &content[..4096]).unwrap();

@@ -14,7 +14,13 @@ use std::process::{Child, Output, Stdio};
 
 /// Starts to listen at a port that the kernel chooses. Returns the command, and the address.
 fn listen(side: &Side) -> (Child, String) {
+    listen_with(side, &[])
+}
+
+/// The same, with `more` options.
+fn listen_with(side: &Side, more: &[&str]) -> (Child, String) {
     let mut command = side.command("listen", &["tcp:127.0.0.1:0", "--json"]);
+    command.args(more);
     let mut listening = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let first = next_line(&mut listening);
     let object: Value = serde_json::from_str(&first).unwrap();
@@ -99,6 +105,33 @@ fn an_operator_moves_a_guest_into_a_vmm_that_agrees() {
         assert_eq!(refused.status.code(), Some(code));
         assert!(stderr(&refused).contains(word), "{refused:?}");
     }
+}
+
+#[test]
+fn an_operator_who_wants_no_huge_pages_reads_that_there_are_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Side::full(folder.path(), "source");
+    let mut destination = Side::new(folder.path(), "destination");
+    destination.vmm.vmm.on(At::AcceptGuest, || Ok(()));
+    let refused = destination.run("listen", &["tcp:127.0.0.1:0", "--huge-pages", "always"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    let (listening, address) = listen_with(&destination, &["--huge-pages", "never"]);
+    let moved = source.run("migrate", &["--to", &address, "--huge-pages", "auto"]);
+    assert!(moved.status.success(), "{moved:?}");
+    assert!(listening.wait_with_output().unwrap().status.success());
+    let why = "the options of the job want no huge pages";
+    let object = destination.json("status");
+    assert_eq!(object["placing"], "pages", "{object}");
+    assert_eq!(object["placing_reason"], why);
+    assert_eq!(object["huge_pages"], 0);
+    let said = String::from_utf8(destination.run("status", &[]).stdout).unwrap();
+    let line = format!("placing            through a mapping, page by page ({why})\n");
+    assert!(said.contains(&line), "{said}");
+    // The job that sends does not place.
+    assert_eq!(source.json("status")["placing"], Value::Null);
+    let logged = destination.agent.process().lines();
+    let logged = logged.iter().filter(|line| line.contains(why)).count();
+    assert_eq!(logged, 1);
 }
 
 /// A VMM that takes its time is not waited for once the job is cancelled, and its guest goes on.

@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_client::{
-    BlockRange, IncomingOptions, Mode, OutgoingOptions, Phase, Punch, RestoreMode, RestoreOptions,
+    BlockRange, HugePages, IncomingOptions, Mode, OutgoingOptions, Phase, Placing, Punch,
+    RestoreMode, RestoreOptions,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout};
@@ -104,18 +105,28 @@ fn a_guest_that_arrives_takes_no_more_than_before() {
             });
             options.push(OutgoingOptions { mode: Mode::Postcopy, ..precopy });
         }
-        for options in options {
-            let what =
-                format!("{huge}, {odd}, {:?} with {} streams", options.mode, options.streams);
+        let choices = [HugePages::Auto, HugePages::Never];
+        let both = |options: &OutgoingOptions| choices.map(|choice| (options.clone(), choice));
+        for (options, huge_pages) in options.iter().flat_map(both) {
+            let what = format!(
+                "{huge}, {odd}, {huge_pages:?}, {:?} with {} streams",
+                options.mode, options.streams
+            );
             let Some(to) = destination_on(tmpfs, huge, odd) else { continue };
             let from = source();
-            let (incoming, address) = to.listen(&IncomingOptions::default());
+            let (incoming, address) =
+                to.listen(&IncomingOptions { huge_pages, ..IncomingOptions::default() });
             let outgoing = from.vmm.start_outgoing(&address, &options).unwrap();
             for (side, job) in [(&from, outgoing), (&to, incoming)] {
                 let status = side.vmm.wait_job(job, PATIENCE).unwrap();
                 assert_eq!(status.phase, Phase::Completed, "{what}: {}", status.error_text());
             }
             assert_allocates_no_more(&to, &from, &what);
+            let expected = match huge_pages {
+                HugePages::Auto => Placing::HugePages,
+                HugePages::Never => Placing::Pages,
+            };
+            assert_eq!(to.status().placing, expected, "{what}");
         }
     }
 }

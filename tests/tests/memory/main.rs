@@ -4,7 +4,8 @@
 //!
 //! - [`pairs`]: the table of docs/postcopy.md, cell by cell;
 //! - [`huge_pages`]: hugetlbfs, and transparent huge pages;
-//! - [`large_pages`]: guests that come in pages of 2 MiB;
+//! - [`large_pages`]: guests that come in pages of 2 MiB; [`placing`]: how pages are placed on each
+//!   kind of memory; [`short_memory`]: where memory is short;
 //! - [`allocation`]: the cost of a guest of 1 TiB that uses 1 GiB.
 //!
 //! `huge_tmpfs.rs`, beside this file, is a program of its own, because it turns transparent huge
@@ -15,3 +16,5 @@ mod allocation;
 mod huge_pages;
 mod large_pages;
 mod pairs;
+mod placing;
+mod short_memory;

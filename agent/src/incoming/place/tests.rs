@@ -61,7 +61,7 @@ fn placing_waits_between_the_marks_and_the_punch_of_a_discard() {
     for (way, place) in ways.into_iter().enumerate() {
         let memory = memory();
         let job = job(&memory);
-        let placer = Placer::prepare(&job).unwrap();
+        let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
         let block = &memory.blocks()[0];
         let discards = way != 2;
         let giving_back = memory.giving_back();
@@ -110,7 +110,7 @@ fn discards_and_frees_wait_between_a_write_and_its_marks() {
 fn pages_given_back_after_the_announcement_need_not_come() {
     let memory = memory();
     let job = job(&memory);
-    let placer = Placer::prepare(&job).unwrap();
+    let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
     let free = |page: u64| {
         memory
             .free(&[BlockRange { block: 7, offset: page * PAGE_SIZE, length: PAGE_SIZE }])
@@ -138,7 +138,7 @@ fn missing_pages_are_punched_whatever_the_file_holds() {
     {
         let memory = memory();
         let job = job(&memory);
-        let placer = Placer::prepare(&job).unwrap();
+        let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
         let block = &memory.blocks()[0];
         placer
             .place_data(&header(Kind::Data, PAGE_SIZE as usize), &[5; PAGE_SIZE as usize])
@@ -165,7 +165,7 @@ fn a_host_page_is_freed_with_the_last_of_its_pages() {
     const UNIT: u64 = 8;
     let memory = memory_on(|backing| backing.with_huge_pages(UNIT * PAGE_SIZE));
     let job = job(&memory);
-    let placer = Placer::prepare(&job).unwrap();
+    let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
     let backing = &memory.blocks()[0].backing;
     let full: Vec<u64> = (8..24).collect();
     let came = PageRange::new(8, 16);

@@ -118,6 +118,8 @@ counters! {
     /// Microseconds from the request until the VMM confirmed that the guest runs, or is loaded and
     /// stays paused.
     time_to_run_us: Restore,
+    /// Huge pages that the agent had the kernel make for what it placed.
+    huge_pages: Incoming | Restore,
 }
 
 #[cfg(test)]

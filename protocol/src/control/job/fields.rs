@@ -2,7 +2,7 @@
 
 //! Fields that several kinds of jobs have in their options.
 
-use super::{MAX_STREAMS, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, ResumePolicy};
+use super::{HugePages, MAX_STREAMS, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder};
 use std::time::Duration;
 
@@ -50,6 +50,10 @@ pub(super) fn flag(decoder: &mut Decoder<'_>, field: &'static str) -> Result<boo
 
 pub(super) fn resume(decoder: &mut Decoder<'_>) -> Result<ResumePolicy, DecodeError> {
     ResumePolicy::from_wire(decoder.u16("resume")?)
+}
+
+pub(super) fn huge_pages(decoder: &mut Decoder<'_>) -> Result<HugePages, DecodeError> {
+    HugePages::from_wire(decoder.u16("huge_pages")?)
 }
 
 pub(super) fn micros(duration: Duration) -> u64 {

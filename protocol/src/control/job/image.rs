@@ -2,8 +2,10 @@
 
 //! Options of a snapshot and of a restore.
 
-use super::fields::{bandwidth, capture_memory, flag, micros, resume, timeout, workers};
-use super::{MAX_ADDRESS, OutgoingOptions, ResumePolicy};
+use super::fields::{
+    bandwidth, capture_memory, flag, huge_pages, micros, resume, timeout, workers,
+};
+use super::{HugePages, MAX_ADDRESS, OutgoingOptions, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -183,13 +185,17 @@ pub struct RestoreOptions {
     pub resume: ResumePolicy,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
+    /// With [`RestoreMode::Eager`]: whether the guest gets huge pages where the image has all of
+    /// them.
+    pub huge_pages: HugePages,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
         let SnapshotOptions { workers, bandwidth, hook_timeout, .. } = SnapshotOptions::default();
         let (mode, resume) = (RestoreMode::Eager, ResumePolicy::Auto);
-        Self { mode, workers, bandwidth, working_set: String::new(), resume, hook_timeout }
+        let (working_set, huge_pages) = (String::new(), HugePages::Auto);
+        Self { mode, workers, bandwidth, working_set, resume, hook_timeout, huge_pages }
     }
 }
 
@@ -208,7 +214,8 @@ impl RestoreOptions {
             .u16(self.workers)
             .u16(self.resume as u16)
             .u64(self.bandwidth);
-        encoder.u64(micros(self.hook_timeout)).text(&self.working_set)
+        let encoder = encoder.u64(micros(self.hook_timeout)).u16(self.huge_pages as u16);
+        encoder.text(&self.working_set)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
@@ -218,6 +225,7 @@ impl RestoreOptions {
             resume: resume(decoder)?,
             bandwidth: bandwidth(decoder)?,
             hook_timeout: timeout(decoder, "hook_timeout")?,
+            huge_pages: huge_pages(decoder)?,
             working_set: decoder.text("working_set", MAX_ADDRESS)?.to_owned(),
         };
         if options.mode != RestoreMode::Lazy && !options.working_set.is_empty() {

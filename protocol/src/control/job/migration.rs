@@ -2,8 +2,8 @@
 
 //! Options of a migration.
 
-use super::fields::{bandwidth, flag, micros, resume, timeout};
-use super::{MAX_STREAMS, ResumePolicy};
+use super::fields::{bandwidth, flag, huge_pages, micros, resume, timeout};
+use super::{HugePages, MAX_STREAMS, ResumePolicy};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use std::time::Duration;
 
@@ -189,6 +189,8 @@ pub struct OutgoingOptions {
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
+    /// Whether the destination gets to know where it may make huge pages.
+    pub huge_pages: HugePages,
 }
 
 impl Default for OutgoingOptions {
@@ -207,6 +209,7 @@ impl Default for OutgoingOptions {
             resume: ResumePolicy::Auto,
             peer_timeout: Duration::from_secs(30),
             hook_timeout: Duration::from_secs(10),
+            huge_pages: HugePages::Auto,
         }
     }
 }
@@ -229,6 +232,7 @@ impl OutgoingOptions {
             .u16(level)
             .u64(micros(self.peer_timeout))
             .u64(micros(self.hook_timeout))
+            .u16(self.huge_pages as u16)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
@@ -246,6 +250,7 @@ impl OutgoingOptions {
             Compression::from_wire(decoder.u16("compression")?, decoder.u16("compression_level")?)?;
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
+        let huge_pages = huge_pages(decoder)?;
         if streams == 0 || streams > MAX_STREAMS {
             return Err(DecodeError::InvalidValue {
                 field: "streams",
@@ -267,6 +272,7 @@ impl OutgoingOptions {
             resume,
             peer_timeout,
             hook_timeout,
+            huge_pages,
         };
         options.check_postcopy().map(|()| options)
     }
@@ -321,12 +327,14 @@ pub struct IncomingOptions {
     pub peer_timeout: Duration,
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
+    /// Whether the guest gets huge pages where its source has all of them.
+    pub huge_pages: HugePages,
 }
 
 impl Default for IncomingOptions {
     fn default() -> Self {
         let OutgoingOptions { resume, peer_timeout, hook_timeout, .. } = OutgoingOptions::default();
-        Self { resume, peer_timeout, hook_timeout }
+        Self { resume, peer_timeout, hook_timeout, huge_pages: HugePages::Auto }
     }
 }
 
@@ -336,12 +344,13 @@ impl IncomingOptions {
             .u64(micros(self.peer_timeout))
             .u64(micros(self.hook_timeout))
             .u16(self.resume as u16)
+            .u16(self.huge_pages as u16)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
         let peer_timeout = timeout(decoder, "peer_timeout")?;
         let hook_timeout = timeout(decoder, "hook_timeout")?;
-        let resume = resume(decoder)?;
-        Ok(Self { resume, peer_timeout, hook_timeout })
+        let (resume, huge_pages) = (resume(decoder)?, huge_pages(decoder)?);
+        Ok(Self { resume, peer_timeout, hook_timeout, huge_pages })
     }
 }

@@ -5,6 +5,7 @@
 //! - [`migration`]: options of a migration;
 //! - [`image`]: options of a snapshot and of a restore;
 //! - [`parameters`]: changes of the options of a job that runs;
+//! - [`placing`]: how pages come into the guest's memory;
 //! - [`run_state`]: whether a guest runs, and whether it is resumed where it arrives;
 //! - [`status`]: the kind, the phase and the status of a job;
 //! - [`counters`]: the counters of a job.
@@ -15,6 +16,7 @@ mod fields;
 pub mod image;
 pub mod migration;
 pub mod parameters;
+pub mod placing;
 pub mod run_state;
 pub mod status;
 
@@ -22,6 +24,7 @@ pub use counters::Counters;
 pub use image::{NotUtf8, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions};
 pub use migration::{Compression, IncomingOptions, Mode, NonConvergence, OutgoingOptions};
 pub use parameters::Parameters;
+pub use placing::{HugePages, Placing};
 pub use run_state::{ResumePolicy, RunState};
 pub use status::{JobKind, JobStatus, Phase};
 

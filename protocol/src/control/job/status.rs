@@ -3,7 +3,7 @@
 //! The kind, the phase and the status of a job.
 
 use super::fields::flag;
-use super::{Counters, MAX_SENTENCE, RunState};
+use super::{Counters, MAX_SENTENCE, Placing, RunState};
 use crate::control::Trackers;
 use crate::control::codec::{DecodeError, Decoder, Encoder, truncate_text};
 
@@ -160,6 +160,10 @@ pub struct JobStatus {
     pub trackers: Trackers,
     /// The counters.
     pub counters: Counters,
+    /// How the job places pages.
+    pub placing: Placing,
+    /// Why it does not place them better. `None` if it does what it can.
+    pub placing_reason: Option<String>,
     /// Why the job failed or is paused. While it runs: what an operator should know, such as why a
     /// waiting incoming migration refused a source, or what a guest in postcopy waits for. After it
     /// completed: a warning about something else that failed. `None` if there is nothing to say.
@@ -179,7 +183,11 @@ impl JobStatus {
         let guest = self.guest.map_or(0, |guest| guest as u32 + 1);
         let encoder = encoder.u64(self.job).u32(self.kind as u32).u32(self.phase as u32).u32(guest);
         let encoder = encoder.u16(self.arrived.into()).u32(self.trackers.bits());
-        self.counters.encode(encoder).text(truncate_text(self.error_text(), MAX_SENTENCE))
+        let encoder = self.counters.encode(encoder).u16(self.placing as u16);
+        let reason = self.placing_reason.as_deref().unwrap_or_default();
+        encoder
+            .text(truncate_text(reason, MAX_SENTENCE))
+            .text(truncate_text(self.error_text(), MAX_SENTENCE))
     }
 
     /// Reads the fields from a body.
@@ -195,6 +203,8 @@ impl JobStatus {
             arrived: flag(decoder, "arrived")?,
             trackers: Trackers::from_wire("trackers", decoder.u32("trackers")?)?,
             counters: Counters::decode(decoder)?,
+            placing: Placing::from_wire(decoder.u16("placing")?)?,
+            placing_reason: decode_sentence(decoder.text("placing_reason", MAX_SENTENCE)?),
             error: decode_sentence(decoder.text("error", MAX_SENTENCE)?),
         })
     }

@@ -4,13 +4,17 @@ use super::super::devices::DeviceSpec;
 use super::*;
 use crate::control::frame::MAX_BODY;
 use crate::control::job::{
-    Compression, Counters, JobKind, JobStatus, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode,
-    NonConvergence, Phase, RestoreMode, ResumePolicy, RunState, SnapshotMode,
+    Compression, Counters, HugePages, JobKind, JobStatus, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode,
+    NonConvergence, Phase, Placing, RestoreMode, ResumePolicy, RunState, SnapshotMode,
 };
 use proptest::prelude::*;
 
 fn any_resume() -> impl Strategy<Value = ResumePolicy> {
     prop::sample::select(ResumePolicy::NAMES.map(|(_, policy)| policy).to_vec())
+}
+
+fn any_huge_pages() -> impl Strategy<Value = HugePages> {
+    prop::sample::select(HugePages::NAMES.map(|(_, choice)| choice).to_vec())
 }
 
 fn any_options() -> impl Strategy<Value = OutgoingOptions> {
@@ -21,14 +25,14 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
         (1..=Compression::MAX_LEVEL).prop_map(Compression::Zstd),
     ];
     let mode = prop::sample::select(Mode::NAMES.map(|(_, mode)| mode).to_vec());
-    let postcopy = (mode, any::<u32>(), any::<bool>(), any_resume());
+    let postcopy = (mode, any::<u32>(), any::<bool>(), any_resume(), any_huge_pages());
     let numbers = (1u16..=32, 0u64..1 << 40, any::<u64>(), any::<u32>(), 1u64..1 << 30);
     (numbers, policy, compression, postcopy).prop_map(
         |(
             (streams, downtime, bandwidth, max_passes, timeout),
             policy,
             compression,
-            (mode, switch_after, release, resume),
+            (mode, switch_after, release, resume, huge_pages),
         )| {
             OutgoingOptions {
                 streams,
@@ -44,6 +48,7 @@ fn any_options() -> impl Strategy<Value = OutgoingOptions> {
                 resume,
                 peer_timeout: Duration::from_micros(timeout),
                 hook_timeout: Duration::from_micros(timeout + 1),
+                huge_pages,
             }
         },
     )
@@ -90,9 +95,11 @@ fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
 
 fn any_restore() -> impl Strategy<Value = RestoreOptions> {
     let mode = prop::sample::select(RestoreMode::NAMES.map(|(_, mode)| mode).to_vec());
-    (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}", any_resume()).prop_map(
-        |(mode, workers, bandwidth, timeout, working_set, resume)| RestoreOptions {
+    let choices = (any_resume(), any_huge_pages());
+    (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}", choices).prop_map(
+        |(mode, workers, bandwidth, timeout, working_set, (resume, huge_pages))| RestoreOptions {
             resume,
+            huge_pages,
             mode,
             workers,
             bandwidth,
@@ -257,7 +264,7 @@ fn the_least_role_of_every_request_is_known() {
 fn a_compression_that_does_not_exist_is_refused_by_field() {
     let options = |which: u16, level: u16| {
         let mut body = OutgoingOptions::default().encode(Encoder::new()).finish();
-        let at = body.len() - 8 - 8 - 4;
+        let at = body.len() - 2 - 8 - 8 - 4;
         body[at..at + 2].copy_from_slice(&which.to_le_bytes());
         body[at + 2..at + 4].copy_from_slice(&level.to_le_bytes());
         OutgoingOptions::decode(&mut Decoder::new(&body)).map(|options| options.compression)
@@ -404,7 +411,8 @@ fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
         refused_with(lazy(MAX_ADDRESS + 1), 0, &[])
             .starts_with("working_set has 4097 bytes, allowed are 4096")
     );
-    assert_eq!(refused_with(lazy(1), 26, &[0xff]), "working_set is not UTF-8");
+    assert_eq!(refused(22, &[2, 0]), "huge_pages is 0x2, allowed: 0 auto, 1 never");
+    assert_eq!(refused_with(lazy(1), 28, &[0xff]), "working_set is not UTF-8");
     assert_eq!(
         refused_with(lazy(1), 0, &[0, 0]),
         "mode is 0x0, allowed: 1 lazy with a working_set"
@@ -441,6 +449,8 @@ fn a_status_survives_the_wire() {
             arrived: guest.is_some(),
             trackers,
             counters,
+            placing: Placing::Pages,
+            placing_reason: guest.map(|_| "no memory".into()),
             error,
         };
         let body = status.encode(Encoder::new()).finish();

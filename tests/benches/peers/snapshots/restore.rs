@@ -9,7 +9,7 @@
 //! restore records them, and the second reads them ahead.
 
 use super::super::Bench;
-use super::super::image::{Image, WarmPool};
+use super::super::image::{Image, WarmPool, warm_large_pages};
 use super::super::table::{Better, Table, median};
 use super::{GIB, LIMIT, MIB, Shelf, Vmm, bar, qemu, ratios};
 use pageferry_client::{
@@ -120,6 +120,7 @@ pub fn eager(bench: &Bench, table: &mut Table) {
                     if matches!(loader.how, How::Qemu(_)) { theirs.path() } else { path.clone() };
                 target.clear();
                 cache.prepare(&file);
+                warm_large_pages(&bench.folder, target.size + target.size / 16);
                 let rate = loader.how.load(&vmm, &file, &target);
                 loader.rates.push(rate);
             }

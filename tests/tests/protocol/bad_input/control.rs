@@ -105,7 +105,7 @@ fn bad_requests_are_refused_by_name_and_the_connection_lives() {
         let options = OutgoingOptions::default();
         let mut body = Request::StartOutgoing { target: "unix:/x".into(), options }.encode();
         // Before the two cases at the end, which wait for a timeout.
-        let at = body.len() - 20;
+        let at = body.len() - 22;
         body[at..at + 4].copy_from_slice(&[which.to_le_bytes(), level.to_le_bytes()].concat());
         body
     };

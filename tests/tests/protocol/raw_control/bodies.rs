@@ -11,7 +11,7 @@ const PATIENCE: u64 = 60_000_000;
 /// "Options of an outgoing migration", with what is usual.
 pub fn outgoing() -> Body {
     let body = Body::new().u16(1).u16(0).u32(0).u16(2).u16(0).u16(0).u32(30).u64(300_000).u64(0);
-    body.u32(0).u16(0).u16(0).u64(PATIENCE).u64(PATIENCE)
+    body.u32(0).u16(0).u16(0).u64(PATIENCE).u64(PATIENCE).u16(0)
 }
 
 /// Offsets in these options.
@@ -33,7 +33,7 @@ pub fn parameters() -> Body {
 
 /// "Options of an incoming migration".
 pub fn incoming() -> Body {
-    Body::new().u64(PATIENCE).u64(PATIENCE).u16(0)
+    Body::new().u64(PATIENCE).u64(PATIENCE).u16(0).u16(0)
 }
 
 /// "Options of a snapshot" without a base.
@@ -44,7 +44,7 @@ pub fn snapshot(mode: u16) -> Body {
 
 /// "Options of a restore" without a working set.
 pub fn restore(mode: u16) -> Body {
-    Body::new().u16(mode).u16(2).u16(0).u64(0).u64(PATIENCE).text("")
+    Body::new().u16(mode).u16(2).u16(0).u64(0).u64(PATIENCE).u16(0).text("")
 }
 
 /// A text, and options after it.
@@ -96,8 +96,9 @@ impl Status {
             guest: u32_at(body, 16),
             arrived: u16_at(body, 20),
             trackers: u32_at(body, 22),
-            counters: body[..322].to_vec(),
-            error: last_text_at(body, 322),
+            counters: body[..330].to_vec(),
+            // After the reason of the way of placing.
+            error: last_text_at(body, 336 + u32_at(body, 332) as usize),
         }
     }
 

@@ -397,7 +397,7 @@ fn values_that_are_not_allowed_are_refused_by_field() {
         ),
         (
             code::START_RESTORE,
-            Body::new().text("/x").raw(&bodies::restore(0).0[..22]).text("/set"),
+            Body::new().text("/x").raw(&bodies::restore(0).0[..24]).text("/set"),
             &[],
             error::INVALID,
             "mode is 0x0",
