@@ -8,7 +8,9 @@
 //! something, which the seed decides. A failure prints the seed.
 
 use crate::seeds;
-use crate::source::{LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, keep_busy, step};
+use crate::source::{
+    LOG_COVERS, Memory, Model, SourceHooks, World, all_pages, fill_huge_page, keep_busy, step,
+};
 use pageferry_client::{
     Client, Compression, Config, HookError, Hooks, IncomingOptions, JobStatus, NonConvergence,
     OutgoingOptions, Phase, RunState, StatePiece, Target,
@@ -261,6 +263,9 @@ fn run_case(seed: u64) {
     }
     for _ in 0..20 + chance.below(60) {
         step(&mut chance, &world, &source.client);
+    }
+    if chance.one_in(2) {
+        fill_huge_page(&world, &source.client);
     }
     for attempts in 1.. {
         let status =

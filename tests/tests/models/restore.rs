@@ -150,6 +150,20 @@ impl Side {
     }
 }
 
+/// Pages of a huge page.
+const HUGE: u64 = 512;
+
+/// The guest uses all of a huge page of the largest block.
+fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
+    let pages = (9, PageRange::new(chance.below(2) * HUGE, HUGE));
+    side.client.populate(&range_of(pages)).unwrap();
+    for page in pages_of(pages) {
+        let value = 1 + chance.below(1 << 40);
+        side.store(page, value);
+        model.insert(page, Is::Holds(value));
+    }
+}
+
 /// A guest with random memory.
 fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
     for _ in 0..30 {
@@ -186,6 +200,9 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
         SnapshotOptions { mode: SnapshotMode::Paused, track: true, ..SnapshotOptions::default() };
     for number in 0..1 + chance.below(3) {
         fill(chance, side, model);
+        if chance.one_in(2) {
+            fill_huge_page(chance, side, model);
+        }
         let path = folder.join(format!("image{number}"));
         let started = side.client.start_snapshot(&path, &options).unwrap();
         let status = side.client.wait(started.job, SOON).unwrap();

@@ -21,12 +21,19 @@ pub struct Layout {
     pub fd_offset: u64,
 }
 
-/// Blocks at odd places: no GPA, offset or length fits a word of the bitmaps.
+/// Pages of a huge page.
+pub const HUGE: u64 = 512;
+/// The block that may have a huge page.
+pub const LARGEST: u32 = 4;
+
+/// Blocks at odd places: no GPA, offset or length fits a word of the bitmaps. The largest begins
+/// where its file may have a huge page.
 pub fn layouts() -> Vec<Layout> {
     vec![
         Layout { id: 7, gpa: 0x3000, pages: 150, fd_offset: 0x5000 },
         Layout { id: 2, gpa: 0x1_0000_0000, pages: 64, fd_offset: 0 },
         Layout { id: 9, gpa: 0x20_1000, pages: 77, fd_offset: 0x1000 },
+        Layout { id: LARGEST, gpa: 0x30_1000, pages: HUGE + 35, fd_offset: 0x20_0000 },
     ]
 }
 
@@ -221,6 +228,20 @@ pub fn keep_busy(chance: &mut Random, world: &World) {
     let mut model = world.model.lock().unwrap();
     if !model.paused {
         write(chance, &mut model, world, id, range);
+    }
+}
+
+/// The guest uses all of the huge page of the largest block.
+pub fn fill_huge_page(world: &World, client: &Client) {
+    let mut model = world.model.lock().unwrap();
+    let all = PageRange::new(0, HUGE);
+    populate(&mut model, world, client, LARGEST, all);
+    world.memory.block(LARGEST).mark(all);
+    for page in pages_of(LARGEST, all) {
+        let stamp = model.stamp();
+        world.memory.write(page, stamp);
+        model.allocated.insert(page);
+        model.content.insert(page, stamp);
     }
 }
 
