@@ -6,6 +6,7 @@
 //! - [`memory`]: guest memory of several blocks, which can be read without allocating it;
 //!   [`verify`]: what must hold after a migration;
 //! - [`files`]: plain files as guest memory, for tests without a mock VMM;
+//! - [`guest_mapping`]: guest memory mapped so that huge pages fit;
 //! - [`usage`]: which pages may be written now, and what was written to them;
 //! - [`guest`]: guests that write: threads, or a real guest under KVM; [`device`]: emulated devices
 //!   that write through vm-memory;
@@ -42,6 +43,7 @@ pub mod files;
 pub mod front_end;
 pub mod gate;
 pub mod guest;
+pub mod guest_mapping;
 pub mod huge_pages;
 pub mod in_process;
 pub mod linux_guest;

@@ -11,6 +11,7 @@
 //! - [`image`]: guest memory as a file, prepared once for all programs;
 //! - [`ours`], [`qemu`], [`floor`]: the programs that move it;
 //! - [`copying`]: full, sparse and huge guests;
+//! - [`arrived`]: how fast a guest runs that has arrived;
 //! - [`compression`]: a guest with compressible memory;
 //! - [`live`]: a guest that writes while it migrates;
 //! - [`postcopy`]: a guest that runs before its memory is there;
@@ -29,6 +30,7 @@
     unreachable_pub
 )]
 
+mod arrived;
 mod bitmaps;
 mod codec;
 mod compression;
@@ -53,8 +55,8 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, compression, sparse, huge, live, tracking,
-    /// postcopy, snapshots, bitmaps, discards, queued, devices, bytes, qemu-guest.
+    /// Run only these parts, separated by commas: full, arrived, compression, sparse, huge, live,
+    /// tracking, postcopy, snapshots, bitmaps, discards, queued, devices, bytes, qemu-guest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -138,8 +140,9 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 14] = [
+    let parts: [(&str, Part); 15] = [
         ("full", copying::full),
+        ("arrived", arrived::arrived),
         ("compression", compression::compression),
         ("sparse", copying::sparse),
         ("huge", copying::huge),

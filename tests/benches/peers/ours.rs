@@ -86,9 +86,16 @@ fn peak_of(status: &Path) -> u64 {
 }
 
 /// Migrates the guest.
-pub fn migrate(mut from: Side, mut to: Side, options: &OutgoingOptions) -> Moved {
+pub fn migrate(from: Side, to: Side, options: &OutgoingOptions) -> Moved {
+    migrate_with(from, to, options, &IncomingOptions::default())
+}
+
+/// Migrates the guest, with options of both ends.
+pub fn migrate_with(
+    mut from: Side, mut to: Side, options: &OutgoingOptions, incoming: &IncomingOptions,
+) -> Moved {
     let listen = Target::Address("tcp:127.0.0.1:0".into());
-    let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
+    let incoming = to.client.start_incoming(listen, incoming).unwrap();
     let started = Instant::now();
     let job = from.client.start_outgoing(Target::Address(incoming.address), options).unwrap().job;
     let status = from.client.wait(job, LIMIT).unwrap();

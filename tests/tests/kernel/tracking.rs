@@ -2,6 +2,10 @@
 
 //! The trackers against the real kernel: write-protect scanning, and KVM's dirty log.
 
+use pageferry_agent::memory::Backing;
+use pageferry_agent::memory::huge_page_supply::HugePageSupply;
+use pageferry_agent::memory::large_pages::LargePages;
+use pageferry_agent::memory::spare_memory::SpareMemory;
 use pageferry_agent::tracking::pagemap::{Pagemap, PagemapError};
 use pageferry_client::error::chain;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
@@ -10,6 +14,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;
 use pageferry_tests::files::{mapped, memfd};
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
+use pageferry_tests::guest_mapping::GuestMapping;
 use pageferry_tests::huge_pages::{HUGE_PAGE, hugetlb_memfd};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
@@ -20,6 +25,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use vm_memory::{
@@ -386,6 +392,48 @@ fn huge_pages_are_reported_whole_and_none_is_allocated() {
     tracked.scan();
     tracked.write(1);
     assert_eq!(tracked.scan(), Vec::from_iter(0..HUGE));
+}
+
+/// A guest whose memory is in huge pages of shared memory is tracked by huge pages: one write
+/// reports all of 2 MiB. docs/huge-pages.md says so.
+#[test]
+fn huge_pages_of_shared_memory_are_reported_whole() {
+    const HUGE: u64 = HUGE_PAGE / PAGE_SIZE;
+    if !require::uffd() {
+        return;
+    }
+    let length = 4 * HUGE_PAGE;
+    let backing = Backing::new(memfd(length).unwrap(), 0, length).unwrap();
+    let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
+    let large = LargePages::new(&backing, &Arc::new(supply)).unwrap().unwrap();
+    for huge_page in 0..4 {
+        backing.write(huge_page * HUGE_PAGE, &[1; PAGE_SIZE as usize]).unwrap();
+        if !large.make(huge_page * HUGE_PAGE) {
+            eprintln!("skipped: the kernel makes no huge page");
+            return;
+        }
+    }
+    drop(large);
+    let file = File::from(backing.fd().try_clone_to_owned().unwrap());
+    let guest = GuestMapping::new(&file, length as usize).unwrap();
+    let write_protect = WriteProtect::register(&[(guest.address(), length)]).unwrap();
+    let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
+    let scan = || {
+        let mut found = Vec::new();
+        let scanned = pagemap.scan(guest.address(), length, |start, end| {
+            let page = |address: u64| (address - guest.address()) / PAGE_SIZE;
+            found.extend(page(start)..page(end));
+        });
+        scanned.unwrap();
+        found
+    };
+    guest.count(0);
+    guest.count((3 * HUGE_PAGE) as usize);
+    scan();
+    assert_eq!(scan(), [0; 0]);
+    guest.count((3 * HUGE_PAGE + 5 * PAGE_SIZE) as usize);
+    let found = scan();
+    assert_eq!(found, Vec::from_iter(3 * HUGE..4 * HUGE));
 }
 
 const CHILD: &str = "PAGEFERRY_TEST_TRACKED_CHILD";
