@@ -20,7 +20,8 @@
 //! - [`bitmaps`]: marking, harvesting and walking;
 //! - [`discards`]: how fast discards are acknowledged;
 //! - [`devices`]: how fast a guest gives memory back by the agent's balloon;
-//! - [`codec`]: zero scan, checksum and records; an idle agent.
+//! - [`codec`]: zero scan, checksum and records; an idle agent;
+//! - [`cores`]: many workers, and how long they wait for the agent's own locks.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -35,6 +36,7 @@ mod bitmaps;
 mod codec;
 mod compression;
 mod copying;
+mod cores;
 mod devices;
 mod discards;
 mod floor;
@@ -56,7 +58,7 @@ use table::Table;
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
     /// Run only these parts, separated by commas: full, arrived, compression, sparse, huge, live,
-    /// tracking, postcopy, snapshots, bitmaps, discards, queued, devices, bytes, qemu-guest.
+    /// tracking, postcopy, snapshots, bitmaps, discards, queued, devices, bytes, cores, qemu-guest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -140,7 +142,7 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 15] = [
+    let parts: [(&str, Part); 16] = [
         ("full", copying::full),
         ("arrived", arrived::arrived),
         ("compression", compression::compression),
@@ -151,6 +153,7 @@ fn main() {
         ("queued", discards::queued),
         ("devices", devices::devices),
         ("bytes", codec::codec),
+        ("cores", cores::cores),
         ("postcopy", postcopy::postcopy),
         ("snapshots", snapshots::snapshots),
         ("live", live::live),
