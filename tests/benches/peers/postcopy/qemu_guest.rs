@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest under TCG whose boot sector touches pages and measures each touch itself. QEMU moves it by
-//! postcopy with preemption, and pageferry does, beside unmodified QEMUs.
+//! A guest under TCG whose boot sector touches pages and measures each touch itself. QEMU moves it
+//! by postcopy with preemption, and pageferry does, beside unmodified QEMUs.
 //!
 //! An ordinary guest is not needed, and would not report how long it waited. This guest records
 //! each touch that takes longer than any touch without a fault. The bench reads these records in
