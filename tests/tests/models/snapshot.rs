@@ -382,7 +382,9 @@ fn a_background_snapshot_is_a_consistent_cut() {
     let found = format!(
         "{captured} pages for writes, {rescued} for discards; {scarce} times scarce memory"
     );
-    assert!(!many || (captured > 0 && rescued > 0 && scarce > 0), "nothing was tried: {found}");
+    // Whether memory becomes scarce depends on the host's load. `snapshot/capture_memory.rs` makes
+    // sure of it.
+    assert!(!many || (captured > 0 && rescued > 0), "nothing was tried: {found}");
     eprintln!("copied aside: {found}");
 }
 
