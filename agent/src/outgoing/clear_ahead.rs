@@ -14,7 +14,7 @@
 //! the next sync. That page is sent twice, at worst.
 
 use super::fixup::DirtyState;
-use super::pass::find_allocated;
+use super::pass::FirstPass;
 use crate::job::JobError;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
@@ -33,8 +33,8 @@ pub(super) struct ClearAhead<'a> {
     memory: &'a GuestMemory,
     dirty: &'a DirtyState,
     clear: &'a LazyClear,
-    /// Pass 0: the pages to send are found right before they are cleared.
-    finds_allocated: bool,
+    /// In pass 0: finds the pages to send, right before they are cleared.
+    first: Option<FirstPass<'a>>,
     /// Pages of a stretch, at most what one hook carries.
     stretch: u64,
     /// Where the next stretch begins: the index of a block, and a page. Locked during a hook: all
@@ -45,14 +45,14 @@ pub(super) struct ClearAhead<'a> {
 }
 
 impl<'a> ClearAhead<'a> {
-    /// Nothing was cleared. In pass 0, `finds_allocated`.
+    /// Nothing was cleared.
     pub(super) fn new(
         memory: &'a GuestMemory, dirty: &'a DirtyState, clear: &'a LazyClear, workers: usize,
-        finds_allocated: bool,
+        first: Option<FirstPass<'a>>,
     ) -> Self {
         let stretch = (UNIT * workers as u64).min(MAX_CLEAR_PAGES);
         let (next, done) = (Mutex::new((0, 0)), AtomicU64::new(0));
-        Self { memory, dirty, clear, finds_allocated, stretch, next, done }
+        Self { memory, dirty, clear, first, stretch, next, done }
     }
 
     /// Returns once the dirty pages of a chunk are cleared in the tracker. Call it before the first
@@ -71,8 +71,8 @@ impl<'a> ClearAhead<'a> {
             let Some(block) = self.memory.blocks().get(next.0) else { break };
             let stretch = PageRange::new(next.1, self.stretch).intersection(&block.all());
             let dirty = self.dirty.pages.block(next.0);
-            if self.finds_allocated {
-                find_allocated(block, dirty, self.dirty.announced.block(next.0), stretch)?;
+            if let Some(first) = &self.first {
+                first.find(next.0, stretch)?;
             }
             self.clear.clear(block.geometry.id, dirty, stretch)?;
             *next = if stretch.end() < block.geometry.pages() {
@@ -89,6 +89,7 @@ impl<'a> ClearAhead<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::balloon::hints::FreePages;
     use crate::hooks::Hooks;
     use crate::job::Deadline;
     use crate::memory::chunks::Chunks;
@@ -152,15 +153,18 @@ mod tests {
             stretch in 1u64..6,
             workers in 1usize..5,
             first_pass in any::<bool>(),
+            free in prop::collection::btree_set((0usize..4, 0u64..900), 0..60),
         ) {
-            let memory = memory(&lengths);
+            let memory = Arc::new(memory(&lengths));
             let dirty = DirtyState::new(&memory).unwrap();
             let mut expected = BTreeSet::new();
             for (at, page) in wanted {
                 if lengths.get(at).is_none_or(|pages| page >= *pages) {
                     continue;
                 }
-                expected.insert((at as u32, page));
+                if !first_pass || !free.contains(&(at, page)) {
+                    expected.insert((at as u32, page));
+                }
                 if first_pass {
                     memory.blocks()[at].backing.write(page * PAGE_SIZE, &[1]).unwrap();
                 } else {
@@ -170,7 +174,11 @@ mod tests {
             let cleared = Cleared::default();
             let (trackers, vmm) = vmm(&cleared);
             let clear = trackers.lazy_clear().unwrap();
-            let mut ahead = ClearAhead::new(&memory, &dirty, clear, workers, first_pass);
+            let hinted = free.iter().filter(|(at, page)| lengths.get(*at).is_some_and(|end| page < end));
+            let hinted = FreePages::of(&memory, hinted.copied());
+            let first = FirstPass { memory: &memory, dirty: &dirty, free: Some(&hinted) };
+            let first = first_pass.then_some(first);
+            let mut ahead = ClearAhead::new(&memory, &dirty, clear, workers, first);
             ahead.stretch = stretch * WORD_BITS;
             let chunks = Chunks::new(&memory, words * WORD_BITS);
             let taken = Mutex::new(BTreeSet::new());
@@ -179,7 +187,7 @@ mod tests {
                 dirty.pages.block(at).take(chunk, |word, bits| {
                     for page in (0..WORD_BITS).filter(|bit| bits >> bit & 1 == 1) {
                         let page = word * WORD_BITS + page;
-                        assert!(is_cleared(&cleared, at as u32, page), "page {page} is not cleared");
+                        assert!(is_cleared(&cleared, at as u32, page), "page {page} is dirty");
                         taken.lock().unwrap().insert((at as u32, page));
                     }
                 });
@@ -192,12 +200,16 @@ mod tests {
             if first_pass {
                 // Neighbours of what was written may be allocated, too.
                 prop_assert!(taken.is_superset(&expected));
+                let of_free = taken.iter().filter(|(at, page)| free.contains(&(*at as usize, *page)));
+                prop_assert_eq!(of_free.count(), 0);
             } else {
                 prop_assert_eq!(&taken, &expected);
             }
             let hooks = cleared.lock().unwrap();
-            let pages: Vec<(u32, u64)> =
-                hooks.iter().flat_map(|(id, pages)| pages.iter().map(|page| (*id, *page))).collect();
+            let of_hook = |(id, pages): &(u32, BTreeSet<u64>)| -> Vec<(u32, u64)> {
+                pages.iter().map(|page| (*id, *page)).collect()
+            };
+            let pages: Vec<_> = hooks.iter().flat_map(of_hook).collect();
             prop_assert_eq!(pages.len(), taken.len());
             prop_assert_eq!(pages.into_iter().collect::<BTreeSet<_>>(), taken);
             let stretches: u64 = lengths.iter().map(|pages| pages.div_ceil(stretch * 64)).sum();
@@ -211,7 +223,7 @@ mod tests {
         let dirty = DirtyState::new(&memory).unwrap();
         let (trackers, _vmm) = vmm(&Cleared::default());
         let clear = trackers.lazy_clear().unwrap();
-        let stretch = |workers| ClearAhead::new(&memory, &dirty, clear, workers, false).stretch;
+        let stretch = |workers| ClearAhead::new(&memory, &dirty, clear, workers, None).stretch;
         assert_eq!((stretch(1), stretch(4)), (UNIT, 4 * UNIT));
         assert_eq!(stretch(64), MAX_CLEAR_PAGES);
     }

@@ -54,12 +54,41 @@ struct Pass<'a> {
     view: SendContext<'a>,
     chunks: Chunks<'a>,
     dirty: &'a DirtyState,
+    /// In pass 0: finds what to send.
+    first: Option<FirstPass<'a>>,
     /// Clears the tracker whose sync does not clear, if there is one.
     clear: Option<ClearAhead<'a>>,
-    /// Pages that are free in the guest. Pass 0 leaves them out: what the guest writes to them from
-    /// now on the trackers report, and what they hold is nobody's.
-    free: Option<&'a FreePages>,
     number: u64,
+}
+
+/// Finds what pass 0 sends.
+#[derive(Clone, Copy)]
+pub(super) struct FirstPass<'a> {
+    pub(super) memory: &'a GuestMemory,
+    pub(super) dirty: &'a DirtyState,
+    /// Pages that are free in the guest.
+    pub(super) free: Option<&'a FreePages>,
+}
+
+impl FirstPass<'_> {
+    /// Makes dirty what is to be sent of `range`: the allocated pages that are not free.
+    ///
+    /// A free page holds nothing that anybody needs. What the guest writes to it after it said so,
+    /// the trackers report. So call this before the tracker is cleared, and clear what is dirty
+    /// then: a later look could find a page that was written before the clear, and leave it out.
+    ///
+    /// # Errors
+    /// If the file cannot be examined.
+    pub(super) fn find(&self, at: usize, range: PageRange) -> Result<(), JobError> {
+        let dirty = self.dirty.pages.block(at);
+        find_allocated(&self.memory.blocks()[at], dirty, self.dirty.announced.block(at), range)?;
+        if let Some(free) = self.free {
+            for (word, _) in dirty.nonzero_words(range) {
+                dirty.take_bits(word, free.word(at, word));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Migration {
@@ -73,6 +102,8 @@ impl Migration {
 
         let (memory, clear) = (&*job.memory, self.trackers.lazy_clear());
         let streams = self.streams.senders.len();
+        let free = self.free_pages.as_ref().map(AskedForFreePages::pages);
+        let first = (number == 0).then_some(FirstPass { memory, dirty: &self.dirty, free });
         let pass = Pass {
             view: SendContext {
                 job: &job,
@@ -82,9 +113,8 @@ impl Migration {
             },
             chunks: chunks(&job.memory, &self.dirty, number, streams),
             dirty: &self.dirty,
-            clear: clear
-                .map(|clear| ClearAhead::new(memory, &self.dirty, clear, streams, number == 0)),
-            free: self.free_pages.as_ref().map(AskedForFreePages::pages),
+            first,
+            clear: clear.map(|clear| ClearAhead::new(memory, &self.dirty, clear, streams, first)),
             number,
         };
         run_workers(&pass, &mut self.streams.senders)?;
@@ -145,16 +175,11 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
     while let Some((at, chunk)) = pass.chunks.claim() {
         let block: &Block = &memory.blocks()[at];
         let dirty = pass.dirty.pages.block(at);
-        match &pass.clear {
+        match (&pass.clear, &pass.first) {
             // `clear-then-read`: before the first page of the chunk is read.
-            Some(clear) => clear.reach(at, chunk)?,
-            None if pass.number == 0 => {
-                find_allocated(block, dirty, pass.dirty.announced.block(at), chunk)?;
-            }
-            None => {}
-        }
-        if let Some(free) = pass.free.filter(|_| pass.number == 0) {
-            leave_out_free(at, free, dirty, chunk);
+            (Some(clear), _) => clear.reach(at, chunk)?,
+            (None, Some(first)) => first.find(at, chunk)?,
+            (None, None) => {}
         }
         send_chunk(pass, sender, (at, block), dirty, chunk)?;
     }
@@ -177,13 +202,6 @@ pub(super) fn find_allocated(
         }
     }
     Ok(())
-}
-
-/// Makes clean what is free in the guest.
-fn leave_out_free(at: usize, free: &FreePages, dirty: &MappedBitmap, chunk: PageRange) {
-    for (word, _) in dirty.nonzero_words(chunk) {
-        dirty.take_bits(word, free.word(at, word));
-    }
 }
 
 fn send_chunk(

@@ -3,14 +3,20 @@
 //! Free page hinting while a guest moves: what it says is free is left out of the first pass, and
 //! whatever it says, the destination has what the guest wrote.
 
-use pageferry_client::{NonConvergence, OutgoingOptions, Parameters, Phase};
+use pageferry_client::{
+    ClearPages, DirtyLog, HookError, NonConvergence, OutgoingOptions, Parameters, Phase,
+};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::front_end::balloon::bytes;
 use pageferry_tests::front_end::host::FIRST_FREE_PAGE;
 use pageferry_tests::front_end::{BalloonDriver, DeviceHost, PATIENCE, Piece};
+use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::random::page_content;
 use pageferry_tests::scenario::SOON;
+use pageferry_tests::vmm::Tracker;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// A pass looks at hints when it begins with a piece of memory of this many pages.
@@ -32,7 +38,13 @@ struct Moving {
 
 impl Moving {
     fn start() -> Self {
-        let (source, destination) = (DeviceHost::ram(PAGES), DeviceHost::ram(PAGES));
+        Self::with_tracker(Tracker::Log)
+    }
+
+    fn with_tracker(tracker: Tracker) -> Self {
+        let memory = TestMemory::new(vec![BlockLayout::ram(PAGES * PAGE_SIZE)]).unwrap();
+        let source = DeviceHost::with_tracker(Arc::new(memory), tracker);
+        let destination = DeviceHost::ram(PAGES);
         for pages in [USED, FREE] {
             source.block(0).fill(pages, 1).unwrap();
         }
@@ -101,6 +113,56 @@ fn hinted_pages_are_not_sent_unless_they_are_written_again() {
     moving.balloon.driver.front_end.wait_for_config_change();
     assert_eq!(moving.balloon.hint_command(), 1);
     assert_eq!(moving.source.balloon_now().hinted, FREE.bytes());
+}
+
+/// A tracker that a sync does not clear, such as KVM's dirty log: the pages that it reports.
+#[derive(Clone, Default)]
+struct LazyTracker(Arc<Mutex<BTreeSet<u64>>>);
+
+impl pageferry_client::Tracker for LazyTracker {
+    fn start(&mut self) -> Result<(), HookError> {
+        self.0.lock().unwrap().clear();
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    fn sync(&mut self, log: &DirtyLog) -> Result<(), HookError> {
+        self.0.lock().unwrap().iter().for_each(|page| log.mark(PageRange::new(*page, 1)));
+        Ok(())
+    }
+
+    fn clear(&mut self, pages: ClearPages<'_>) -> Result<(), HookError> {
+        let is_kept = |page: &u64| {
+            let bit = page.wrapping_sub(pages.first);
+            pages.bitmap.get((bit / 64) as usize).is_none_or(|word| word >> (bit % 64) & 1 == 0)
+        };
+        self.0.lock().unwrap().retain(is_kept);
+        Ok(())
+    }
+}
+
+#[test]
+fn what_is_written_to_hinted_pages_before_the_pass_comes_by_arrives() {
+    let tracker = LazyTracker::default();
+    let mut moving = Moving::with_tracker(Tracker::Hooks(Box::new(tracker.clone())));
+    moving.balloon.answer_hints(moving.round);
+    moving.balloon.hint(&[bytes(FREE.first, FREE.count)]);
+    moving.balloon.answer_hints(0);
+    wait_until("hints", PATIENCE, || moving.source.balloon_now().hinted == FREE.bytes()).unwrap();
+    // The guest needs some of them, and nobody but its own tracker sees that.
+    for page in [FREE.first, FREE.first + 777] {
+        let content = page_content(2, page);
+        moving.source.block(0).write(page * PAGE_SIZE, &content).unwrap();
+        tracker.0.lock().unwrap().insert(page);
+    }
+    moving.ends();
+    for page in [FREE.first, FREE.first + 777] {
+        moving.arrived(page, 2);
+    }
+    assert!(moving.destination.block(0).is_hole(PageRange::new(FREE.first + 1, 700)).unwrap());
 }
 
 #[test]

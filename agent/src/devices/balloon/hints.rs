@@ -32,6 +32,14 @@ pub struct FreePages {
 }
 
 impl FreePages {
+    /// These pages, each of the block at an index.
+    #[cfg(test)]
+    pub fn of(memory: &Arc<GuestMemory>, free: impl Iterator<Item = (usize, u64)>) -> Self {
+        let pages = DirtyPages::none(memory).unwrap();
+        free.for_each(|(at, page)| _ = pages.block(at).set(PageRange::new(page, 1)));
+        Self { memory: memory.clone(), pages }
+    }
+
     /// The pages of the block at index `at`: bits of a word.
     pub fn word(&self, at: usize, word: u64) -> u64 {
         self.pages.block(at).word(word)
