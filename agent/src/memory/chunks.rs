@@ -13,6 +13,7 @@ use super::guest_memory::GuestMemory;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::Builder;
 
 /// The low bits of the cursor hold a page, the others the index of a block.
 const PAGE_BITS: u32 = 40;
@@ -112,7 +113,8 @@ impl<'a> Chunks<'a> {
     }
 
     /// Calls `work` for each chunk, on up to `threads` threads, this one among them. No thread is
-    /// started without a chunk for it.
+    /// started without a chunk for it. If the kernel starts no more threads, those that exist do
+    /// all the work.
     ///
     /// # Errors
     /// The first error of `work` in the order of the threads. After an error no more chunks are
@@ -120,19 +122,26 @@ impl<'a> Chunks<'a> {
     pub fn share<E: Send>(
         &self, threads: usize, work: impl Fn(usize, PageRange) -> Result<(), E> + Sync,
     ) -> Result<(), E> {
-        let Some(own) = self.claim() else { return Ok(()) };
-        let work_from = |claimed| {
-            let mut next = Some(claimed);
-            while let Some((at, chunk)) = next {
-                work(at, chunk).inspect_err(|_| self.stop())?;
-                next = self.claim();
-            }
-            Ok(())
+        let mut own: Vec<_> = self.claim().into_iter().collect();
+        let work_from = |claimed: &[(usize, PageRange)]| {
+            let claimed = claimed.iter().copied();
+            claimed
+                .chain(std::iter::from_fn(|| self.claim()))
+                .try_for_each(|(at, chunk)| work(at, chunk).inspect_err(|_| self.stop()))
         };
         std::thread::scope(|scope| {
-            let spawn = |_| self.claim().map(|claimed| scope.spawn(move || work_from(claimed)));
-            let others: Vec<_> = (1..threads).map_while(spawn).collect();
-            let first = work_from(own);
+            let mut others = Vec::new();
+            while !own.is_empty() && others.len() + 1 < threads {
+                let Some(claimed) = self.claim() else { break };
+                match Builder::new().spawn_scoped(scope, move || work_from(&[claimed])) {
+                    Ok(thread) => others.push(thread),
+                    Err(_) => {
+                        own.push(claimed);
+                        break;
+                    }
+                }
+            }
+            let first = work_from(&own);
             others.into_iter().fold(first, |outcome, thread| {
                 let other = thread.join();
                 outcome.and(other.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
