@@ -25,12 +25,18 @@
 use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
+use std::cell::Cell;
 use std::ffi::c_void;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// The most runs of written pages that one call can report, in 96 KiB. A run costs 24 bytes,
 /// whatever its length.
 const REGIONS: u64 = 4096;
+
+thread_local! {
+    /// The buffer of the last walk of this thread: a sync makes many.
+    static BUFFER: Cell<Vec<PageRegion>> = const { Cell::new(Vec::new()) };
+}
 
 /// `PAGE_IS_WRITTEN`. A scan for this category alone takes the kernel's fast path.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
@@ -205,24 +211,25 @@ impl Pagemap {
         &self, address: u64, length: u64, wanted: Target, mut found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
         let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
-        // As many runs as there can be at most.
-        let regions = (length / PAGE_SIZE).clamp(1, REGIONS);
-        let mut regions = vec![PageRegion::default(); regions as usize];
+        // As many runs as there can be at most. After an error the buffer is not kept.
+        let most = (length / PAGE_SIZE).clamp(1, REGIONS) as usize;
+        let mut buffer = BUFFER.take();
+        buffer.resize(buffer.len().max(most), PageRegion::default());
+        let regions = &mut buffer[..most];
         let mut start = address;
         while start < end {
-            let (count, walk_end) =
-                match scan_once(self.fd.as_fd(), start, end, wanted, &mut regions) {
-                    Ok(scanned) => scanned,
-                    // The VMM has exited. Some kernels return this error, others find no mappings.
-                    Err(Errno::SRCH) => return Ok(()),
-                    Err(Errno::FAULT | Errno::INVAL) => {
-                        return Err(PagemapError::Range { address, length });
-                    }
-                    Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
-                    // Only a thread that is being killed gets EINTR, so there is no point in trying
-                    // again.
-                    Err(source) => return Err(PagemapError::Scan { start, end, source }),
-                };
+            let (count, walk_end) = match scan_once(self.fd.as_fd(), start, end, wanted, regions) {
+                Ok(scanned) => scanned,
+                // The VMM has exited. Some kernels return this error, others find no mappings.
+                Err(Errno::SRCH) => return Ok(()),
+                Err(Errno::FAULT | Errno::INVAL) => {
+                    return Err(PagemapError::Range { address, length });
+                }
+                Err(Errno::PERM) => return Err(PagemapError::NotRegistered { start, end }),
+                // Only a thread that is being killed gets EINTR, so there is no point in trying
+                // again.
+                Err(source) => return Err(PagemapError::Scan { start, end, source }),
+            };
             for region in &regions[..count] {
                 found(region.start, region.end);
             }
@@ -232,6 +239,7 @@ impl Pagemap {
             }
             start = walk_end;
         }
+        BUFFER.set(buffer);
         Ok(())
     }
 }
