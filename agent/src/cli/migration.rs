@@ -99,7 +99,8 @@ pub struct OutgoingArgs {
     pub hook_timeout: Duration,
     /// Whether the destination may use huge pages.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
-          help = "Whether the destination may use huge pages: auto, where all of 2 MiB is used here; never")]
+          help = "Whether the destination may use huge pages: auto, where all of 2 MiB is used \
+                  here; never")]
     pub huge_pages: HugePages,
 }
 
@@ -172,7 +173,8 @@ pub struct ListenArgs {
     pub(super) options: IncomingArgs,
     /// Whether the guest gets huge pages.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
-          help = "Whether the guest gets huge pages: auto, where its source uses all of 2 MiB; never")]
+          help = "Whether the guest gets huge pages: auto, where its source uses all of 2 MiB; \
+                  never")]
     pub(super) huge_pages: HugePages,
 }
 

@@ -88,7 +88,8 @@ pub struct RestoreArgs {
     pub resume: ResumePolicy,
     /// Whether the guest gets huge pages.
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_huge_pages,
-          help = "Without --lazy: whether the guest gets huge pages: auto, where the image has all of 2 MiB; never")]
+          help = "Without --lazy: whether the guest gets huge pages: auto, where the image has all \
+                  of 2 MiB; never")]
     pub huge_pages: HugePages,
     #[command(flatten)]
     common: ImageArgs,

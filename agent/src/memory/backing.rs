@@ -40,8 +40,8 @@ pub enum BackingError {
     },
     /// A write through a mapping raised SIGBUS.
     #[error(
-        "the memory went away while byte {at:#x} of the block was written: the file was truncated, its \
-         file system is full, or the memory has failed"
+        "the memory went away while byte {at:#x} of the block was written: the file was \
+         truncated, its file system is full, or the memory has failed"
     )]
     Lost {
         /// Where the write began, in bytes from the start of the block.
