@@ -37,9 +37,9 @@ pub(super) struct ClearAhead<'a> {
     first: Option<FirstPass<'a>>,
     /// Pages of a stretch, at most what one hook carries.
     stretch: u64,
-    /// Where the next stretch begins: the index of a block, and a page. Locked during a hook: all
-    /// who wait for the lock need what is being cleared.
-    next: Mutex<(usize, u64)>,
+    /// Where the next stretch begins: the index of a block, and a page; `None` after a failure.
+    /// Locked during a hook: all who wait for the lock need what is being cleared.
+    next: Mutex<Option<(usize, u64)>>,
     /// The same place, for threads that do not need the next stretch.
     done: AtomicU64,
 }
@@ -51,38 +51,47 @@ impl<'a> ClearAhead<'a> {
         first: Option<FirstPass<'a>>,
     ) -> Self {
         let stretch = (UNIT * workers as u64).min(MAX_CLEAR_PAGES);
-        let (next, done) = (Mutex::new((0, 0)), AtomicU64::new(0));
+        let (next, done) = (Mutex::new(Some((0, 0))), AtomicU64::new(0));
         Self { memory, dirty, clear, first, stretch, next, done }
     }
 
-    /// Returns once the dirty pages of a chunk are cleared in the tracker. Call it before the first
-    /// of them is taken or read.
+    /// Returns true once the dirty pages of a chunk are cleared in the tracker. Call it before the
+    /// first of them is taken or read. Returns false if another worker has failed to clear them,
+    /// and has the reason: a VMM that hangs is not asked once more for each worker.
     ///
     /// # Errors
     /// If the VMM does not clear them, or a file cannot be examined.
-    pub(super) fn reach(&self, at: usize, chunk: PageRange) -> Result<(), JobError> {
+    pub(super) fn reach(&self, at: usize, chunk: PageRange) -> Result<bool, JobError> {
         let end = position(at, chunk.end());
         // Acquire: who has cleared the pages has found them before.
         if self.done.load(Ordering::Acquire) >= end {
-            return Ok(());
+            return Ok(true);
         }
         let mut next = lock(&self.next);
-        while position(next.0, next.1) < end {
-            let Some(block) = self.memory.blocks().get(next.0) else { break };
-            let stretch = PageRange::new(next.1, self.stretch).intersection(&block.all());
-            let dirty = self.dirty.pages.block(next.0);
-            if let Some(first) = &self.first {
-                first.find(next.0, stretch)?;
+        // Not set again if this fails.
+        while let Some((at, page)) = next.take() {
+            if position(at, page) < end {
+                *next = Some(self.clear_stretch(at, page)?);
+                continue;
             }
-            self.clear.clear(block.geometry.id, dirty, stretch)?;
-            *next = if stretch.end() < block.geometry.pages() {
-                (next.0, stretch.end())
-            } else {
-                (next.0 + 1, 0)
-            };
-            self.done.store(position(next.0, next.1), Ordering::Release);
+            *next = Some((at, page));
+            return Ok(true);
         }
-        Ok(())
+        Ok(false)
+    }
+
+    /// Clears a stretch. Returns where the next one begins.
+    fn clear_stretch(&self, at: usize, page: u64) -> Result<(usize, u64), JobError> {
+        let block = &self.memory.blocks()[at];
+        let stretch = PageRange::new(page, self.stretch).intersection(&block.all());
+        if let Some(first) = &self.first {
+            first.find(at, stretch)?;
+        }
+        self.clear.clear(block.geometry.id, self.dirty.pages.block(at), stretch)?;
+        let ends_block = stretch.end() == block.geometry.pages();
+        let next = if ends_block { (at + 1, 0) } else { (at, stretch.end()) };
+        self.done.store(position(next.0, next.1), Ordering::Release);
+        Ok(next)
     }
 }
 
@@ -183,7 +192,7 @@ mod tests {
             let chunks = Chunks::new(&memory, words * WORD_BITS);
             let taken = Mutex::new(BTreeSet::new());
             let outcome = chunks.share(workers, |at, chunk| {
-                ahead.reach(at, chunk).map_err(|error| error.to_string())?;
+                assert!(ahead.reach(at, chunk).map_err(|error| error.to_string())?);
                 dirty.pages.block(at).take(chunk, |word, bits| {
                     for page in (0..WORD_BITS).filter(|bit| bits >> bit & 1 == 1) {
                         let page = word * WORD_BITS + page;
@@ -215,6 +224,21 @@ mod tests {
             let stretches: u64 = lengths.iter().map(|pages| pages.div_ceil(stretch * 64)).sum();
             prop_assert!(hooks.len() as u64 <= stretches);
         }
+    }
+
+    #[test]
+    fn vmm_that_does_not_clear_is_asked_once() {
+        let memory = memory(&[640]);
+        let dirty = DirtyState::new(&memory).unwrap();
+        dirty.pages.block(0).set(PageRange::new(0, 640));
+        let hooks = Arc::new(Hooks::new(None));
+        let choice = TrackerChoice { declared: Declared::HOOKS, pagemap: None };
+        let trackers = Trackers::new(&choice, &hooks, LONG, &Deadline::default());
+        let clear = trackers.lazy_clear().unwrap();
+        let ahead = ClearAhead::new(&memory, &dirty, clear, 4, None);
+        assert!(ahead.reach(0, PageRange::new(0, 64)).is_err());
+        assert!(!ahead.reach(0, PageRange::new(64, 64)).unwrap());
+        assert!(!ahead.reach(0, PageRange::new(0, 64)).unwrap());
     }
 
     #[test]

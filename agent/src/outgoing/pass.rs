@@ -177,7 +177,8 @@ fn work_chunks(pass: &Pass<'_>, sender: &mut PageSender) -> Result<(), JobError>
         let dirty = pass.dirty.pages.block(at);
         match (&pass.clear, &pass.first) {
             // `clear-then-read`: before the first page of the chunk is read.
-            (Some(clear), _) => clear.reach(at, chunk)?,
+            (Some(clear), _) if !clear.reach(at, chunk)? => break,
+            (Some(_), _) => {}
             (None, Some(first)) => first.find(at, chunk)?,
             (None, None) => {}
         }
