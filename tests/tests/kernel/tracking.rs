@@ -23,12 +23,9 @@ use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 type Memory = GuestMemoryMmap<()>;
-
-const LONG: Duration = Duration::from_secs(30);
 
 fn memory(regions: &[(u64, u64)]) -> Memory {
     mapped(regions).unwrap()
