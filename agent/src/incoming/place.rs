@@ -52,7 +52,7 @@ pub struct Placer<'a> {
     blocks: Vec<Target>,
     /// The host pages that come after the guest runs (postcopy).
     missing: HostPageSet,
-    /// What the VMM gave back since it was announced as missing.
+    /// What the VMM gave back since it came, or was announced as missing.
     given_back: DiscardRecorder,
 }
 
@@ -145,8 +145,16 @@ impl<'a> Placer<'a> {
     /// # Errors
     /// If a file cannot be punched.
     pub fn end_pass(&self) -> Result<(), JobError> {
-        for (target, block) in self.blocks.iter().zip(self.job.memory.blocks()) {
+        let given_back = self.given_back.recorded();
+        for (at, (target, block)) in self.blocks.iter().zip(self.job.memory.blocks()).enumerate() {
             self.job.check()?;
+            // The VMM has punched them, but a large page may have kept them.
+            for pages in [given_back.discarded(at), given_back.freed(at)] {
+                for run in pages.runs(pages.all()) {
+                    target.received.clear(run);
+                    target.placement.freed(run);
+                }
+            }
             let settled =
                 target.placement.settle(&self.job.memory, &block.backing, &target.received, &[]);
             settled.map_err(|source| MemoryError::Backing { id: block.geometry.id, source })?;
@@ -184,6 +192,7 @@ impl<'a> Placer<'a> {
         let failed = |source| MemoryError::Backing { id: block.geometry.id, source };
         let target = &self.blocks[at];
         let _placing = self.job.memory.placing();
+        self.given_back.recorded().forget(at, range);
         if block.backing.kind() == BackingKind::Hugetlb {
             let mut window = lock(&target.window);
             target.received.set(range);

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::memory::large_pages::LARGE;
 use crate::memory::test_support::job_of;
 use crate::memory::{Backing, GuestMemory};
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable};
 use pageferry_protocol::stream::Kind;
+use rustix::pipe::{SpliceFlags, pipe, splice};
 use std::thread::yield_now;
 
 const PAGES: u64 = 64;
@@ -18,7 +20,10 @@ fn memory() -> Arc<GuestMemory> {
 }
 
 fn memory_on(kind: impl FnOnce(Backing) -> Backing) -> Arc<GuestMemory> {
-    let length = PAGES * PAGE_SIZE;
+    memory_of(PAGES * PAGE_SIZE, kind)
+}
+
+fn memory_of(length: u64, kind: impl FnOnce(Backing) -> Backing) -> Arc<GuestMemory> {
     let fd = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&fd, length).unwrap();
     let geometry =
@@ -191,4 +196,48 @@ fn a_host_page_is_freed_with_the_last_of_its_pages() {
     assert_eq!((content(), backing.allocated_pages()), (vec![8, 9, 10, 11], 8));
     zero(0, 12);
     assert_eq!((content(), backing.allocated_pages()), (vec![], 0));
+}
+
+/// The kernel frees no part of a large page to which somebody has a reference.
+#[test]
+fn what_the_vmm_gives_back_leaves_a_large_page_when_the_pass_ends() {
+    const PAGES_OF_LARGE: u64 = LARGE / PAGE_SIZE;
+    const FIRST: u64 = 64;
+    let memory = memory_of(LARGE, |backing| backing);
+    let job = job(&memory);
+    let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
+    let backing = &memory.blocks()[0].backing;
+    let place = |range: PageRange, flags| {
+        let bytes = vec![5; range.bytes() as usize];
+        let header = RecordHeader::new(Kind::Data, flags, 7, range, bytes.len());
+        placer.place_data(&header, &bytes).unwrap();
+    };
+    place(PageRange::new(0, FIRST), FLAG_WHOLE);
+    if backing.allocated_pages() == FIRST {
+        eprintln!("skipped: the kernel makes no large pages");
+        return;
+    }
+    place(PageRange::new(FIRST, PAGES_OF_LARGE - FIRST), FLAG_WHOLE);
+    placer.end_pass().unwrap();
+    let (reader, writer) = pipe().unwrap();
+    let spliced = 8 * PAGE_SIZE as usize;
+    splice(backing.fd(), Some(&mut 0), &writer, None, spliced, SpliceFlags::empty()).unwrap();
+    let range = |first: u64, pages: u64| BlockRange {
+        block: 7,
+        offset: first * PAGE_SIZE,
+        length: pages * PAGE_SIZE,
+    };
+    memory.discard(&[range(20, 3)], true).unwrap();
+    memory.free(&[range(100, 2)]).unwrap();
+    assert_eq!(backing.allocated_pages(), PAGES_OF_LARGE, "the kernel kept nothing");
+    // The guest of the source has this page again.
+    place(PageRange::new(21, 1), 0);
+    placer.end_pass().unwrap();
+    assert_eq!(backing.allocated_pages(), PAGES_OF_LARGE - 4);
+    for (page, wanted) in [(19, 5), (20, 0), (21, 5), (22, 0), (23, 5), (100, 0), (101, 0)] {
+        let mut bytes = [9; PAGE_SIZE as usize];
+        backing.read(page * PAGE_SIZE, &mut bytes).unwrap();
+        assert_eq!(bytes, [wanted; PAGE_SIZE as usize], "page {page}");
+    }
+    drop((reader, writer));
 }
