@@ -5,18 +5,46 @@
 use crate::Error;
 use crate::deadline::wait_until;
 use crate::vmm::PATIENCE;
+use pageferry_agent::memory::huge_page_supply::HugePageSupply;
+use pageferry_agent::memory::large_pages::LargePages;
+use pageferry_agent::memory::spare_memory::SpareMemory;
+use pageferry_agent::memory::{Backing, BackingError};
+use pageferry_client::error::chain;
+use pageferry_protocol::memory::PAGE_SIZE;
 use rustix::fs::{
     FallocateFlags, FlockOperation, MemfdFlags, fallocate, flock, ftruncate, memfd_create,
 };
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a huge page.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// The pool's figures.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Makes huge pages of all whole 2 MiB of a memfd or a file on tmpfs, whose content is 1 and then
+/// zeroes. False, and says so, if this kernel makes none.
+///
+/// # Errors
+/// If the kernel refuses to write.
+pub fn make_all_huge(file: &File) -> Result<bool, Error> {
+    let length = file.metadata().map_err(Error::io("look at the file"))?.len();
+    let memory = |error: BackingError| Error::Memory(chain(&error));
+    let fd = file.try_clone().map_err(Error::io("duplicate the file"))?;
+    let backing = Backing::new(fd.into(), 0, length).map_err(memory)?;
+    let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
+    let large = LargePages::new(&backing, &Arc::new(supply)).map_err(memory)?;
+    for start in (0..length / HUGE_PAGE).map(|number| number * HUGE_PAGE) {
+        backing.write(start, &[1; PAGE_SIZE as usize]).map_err(memory)?;
+        if !large.as_ref().is_some_and(|large| large.make(start)) {
+            eprintln!("skipped: the kernel makes no huge page");
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
 
 /// Huge pages for one test. On drop, the kernel's pool gets its old size again.
 #[derive(Debug)]

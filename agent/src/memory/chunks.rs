@@ -9,8 +9,9 @@
 //! A chunk begins at a multiple of 64 pages of its block, and ends at one or with the block. So two
 //! threads never share a word of a bitmap of that block.
 
+use super::block::Block;
 use super::guest_memory::GuestMemory;
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::WORD_BITS;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::Builder;
@@ -55,11 +56,11 @@ impl<'a> Chunks<'a> {
         }
     }
 
-    /// The same, for a walk that must not cut host pages.
+    /// The same, for a walk that must not cut units. `pages` is the size of the units of a block.
     #[must_use]
-    pub fn of_whole_host_pages(mut self) -> Self {
+    pub fn of_whole(mut self, pages: impl Fn(&Block) -> u64) -> Self {
         for (size, block) in self.sizes.iter_mut().zip(self.memory.blocks()) {
-            *size = size.next_multiple_of(block.backing.host_page_size() / PAGE_SIZE);
+            *size = size.next_multiple_of(pages(block)).next_multiple_of(WORD_BITS);
         }
         self
     }
@@ -193,10 +194,16 @@ mod tests {
     }
 
     #[test]
-    fn a_host_page_is_never_cut() {
-        let job = crate::memory::test_support::huge(256 * PAGE_SIZE);
-        let chunks = Chunks::new(&job.memory, 64);
-        assert_eq!(claimed(&chunks.of_whole_host_pages()), [(0, PageRange::new(0, 256))]);
+    fn a_unit_is_never_cut() {
+        let memory = memory(&[600, 300]);
+        let chunks = Chunks::new(&memory, 64).of_whole(|block| 600 - block.geometry.pages() + 256);
+        let expected = [
+            (0, PageRange::new(0, 256)),
+            (0, PageRange::new(256, 256)),
+            (0, PageRange::new(512, 88)),
+            (1, PageRange::new(0, 300)),
+        ];
+        assert_eq!(claimed(&chunks), expected);
     }
 
     proptest! {

@@ -142,7 +142,7 @@ impl DirtyState {
                 let written = written_since(block, word, suspects & !unsure & !known)?;
                 // Where the report may mean a neighbour, the discard counts: a discarded page is
                 // not read on a suspicion.
-                stray = known | written & !trackers.imprecise(block, word, written)?;
+                stray = known | written & !trackers.imprecise(at, word, written);
             }
             if block.stray.or_word(word, stray) != 0 {
                 self.found_stray.store(true, Ordering::Relaxed);

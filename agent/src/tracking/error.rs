@@ -4,6 +4,7 @@
 
 use super::pagemap::PagemapError;
 use crate::hooks::HookError;
+use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::shm::fence::Replaced;
 
 /// Why it is not known which pages are dirty.
@@ -40,6 +41,9 @@ pub enum TrackingError {
         /// First guest page after the block.
         end: u64,
     },
+    /// There is no memory for the tracker's bitmaps.
+    #[error("no memory for the bitmaps of write-protect scanning")]
+    NoMemory(#[from] MappingError),
     /// The VMM has given this agent up, so the log and the protection belong to another agent, or
     /// to none.
     #[error(transparent)]

@@ -38,6 +38,9 @@ thread_local! {
     static BUFFER: Cell<Vec<PageRegion>> = const { Cell::new(Vec::new()) };
 }
 
+/// `PAGE_IS_WPALLOWED`: the mapping is registered. So it is true for each page of it.
+const PAGE_IS_WPALLOWED: u64 = 1 << 0;
+
 /// `PAGE_IS_WRITTEN`. A scan for this category alone takes the kernel's fast path.
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 
@@ -50,6 +53,15 @@ const SCAN_WP_MATCHING: u64 = 1 << 0;
 /// `PM_SCAN_CHECK_WPASYNC`: fail on a mapping that is not registered, instead of skipping it.
 const SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
+/// Entries for 2 MiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Huge {
+    /// All of them.
+    All,
+    /// Those of which a part was written since the last [`Pagemap::scan`].
+    Written,
+}
+
 /// The pages that a scan looks for, and what it does with them.
 #[derive(Debug, Clone, Copy)]
 struct Target {
@@ -60,8 +72,13 @@ struct Target {
 /// Written pages, which are protected again.
 const WRITTEN: Target =
     Target { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
-/// Pages that share a page table entry with others.
-const HUGE: Target = Target { category: PAGE_IS_HUGE, flags: 0 };
+
+/// All pages, which are protected, also those that nobody has touched.
+const ALL: Target =
+    Target { category: PAGE_IS_WPALLOWED, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+
+/// Bytes that a page table maps, or one entry that has no page table.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -202,9 +219,35 @@ impl Pagemap {
     /// # Errors
     /// As [`Pagemap::scan`].
     pub fn huge(
-        &self, address: u64, length: u64, found: impl FnMut(u64, u64),
+        &self, which: Huge, address: u64, length: u64, found: impl FnMut(u64, u64),
     ) -> Result<(), PagemapError> {
-        self.walk(address, length, HUGE, found)
+        let category = match which {
+            Huge::All => PAGE_IS_HUGE,
+            Huge::Written => PAGE_IS_HUGE | PAGE_IS_WRITTEN,
+        };
+        self.walk(address, length, Target { category, flags: 0 }, found)
+    }
+
+    /// Makes single pages of the entry for 2 MiB at `address`, and protects them. What was written
+    /// since the last [`Pagemap::scan`] is not reported any more. If nothing was, the entry stays.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn split(&self, address: u64) -> Result<(), PagemapError> {
+        // The kernel protects an entry as it is if it is asked for all of it.
+        let half = HUGE_PAGE / 2;
+        self.protect_all(address, half)?;
+        self.protect_all(address + half, half)
+    }
+
+    /// Protects all pages, also those that nobody has touched. What was written since the last
+    /// [`Pagemap::scan`] is not reported any more. An entry for 2 MiB that was written, and of which
+    /// the range has only a part, becomes single pages. Where there is no entry, none comes later.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn protect_all(&self, address: u64, length: u64) -> Result<(), PagemapError> {
+        self.walk(address, length, ALL, |_, _| ())
     }
 
     fn walk(

@@ -4,14 +4,16 @@
 
 use super::dirty_pages::DirtyPages;
 use super::error::TrackingError;
-use super::pagemap::Pagemap;
+use super::pagemap::{HUGE_PAGE, Huge, Pagemap, PagemapError};
 use super::tracker::Tracker;
 use crate::hooks::Hooks;
-use crate::memory::GuestMemory;
 use crate::memory::chunks::Chunks;
+use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+use pageferry_protocol::shm::MappedBitmap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +27,20 @@ const CHUNK_PAGES: u64 = (256 << 20) / PAGE_SIZE;
 /// The VMM registers its mappings when this tracker starts. A mapping can be registered with only
 /// one userfaultfd, so a background snapshot takes the mappings over while it runs. A scan sees no
 /// write of that time, so all pages count as written.
+///
+/// # Huge pages
+///
+/// Where the VMM has mapped 2 MiB by one entry, the kernel protects all of the entry, and one write
+/// reports all of its pages. So entries are split, and from then on each page is reported by
+/// itself. The kernel splits only entries that are not protected. So the first scan splits all that
+/// it finds, before it protects them. An entry that comes later, because the guest had touched
+/// nothing there yet, is remembered when it is reported, and split when the guest has written to it
+/// again.
+///
+/// If the range of a scan ends inside an entry, the kernel splits the entry and reports none of its
+/// pages, although they were written (Linux 6.18: it removes the entry of shared memory, and then
+/// finds that nothing is mapped). So no scan ends there: chunks are of whole entries, and an entry
+/// in which a block begins or ends gets a page table before the first scan.
 pub(super) struct ScanTracker {
     hooks: Arc<Hooks>,
     timeout: Duration,
@@ -34,36 +50,146 @@ pub(super) struct ScanTracker {
     suspended: bool,
     /// A snapshot has used the mappings since the last complete sync.
     missed: bool,
+    /// Pages of entries for 2 MiB: those that are known, and those that the last scan has split.
+    huge: DirtyPages,
 }
 
 impl ScanTracker {
     pub(super) fn new(hooks: Arc<Hooks>, timeout: Duration, pagemap: Arc<Pagemap>) -> Self {
-        Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false }
+        let huge = DirtyPages::default();
+        Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false, huge }
     }
 
-    /// Scans all mappings by up to `threads` threads.
+    /// Scans all mappings by up to `threads` threads. `is_first` if the mappings were registered
+    /// since the last scan.
     fn scan(
-        &self, memory: &GuestMemory, threads: usize, found: impl Fn(usize, PageRange) + Sync,
+        &self, memory: &GuestMemory, threads: usize, is_first: bool,
+        found: impl Fn(usize, PageRange) + Sync,
     ) -> Result<(), TrackingError> {
-        // The kernel cannot protect a part of a host page.
-        let chunks = Chunks::new(memory, CHUNK_PAGES).of_whole_host_pages();
+        let failed = |block: &Block, source| TrackingError::Scan { id: block.geometry.id, source };
+        if is_first {
+            for block in memory.blocks() {
+                let mapping = Mapping::of(block, &self.pagemap)?;
+                mapping.protect_edges().map_err(|source| failed(block, source))?;
+            }
+        }
+        let chunks = Chunks::new(memory, CHUNK_PAGES).of_whole(undivided_pages);
         chunks.share(threads, |at, chunk| {
             let block = &memory.blocks()[at];
-            let id = block.geometry.id;
-            if block.vmm_address == 0 {
-                return Err(TrackingError::NotMapped { id });
-            }
+            let mapping = Mapping::of(block, &self.pagemap)?;
             // Once this agent has protected pages again, no other agent can find their writes.
             memory.current.check()?;
-            let base = block.vmm_address.saturating_add(chunk.offset());
-            let scanned = self.pagemap.scan(base, chunk.bytes(), |start, end| {
-                let first = start.saturating_sub(base) >> PAGE_SHIFT;
-                let last = end.saturating_sub(base) >> PAGE_SHIFT;
-                found(at, PageRange::new(chunk.first + first, last.saturating_sub(first)));
-            });
-            scanned.map_err(|source| TrackingError::Scan { id, source })
+            let huge = self.huge.block(at);
+            let known = if is_first { vec![chunk] } else { huge.runs(chunk).collect() };
+            let scanned = mapping.scan(chunk, &known, huge, |pages| found(at, pages));
+            scanned.map_err(|source| failed(block, source))
         })
     }
+}
+
+/// The pages that one scan must cover. The kernel cannot protect a part of a host page, and loses
+/// writes if it is told to protect a part of an entry.
+fn undivided_pages(block: &Block) -> u64 {
+    match block.vmm_address % HUGE_PAGE {
+        0 => block.backing.host_page_size().max(HUGE_PAGE) / PAGE_SIZE,
+        // Here entries do not begin where chunks do.
+        _ => block.geometry.pages(),
+    }
+}
+
+/// Where a block is mapped in the VMM.
+struct Mapping<'a> {
+    pagemap: &'a Pagemap,
+    addresses: Range<u64>,
+    /// Whether an entry for 2 MiB has pages that can be protected by themselves.
+    splits: bool,
+}
+
+impl<'a> Mapping<'a> {
+    fn of(block: &Block, pagemap: &'a Pagemap) -> Result<Self, TrackingError> {
+        let start = block.vmm_address;
+        if start == 0 {
+            return Err(TrackingError::NotMapped { id: block.geometry.id });
+        }
+        let addresses = start..start.saturating_add(block.geometry.length);
+        Ok(Self { pagemap, addresses, splits: block.backing.host_page_size() == PAGE_SIZE })
+    }
+
+    fn addresses_of(&self, pages: PageRange) -> Range<u64> {
+        let start = self.addresses.start.saturating_add(pages.offset());
+        start..start.saturating_add(pages.bytes())
+    }
+
+    fn pages_at(&self, addresses: Range<u64>) -> PageRange {
+        let page = |address: u64| address.saturating_sub(self.addresses.start) >> PAGE_SHIFT;
+        let first = page(addresses.start);
+        PageRange::new(first, page(addresses.end).saturating_sub(first))
+    }
+
+    /// Makes single pages of the entries of which the block has only a part.
+    fn protect_edges(&self) -> Result<(), PagemapError> {
+        let Range { start, end } = self.addresses;
+        let first = start..start.checked_next_multiple_of(HUGE_PAGE).unwrap_or(end).min(end);
+        let last = (end / HUGE_PAGE * HUGE_PAGE).max(first.end)..end;
+        [first, last]
+            .into_iter()
+            .filter(|edge| self.splits && !edge.is_empty())
+            .try_for_each(|edge| self.pagemap.protect_all(edge.start, edge.end - edge.start))
+    }
+
+    /// Reports and protects the pages of `chunk` that were written, and splits the entries for
+    /// 2 MiB of `known` that were written. `huge` has those that are known afterwards.
+    fn scan(
+        &self, chunk: PageRange, known: &[PageRange], huge: &MappedBitmap,
+        found: impl Fn(PageRange),
+    ) -> Result<(), PagemapError> {
+        for run in known.iter().filter(|_| self.splits) {
+            huge.clear(*run);
+            self.entries(Huge::All, *run)?.into_iter().for_each(|entries| {
+                huge.set(self.pages_at(entries));
+            });
+            for entries in self.entries(Huge::Written, *run)? {
+                // The report has what is written until the split, too.
+                let pages = self.pages_at(entries.clone());
+                found(pages);
+                huge.set(pages);
+                for entry in entries.step_by(HUGE_PAGE as usize) {
+                    self.pagemap.split(entry)?;
+                }
+            }
+        }
+        let mut reported = Vec::new();
+        let Range { start, end } = self.addresses_of(chunk);
+        self.pagemap.scan(start, end - start, |from, to| {
+            let pages = self.pages_at(from..to);
+            found(pages);
+            if self.splits && whole_entries(from..to).is_some() {
+                reported.push(pages);
+            }
+        })?;
+        for run in reported {
+            self.entries(Huge::All, run)?.into_iter().for_each(|entries| {
+                huge.set(self.pages_at(entries));
+            });
+        }
+        Ok(())
+    }
+
+    /// The addresses of the whole entries for 2 MiB among `pages`.
+    fn entries(&self, which: Huge, pages: PageRange) -> Result<Vec<Range<u64>>, PagemapError> {
+        let mut found = Vec::new();
+        if let Some(Range { start, end }) = whole_entries(self.addresses_of(pages)) {
+            self.pagemap.huge(which, start, end - start, |from, to| found.push(from..to))?;
+        }
+        Ok(found)
+    }
+}
+
+/// The whole entries for 2 MiB among these addresses.
+fn whole_entries(addresses: Range<u64>) -> Option<Range<u64>> {
+    let start = addresses.start.checked_next_multiple_of(HUGE_PAGE)?;
+    let whole = start..addresses.end / HUGE_PAGE * HUGE_PAGE;
+    (!whole.is_empty()).then_some(whole)
 }
 
 impl Tracker for ScanTracker {
@@ -71,8 +197,9 @@ impl Tracker for ScanTracker {
         // Set before the answer is known: a start that timed out may still happen.
         self.started = true;
         self.hooks.ask(&Hook::StartTracking { sources: Declared::WRITE_PROTECT }, self.timeout)?;
+        self.huge = DirtyPages::none(memory)?;
         // Protects what is mapped. The reported pages are older than the start.
-        self.scan(memory, 1, |_, _| {})
+        self.scan(memory, 1, true, |_, _| {})
     }
 
     fn sync(
@@ -86,7 +213,7 @@ impl Tracker for ScanTracker {
         if self.suspended {
             return Ok(());
         }
-        self.scan(memory, threads, |index, range| {
+        self.scan(memory, threads, self.missed, |index, range| {
             dirty.block(index).set(range);
         })?;
         self.missed = false;
@@ -105,6 +232,10 @@ impl Tracker for ScanTracker {
     fn suspend(&mut self) {
         self.suspended = true;
         self.missed = true;
+    }
+
+    fn imprecise(&self, at: usize, word: u64, pages: u64) -> u64 {
+        self.huge.block(at).word(word) & pages
     }
 
     fn has_missed_writes(&self) -> bool {

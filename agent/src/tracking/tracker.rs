@@ -26,6 +26,13 @@ pub trait Tracker: Send + Sync {
     /// Stops to report. Also called after a failure, and possibly without a start.
     fn stop(&mut self);
 
+    /// Those of the pages `pages` of word `word` of the block at index `at` that the last sync has
+    /// reported although perhaps only a neighbour was written.
+    fn imprecise(&self, at: usize, word: u64, pages: u64) -> u64 {
+        let _ = (at, word, pages);
+        0
+    }
+
     /// A background snapshot uses the VMM's mappings from now on. A tracker that needs them sees no
     /// writes until [`Tracker::resume`], so it must report every page at each sync until then, and
     /// at the first sync after it.

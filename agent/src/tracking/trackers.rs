@@ -14,10 +14,8 @@ use super::scan_tracker::ScanTracker;
 use super::tracker::Tracker;
 use crate::hooks::Hooks;
 use crate::job::Deadline;
-use crate::memory::{Block, GuestMemory};
+use crate::memory::GuestMemory;
 use pageferry_protocol::control::Trackers as Declared;
-use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
-use pageferry_protocol::shm::bitmap::{WORD_BITS, word_mask};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,8 +32,6 @@ pub struct TrackerChoice {
 pub struct Trackers {
     trackers: Vec<Box<dyn Tracker>>,
     lazy: Option<LazyClear>,
-    /// The pagemap of the scanning tracker.
-    pagemap: Option<Arc<Pagemap>>,
 }
 
 impl Trackers {
@@ -58,13 +54,13 @@ impl Trackers {
         }
         trackers.push(Box::new(LogTracker));
         let lazy = by_hooks.then(|| LazyClear::new(hooks.clone(), timeout, stop.clone()));
-        Self { trackers, lazy, pagemap: choice.pagemap.clone() }
+        Self { trackers, lazy }
     }
 
     /// A single tracker for a test, without the log.
     #[cfg(test)]
     pub(crate) fn one(tracker: impl Tracker + 'static) -> Self {
-        Self { trackers: vec![Box::new(tracker)], lazy: None, pagemap: None }
+        Self { trackers: vec![Box::new(tracker)], lazy: None }
     }
 
     /// Starts all trackers.
@@ -108,31 +104,10 @@ impl Trackers {
         self.trackers.iter_mut().for_each(|tracker| tracker.resume());
     }
 
-    /// Those of the pages `pages` of word `word` whose report may be due to a write to a neighbour:
-    /// write-protect scanning reports all of a transparent huge page if a part of it was written.
-    ///
-    /// # Errors
-    /// If the scan fails.
-    pub fn imprecise(&self, block: &Block, word: u64, pages: u64) -> Result<u64, TrackingError> {
-        let Some(pagemap) = self
-            .pagemap
-            .as_ref()
-            .filter(|_| pages != 0 && block.backing.host_page_size() == PAGE_SIZE)
-        else {
-            return Ok(0);
-        };
-        let (id, first) = (block.geometry.id, word * WORD_BITS);
-        let range = PageRange::new(first, WORD_BITS).intersection(&block.all());
-        let start = block.vmm_address + range.offset();
-        let mut huge = 0;
-        let found = |from: u64, to: u64| {
-            let run = PageRange::new((from - start) >> PAGE_SHIFT, (to - from) >> PAGE_SHIFT);
-            huge |= word_mask(run.first, run.end());
-        };
-        pagemap
-            .huge(start, range.bytes(), found)
-            .map_err(|source| TrackingError::Scan { id, source })?;
-        Ok(huge & pages)
+    /// Those of the pages `pages` of word `word` of the block at index `at` whose report may be due
+    /// to a write to a neighbour. See [`Tracker::imprecise`].
+    pub fn imprecise(&self, at: usize, word: u64, pages: u64) -> u64 {
+        self.trackers.iter().fold(0, |all, tracker| all | tracker.imprecise(at, word, pages))
     }
 
     /// The explicit clear, if the sync of a tracker does not clear: pages must be cleared before
@@ -152,33 +127,4 @@ pub fn check_discards(memory: &GuestMemory) -> Result<(), TrackingError> {
         return Err(TrackingError::Lost { what: "discard bitmap", state: "discarded" });
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::memory::Backing;
-    use crate::memory::test_support::memfd;
-    use pageferry_protocol::memory::BlockGeometry;
-
-    /// Only host pages of 4 KiB can be mapped as a transparent huge page.
-    #[test]
-    fn reports_of_hugetlbfs_pages_are_precise() {
-        let Some(pagemap) = Pagemap::own() else { return };
-        let pagemap = Some(Arc::new(pagemap));
-        let trackers = Trackers { trackers: Vec::new(), lazy: None, pagemap };
-        let block = |huge: bool| {
-            let length = 512 * PAGE_SIZE;
-            let backing = Backing::new(memfd(length), 0, length).unwrap();
-            let backing = if huge { backing.with_huge_pages(length) } else { backing };
-            let (name, granularity) = ("ram".to_owned(), PAGE_SIZE);
-            let geometry = BlockGeometry { id: 3, name, gpa: 0, length, granularity };
-            // At this address no process has a mapping, so a scan fails.
-            Block::new(geometry, backing, 1 << 63, None).unwrap()
-        };
-        assert_eq!(trackers.imprecise(&block(true), 1, u64::MAX).unwrap(), 0);
-        assert_eq!(trackers.imprecise(&block(false), 1, 0).unwrap(), 0);
-        let asked = trackers.imprecise(&block(false), 1, 1).unwrap_err();
-        assert!(matches!(asked, TrackingError::Scan { id: 3, .. }), "{asked}");
-    }
 }

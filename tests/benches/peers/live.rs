@@ -6,11 +6,8 @@
 use super::Bench;
 use super::floor;
 use super::image::{Image, full_guest};
-use super::table::{Better, Table};
-use pageferry_agent::tracking::pagemap::Pagemap;
-use pageferry_client::tracking::kvm::KvmDirtyLog;
-use pageferry_client::tracking::uffd::WriteProtect;
-use pageferry_client::{DirtyLog, IncomingOptions, OutgoingOptions, Phase, StatePiece};
+use super::table::Table;
+use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::Error;
 use pageferry_tests::guest::kvm::{FIRMWARE_PAGES, KvmGuest, Sweep};
@@ -19,8 +16,6 @@ use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, Tracker};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -201,7 +196,7 @@ struct Side {
     _folder: tempfile::TempDir,
 }
 
-fn map(image: &Image) -> Arc<TestMemory> {
+pub fn map(image: &Image) -> Arc<TestMemory> {
     let file = Arc::new(image.file.try_clone().unwrap());
     let layout = BlockLayout { backing: Backing::File(file), ..BlockLayout::ram(image.size) };
     Arc::new(TestMemory::new(vec![layout]).unwrap())
@@ -221,11 +216,11 @@ impl Side {
 }
 
 /// Counts a writer's writes while it runs.
-type Count = Box<dyn Fn() -> u64>;
+pub type Count = Box<dyn Fn() -> u64>;
 
 /// The progress of a vCPU, from its counters: those before its present page are one ahead of those
 /// after it.
-fn sweeps_of(image: &Image, pages: PageRange) -> u64 {
+pub fn sweeps_of(image: &Image, pages: PageRange) -> u64 {
     let counter = |page: u64| {
         let mut bytes = [0; 4];
         image.file.read_exact_at(&mut bytes, (pages.first + page) * PAGE_SIZE).unwrap();
@@ -399,91 +394,4 @@ fn vcpu(image: &Image, memory: &TestMemory, case: &Case) -> Result<KvmGuest, Err
     guest.pause()?;
     guest.set_spins(spins_for(case.rate, at_ten_thousand))?;
     Ok(guest)
-}
-
-/// How much a vCPU's sweeps slow down when its writes are tracked and synced, at intervals like
-/// those of short and long passes, while nothing is sent.
-pub fn tracking(bench: &Bench, table: &mut Table) {
-    for period in [100, 1000] {
-        tracking_alone(bench, table, Duration::from_millis(period / bench.shrink.min(10)));
-    }
-}
-
-fn tracking_alone(bench: &Bench, table: &mut Table, period: Duration) {
-    let work = &format!(
-        "tracking alone: a vCPU that sweeps 256 MiB, asked every {} ms",
-        period.as_millis()
-    );
-    let size = GIB / 4 / bench.shrink.min(16);
-    let image = Image::new(&bench.folder, "tracked", size);
-    image.fill(0, size);
-    image.zero_counters();
-    let pages = PageRange::new(FIRMWARE_PAGES, size / PAGE_SIZE - FIRMWARE_PAGES);
-    let memory = map(&image);
-    let sweep = Sweep { ranges: vec![(pages.first * PAGE_SIZE, pages.count)], spins: 0 };
-    let guest = KvmGuest::new(memory.guest().clone(), sweep);
-    let mut guest = match guest.and_then(|mut guest| guest.boot().map(|()| guest)) {
-        Ok(guest) => guest,
-        Err(error) => {
-            table.note(format!("{work}: skipped: {error}"));
-            return;
-        }
-    };
-    let count: Count = {
-        let image = Image::again(&image);
-        Box::new(move || sweeps_of(&image, pages))
-    };
-    let fd: OwnedFd = memfd_create("log", MemfdFlags::CLOEXEC).unwrap();
-    ftruncate(&fd, size / PAGE_SIZE / 8).unwrap();
-    let log = DirtyLog::map_sparse(fd, 0, size / PAGE_SIZE / 8).unwrap();
-    let address = memory.blocks()[0].address();
-    let mut rates: [(&str, Vec<f64>); 4] = [
-        ("untracked", Vec::new()),
-        ("shared log", Vec::new()),
-        ("KVM's log", Vec::new()),
-        ("write protection", Vec::new()),
-    ];
-    for _ in 0..bench.rounds {
-        for (who, rates) in &mut rates {
-            guest.pause().unwrap();
-            let mut kvm = (*who == "KVM's log").then(|| guest.dirty_log().unwrap());
-            let registered = (*who == "write protection")
-                .then(|| WriteProtect::register(&[(address, size)]).unwrap());
-            let pagemap = registered.as_ref().map(|registered| {
-                Pagemap::new(registered.pagemap().try_clone_to_owned().unwrap()).unwrap()
-            });
-            if let Some(kvm) = &mut kvm {
-                KvmDirtyLog::start(kvm).unwrap();
-            }
-            guest.resume().unwrap();
-            let (writes, started) = (count(), Instant::now());
-            while started.elapsed() < 2 * period.max(Duration::from_millis(500)) {
-                std::thread::sleep(period);
-                if let Some(kvm) = &mut kvm {
-                    KvmDirtyLog::sync(kvm, &log).unwrap();
-                    let words: Vec<u64> =
-                        (0..size / PAGE_SIZE / 64).map(|word| log.bits().take_word(word)).collect();
-                    KvmDirtyLog::clear(kvm, 0, &words).unwrap();
-                }
-                if let Some(pagemap) = &pagemap {
-                    pagemap.scan(address, size, |_, _| ()).unwrap();
-                }
-                log.bits().clear(log.bits().all());
-            }
-            rates.push((count() - writes) as f64 / started.elapsed().as_secs_f64() / 1e6);
-            guest.pause().unwrap();
-            if let Some(kvm) = &mut kvm {
-                KvmDirtyLog::stop(kvm).unwrap();
-            }
-            guest.resume().unwrap();
-        }
-    }
-    guest.pause().unwrap();
-    for (who, rates) in &rates {
-        table.add(work, who, "M pages/s", rates, String::new());
-        if *who != "untracked" {
-            table.compare(work, who, "untracked", Better::More);
-        }
-    }
-    table.compare(work, "write protection", "KVM's log", Better::More);
 }

@@ -13,7 +13,7 @@
 //! - [`copying`]: full, sparse and huge guests;
 //! - [`arrived`]: how fast a guest runs that has arrived;
 //! - [`compression`]: a guest with compressible memory;
-//! - [`live`]: a guest that writes while it migrates;
+//! - [`live`]: a guest that writes while it migrates; [`tracking`]: what its trackers cost it;
 //! - [`postcopy`]: a guest that runs before its memory is there;
 //! - [`snapshots`]: a guest that is saved to a file, and may keep running;
 //! - [`qemu_guest`]: a Linux guest that moves between unmodified QEMUs;
@@ -48,6 +48,7 @@ mod qemu;
 mod qemu_guest;
 mod snapshots;
 mod table;
+mod tracking;
 
 use clap::Parser;
 use std::path::PathBuf;
@@ -157,7 +158,7 @@ fn main() {
         ("postcopy", postcopy::postcopy),
         ("snapshots", snapshots::snapshots),
         ("live", live::live),
-        ("tracking", live::tracking),
+        ("tracking", tracking::tracking),
         ("qemu-guest", qemu_guest::qemu_guest),
     ];
     check("only", &cli.only, &parts.map(|(name, _)| name));

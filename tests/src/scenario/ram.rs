@@ -5,6 +5,8 @@
 use super::SOON;
 use crate::deadline::wait_until;
 use crate::files;
+use crate::guest_mapping::GuestMapping;
+use crate::huge_pages::make_all_huge;
 use pageferry_client::{BlockRange, BlockSpec, Client};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::fs::{FallocateFlags, MemfdFlags};
@@ -12,6 +14,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, WriteVolatile};
@@ -31,6 +34,8 @@ pub struct Ram {
     pub fd: OwnedFd,
     /// The mapping through which a guest would touch it. Most tests need none.
     mapping: Option<Arc<MmapRegion>>,
+    /// The same, at an address at which the kernel can map huge pages.
+    huge: Option<GuestMapping>,
 }
 
 /// A read of a page on its own thread, which may wait for a fault.
@@ -77,7 +82,7 @@ impl Ram {
     fn without_seal(id: u32, gpa: u64, pages: u64, fd_offset: u64) -> Self {
         let fd = files::unsealed_memfd("ram", fd_offset + pages * PAGE_SIZE, MemfdFlags::empty())
             .unwrap();
-        Self { id, gpa, pages, fd_offset, fd, mapping: None }
+        Self { id, gpa, pages, fd_offset, fd, mapping: None, huge: None }
     }
 
     /// The same memory, mapped.
@@ -88,8 +93,31 @@ impl Ram {
         self
     }
 
+    /// Memory that begins at this page of its file, in huge pages. `None`, and says so, if this
+    /// kernel makes none. Page `n` holds a stamp, `1000 + n`.
+    pub fn huge(first: u64, pages: u64) -> Option<Self> {
+        let mut ram = Self::new(3, Self::ODD_GPA, pages, first * PAGE_SIZE);
+        let file = File::from(ram.fd.try_clone().unwrap());
+        if !make_all_huge(&file).unwrap() {
+            return None;
+        }
+        let length = file.metadata().unwrap().len();
+        ram.huge = Some(GuestMapping::new(&file, length as usize).unwrap());
+        Some(ram.stamped())
+    }
+
+    /// Writes a stamp as the guest does, through the mapping of [`Ram::huge`].
+    pub fn store(&self, page: u64, stamp: u64) {
+        let byte = self.fd_offset + page * PAGE_SIZE;
+        let word = self.huge.as_ref().unwrap().word(byte as usize);
+        word.store(stamp, Ordering::Relaxed);
+    }
+
     /// The address of its mapping, or 0.
     pub fn address(&self) -> u64 {
+        if let Some(huge) = &self.huge {
+            return huge.address() + self.fd_offset;
+        }
         self.mapping.as_ref().map_or(0, |mapping| mapping.as_ptr() as u64)
     }
 

@@ -2,17 +2,13 @@
 
 //! The tracker by write-protect scanning, against the real kernel.
 
-use pageferry_agent::memory::Backing;
-use pageferry_agent::memory::huge_page_supply::HugePageSupply;
-use pageferry_agent::memory::large_pages::LargePages;
-use pageferry_agent::memory::spare_memory::SpareMemory;
-use pageferry_agent::tracking::pagemap::{Pagemap, PagemapError};
+use pageferry_agent::tracking::pagemap::{Huge, Pagemap, PagemapError};
 use pageferry_client::error::chain;
 use pageferry_client::tracking::uffd::{UffdError, UserfaultError, WriteProtect};
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::files::{mapped, memfd};
 use pageferry_tests::guest_mapping::GuestMapping;
-use pageferry_tests::huge_pages::{HUGE_PAGE, hugetlb_memfd};
+use pageferry_tests::huge_pages::{HUGE_PAGE, hugetlb_memfd, make_all_huge};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use rustix::fs::{FallocateFlags, fallocate, fstat};
@@ -21,7 +17,6 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -385,46 +380,108 @@ fn huge_pages_are_reported_whole_and_none_is_allocated() {
     assert_eq!(tracked.scan(), Vec::from_iter(0..HUGE));
 }
 
-/// A guest whose memory is in huge pages of shared memory is tracked by huge pages: one write
-/// reports all of 2 MiB. docs/huge-pages.md says so.
-#[test]
-fn huge_pages_of_shared_memory_are_reported_whole() {
-    const HUGE: u64 = HUGE_PAGE / PAGE_SIZE;
-    if !require::uffd() {
-        return;
-    }
-    let length = 4 * HUGE_PAGE;
-    let backing = Backing::new(memfd(length).unwrap(), 0, length).unwrap();
-    let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
-    let large = LargePages::new(&backing, &Arc::new(supply)).unwrap().unwrap();
-    for huge_page in 0..4 {
-        backing.write(huge_page * HUGE_PAGE, &[1; PAGE_SIZE as usize]).unwrap();
-        if !large.make(huge_page * HUGE_PAGE) {
-            eprintln!("skipped: the kernel makes no huge page");
-            return;
+/// Memory in huge pages of shared memory, mapped by entries for 2 MiB.
+struct HugeMemory {
+    guest: GuestMapping,
+    length: u64,
+    pagemap: Pagemap,
+    _write_protect: WriteProtect,
+}
+
+impl HugeMemory {
+    const PAGES: u64 = HUGE_PAGE / PAGE_SIZE;
+
+    fn new(huge_pages: u64) -> Option<Self> {
+        if !require::uffd() {
+            return None;
         }
+        let length = huge_pages * HUGE_PAGE;
+        let file = File::from(memfd(length).unwrap());
+        if !make_all_huge(&file).unwrap() {
+            return None;
+        }
+        let guest = GuestMapping::new(&file, length as usize).unwrap();
+        let write_protect = WriteProtect::register(&[(guest.address(), length)]).unwrap();
+        let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
+        Some(Self { guest, length, pagemap, _write_protect: write_protect })
     }
-    drop(large);
-    let file = File::from(backing.fd().try_clone_to_owned().unwrap());
-    let guest = GuestMapping::new(&file, length as usize).unwrap();
-    let write_protect = WriteProtect::register(&[(guest.address(), length)]).unwrap();
-    let pagemap = Pagemap::new(write_protect.pagemap().try_clone_to_owned().unwrap()).unwrap();
-    let scan = || {
+
+    fn write(&self, page: u64) {
+        self.guest.count((page * PAGE_SIZE) as usize);
+    }
+
+    fn address(&self, page: u64) -> u64 {
+        self.guest.address() + page * PAGE_SIZE
+    }
+
+    fn pages(&self, start: u64, end: u64) -> std::ops::Range<u64> {
+        let page = |address: u64| (address - self.guest.address()) / PAGE_SIZE;
+        page(start)..page(end)
+    }
+
+    fn scan(&self) -> Vec<u64> {
         let mut found = Vec::new();
-        let scanned = pagemap.scan(guest.address(), length, |start, end| {
-            let page = |address: u64| (address - guest.address()) / PAGE_SIZE;
-            found.extend(page(start)..page(end));
-        });
-        scanned.unwrap();
+        let add = |start, end| found.extend(self.pages(start, end));
+        self.pagemap.scan(self.guest.address(), self.length, add).unwrap();
         found
-    };
-    guest.count(0);
-    guest.count((3 * HUGE_PAGE) as usize);
-    scan();
-    assert_eq!(scan(), [0; 0]);
-    guest.count((3 * HUGE_PAGE + 5 * PAGE_SIZE) as usize);
-    let found = scan();
-    assert_eq!(found, Vec::from_iter(3 * HUGE..4 * HUGE));
+    }
+
+    fn huge(&self, which: Huge) -> Vec<u64> {
+        let mut found = Vec::new();
+        let add = |start, end| found.extend(self.pages(start, end));
+        self.pagemap.huge(which, self.guest.address(), self.length, add).unwrap();
+        found
+    }
+}
+
+#[test]
+fn a_write_to_a_huge_page_reports_all_of_it_until_it_is_split() {
+    const HUGE: u64 = HugeMemory::PAGES;
+    let Some(memory) = HugeMemory::new(4) else { return };
+    memory.write(0);
+    memory.write(3 * HUGE);
+    memory.scan();
+    assert_eq!(memory.scan(), [0; 0]);
+    memory.write(3 * HUGE + 5);
+    assert_eq!(memory.scan(), Vec::from_iter(3 * HUGE..4 * HUGE));
+    assert_eq!(memory.huge(Huge::All), Vec::from_iter((0..HUGE).chain(3 * HUGE..4 * HUGE)));
+    // The kernel does not split what is protected.
+    memory.pagemap.split(memory.address(3 * HUGE)).unwrap();
+    assert_eq!(memory.huge(Huge::All), Vec::from_iter((0..HUGE).chain(3 * HUGE..4 * HUGE)));
+    assert_eq!(memory.huge(Huge::Written), [0; 0]);
+    memory.write(3 * HUGE + 6);
+    assert_eq!(memory.huge(Huge::Written), Vec::from_iter(3 * HUGE..4 * HUGE));
+    memory.pagemap.split(memory.address(3 * HUGE)).unwrap();
+    assert_eq!(memory.huge(Huge::All), Vec::from_iter(0..HUGE));
+    assert_eq!(memory.scan(), [0; 0], "what was written before the split is not reported");
+    for page in [0, 255, 256, 511] {
+        memory.write(3 * HUGE + page);
+        assert_eq!(memory.scan(), [3 * HUGE + page]);
+    }
+}
+
+/// A part of an entry for 2 MiB that is protected is single pages for ever, whatever the guest
+/// touches.
+#[test]
+fn no_huge_page_comes_where_a_part_of_one_is_protected() {
+    const HUGE: u64 = HugeMemory::PAGES;
+    for touched_before in [true, false] {
+        let Some(memory) = HugeMemory::new(2) else { return };
+        if touched_before {
+            memory.write(3);
+            memory.write(HUGE);
+        }
+        memory.pagemap.protect_all(memory.address(HUGE / 2), HUGE / 2 * PAGE_SIZE).unwrap();
+        memory.write(7);
+        memory.write(HUGE / 2 + 7);
+        let huge = if touched_before { HUGE..2 * HUGE } else { 0..0 };
+        assert_eq!(memory.huge(Huge::All), Vec::from_iter(huge));
+        let found = memory.scan();
+        assert!([7, HUGE / 2 + 7].iter().all(|page| found.contains(page)), "{found:?}");
+        memory.write(HUGE / 2 + 8);
+        memory.write(8);
+        assert_eq!(memory.scan(), [8, HUGE / 2 + 8]);
+    }
 }
 
 const CHILD: &str = "PAGEFERRY_TEST_TRACKED_CHILD";
