@@ -51,35 +51,37 @@ pub(super) struct ScanTracker {
     /// A snapshot has used the mappings since the last complete sync.
     missed: bool,
     /// Pages of entries for 2 MiB: those that are known, and those that the last scan has split.
-    huge: DirtyPages,
+    /// `None` if the mappings were registered since the last scan.
+    huge: Option<DirtyPages>,
 }
 
 impl ScanTracker {
     pub(super) fn new(hooks: Arc<Hooks>, timeout: Duration, pagemap: Arc<Pagemap>) -> Self {
-        let huge = DirtyPages::default();
-        Self { hooks, timeout, pagemap, started: false, suspended: false, missed: false, huge }
+        let (started, suspended, missed, huge) = (false, false, false, None);
+        Self { hooks, timeout, pagemap, started, suspended, missed, huge }
     }
 
-    /// Scans all mappings by up to `threads` threads. `is_first` if the mappings were registered
-    /// since the last scan.
+    /// Scans all mappings by up to `threads` threads.
     fn scan(
-        &self, memory: &GuestMemory, threads: usize, is_first: bool,
-        found: impl Fn(usize, PageRange) + Sync,
+        &mut self, memory: &GuestMemory, threads: usize, found: impl Fn(usize, PageRange) + Sync,
     ) -> Result<(), TrackingError> {
         let failed = |block: &Block, source| TrackingError::Scan { id: block.geometry.id, source };
+        let is_first = self.huge.is_none();
         if is_first {
             for block in memory.blocks() {
                 let mapping = Mapping::of(block, &self.pagemap)?;
                 mapping.protect_edges().map_err(|source| failed(block, source))?;
             }
+            self.huge = Some(DirtyPages::none(memory)?);
         }
+        let Some(all_huge) = &self.huge else { return Ok(()) };
         let chunks = Chunks::new(memory, CHUNK_PAGES).of_whole(undivided_pages);
         chunks.share(threads, |at, chunk| {
             let block = &memory.blocks()[at];
             let mapping = Mapping::of(block, &self.pagemap)?;
             // Once this agent has protected pages again, no other agent can find their writes.
             memory.current.check()?;
-            let huge = self.huge.block(at);
+            let huge = all_huge.block(at);
             let known = if is_first { vec![chunk] } else { huge.runs(chunk).collect() };
             let scanned = mapping.scan(chunk, &known, huge, |pages| found(at, pages));
             scanned.map_err(|source| failed(block, source))
@@ -91,18 +93,25 @@ impl ScanTracker {
 /// writes if it is told to protect a part of an entry.
 fn undivided_pages(block: &Block) -> u64 {
     match block.vmm_address % HUGE_PAGE {
-        0 => block.backing.host_page_size().max(HUGE_PAGE) / PAGE_SIZE,
+        _ if !can_have_huge_entries(block) => block.backing.host_page_size() / PAGE_SIZE,
+        0 => HUGE_PAGE / PAGE_SIZE,
         // Here entries do not begin where chunks do.
         _ => block.geometry.pages(),
     }
+}
+
+/// True if the VMM may have mapped pages of 4 KiB by entries for 2 MiB.
+fn can_have_huge_entries(block: &Block) -> bool {
+    // An entry maps a huge page of the file, which begins at a multiple of 2 MiB.
+    let fits = block.vmm_address % HUGE_PAGE == block.backing.file_offset(0) % HUGE_PAGE;
+    fits && block.backing.host_page_size() == PAGE_SIZE
 }
 
 /// Where a block is mapped in the VMM.
 struct Mapping<'a> {
     pagemap: &'a Pagemap,
     addresses: Range<u64>,
-    /// Whether an entry for 2 MiB has pages that can be protected by themselves.
-    splits: bool,
+    can_have_huge_entries: bool,
 }
 
 impl<'a> Mapping<'a> {
@@ -112,7 +121,8 @@ impl<'a> Mapping<'a> {
             return Err(TrackingError::NotMapped { id: block.geometry.id });
         }
         let addresses = start..start.saturating_add(block.geometry.length);
-        Ok(Self { pagemap, addresses, splits: block.backing.host_page_size() == PAGE_SIZE })
+        let can_have_huge_entries = can_have_huge_entries(block);
+        Ok(Self { pagemap, addresses, can_have_huge_entries })
     }
 
     fn addresses_of(&self, pages: PageRange) -> Range<u64> {
@@ -133,7 +143,7 @@ impl<'a> Mapping<'a> {
         let last = (end / HUGE_PAGE * HUGE_PAGE).max(first.end)..end;
         [first, last]
             .into_iter()
-            .filter(|edge| self.splits && !edge.is_empty())
+            .filter(|edge| self.can_have_huge_entries && !edge.is_empty())
             .try_for_each(|edge| self.pagemap.protect_all(edge.start, edge.end - edge.start))
     }
 
@@ -143,7 +153,7 @@ impl<'a> Mapping<'a> {
         &self, chunk: PageRange, known: &[PageRange], huge: &MappedBitmap,
         found: impl Fn(PageRange),
     ) -> Result<(), PagemapError> {
-        for run in known.iter().filter(|_| self.splits) {
+        for run in known.iter().filter(|_| self.can_have_huge_entries) {
             huge.clear(*run);
             self.entries(Huge::All, *run)?.into_iter().for_each(|entries| {
                 huge.set(self.pages_at(entries));
@@ -163,7 +173,7 @@ impl<'a> Mapping<'a> {
         self.pagemap.scan(start, end - start, |from, to| {
             let pages = self.pages_at(from..to);
             found(pages);
-            if self.splits && whole_entries(from..to).is_some() {
+            if self.can_have_huge_entries && whole_entries(from..to).is_some() {
                 reported.push(pages);
             }
         })?;
@@ -197,9 +207,9 @@ impl Tracker for ScanTracker {
         // Set before the answer is known: a start that timed out may still happen.
         self.started = true;
         self.hooks.ask(&Hook::StartTracking { sources: Declared::WRITE_PROTECT }, self.timeout)?;
-        self.huge = DirtyPages::none(memory)?;
         // Protects what is mapped. The reported pages are older than the start.
-        self.scan(memory, 1, true, |_, _| {})
+        self.huge = None;
+        self.scan(memory, 1, |_, _| {})
     }
 
     fn sync(
@@ -213,7 +223,7 @@ impl Tracker for ScanTracker {
         if self.suspended {
             return Ok(());
         }
-        self.scan(memory, threads, self.missed, |index, range| {
+        self.scan(memory, threads, |index, range| {
             dirty.block(index).set(range);
         })?;
         self.missed = false;
@@ -232,10 +242,11 @@ impl Tracker for ScanTracker {
     fn suspend(&mut self) {
         self.suspended = true;
         self.missed = true;
+        self.huge = None;
     }
 
     fn imprecise(&self, at: usize, word: u64, pages: u64) -> u64 {
-        self.huge.block(at).word(word) & pages
+        self.huge.as_ref().map_or(0, |huge| huge.block(at).word(word) & pages)
     }
 
     fn has_missed_writes(&self) -> bool {

@@ -7,6 +7,7 @@
 //! machine are the locks of the kernel, which `docs/performance.md` names.
 
 use super::Bench;
+use super::floor;
 use super::image::{Image, full_guest, warm_large_pages};
 use super::table::{Better, Table, median};
 use pageferry_agent::hooks::Hooks;
@@ -93,6 +94,7 @@ fn compare(
 pub fn cores(bench: &Bench, table: &mut Table) {
     pages(bench, table);
     both_ends(bench, table);
+    plain_copy(bench, table);
     scans(bench, table);
     harvests(bench, table);
 }
@@ -153,6 +155,17 @@ fn both_ends(bench: &Bench, table: &mut Table) {
         let listen = Target::Address("tcp:127.0.0.1:0".into());
         let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
         moved(&from.client, incoming.address, streams, size)
+    });
+}
+
+/// The control: a plain copy by as many pairs of threads, which share nothing but the kernel.
+fn plain_copy(bench: &Bench, table: &mut Table) {
+    let size = GIB / bench.shrink;
+    let (source, destination, _warm) = full_guest(&bench.folder, size);
+    let work = "cores: 1 GiB by a plain copy";
+    compare(bench, table, work, "GB/s", Better::More, |sockets| {
+        destination.clear();
+        size as f64 / floor::copy(&source, &destination, sockets.into()).as_secs_f64() / 1e9
     });
 }
 

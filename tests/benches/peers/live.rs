@@ -289,6 +289,11 @@ pub fn live(bench: &Bench, table: &mut Table) {
         pages: hot,
         rate: 0,
     });
+    cases.push(Case {
+        name: "1 GiB in one piece, at 50% of the link".into(),
+        pages: PageRange::new(FIRMWARE_PAGES, all.count / 2),
+        rate: link as u64 / 2,
+    });
     for kind in Kind::ALL {
         for case in &cases {
             let mut measured = Measured::default();

@@ -84,7 +84,7 @@ struct Cli {
     /// Write the table as JSON to this file, too.
     #[arg(long)]
     json: Option<PathBuf>,
-    /// In `qemu-guest`, move only these guests: idle, writes, balloon.
+    /// In `qemu-guest`, move only these guests: idle, writes, balloon, writes-20k, writes-200k.
     #[arg(long, value_delimiter = ',')]
     guests: Vec<String>,
     /// In `qemu-guest`, the versions of QEMU: 10.0, 11.1.

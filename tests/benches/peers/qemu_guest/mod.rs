@@ -18,6 +18,7 @@
 //! - *Longest gap of its ticks*: the guest says every 100 ms that it runs.
 //! - *On the wire*: by the program's own count.
 //! - *Allocated*: the blocks of the memory files when the guest has arrived.
+//! - *Writes*: as the guest counts them, by its own clock, which stands while it is paused.
 
 pub mod host;
 pub mod mover;
@@ -37,6 +38,8 @@ const MIB: u64 = 1 << 20;
 const SETTLE: usize = 10;
 /// Ticks after a move that count for the longest gap.
 const AFTERWARDS: usize = 5;
+/// How long the writes of a guest are counted after a move.
+const FIRST_SECONDS: Duration = Duration::from_secs(10);
 
 /// The programs, in the order of the table.
 const MOVERS: [Mover; 4] = [
@@ -57,7 +60,7 @@ struct Kind {
     tasks: &'static [&'static str],
 }
 
-const KINDS: [Kind; 3] = [
+const KINDS: [Kind; 5] = [
     Kind {
         name: "idle",
         text: "an idle guest of 512 MiB",
@@ -78,6 +81,20 @@ const KINDS: [Kind; 3] = [
         memory_size: 2048 * MIB,
         balloon: Some(384 * MIB),
         tasks: &["check 128M 86400000", "tick"],
+    },
+    Kind {
+        name: "writes-20k",
+        text: "a guest of 2 GiB that writes to 20,000 pages/s of 1280 MiB",
+        memory_size: 2048 * MIB,
+        balloon: None,
+        tasks: &["check 128M 86400000", "write 20000 1280M", "tick"],
+    },
+    Kind {
+        name: "writes-200k",
+        text: "a guest of 2 GiB that writes to 200,000 pages/s of 1280 MiB",
+        memory_size: 2048 * MIB,
+        balloon: None,
+        tasks: &["check 128M 86400000", "write 200000 1280M", "tick"],
     },
 ];
 
@@ -101,6 +118,8 @@ struct Sample {
     source_before: u64,
     source_after: u64,
     destination: u64,
+    /// Writes in a second before the move, during it, and in the first seconds after it.
+    writes: [f64; 3],
     remark: String,
 }
 
@@ -109,6 +128,7 @@ struct Traveller<'a> {
     tools: &'a QemuTools,
     version: QemuVersion,
     guest: LinuxGuest,
+    writes: bool,
     mover: Mover,
     host: Host,
     samples: Vec<Sample>,
@@ -146,14 +166,17 @@ fn compare(bench: &Bench, tools: &QemuTools, version: QemuVersion, kind: &Kind, 
     for traveller in &mut travellers {
         traveller.verify();
     }
-    let rows: [Row; 6] = [
+    let rows: [Row; 8] = [
         ("total", "ms", |sample| millis(sample.total)),
         ("downtime, limit 300", "ms", |sample| millis(sample.downtime)),
         ("longest gap of its ticks", "ms", |sample| millis(sample.gap)),
         ("on the wire", "MiB", |sample| mebibytes(sample.wire_bytes)),
         ("allocated at the source afterwards", "MiB", |sample| mebibytes(sample.source_after)),
         ("allocated at the destination", "MiB", |sample| mebibytes(sample.destination)),
+        ("writes meanwhile, of their rate", "", |sample| sample.writes[1] / sample.writes[0]),
+        ("writes afterwards, of their rate", "", |sample| sample.writes[2] / sample.writes[0]),
     ];
+    let rows = rows.into_iter().filter(|row| kind.writes() || !row.0.starts_with("writes"));
     for (what, unit, figure) in rows {
         let work = format!("QEMU {version}: {}: {what}", kind.text);
         for traveller in &travellers {
@@ -165,6 +188,13 @@ fn compare(bench: &Bench, tools: &QemuTools, version: QemuVersion, kind: &Kind, 
                 table.compare(&work, &mover.to_string(), &peer.to_string(), Better::Less);
             }
         }
+    }
+}
+
+impl Kind {
+    /// True if its guest writes as fast as it was told to.
+    fn writes(&self) -> bool {
+        self.tasks.iter().any(|task| task.starts_with("write"))
     }
 }
 
@@ -195,13 +225,14 @@ impl<'a> Traveller<'a> {
         }
         console.wait_for_status("the content of the memory", |status| status.check > 0).unwrap();
         host.execute("stop");
-        Self { tools, version, guest, mover, host, samples: Vec::new() }
+        Self { tools, version, guest, writes: kind.writes(), mover, host, samples: Vec::new() }
     }
 
     /// Moves the guest once.
     fn travel(&mut self) {
         let source = &mut self.host;
         source.execute("cont");
+        let settling = counted(source);
         source
             .running
             .console
@@ -209,12 +240,18 @@ impl<'a> Traveller<'a> {
             .unwrap();
         let mut destination = self.mover.receive(self.tools, self.version, &self.guest);
         let source_before = source.allocated();
+        let leaving = counted(source);
 
         let (started, started_at) = (Instant::now(), SystemTime::now());
         let sent = self.mover.migrate(source, &mut destination);
         let stopped = source.event_since("STOP", started_at);
         let resumed = destination.event_since("RESUME", started_at);
         let (source_after, arrived) = (source.allocated(), destination.allocated());
+        let come = counted(&mut destination);
+        if self.writes {
+            std::thread::sleep(FIRST_SECONDS);
+        }
+        let later = counted(&mut destination);
 
         destination.running.console.wait_for_ticks(AFTERWARDS).unwrap();
         let mut ticks = source.running.console.ticks();
@@ -228,6 +265,7 @@ impl<'a> Traveller<'a> {
             source_before,
             source_after,
             destination: arrived,
+            writes: [(settling, leaving), (leaving, come), (come, later)].map(rate),
             remark: sent.remark,
         });
         destination.running.verify().unwrap();
@@ -261,6 +299,17 @@ fn longest_gap(mut ticks: Vec<Tick>, start: Instant) -> Duration {
     ticks.sort_by_key(|tick| tick.number);
     let gaps = ticks.windows(2).filter(|pair| pair[1].arrived > start);
     gaps.map(|pair| pair[1].arrived.saturating_duration_since(pair[0].arrived)).max().unwrap()
+}
+
+/// How many pages the guest has written, and when, by its own clock.
+fn counted(host: &mut Host) -> (u64, Duration) {
+    let status = host.running.console.status().unwrap();
+    (status.written, status.monotonic)
+}
+
+/// Writes in a second between two counts.
+fn rate((before, after): ((u64, Duration), (u64, Duration))) -> f64 {
+    (after.0 - before.0) as f64 / (after.1 - before.1).as_secs_f64()
 }
 
 /// The guest with its memory in a backend.
