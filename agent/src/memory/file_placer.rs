@@ -16,7 +16,7 @@
 #![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError};
-use super::mapped_pieces::MappedPieces;
+use super::mapped_pieces::{MappedPieces, Maps};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::userfault::{AddressRange, FillError, RegisterMode, Userfaultfd};
 use rustix::io::Errno;
@@ -48,7 +48,8 @@ impl FilePlacer {
         let uffd =
             Userfaultfd::open_for_placing().map_err(|source| BackingError::Userfault { source })?;
         let length = usize::try_from(backing.length()).map_err(|_| kernel(Errno::NOMEM))?;
-        let mapped = MappedPieces::new(backing.length()).map_err(|_| kernel(Errno::NOMEM))?;
+        let mapped =
+            MappedPieces::new(backing.length(), Maps::Pages).map_err(|_| kernel(Errno::NOMEM))?;
         let (access, flags) =
             (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
         // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.

@@ -18,7 +18,7 @@ use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::guest_memory::GuestMemory;
 use super::huge_page_supply::HugePageSupply;
-use super::mapped_pieces::MappedPieces;
+use super::mapped_pieces::{MappedPieces, Maps};
 use super::unsettled::Unsettled;
 use super::zero::is_zero;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -79,7 +79,7 @@ impl LargePages {
         }
         let bitmap = || MappedBitmap::private(length / LARGE).map_err(|_| kernel(Errno::NOMEM));
         let (large, unsettled) = (bitmap()?, Unsettled::new(bitmap()?, LARGE, 0));
-        let mapped = MappedPieces::new(length).map_err(|_| kernel(Errno::NOMEM))?;
+        let mapped = MappedPieces::new(length, Maps::Pieces).map_err(|_| kernel(Errno::NOMEM))?;
         let bytes = usize::try_from(length).map_err(|_| kernel(Errno::NOMEM))?;
         let all = bytes.checked_add(LARGE as usize).ok_or_else(|| kernel(Errno::NOMEM))?;
         let (access, none) = (ProtFlags::READ | ProtFlags::WRITE, ProtFlags::empty());

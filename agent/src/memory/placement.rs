@@ -21,6 +21,9 @@ use std::sync::Arc;
 /// A large page is made only if so many bytes at its start arrive at once. So what a peer that lies
 /// has allocated is at most eight times what it sends.
 const DENSE: usize = 256 << 10;
+/// Fewer bytes than this are written to a large page by the kernel: to map 2 MiB for them, and to
+/// unmap it again, costs more.
+const MAPPED: usize = 64 << 10;
 /// The reason why a guest has no huge pages if it is not to have them.
 const NEVER: &str = "the options of the job want no huge pages";
 
@@ -217,7 +220,9 @@ fn write_to_large(
             placer.place(backing, byte, &part[..PAGE_SIZE as usize])?;
             large.make(byte);
         }
-        if large.is_large(byte) {
+        if large.is_large(byte) && part.len() < MAPPED {
+            backing.write(byte, part)?;
+        } else if large.is_large(byte) {
             large.copy(byte, part)?;
         } else {
             write_small(placer, backing, byte, part, pages)?;

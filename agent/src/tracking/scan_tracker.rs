@@ -66,15 +66,14 @@ impl ScanTracker {
         &mut self, memory: &GuestMemory, threads: usize, found: impl Fn(usize, PageRange) + Sync,
     ) -> Result<(), TrackingError> {
         let failed = |block: &Block, source| TrackingError::Scan { id: block.geometry.id, source };
-        let is_first = self.huge.is_none();
-        if is_first {
-            for block in memory.blocks() {
-                let mapping = Mapping::of(block, &self.pagemap)?;
-                mapping.protect_edges().map_err(|source| failed(block, source))?;
-            }
-            self.huge = Some(DirtyPages::none(memory)?);
+        let (is_first, all_huge) = match &mut self.huge {
+            Some(huge) => (false, &*huge),
+            none => (true, &*none.insert(DirtyPages::none(memory)?)),
+        };
+        for block in memory.blocks().iter().filter(|_| is_first) {
+            let mapping = Mapping::of(block, &self.pagemap)?;
+            mapping.protect_edges().map_err(|source| failed(block, source))?;
         }
-        let Some(all_huge) = &self.huge else { return Ok(()) };
         let chunks = Chunks::new(memory, CHUNK_PAGES).of_whole(undivided_pages);
         chunks.share(threads, |at, chunk| {
             let block = &memory.blocks()[at];
