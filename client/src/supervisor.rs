@@ -3,8 +3,8 @@
 //! Agents one after the other: a lost agent is replaced by the next.
 //!
 //! One thread runs the hook channel of the agent. When the agent is lost, the channel has undone
-//! what the agent began ([`hooks`](crate::hooks)). The thread then starts the next agent, attaches
-//! it, and continues with its hook channel and the same hooks.
+//! what the agent began ([`hooks`](crate::hooks)). The thread then starts the next agent, or
+//! connects to it, attaches it, and continues with its hook channel and the same hooks.
 //!
 //! The thread holds no client while it runs a channel or waits. So the last client can be dropped
 //! at any time, which ends the channel or the wait, and the thread.
@@ -23,6 +23,7 @@ use crate::sync::lock;
 use crate::threads::{catch_panic, join, spawn_thread};
 use crate::wakeup::Wakeup;
 use pageferry_protocol::error::chain;
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -31,7 +32,8 @@ use std::time::{Duration, Instant};
 /// As good as for ever, since what matters wakes the thread.
 const LONG: Duration = Duration::from_secs(3600);
 
-/// A VMM's agents: starts an agent and runs its hooks, and when the agent is lost, starts the next.
+/// A VMM's agents: starts an agent, or connects to one, and runs its hooks. When the agent is lost,
+/// does the same with the next.
 ///
 /// ```no_run
 /// # use pageferry_client::{Config, Hooks, Supervisor};
@@ -49,6 +51,10 @@ const LONG: Duration = Duration::from_secs(3600);
 /// let hooks = supervisor.join();
 /// # Ok(()) }
 /// ```
+///
+/// An agent that others start, such as systemd, listens at a path. A supervisor connects to it with
+/// [`Supervisor::connect`], and connects again when it is lost. In what follows, *started* then
+/// means *connected*.
 ///
 /// # When the next agent is started
 ///
@@ -84,20 +90,27 @@ struct Shared {
     /// `next` has changed.
     wakeup: Arc<Wakeup>,
     /// Locked while an agent is started, so that only one is started at a time.
-    command: Mutex<Box<MakeCommand>>,
+    source: Mutex<Source>,
     /// An agent that was attached, and whose channel the thread is to run next.
     next: Mutex<Option<Agent>>,
     /// How long the last agent may take to exit.
     exit_timeout: Duration,
 }
 
-type MakeCommand = dyn FnMut() -> Command + Send;
+/// Where the next agent comes from.
+enum Source {
+    /// It is a child that this command starts.
+    Command(Box<dyn FnMut() -> Command + Send>),
+    /// It listens at this path.
+    Path(PathBuf),
+}
 
 /// An agent that is attached.
 #[derive(Debug)]
 struct Agent {
     channel: HookChannel,
-    process: Child,
+    /// If it is a child.
+    process: Option<Child>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -118,12 +131,33 @@ impl<H: Hooks + 'static> Supervisor<H> {
     ) -> Result<(Client, Self), Error> {
         let exit_timeout = config.request_timeout;
         let (client, channel, process) = Client::spawn(&mut command(), config)?;
+        let agent = Agent { channel, process: Some(process) };
+        Self::start(client, agent, Source::Command(Box::new(command)), exit_timeout, hooks)
+    }
+
+    /// Connects to an agent that listens at `path`, as [`Client::connect`] does, and starts the
+    /// thread `pageferry-hooks`, which calls `hooks` and connects again when the agent is lost.
+    ///
+    /// # Errors
+    /// As [`Client::connect`], for the first agent; or if the thread cannot be started.
+    pub fn connect(
+        path: impl Into<PathBuf>, config: Config, hooks: H,
+    ) -> Result<(Client, Self), Error> {
+        let (path, exit_timeout) = (path.into(), config.request_timeout);
+        let (client, channel) = Client::connect(&path, config)?;
+        let agent = Agent { channel, process: None };
+        Self::start(client, agent, Source::Path(path), exit_timeout, hooks)
+    }
+
+    fn start(
+        client: Client, first: Agent, source: Source, exit_timeout: Duration, hooks: H,
+    ) -> Result<(Client, Self), Error> {
         let shared = Arc::new(Shared {
             client: client.downgrade(),
             wakeup: Arc::clone(client.wakeup()),
             exit_timeout,
-            command: Mutex::new(Box::new(command) as Box<MakeCommand>),
-            next: Mutex::new(Some(Agent { channel, process })),
+            source: Mutex::new(source),
+            next: Mutex::new(Some(first)),
         });
         let supervised = Arc::clone(&shared);
         match spawn_thread("pageferry-hooks", move || supervise(&supervised, hooks)) {
@@ -131,8 +165,8 @@ impl<H: Hooks + 'static> Supervisor<H> {
             Err(error) => {
                 // The agent ends with its client.
                 drop(client);
-                if let Some(agent) = lock(&shared.next).take() {
-                    child::end(agent.process, Duration::ZERO);
+                if let Some(process) = lock(&shared.next).take().and_then(|agent| agent.process) {
+                    child::end(process, Duration::ZERO);
                 }
                 Err(error)
             }
@@ -144,12 +178,12 @@ impl<H: Hooks + 'static> Supervisor<H> {
     /// [`Client::reattach_socket`] says. May be called in a hook.
     ///
     /// # Errors
-    /// As [`Client::respawn`], or [`Error::AgentLost`] if there is no client any more.
+    /// As [`Client::respawn`] or [`Client::reattach`], or [`Error::AgentLost`] if there is no client any more.
     pub fn replace_agent(&self) -> Result<(), Error> {
         let reason = "the last client was dropped".to_owned();
         let client = self.shared.client.upgrade().ok_or(Error::AgentLost { reason })?;
-        let mut command = lock(&self.shared.command);
-        self.shared.attach(&client, &mut **command)
+        let mut source = lock(&self.shared.source);
+        self.shared.attach(&client, &mut source)
     }
 
     /// True if the last client was dropped and the thread ended.
@@ -159,7 +193,7 @@ impl<H: Hooks + 'static> Supervisor<H> {
 
     /// Waits for the end of the thread, and returns the hooks. Drop the client first.
     ///
-    /// The agent exits by itself when the last client is dropped; one that has not within
+    /// A child exits by itself when the last client is dropped; one that has not within
     /// [`Config::request_timeout`] hangs and is killed. But if the guest was given up, this does
     /// not wait for the agent, and nobody kills it: the guest may need it elsewhere.
     pub fn join(self) -> H {
@@ -168,14 +202,20 @@ impl<H: Hooks + 'static> Supervisor<H> {
 }
 
 impl Shared {
-    /// Starts an agent and attaches it. The thread runs its channel next.
-    fn attach(&self, client: &Client, command: &mut MakeCommand) -> Result<(), Error> {
-        let (channel, process) = client.respawn(&mut command())?;
-        log::info!("agent process {} serves this VM now", process.id());
+    /// Starts an agent, or connects to one, and attaches it. The thread runs its channel next.
+    fn attach(&self, client: &Client, source: &mut Source) -> Result<(), Error> {
+        let (channel, process) = match source {
+            Source::Command(command) => {
+                let (channel, process) = client.respawn(&mut command())?;
+                (channel, Some(process))
+            }
+            Source::Path(path) => (client.reattach(path)?, None),
+        };
+        log::info!("agent process {} serves this VM now", client.agent_pid());
         let unused = lock(&self.next).replace(Agent { channel, process });
         self.wakeup.wake();
-        if let Some(agent) = unused {
-            child::reap(agent.process);
+        if let Some(process) = unused.and_then(|agent| agent.process) {
+            child::reap(process);
         }
         Ok(())
     }
@@ -183,12 +223,12 @@ impl Shared {
     /// Attaches an agent in place of the one of connection `link`, unless the state has changed
     /// meanwhile.
     fn replace_lost(&self, link: u64) -> Result<(), Error> {
-        let mut command = lock(&self.command);
+        let mut source = lock(&self.source);
         let Some(client) = self.client.upgrade() else { return Ok(()) };
         if lock(&self.next).is_some() || client.after_loss(link) != AfterLoss::Replace {
             return Ok(());
         }
-        self.attach(&client, &mut **command)
+        self.attach(&client, &mut source)
     }
 
     /// The agent whose channel is run next, after the one of connection `link` is lost. `None` when
@@ -256,10 +296,11 @@ fn supervise<H: Hooks>(shared: &Shared, mut hooks: H) -> H {
         backoff.served(attached.elapsed());
         // Before it is reaped: nobody can tell after that. The next error of the client says it.
         let _ = link.end_in_words();
-        if shared.client.is_alive() || ownership.lock().may_run_elsewhere() {
-            child::reap(process);
-        } else {
-            child::end(process, shared.exit_timeout);
+        let may_be_needed = shared.client.is_alive() || ownership.lock().may_run_elsewhere();
+        match process {
+            Some(process) if may_be_needed => child::reap(process),
+            Some(process) => child::end(process, shared.exit_timeout),
+            None => {}
         }
         next = shared.wait_for_next(&link, &mut backoff);
         if next.is_some() {

@@ -8,7 +8,7 @@ use pageferry_client::{
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::process::program;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::require;
 use pageferry_tests::scenario::{
     Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
@@ -45,7 +45,19 @@ impl Supervised {
     fn with(ram: Ram, command: impl FnMut() -> Command + Send + 'static) -> Self {
         let vmm = ScriptedVmm::new();
         let hooks = ScriptedHooks(Arc::clone(&vmm));
-        let (client, supervisor) = Supervisor::spawn(command, config(), hooks).unwrap();
+        Self::of(ram, vmm, Supervisor::spawn(command, config(), hooks).unwrap())
+    }
+
+    /// The agent listens at this path.
+    fn connected(ram: Ram, path: &Path) -> Self {
+        let vmm = ScriptedVmm::new();
+        let hooks = ScriptedHooks(Arc::clone(&vmm));
+        Self::of(ram, vmm, Supervisor::connect(path, config(), hooks).unwrap())
+    }
+
+    fn of(
+        ram: Ram, vmm: Arc<ScriptedVmm>, (client, supervisor): (Client, Supervisor<ScriptedHooks>),
+    ) -> Self {
         ram.add_to(&client);
         client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
         Self { attached: Attached { client, vmm, ram: Arc::new(ram) }, supervisor }
@@ -119,6 +131,39 @@ fn an_idle_agent_that_is_killed_is_replaced_and_the_next_one_works() {
     killed.push(source.attached.client.agent_pid());
     source.end();
     wait_until("the last agent to end", SOON, || killed.iter().copied().all(is_gone)).unwrap();
+}
+
+/// A service manager starts the agents, and the VMM connects to the path again.
+#[test]
+fn an_agent_at_a_path_that_dies_or_is_restarted_is_connected_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let agent = || AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+    let mut service = agent();
+    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
+    let range = BlockRange { block: 3, offset: 0, length: PAGE_SIZE };
+    for (attached, kills) in [(1, true), (2, false), (3, true)] {
+        if kills {
+            service.process().kill().unwrap();
+        } else {
+            service.process().terminate().unwrap();
+        }
+        wait_until("the loss of the agent", SOON, || source.attached.client.status().is_err())
+            .unwrap();
+        // The guest gives memory back meanwhile.
+        source.attached.client.discard(&[range], Punch::Yes).unwrap();
+        // Some attempts find nobody at the path.
+        std::thread::sleep(Duration::from_millis(250));
+        drop(service);
+        service = agent();
+        source.wait_for_agent(attached);
+    }
+    let destination = Side::new(Ram::odd(PAGES));
+    moves_to(&source.attached, &destination);
+    let there = destination.client.discarded(3).unwrap();
+    assert!(there.contains(0) && !there.contains(1));
+    source.end();
+    // The agent was not the VMM's child, and serves others.
+    assert!(!service.process().has_ended());
 }
 
 #[test]
