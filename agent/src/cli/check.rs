@@ -8,14 +8,21 @@
 mod qemu;
 
 use super::exit::Exit;
+use crate::error::chain;
+use crate::memory::huge_page_supply::HugePageSupply;
+use crate::memory::large_pages::{LARGE, LargePages};
+use crate::memory::spare_memory::SpareMemory;
+use crate::memory::{Backing, BackingError};
 use crate::tracking::pagemap::Pagemap;
 use clap::Args;
 use pageferry_protocol::userfault::{UserfaultSource, feature};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
 use std::error::Error;
 use std::fs::{File, read_to_string};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The oldest version of Linux on which the agent runs.
 const KERNEL: (u32, u32) = (6, 7);
@@ -130,7 +137,7 @@ fn findings(qemu: &Path) -> Vec<Finding> {
         Finding {
             name: "shmem huge pages",
             found: shmem_huge_pages(),
-            rules_out: "nothing; guests in a memfd may run slower",
+            rules_out: "huge pages for guests in memfds that arrive; they run slower without",
         },
         Finding { name: "kvm", found: kvm(), rules_out: "guests under KVM; QEMU runs them by TCG" },
     ];
@@ -161,7 +168,7 @@ fn kernel() -> Result<String, String> {
 /// Opens a userfaultfd with these features as the client does, and says by which right.
 fn userfaultfd(features: u64) -> Result<String, String> {
     let source = UserfaultSource::new();
-    source.check(features).map_err(|error| crate::error::chain(&error))?;
+    source.check(features).map_err(|error| chain(&error))?;
     if source.is_device() {
         return Ok("by /dev/userfaultfd".to_owned());
     }
@@ -176,7 +183,7 @@ fn userfaultfd(features: u64) -> Result<String, String> {
 
 fn pagemap_scan() -> Result<String, String> {
     let file = File::open("/proc/self/pagemap").map_err(|error| error.to_string())?;
-    Pagemap::new(file.into()).map_err(|error| crate::error::chain(&error))?;
+    Pagemap::new(file.into()).map_err(|error| chain(&error))?;
     Ok("the kernel scans /proc/self/pagemap".to_owned())
 }
 
@@ -201,13 +208,30 @@ fn hugetlb() -> Result<String, String> {
     }
 }
 
+/// Has the kernel make one.
 fn shmem_huge_pages() -> Result<String, String> {
     const FILE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
-    let modes = read_to_string(FILE).map_err(|error| format!("{FILE}: {error}"))?;
-    let chosen = modes.split(['[', ']']).nth(1).unwrap_or("unknown");
-    match chosen {
-        "never" | "deny" => Err(format!("shmem_enabled is {chosen}")),
-        chosen => Ok(format!("shmem_enabled is {chosen}")),
+    let setting = || {
+        let modes = read_to_string(FILE).unwrap_or_default();
+        modes.split(['[', ']']).nth(1).unwrap_or("unknown").to_owned()
+    };
+    let made = || -> Result<bool, BackingError> {
+        let memory = |source| BackingError::Kernel { what: "make a memfd", at: 0, source };
+        let fd = memfd_create("check", MemfdFlags::CLOEXEC).map_err(memory)?;
+        ftruncate(&fd, LARGE).map_err(memory)?;
+        let backing = Backing::new(fd, 0, LARGE)?;
+        backing.write(0, &[1])?;
+        let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
+        let large = LargePages::new(&backing, &Arc::new(supply))?;
+        Ok(large.is_some_and(|large| large.make(0)))
+    };
+    match made() {
+        Ok(true) => Ok(format!("the kernel makes them on request; shmem_enabled is {}", setting())),
+        Ok(false) => Err(format!(
+            "the kernel makes none (Linux 6.1 and free memory are needed); shmem_enabled is {}",
+            setting()
+        )),
+        Err(error) => Err(chain(&error)),
     }
 }
 

@@ -180,7 +180,8 @@ fn parse_receive_huge_pages(text: &str) -> Result<ReceiveHugePages, String> {
     if let Ok(choice) = parse_huge_pages(text) {
         return Ok(ReceiveHugePages::Transparent(choice));
     }
-    parse_size(text).map(ReceiveHugePages::Pool)
+    let size = parse_size(text).map(ReceiveHugePages::Pool);
+    size.map_err(|_| format!("\"{text}\": write auto, never, or a size such as 2M"))
 }
 
 impl ReceiveArgs {

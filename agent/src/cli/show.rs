@@ -100,9 +100,9 @@ fn placing_line(status: &JobStatus) -> Option<String> {
             "through a mapping, in huge pages where all of 2 MiB comes".to_owned()
         }
     };
-    let made = match status.counters.huge_pages {
-        0 => String::new(),
-        made => format!("; {made} huge pages"),
+    let made = match (status.placing, status.counters.huge_pages) {
+        (Placing::HugePages, made) | (_, made @ 1..) => format!("; {made} huge pages"),
+        _ => String::new(),
     };
     let reason = status.placing_reason.as_ref().map_or(String::new(), |why| format!(" ({why})"));
     Some(how + &made + &reason)
@@ -438,8 +438,12 @@ mod tests {
             "by writing to the file, one thread at a time (no right)"
         );
         assert_eq!(
-            line(Placing::HugePages, 3, "").unwrap(),
-            "through a mapping, in huge pages where all of 2 MiB comes; 3 huge pages"
+            line(Placing::HugePages, 0, "").unwrap(),
+            "through a mapping, in huge pages where all of 2 MiB comes; 0 huge pages"
+        );
+        assert_eq!(
+            line(Placing::Pages, 3, "no more").unwrap(),
+            "through a mapping, page by page; 3 huge pages (no more)"
         );
     }
 

@@ -51,7 +51,10 @@ impl Accepted {
             return HugePageUse::NotKnown("postcopy asks for single pages");
         }
         if choice == HugePages::Auto && self.features & FEATURE_WHOLE == 0 {
-            return HugePageUse::NotKnown("the source does not say where all of 2 MiB comes");
+            return HugePageUse::NotKnown(
+                "no huge pages: the source was told so, or is too old to say where all of 2 MiB \
+                 comes",
+            );
         }
         HugePageUse::chosen(choice)
     }

@@ -393,6 +393,7 @@ impl Job {
             self.kind == JobKind::Incoming || matches!(phase, Phase::Failed | Phase::Cancelled);
         state.populates_refused = state.populates_refused && !here;
         drop(state);
+        self.placing.log_huge_pages(self.id);
         self.enter(phase);
     }
 

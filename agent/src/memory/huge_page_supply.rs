@@ -102,7 +102,7 @@ mod tests {
             supply.refused(Errno::NOMEM);
         }
         assert!(!supply.may_ask());
-        assert!(reason(&report).unwrap().starts_with("the kernel made none, 4 times in a row"));
+        assert!(reason(&report).unwrap().contains("the kernel made none, 4 times in a row"));
     }
 
     #[test]
@@ -123,6 +123,6 @@ mod tests {
         file("memory.current", 0);
         assert!(!supply.may_ask());
         let reason = reason(&report).unwrap();
-        assert!(reason.starts_with("memory is short: the control group "), "{reason}");
+        assert!(reason.contains("memory is short: the control group "), "{reason}");
     }
 }

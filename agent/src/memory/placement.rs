@@ -25,7 +25,7 @@ const DENSE: usize = 256 << 10;
 /// unmap it again, costs more.
 const MAPPED: usize = 64 << 10;
 /// The reason why a guest has no huge pages if it is not to have them.
-const NEVER: &str = "the options of the job want no huge pages";
+const NEVER: &str = "no huge pages: the job was told to make none";
 
 /// How pages come into the file of a block.
 #[derive(Debug)]
@@ -130,6 +130,7 @@ impl Placement {
             Ok(small_pages) => {
                 if may_open {
                     report.uses(Placing::HugePages);
+                    report.limited(format!("block {id}: its file system makes huge pages itself"));
                 } else {
                     report.limited(NEVER.into());
                 }

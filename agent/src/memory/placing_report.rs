@@ -21,11 +21,12 @@ impl PlacingReport {
         state.0 = state.0.max(placing);
     }
 
-    /// A block could place better, but for `why`. The first reason is kept and logged.
+    /// A block could place better, but for `why`, or in a way that an operator should know. The
+    /// first reason is kept and logged.
     pub fn limited(&self, why: String) {
         let mut state = lock(&self.state);
         if state.1.is_none() {
-            log::info!("pages are not placed in the best way: {why}");
+            log::info!("placing of pages: {why}");
             state.1 = Some(why);
         }
     }
@@ -34,13 +35,22 @@ impl PlacingReport {
     pub fn ends_huge_pages(&self, why: String) {
         let mut state = lock(&self.state);
         state.0 = state.0.min(Placing::Pages);
-        log::info!("no more huge pages are made: {why}");
+        let why = format!("no more huge pages are made: {why}");
+        log::info!("{why}");
         state.1 = Some(why);
     }
 
     /// The kernel made a huge page.
     pub fn made_huge_page(&self) {
         self.huge_pages.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Logs how many huge pages a job has made, if any.
+    pub fn log_huge_pages(&self, job: u64) {
+        let made = self.huge_pages.load(Ordering::Relaxed);
+        if made > 0 {
+            log::info!("job {job}: {made} huge pages were made");
+        }
     }
 
     /// Writes the report into a status.
@@ -73,6 +83,7 @@ mod tests {
         report.made_huge_page();
         assert_eq!(reported(), (Placing::HugePages, Some("one".into()), 1));
         report.ends_huge_pages("three".into());
-        assert_eq!(reported(), (Placing::Pages, Some("three".into()), 1));
+        let why = "no more huge pages are made: three".to_owned();
+        assert_eq!(reported(), (Placing::Pages, Some(why), 1));
     }
 }
