@@ -35,7 +35,7 @@ pub fn make_all_huge(file: &File) -> Result<bool, Error> {
     let fd = file.try_clone().map_err(Error::io("duplicate the file"))?;
     let backing = Backing::new(fd.into(), 0, length).map_err(memory)?;
     let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
-    let large = LargePages::new(&backing, &Arc::new(supply)).map_err(memory)?;
+    let large = LargePages::new(&backing, &Arc::new(supply), &Arc::default()).map_err(memory)?;
     for start in (0..length / HUGE_PAGE).map(|number| number * HUGE_PAGE) {
         backing.write(start, &[1; PAGE_SIZE as usize]).map_err(memory)?;
         if !large.as_ref().is_some_and(|large| large.make(start)) {

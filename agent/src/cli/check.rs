@@ -222,7 +222,7 @@ fn shmem_huge_pages() -> Result<String, String> {
         let backing = Backing::new(fd, 0, LARGE)?;
         backing.write(0, &[1])?;
         let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
-        let large = LargePages::new(&backing, &Arc::new(supply))?;
+        let large = LargePages::new(&backing, &Arc::new(supply), &Arc::default())?;
         Ok(large.is_some_and(|large| large.make(0)))
     };
     match made() {

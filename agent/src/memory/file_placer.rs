@@ -12,52 +12,33 @@
 //! registered for missing faults would keep the kernel from making large pages (see
 //! [`super::large_pages`]). Nobody touches the mapping: no page fault occurs, and a file that
 //! shrinks is an error of the call instead of SIGBUS.
-//!
-#![allow(unsafe_code)]
 
 use super::backing::{Backing, BackingError};
-use super::mapped_pieces::{MappedPieces, Maps};
+use super::mapped_areas::{MappedArea, MappedAreas, Maps};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::userfault::{AddressRange, FillError, RegisterMode, Userfaultfd};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use std::sync::Arc;
 
 /// A mapping of a block's file that is only used to place pages.
 #[derive(Debug)]
 pub struct FilePlacer {
     uffd: Userfaultfd,
-    start: *mut std::ffi::c_void,
-    length: usize,
-    mapped: MappedPieces,
+    area: Arc<MappedArea>,
 }
 
-// SAFETY: nobody reads or writes through the mapping. System calls that use its address may come
-// from any thread, and from several at once.
-unsafe impl Send for FilePlacer {}
-// SAFETY: as above.
-unsafe impl Sync for FilePlacer {}
-
 impl FilePlacer {
-    /// Maps a file of shared memory.
+    /// Maps a file of shared memory, as one of the areas of a job.
     ///
     /// # Errors
     /// If the kernel has no userfaultfd for this process, or no room for the mapping.
-    pub fn new(backing: &Backing) -> Result<Self, BackingError> {
+    pub fn new(backing: &Backing, areas: &Arc<MappedAreas>) -> Result<Self, BackingError> {
         let kernel =
             |source| BackingError::Kernel { what: "map the file for placing", at: 0, source };
         let uffd =
             Userfaultfd::open_for_placing().map_err(|source| BackingError::Userfault { source })?;
-        let length = usize::try_from(backing.length()).map_err(|_| kernel(Errno::NOMEM))?;
-        let mapped =
-            MappedPieces::new(backing.length(), Maps::Pages).map_err(|_| kernel(Errno::NOMEM))?;
-        let (access, flags) =
-            (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let start = unsafe {
-            mmap(std::ptr::null_mut(), length, access, flags, backing.fd(), backing.file_offset(0))
-        };
-        let start = start.map_err(kernel)?;
-        let placer = Self { uffd, start, length, mapped };
+        let area = areas.map(backing, Maps::Pages).map_err(kernel)?;
+        let placer = Self { uffd, area };
         let range = AddressRange { start: placer.address(0), length: backing.length() };
         let registered = placer.uffd.register(range, RegisterMode::Minor);
         registered.map_err(|source| BackingError::Userfault { source })?;
@@ -65,7 +46,7 @@ impl FilePlacer {
     }
 
     fn address(&self, byte: u64) -> u64 {
-        self.start.expose_provenance() as u64 + byte
+        self.area.start().expose_provenance() as u64 + byte
     }
 
     /// Places `bytes`, whole pages, at byte `at` of the block. Best for pages that do not exist:
@@ -75,7 +56,7 @@ impl FilePlacer {
     /// If the file was truncated, or the kernel refuses.
     pub fn place(&self, backing: &Backing, at: u64, bytes: &[u8]) -> Result<(), BackingError> {
         let placed = self.place_or_write(backing, at, bytes);
-        self.mapped.note(at, bytes.len() as u64, |at, length| self.unmap(at, length));
+        self.area.note(at, bytes.len() as u64);
         placed
     }
 
@@ -110,26 +91,5 @@ impl FilePlacer {
             }
         }
         Ok(())
-    }
-
-    fn unmap(&self, at: u64, length: u64) {
-        // SAFETY: the range lies in the mapping, which is shared: its pages stay in the file, and
-        // nobody has a reference into it.
-        let unmapped = unsafe {
-            madvise(
-                self.start.wrapping_byte_add(at as usize),
-                length as usize,
-                Advice::LinuxDontNeed,
-            )
-        };
-        debug_assert!(unmapped.is_ok(), "madvise of our own mapping");
-    }
-}
-
-impl Drop for FilePlacer {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and nobody has a reference into it.
-        let unmapped = unsafe { munmap(self.start, self.length) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own mapping");
     }
 }

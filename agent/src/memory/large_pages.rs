@@ -18,14 +18,11 @@ use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
 use super::guest_memory::GuestMemory;
 use super::huge_page_supply::HugePageSupply;
-use super::mapped_pieces::{MappedPieces, Maps};
+use super::mapped_areas::{MappedArea, MappedAreas, Maps};
 use super::unsettled::Unsettled;
-use super::zero::is_zero;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
-use std::ffi::c_void;
 use std::io;
 use std::sync::Arc;
 
@@ -37,30 +34,13 @@ pub const LARGE: u64 = 2 << 20;
 pub struct LargePages {
     // Before the mapping is removed.
     guard: GuardedRange,
-    /// All of the address space that was taken, so that the block lies in it as in the file.
-    _reserved: Range,
-    /// The block.
-    start: *mut u8,
-    length: u64,
+    area: Arc<MappedArea>,
     /// Pieces of 2 MiB that are large pages.
     large: MappedBitmap,
     /// Those that are not settled yet.
     unsettled: Unsettled,
-    mapped: MappedPieces,
     supply: Arc<HugePageSupply>,
 }
-
-#[derive(Debug)]
-struct Range {
-    start: *mut c_void,
-    length: usize,
-}
-
-// SAFETY: the mapping is shared memory that other processes have, too. It is only written, by
-// copies of bytes, to ranges that no other thread of this agent writes to.
-unsafe impl Send for LargePages {}
-// SAFETY: as above.
-unsafe impl Sync for LargePages {}
 
 impl LargePages {
     /// Maps a file of shared memory. `None` if the block does not begin at a large page of its
@@ -69,7 +49,7 @@ impl LargePages {
     /// # Errors
     /// If there is no room for the mapping.
     pub fn new(
-        backing: &Backing, supply: &Arc<HugePageSupply>,
+        backing: &Backing, supply: &Arc<HugePageSupply>, areas: &Arc<MappedAreas>,
     ) -> Result<Option<Self>, BackingError> {
         let kernel =
             |source| BackingError::Kernel { what: "map the file for large pages", at: 0, source };
@@ -79,32 +59,10 @@ impl LargePages {
         }
         let bitmap = || MappedBitmap::private(length / LARGE).map_err(|_| kernel(Errno::NOMEM));
         let (large, unsettled) = (bitmap()?, Unsettled::new(bitmap()?, LARGE, 0));
-        let mapped = MappedPieces::new(length, Maps::Pieces).map_err(|_| kernel(Errno::NOMEM))?;
-        let bytes = usize::try_from(length).map_err(|_| kernel(Errno::NOMEM))?;
-        let all = bytes.checked_add(LARGE as usize).ok_or_else(|| kernel(Errno::NOMEM))?;
-        let (access, none) = (ProtFlags::READ | ProtFlags::WRITE, ProtFlags::empty());
-        // SAFETY: a new mapping at an address of the kernel's choosing touches nothing that exists.
-        let taken = unsafe {
-            mmap_anonymous(std::ptr::null_mut(), all, none, MapFlags::PRIVATE | MapFlags::NORESERVE)
-        };
-        let reserved = Range { start: taken.map_err(kernel)?, length: all };
-        let skip = reserved.start.addr().next_multiple_of(LARGE as usize) - reserved.start.addr();
-        let start = reserved.start.wrapping_byte_add(skip);
-        let flags = MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED;
-        // SAFETY: the range lies in what was taken above, and nothing else uses that.
-        let placed =
-            unsafe { mmap(start, bytes, access, flags, backing.fd(), backing.file_offset(0)) };
-        let start: *mut u8 = placed.map_err(kernel)?.cast();
-        Ok(Some(Self {
-            guard: GuardedRange::new(start.addr()..start.addr() + bytes),
-            _reserved: reserved,
-            start,
-            length,
-            large,
-            unsettled,
-            mapped,
-            supply: supply.clone(),
-        }))
+        let area = areas.map(backing, Maps::Pieces).map_err(kernel)?;
+        let start = area.start().addr();
+        let guard = GuardedRange::new(start..start + area.length() as usize);
+        Ok(Some(Self { guard, area, large, unsettled, supply: supply.clone() }))
     }
 
     /// True if the 2 MiB with this byte of the block are a large page.
@@ -119,7 +77,7 @@ impl LargePages {
         if piece >= self.large.pages() || !self.supply.may_ask() {
             return false;
         }
-        let start = self.start.wrapping_add((piece * LARGE) as usize).cast();
+        let start = self.area.start().wrapping_add((piece * LARGE) as usize).cast();
         // SAFETY: the range lies in the mapping. Its pages keep their content.
         let made = unsafe { libc::madvise(start, LARGE as usize, libc::MADV_COLLAPSE) };
         if made != 0 {
@@ -139,17 +97,21 @@ impl LargePages {
     /// If the file was truncated, or there is no memory for a page that was freed meanwhile.
     pub fn copy(&self, at: u64, bytes: &[u8]) -> Result<(), BackingError> {
         let end = at + bytes.len() as u64;
-        assert!(end <= self.length, "a copy of {} bytes to {at:#x}", bytes.len());
+        assert!(end <= self.area.length(), "a copy of {} bytes to {at:#x}", bytes.len());
         // SAFETY: the target lies in the mapping, as just checked. If the file loses its pages, the
         // guard replaces them. Other processes share this memory, but a copy of bytes has no
         // invalid values, and the guest does not run while it is placed.
         unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at as usize), bytes.len());
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.area.start().add(at as usize),
+                bytes.len(),
+            );
         }
         if self.guard.was_lost() {
             return Err(BackingError::Lost { at });
         }
-        self.mapped.note(at, bytes.len() as u64, |at, length| self.unmap(at, length));
+        self.area.note(at, bytes.len() as u64);
         Ok(())
     }
 
@@ -164,12 +126,8 @@ impl LargePages {
         }
     }
 
-    /// Frees the pages of large pages that did not arrive, or were freed: see
-    /// [`Unsettled::settle`].
-    ///
-    /// The kernel frees a part of a large page by splitting it. It cannot while somebody else has a
-    /// reference to the page, such as a transfer to a disk: then it writes zeroes and keeps the
-    /// memory. Such a large page is replaced by small ones.
+    /// Frees the pages of large pages that did not arrive, or were freed. A large page of which the
+    /// kernel keeps a freed part is replaced by small ones: see [`Unsettled::settle`].
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -177,51 +135,11 @@ impl LargePages {
         &self, memory: &GuestMemory, backing: &Backing, filled: &MappedBitmap,
         gone: &[&MappedBitmap],
     ) -> Result<(), BackingError> {
-        for run in self.unsettled.settle(backing, filled, gone)? {
-            let piece = run.offset() / LARGE;
-            if self.large.contains(piece) && backing.first_data(run)?.is_some() {
-                // The VMM gives nothing back between the read and the writes.
-                let _giving_back = memory.giving_back();
-                self.replace(backing, piece, filled)?;
-            }
+        let write = |at, bytes: &[u8]| backing.write(at, bytes);
+        for piece in self.unsettled.settle(memory, backing, filled, gone, write)? {
+            self.large.clear(PageRange::new(piece, 1));
         }
         Ok(())
-    }
-
-    fn replace(
-        &self, backing: &Backing, piece: u64, filled: &MappedBitmap,
-    ) -> Result<(), BackingError> {
-        let all = PageRange::new(piece * LARGE / PAGE_SIZE, LARGE / PAGE_SIZE);
-        let mut content = vec![0; LARGE as usize];
-        backing.read(all.offset(), &mut content)?;
-        self.large.clear(PageRange::new(piece, 1));
-        // All of it goes, whoever has a reference.
-        backing.punch(all)?;
-        for page in filled.runs(all).flat_map(|run| run.first..run.end()) {
-            let start = ((page - all.first) * PAGE_SIZE) as usize;
-            let bytes = &content[start..start + PAGE_SIZE as usize];
-            // Freed since it was filled, or as good as that.
-            if !is_zero(bytes) {
-                backing.write(page * PAGE_SIZE, bytes)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn unmap(&self, at: u64, length: u64) {
-        let start = self.start.wrapping_add(at as usize).cast();
-        // SAFETY: the range lies in the mapping, which is shared, so its pages stay in the file. A
-        // thread that copies there gets them again.
-        let unmapped = unsafe { madvise(start, length as usize, Advice::LinuxDontNeed) };
-        debug_assert!(unmapped.is_ok(), "madvise of our own mapping");
-    }
-}
-
-impl Drop for Range {
-    fn drop(&mut self) {
-        // SAFETY: the range is ours, and nobody has a reference into it.
-        let unmapped = unsafe { munmap(self.start, self.length) };
-        debug_assert!(unmapped.is_ok(), "munmap of our own mapping");
     }
 }
 
@@ -245,7 +163,7 @@ mod tests {
         let fd = memfd(length);
         let file = fd.try_clone().unwrap();
         let backing = Backing::new(fd, 0, length).unwrap();
-        let large = LargePages::new(&backing, &supply()).unwrap().unwrap();
+        let large = LargePages::new(&backing, &supply(), &Arc::default()).unwrap().unwrap();
         (backing, large, file)
     }
 
@@ -334,11 +252,13 @@ mod tests {
     fn blocks_that_do_not_begin_at_a_large_page_have_none() {
         let length = 2 * LARGE;
         let backing = |offset| Backing::new(memfd(length + offset), offset, length).unwrap();
-        assert!(LargePages::new(&backing(PAGE_SIZE), &supply()).unwrap().is_none());
-        assert!(LargePages::new(&backing(LARGE), &supply()).unwrap().is_some());
+        assert!(
+            LargePages::new(&backing(PAGE_SIZE), &supply(), &Arc::default()).unwrap().is_none()
+        );
+        assert!(LargePages::new(&backing(LARGE), &supply(), &Arc::default()).unwrap().is_some());
         // The kernel makes none of a hole, and is not asked for ever.
         let supply = supply();
-        let large = LargePages::new(&backing(0), &supply).unwrap().unwrap();
+        let large = LargePages::new(&backing(0), &supply, &Arc::default()).unwrap().unwrap();
         for _ in 0..4 {
             assert!(!large.make(0));
         }

@@ -53,7 +53,7 @@
 //! - [`zero`]: finds zero pages;
 //! - [`huge`]: writes to hugetlbfs, which needs a mapping;
 //! - [`placement`]: how pages come into a file; [`file_placer`]: through a mapping, of which
-//!   [`mapped_pieces`] knows what is mapped; [`large_pages`]: pages of 2 MiB; [`small_pages`]:
+//!   [`mapped_areas`] knows what is mapped; [`large_pages`]: pages of 2 MiB; [`small_pages`]:
 //!   single pages on a tmpfs that hands out huge ones; [`unsettled`]: large pages that may not
 //!   fill; [`placing_report`]: what the status says about it;
 //! - [`huge_page_supply`]: whether the kernel is asked for large pages, which depends on
@@ -87,7 +87,7 @@ pub mod host_page_set;
 pub mod huge;
 pub mod huge_page_supply;
 pub mod large_pages;
-pub mod mapped_pieces;
+pub mod mapped_areas;
 pub mod mappings;
 pub mod marking;
 pub mod missing_pages;

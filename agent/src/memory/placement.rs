@@ -9,6 +9,7 @@ use super::backing::{Backing, BackingError, BackingKind};
 use super::file_placer::FilePlacer;
 use super::huge_page_supply::HugePageSupply;
 use super::large_pages::{LARGE, LargePages};
+use super::mapped_areas::MappedAreas;
 use super::placing_report::PlacingReport;
 use super::small_pages::SmallPages;
 use super::spare_memory::SpareMemory;
@@ -77,13 +78,15 @@ impl Placement {
         memory: &GuestMemory, huge_pages: HugePageUse, report: &Arc<PlacingReport>,
     ) -> Vec<Self> {
         let supply = Arc::new(HugePageSupply::new(report, SpareMemory::of_this_process()));
-        let of_block = |block: &Arc<Block>| Self::of_block(block, huge_pages, &supply, report);
+        let areas = Arc::default();
+        let of_block =
+            |block: &Arc<Block>| Self::of_block(block, huge_pages, (&supply, &areas), report);
         memory.blocks().iter().map(of_block).collect()
     }
 
     fn of_block(
-        block: &Block, huge_pages: HugePageUse, supply: &Arc<HugePageSupply>,
-        report: &PlacingReport,
+        block: &Block, huge_pages: HugePageUse,
+        (supply, areas): (&Arc<HugePageSupply>, &Arc<MappedAreas>), report: &PlacingReport,
     ) -> Self {
         let (id, huge_page) = (block.geometry.id, block.backing.write_unit());
         match block.backing.kind() {
@@ -99,7 +102,7 @@ impl Placement {
                 return Self::Write;
             }
         }
-        let placer = match FilePlacer::new(&block.backing) {
+        let placer = match FilePlacer::new(&block.backing, areas) {
             Ok(placer) => placer,
             Err(error) => {
                 let why = crate::error::chain(&error);
@@ -116,10 +119,11 @@ impl Placement {
         };
         report.uses(Placing::Pages);
         if huge_page <= PAGE_SIZE {
-            let large = LargePages::of_block(block, huge_pages, supply).unwrap_or_else(|why| {
-                report.limited(why);
-                None
-            });
+            let large =
+                LargePages::of_block(block, huge_pages, supply, areas).unwrap_or_else(|why| {
+                    report.limited(why);
+                    None
+                });
             if large.is_some() {
                 report.uses(Placing::HugePages);
             }
@@ -162,8 +166,10 @@ impl Placement {
 
     /// Pages of this range were punched. Their large page may have kept them.
     pub fn freed(&self, range: PageRange) {
-        if let Self::Map(_, Some(large)) = self {
-            large.freed(range);
+        match self {
+            Self::Map(_, Some(large)) => large.freed(range),
+            Self::SmallPages(small_pages) => small_pages.freed(range),
+            Self::Write | Self::Map(_, None) => {}
         }
     }
 
@@ -177,7 +183,7 @@ impl Placement {
         gone: &[&MappedBitmap],
     ) -> Result<(), BackingError> {
         match self {
-            Self::SmallPages(small_pages) => small_pages.settle(backing, filled, gone),
+            Self::SmallPages(small_pages) => small_pages.settle(memory, backing, filled, gone),
             Self::Map(_, Some(large)) => large.settle(memory, backing, filled, gone),
             Self::Write | Self::Map(_, None) => Ok(()),
         }
@@ -189,6 +195,7 @@ impl LargePages {
     /// smaller than a large page needs none.
     fn of_block(
         block: &Block, huge_pages: HugePageUse, supply: &Arc<HugePageSupply>,
+        areas: &Arc<MappedAreas>,
     ) -> Result<Option<Self>, String> {
         let id = block.geometry.id;
         match huge_pages {
@@ -196,7 +203,7 @@ impl LargePages {
             HugePageUse::NotKnown(why) => return Err(why.into()),
             HugePageUse::Never => return Err(NEVER.into()),
         }
-        let large = Self::new(&block.backing, supply);
+        let large = Self::new(&block.backing, supply, areas);
         let large =
             large.map_err(|error| format!("block {id}: {}", crate::error::chain(&error)))?;
         if large.is_none() && block.backing.length() >= LARGE {

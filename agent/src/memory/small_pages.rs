@@ -18,7 +18,9 @@
 
 use super::backing::{Backing, BackingError};
 use super::file_placer::FilePlacer;
+use super::guest_memory::GuestMemory;
 use super::unsettled::Unsettled;
+use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 
 /// If this many bytes at the start of a huge page arrive at once, the rest probably arrives, too.
@@ -31,8 +33,10 @@ pub struct SmallPages {
     length: u64,
     /// How many bytes a write into a hole would allocate.
     huge_page: u64,
-    /// The open huge pages.
+    /// The open huge pages, and those of which a part was freed.
     opened: Unsettled,
+    /// All huge pages that were opened.
+    huge: MappedBitmap,
     /// Huge pages may be opened.
     may_open: bool,
 }
@@ -49,7 +53,8 @@ impl SmallPages {
         let into_first = backing.file_offset(0) % huge_page;
         let huge_pages = (into_first + backing.length()).div_ceil(huge_page);
         let opened = Unsettled::new(MappedBitmap::private(huge_pages)?, huge_page, into_first);
-        Ok(Self { placer, length: backing.length(), huge_page, opened, may_open })
+        let (huge, length) = (MappedBitmap::private(huge_pages)?, backing.length());
+        Ok(Self { placer, length, huge_page, opened, huge, may_open })
     }
 
     /// Places `bytes`, whole pages, at byte `at` of the block.
@@ -86,19 +91,31 @@ impl SmallPages {
         let opens = begins && length >= DENSE.min(self.huge_page as usize) && end <= self.length;
         if opens {
             self.opened.add(number);
+            self.huge.set(PageRange::new(number, 1));
         }
         opens
     }
 
-    /// Punches the pages of open huge pages that did not arrive, and closes all huge pages: see
+    /// Pages of this range were freed.
+    pub fn freed(&self, range: PageRange) {
+        self.opened.add_of(range, |number| self.huge.contains(number));
+    }
+
+    /// Punches the pages of open huge pages that did not arrive, and closes all huge pages. A huge
+    /// page of which the kernel keeps a freed part is replaced by single pages: see
     /// [`Unsettled::settle`].
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn settle(
-        &self, backing: &Backing, filled: &MappedBitmap, gone: &[&MappedBitmap],
+        &self, memory: &GuestMemory, backing: &Backing, filled: &MappedBitmap,
+        gone: &[&MappedBitmap],
     ) -> Result<(), BackingError> {
-        self.opened.settle(backing, filled, gone).map(drop)
+        let place = |at, bytes: &[u8]| self.placer.place(backing, at, bytes);
+        for number in self.opened.settle(memory, backing, filled, gone, place)? {
+            self.huge.clear(PageRange::new(number, 1));
+        }
+        Ok(())
     }
 }
 
@@ -106,8 +123,9 @@ impl SmallPages {
 mod tests {
     use super::*;
     use crate::memory::Block;
-    use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE, PageRange};
+    use pageferry_protocol::memory::{BlockGeometry, PAGE_SIZE};
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use std::sync::Arc;
 
     const HUGE: u64 = 2 << 20;
     const PAGES: u64 = HUGE / PAGE_SIZE;
@@ -122,7 +140,7 @@ mod tests {
         let backing = Backing::new(fd, offset, length).unwrap();
         let geometry =
             BlockGeometry { id: 1, name: "ram".into(), gpa: 0, length, granularity: PAGE_SIZE };
-        let placer = FilePlacer::new(&backing).unwrap();
+        let placer = FilePlacer::new(&backing, &Arc::default()).unwrap();
         let small_pages = SmallPages::new(placer, &backing, HUGE, true).unwrap();
         (Block::new(geometry, backing, 0, None).unwrap(), small_pages)
     }
@@ -193,7 +211,9 @@ mod tests {
             }
             let discarded = MappedBitmap::private(block.geometry.pages()).unwrap();
             discarded.set(PageRange::new(first + 3, 2));
-            small_pages.settle(&block.backing, &filled, &[&discarded]).unwrap();
+            small_pages
+                .settle(&GuestMemory::default(), &block.backing, &filled, &[&discarded])
+                .unwrap();
             let expected = [
                 PageRange::new(first, 3),
                 PageRange::new(first + 5, dense - 5),

@@ -144,7 +144,9 @@ pub fn warm_large_pages(folder: &Path, length: u64) {
     let image = Image::new(folder, "large", length);
     let backing = Backing::new(image.file.try_clone().unwrap().into(), 0, length).unwrap();
     let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
-    let Some(large) = LargePages::new(&backing, &Arc::new(supply)).unwrap() else { return };
+    let Some(large) = LargePages::new(&backing, &Arc::new(supply), &Arc::default()).unwrap() else {
+        return;
+    };
     let content = vec![1; LARGE as usize];
     for at in (0..length / LARGE * LARGE).step_by(LARGE as usize) {
         backing.write(at, &content[..4096]).unwrap();
