@@ -64,6 +64,11 @@ impl MappedAreas {
         let flags = flags | reserve | MapFlags::FIXED;
         // SAFETY: the range lies in what was taken above, and nothing else uses that.
         unsafe { mmap(start.cast(), bytes, access, flags, backing.fd(), backing.file_offset(0)) }?;
+        if maps == Maps::Pages {
+            // khugepaged would fill holes. A kernel without huge pages refuses.
+            // SAFETY: this changes how the kernel maps pages of our own mapping, and no content.
+            let _ = unsafe { madvise(start.cast(), bytes, Advice::LinuxNoHugepage) };
+        }
         let area = Arc::new(area);
         let mut areas = lock(&self.areas);
         areas.retain(|other| other.strong_count() > 0);
