@@ -241,8 +241,9 @@ impl Pagemap {
     }
 
     /// Protects all pages, also those that nobody has touched. What was written since the last
-    /// [`Pagemap::scan`] is not reported any more. An entry for 2 MiB that was written, and of which
-    /// the range has only a part, becomes single pages. Where there is no entry, none comes later.
+    /// [`Pagemap::scan`] is not reported any more. An entry for 2 MiB that was written, and of
+    /// which the range has only a part, becomes single pages. Where there is no entry, none comes
+    /// later.
     ///
     /// # Errors
     /// As [`Pagemap::scan`].

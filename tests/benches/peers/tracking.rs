@@ -132,8 +132,8 @@ impl Scan {
     }
 }
 
-/// A thread that writes to every page of 256 MiB in huge pages, or to one of `stride`, as fast as it
-/// can: how much slower it becomes, and how many pages are reported for each that was written.
+/// A thread that writes to every page of 256 MiB in huge pages, or to one of `stride`, as fast as
+/// it can: how much slower it becomes, and how many pages are reported for each that was written.
 fn huge_entries(bench: &Bench, table: &mut Table, period: Duration, stride: u64) {
     let size = GIB / 4 / bench.shrink.min(16);
     let work = &format!(
