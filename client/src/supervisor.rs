@@ -178,8 +178,8 @@ impl<H: Hooks + 'static> Supervisor<H> {
     /// [`Client::reattach_socket`] says. May be called in a hook.
     ///
     /// # Errors
-    /// As [`Client::respawn`] or [`Client::reattach`], or [`Error::AgentLost`] if there is no client
-    /// any more.
+    /// As [`Client::respawn`] or [`Client::reattach`], or [`Error::AgentLost`] if there is no
+    /// client any more.
     pub fn replace_agent(&self) -> Result<(), Error> {
         let reason = "the last client was dropped".to_owned();
         let client = self.shared.client.upgrade().ok_or(Error::AgentLost { reason })?;
