@@ -57,6 +57,7 @@ pub mod stats;
 pub mod systemd;
 pub mod tracking;
 pub mod transport;
+pub mod upgrade;
 pub mod vm_name;
 pub mod waiting;
 

@@ -24,8 +24,9 @@ impl InProcessAgent {
         let (ours, theirs) = UnixStream::pair()?;
         let mut server = Server::new(VmName::default())?;
         server.inherit(theirs.into())?;
-        let thread =
-            std::thread::Builder::new().name("agent".into()).spawn(move || server.run())?;
+        let thread = std::thread::Builder::new()
+            .name("agent".into())
+            .spawn(move || server.run().map(drop))?;
         Ok((Self { thread: Some(thread) }, ours.into()))
     }
 }

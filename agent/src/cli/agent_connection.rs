@@ -66,6 +66,28 @@ impl AgentConnection {
         &self.path
     }
 
+    /// The process that listens on the path. That is systemd, if the agent was activated by it.
+    pub fn listener(&self) -> Option<u32> {
+        let peer = rustix::net::sockopt::socket_peercred(self.socket.as_fd()).ok()?;
+        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
+    }
+
+    /// Waits until the agent closes the connection, however long that takes.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn wait_for_end(mut self) -> Result<(), Box<dyn Error>> {
+        loop {
+            match self.socket.try_recv() {
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    readable(None, self.socket.as_fd(), EVENT_TIMEOUT)?;
+                }
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
     /// Sends a request and waits for its answer.
     ///
     /// # Errors

@@ -33,7 +33,7 @@ pub struct LogWriter {
     dropped: Arc<AtomicU64>,
 }
 
-/// Waits at the end of the process for the last lines.
+/// Waits for the last lines, before the process ends or executes another program.
 pub struct LogEnd(SyncSender<Entry>);
 
 impl LogWriter {
@@ -68,7 +68,7 @@ impl Write for LogWriter {
 
 impl LogEnd {
     /// Waits until all lines so far are written, but at most one second.
-    pub fn finish(self) {
+    pub fn finish(&self) {
         let (written, wait) = sync_channel(1);
         // If the queue is full, the output hangs. Then there is no point in waiting.
         if self.0.try_send(Entry::Finish(written)).is_ok() {

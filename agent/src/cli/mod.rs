@@ -42,6 +42,7 @@ pub mod run_agent;
 pub mod show;
 pub mod show_agent;
 pub mod snapshot;
+pub mod upgrade;
 pub mod watch;
 
 use crate::transport::Address;
@@ -100,6 +101,9 @@ enum Command {
     /// Resume a guest that a job has left paused here (--resume never). With --force: one whose
     /// hand-over was never confirmed.
     Resume(ResumeArgs),
+    /// Have the agent execute its program again, which may be a newer version by now. Its process
+    /// and its socket stay, and its VMM connects again. A job that runs ends first.
+    Upgrade(OperatorArgs),
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]
     Qemu(qemu::QemuCommand),
@@ -254,7 +258,7 @@ where
         log::warn!("a file that reaches its size limit will end this process: {error}");
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent::run(&args, vm_name),
+        Command::Agent(args) => run_agent::run(&args, vm_name, log_end.as_ref()),
         Command::Status(args) => operator::status(&args.operator, args.wait),
         Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
         Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {
@@ -279,6 +283,7 @@ where
         Command::Postcopy(args) => operator::postcopy(&args),
         Command::Recover(args) => operator::recover(&args.operator, args.address.as_deref()),
         Command::Resume(args) => operator::resume(&args.operator, args.force),
+        Command::Upgrade(args) => upgrade::upgrade(&args),
         Command::Qemu(command) => qemu::run(&command),
         Command::Image(command) => image::run(&command),
         Command::Check(args) => check::run(&args),

@@ -4,10 +4,12 @@
 //!
 //! The server listens on a UNIX socket, or on one that systemd has handed over, or serves the
 //! connection that the process inherited as standard input, or both. It ends on SIGINT, SIGTERM or
-//! SIGHUP, and when the inherited connection ends.
+//! SIGHUP, and when the inherited connection ends. On SIGUSR2 the process executes its program
+//! again ([`crate::upgrade`]).
 
 use super::AgentArgs;
 use super::exit::Exit;
+use super::log_writer::LogEnd;
 use super::open_files;
 use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
@@ -15,8 +17,9 @@ use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
+use crate::upgrade::{Program, handed_over};
 use crate::vm_name::VmName;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -85,8 +88,14 @@ fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
 ///
 /// # Errors
 /// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
-pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
-    let (inherited, activated) = match inherited_sockets(args) {
+pub fn run(
+    args: &AgentArgs, vm_name: VmName, log: Option<&LogEnd>,
+) -> Result<Exit, Box<dyn Error>> {
+    let program = Program::of_this_process()?;
+    let handed_over = handed_over()?;
+    // The variables of systemd are about a socket that was taken over before.
+    let sockets = if handed_over.is_some() { Ok((None, None)) } else { inherited_sockets(args) };
+    let (inherited, activated) = match sockets {
         Ok(sockets) => sockets,
         Err(sentence) => {
             eprintln!("pageferry: {sentence}");
@@ -104,7 +113,13 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
         signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
     }
     server.stop_on(signals.into())?;
-    if let Some(path) = &args.socket {
+    let (upgrades, wake) = UnixStream::pair()?;
+    signal_hook::low_level::pipe::register(SIGUSR2, wake)?;
+    server.upgrade_on(upgrades)?;
+    if let Some(handed_over) = handed_over {
+        log::info!("upgraded to version {}", env!("CARGO_PKG_VERSION"));
+        server.listen_again(handed_over, args.socket.as_deref())?;
+    } else if let Some(path) = &args.socket {
         let failed =
             |error| format!("cannot listen on {}: {}", path.display(), crate::error::chain(&error));
         server.listen(path).map_err(failed)?;
@@ -137,6 +152,9 @@ pub fn run(args: &AgentArgs, vm_name: VmName) -> Result<Exit, Box<dyn Error>> {
         notifier.ready();
         server.report_to(notifier);
     }
-    server.run()?;
-    Ok(Exit::Done)
+    let Some(handed_over) = server.run()? else { return Ok(Exit::Done) };
+    // Its paths are bound again by the next program.
+    drop(server);
+    log::info!("executing {}", program.path().display());
+    Err(program.execute(&handed_over, || log.iter().for_each(|log| log.finish())).into())
 }

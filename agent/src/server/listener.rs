@@ -4,6 +4,7 @@
 //! inherited from a service manager.
 
 use crate::transport::unix_path::UnixPathListener;
+use crate::upgrade::HandedOver;
 use rustix::net::SocketFlags;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -22,6 +23,17 @@ impl ControlListener {
     /// Accepts the next connection. Never waits.
     pub(super) fn accept(&self) -> io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(self, SocketFlags::CLOEXEC)?)
+    }
+
+    /// The socket for the program that this process executes next. The path stays.
+    pub(super) fn hand_over(self) -> io::Result<HandedOver> {
+        Ok(match self {
+            Self::Bound(listener) => {
+                let (socket, inode) = listener.leave()?;
+                HandedOver { socket, file: Some(inode) }
+            }
+            Self::Inherited(socket) => HandedOver { socket, file: None },
+        })
     }
 
     /// Makes [`ControlListener::accept`] return at once if there is no connection.

@@ -38,6 +38,7 @@ use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
+use crate::upgrade::HandedOver;
 use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
@@ -45,8 +46,9 @@ use hub::{Hub, HubMemory};
 use listener::ControlListener;
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -58,6 +60,8 @@ const LISTENER: u64 = 0;
 const NOTIFY: u64 = 1;
 /// Token of the signal descriptor.
 const SIGNALS: u64 = 2;
+/// Token of the socket that tells of a request for an upgrade.
+const UPGRADE: u64 = 3;
 /// Token of the first connection; the others follow.
 const FIRST_CONNECTION: u64 = 16;
 /// Most connections at once.
@@ -88,6 +92,10 @@ pub struct Server {
     signals: Option<OwnedFd>,
     /// True once a signal was received, or the inherited connection has ended.
     stopping: bool,
+    /// Readable when the agent is to be upgraded.
+    upgrades: Option<UnixStream>,
+    /// True once the agent is to be upgraded.
+    upgrading: bool,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
     /// Tells the service manager what this process does.
@@ -126,6 +134,8 @@ impl Server {
             inherited: None,
             signals: None,
             stopping: false,
+            upgrades: None,
+            upgrading: false,
             metrics: None,
             notifier: None,
         })
@@ -153,6 +163,21 @@ impl Server {
         self.reactor.add(listener.as_fd(), LISTENER)?;
         self.listener = Some(listener);
         Ok(())
+    }
+
+    /// Listens on the socket that this process had before it was upgraded. It has listened on
+    /// `path`, if that is the agent's own.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn listen_again(&mut self, handed_over: HandedOver, path: Option<&Path>) -> io::Result<()> {
+        let HandedOver { socket, file } = handed_over;
+        self.listen_on(match path.zip(file) {
+            Some((path, file)) => {
+                ControlListener::Bound(UnixPathListener::adopt(socket, path, file))
+            }
+            None => ControlListener::Inherited(socket),
+        })
     }
 
     /// Tells the service manager by `notifier` what this process does, from now on.
@@ -199,18 +224,38 @@ impl Server {
         Ok(())
     }
 
+    /// Ends for an upgrade when `upgrades` becomes readable and no job runs.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn upgrade_on(&mut self, upgrades: UnixStream) -> io::Result<()> {
+        upgrades.set_nonblocking(true)?;
+        self.reactor.add(upgrades.as_fd(), UPGRADE)?;
+        self.upgrades = Some(upgrades);
+        Ok(())
+    }
+
     /// Serves until a signal is received or the inherited connection ends. Before this returns, a
     /// running job is cancelled and undone. A postcopy is completed instead, unless it is paused.
     ///
+    /// Ends also for an upgrade, and then returns the control socket for the next program.
+    ///
     /// # Errors
     /// If the reactor fails.
-    pub fn run(&mut self) -> io::Result<()> {
+    pub fn run(&mut self) -> io::Result<Option<HandedOver>> {
         let outcome = self.serve();
         self.hub.session.stop_and_join();
         self.hub.session.devices().stop();
         self.metrics = None;
         self.end_connections();
-        outcome
+        outcome?;
+        match self.listener.take() {
+            Some(listener) if self.upgrading && !self.stopping => listener.hand_over().map(Some),
+            listener => {
+                self.listener = listener;
+                Ok(None)
+            }
+        }
     }
 
     /// The loop of the reactor's thread.
@@ -222,6 +267,7 @@ impl Server {
                     LISTENER => self.accept(),
                     NOTIFY => self.announce(),
                     SIGNALS => self.stop(),
+                    UPGRADE => self.prepare_upgrade(),
                     token => self.hub.session.connection_hung_up(token),
                 }
             }
@@ -233,7 +279,8 @@ impl Server {
             if is_left && !self.stopping {
                 self.stop();
             }
-            if self.stopping && self.hub.session.lock().is_idle() {
+            let ends = self.stopping || self.upgrading;
+            if ends && self.hub.session.lock().is_idle() {
                 return Ok(());
             }
         }
@@ -251,6 +298,24 @@ impl Server {
         self.hub.session.lock().stop();
         if let Some(notifier) = &self.notifier {
             notifier.stopping();
+        }
+    }
+
+    /// Reacts to a request for an upgrade. A job that runs goes on, and no other is started.
+    fn prepare_upgrade(&mut self) {
+        // However many requests there were.
+        if let Some(upgrades) = &mut self.upgrades {
+            while upgrades.read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
+        }
+        if self.listener.is_none() || self.inherited.is_some() {
+            log::warn!("this agent is not upgraded: it ends with the VMM that has started it");
+            return;
+        }
+        if !std::mem::replace(&mut self.upgrading, true) {
+            let mut session = self.hub.session.lock();
+            session.prepare_upgrade();
+            let waits = if session.is_idle() { "" } else { " when its job has ended" };
+            log::info!("the agent is upgraded{waits}");
         }
     }
 

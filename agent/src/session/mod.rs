@@ -77,8 +77,8 @@ pub struct Session {
     /// The devices of the agent, for its jobs.
     devices: Arc<Devices>,
     vhost_user: vhost_user::Features,
-    /// True once the agent is ending.
-    stopping: bool,
+    /// Why no job is started any more, once that is so.
+    refuses_jobs: Option<&'static str>,
     /// True while a thread waits for the VMM to resume the guest for an operator.
     resuming: bool,
     /// True if a job before the last one has left the guest paused here.
@@ -126,7 +126,7 @@ impl Session {
             notify,
             devices,
             vhost_user: vhost_user::Features::default(),
-            stopping: false,
+            refuses_jobs: None,
             resuming: false,
             left_paused: false,
             retired: Vec::new(),
@@ -193,7 +193,7 @@ impl Session {
             previous: before,
             jobs: self.jobs,
             totals: self.totals,
-            stopping: self.stopping,
+            refuses_jobs: self.refuses_jobs,
             ..Self::new(self.notify.clone(), self.vm_name.clone(), self.devices.clone())
         };
         next.job_changed();
@@ -243,14 +243,12 @@ impl Session {
         jobs.find(|job| job.phase() == Phase::PostcopyPaused).cloned()
     }
 
-    /// Refuses to start a job while the agent is ending, or while it still has the guest of the
-    /// previous VMM. A new job would replace that VMM's job, which could not be recovered any more.
+    /// Refuses to start a job while the agent is ending or is to be upgraded, or while it still has
+    /// the guest of the previous VMM. A new job would replace that VMM's job, which could not be
+    /// recovered any more.
     fn check_takes_jobs(&self) -> Result<(), RemoteError> {
-        if self.stopping {
-            return Err(RemoteError::new(
-                ErrorCode::Busy,
-                "the agent is ending, and starts no job any more",
-            ));
+        if let Some(why) = self.refuses_jobs {
+            return Err(RemoteError::new(ErrorCode::Busy, why));
         }
         // A cancelled job ends by itself, and nobody recovers it.
         if let Some(job) = self.previous.job().filter(|job| !job.cancel.is_cancelled()) {
@@ -340,9 +338,16 @@ impl Session {
         }
     }
 
+    /// Refuses later jobs. The one that runs goes on.
+    pub fn prepare_upgrade(&mut self) {
+        let why = "the agent is to be upgraded, and starts no job before that: try again in a \
+                   moment";
+        self.refuses_jobs.get_or_insert(why);
+    }
+
     /// Cancels the job, and refuses later ones.
     pub fn stop(&mut self) {
-        self.stopping = true;
+        self.refuses_jobs = Some("the agent is ending, and starts no job any more");
         if let Some(job) = self.running() {
             let _ = job.cancel.cancel(CancelledBy::AgentEnds);
         }

@@ -108,9 +108,11 @@ pub struct UnixPathListener {
 
 /// Identifies a file among all files that exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Inode {
-    device: u64,
-    number: u64,
+pub struct Inode {
+    /// The device of its file system.
+    pub device: u64,
+    /// Its number there.
+    pub number: u64,
 }
 
 impl Inode {
@@ -188,6 +190,23 @@ impl UnixPathListener {
     }
 }
 
+impl UnixPathListener {
+    /// A socket that listens on `path` already, whose file is `inode`.
+    pub fn adopt(socket: OwnedFd, path: &Path, inode: Inode) -> Self {
+        Self { socket, path: path.to_owned(), inode }
+    }
+
+    /// The socket, and the file at its path, which now stays. For [`UnixPathListener::adopt`].
+    ///
+    /// # Errors
+    /// If the kernel has no descriptor left. Then the path is removed.
+    pub fn leave(mut self) -> io::Result<(OwnedFd, Inode)> {
+        let socket = self.socket.try_clone()?;
+        self.path = PathBuf::new();
+        Ok((socket, self.inode))
+    }
+}
+
 impl AsFd for UnixPathListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -196,6 +215,9 @@ impl AsFd for UnixPathListener {
 
 impl Drop for UnixPathListener {
     fn drop(&mut self) {
+        if self.path.as_os_str().is_empty() {
+            return;
+        }
         // The socket is still open, so no other agent takes it for stale. The lock keeps this check
         // and the removal apart from another agent's check, removal and bind.
         let lock = lock(folder_of(&self.path), Instant::now() + END_TIMEOUT);

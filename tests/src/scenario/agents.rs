@@ -31,7 +31,7 @@ impl Listening {
         server.listen(&path).unwrap();
         let (stopped, stop) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         server.stop_on(stopped).unwrap();
-        let thread = std::thread::spawn(move || server.run().unwrap());
+        let thread = std::thread::spawn(move || drop(server.run().unwrap()));
         Self { path, stop, thread: Some(thread), _folder: folder }
     }
 

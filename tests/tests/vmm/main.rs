@@ -7,7 +7,8 @@
 //! - [`embed_example`]: the example of a VMM that embeds the client;
 //! - [`run_state`]: a guest that its operator has paused stays paused, wherever it goes;
 //! - [`spawned_agent`]: an agent that the VMM starts;
-//! - [`supervisor`]: lost agents that are replaced without the VMM;
+//! - [`supervisor`]: lost agents that are replaced without the VMM; [`upgrade`]: agents that are
+//!   upgraded;
 //! - [`page_stream`]: a page stream that the VMMs carry over their own transport.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
@@ -17,3 +18,4 @@ mod page_stream;
 mod run_state;
 mod spawned_agent;
 mod supervisor;
+mod upgrade;

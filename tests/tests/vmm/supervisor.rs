@@ -20,14 +20,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-const PAGES: u64 = 100;
+pub const PAGES: u64 = 100;
 
 /// A bandwidth at which no job here ends by itself.
-const SLOW: u64 = 64 << 10;
+pub const SLOW: u64 = 64 << 10;
 
 /// A VMM whose agents are supervised. Fields drop in order.
-struct Supervised {
-    attached: Attached,
+pub struct Supervised {
+    pub attached: Attached,
     supervisor: Supervisor<ScriptedHooks>,
 }
 
@@ -49,7 +49,7 @@ impl Supervised {
     }
 
     /// The agent listens at this path.
-    fn connected(ram: Ram, path: &Path) -> Self {
+    pub fn connected(ram: Ram, path: &Path) -> Self {
         let vmm = ScriptedVmm::new();
         let hooks = ScriptedHooks(Arc::clone(&vmm));
         Self::of(ram, vmm, Supervisor::connect(path, config(), hooks).unwrap())
@@ -70,12 +70,12 @@ impl Supervised {
         killed
     }
 
-    fn agents_attached(&self) -> u64 {
+    pub fn agents_attached(&self) -> u64 {
         lock(&self.attached.vmm.asked).attached
     }
 
     /// Waits until this many agents were attached after the first, and the last one answers.
-    fn wait_for_agent(&self, attached: u64) {
+    pub fn wait_for_agent(&self, attached: u64) {
         wait_until("the next agent", SOON, || self.agents_attached() == attached).unwrap();
         self.attached.client.status().unwrap();
     }
@@ -92,7 +92,7 @@ impl Supervised {
     }
 
     /// Drops the client and waits for the end of the hooks.
-    fn end(self) {
+    pub fn end(self) {
         let vmm = Arc::clone(&self.attached.vmm);
         drop(self.attached);
         let hooks = self.supervisor.join();
@@ -100,7 +100,7 @@ impl Supervised {
     }
 }
 
-fn pid(process: u32) -> Pid {
+pub fn pid(process: u32) -> Pid {
     Pid::from_raw(process as i32).unwrap()
 }
 

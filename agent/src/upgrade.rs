@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! An agent that is upgraded: its process executes the program at its path again, which may be a
+//! newer one by now.
+//!
+//! The process stays, and with it its id: a service manager sees no end, and a VMM has no second
+//! agent beside the first ([`one-owner`](crate::invariants#one-owner)). The control socket stays
+//! open, so who connects meanwhile waits in its queue. All else ends as when an agent ends, and
+//! begins as when it starts, with the same arguments.
+//!
+//! The program that is executed finds the socket by a variable, which names the process: a program
+//! that inherits the variable has no such socket.
+#![allow(unsafe_code)]
+
+use crate::systemd::descriptor::duplicate;
+use crate::transport::unix_path::Inode;
+use crate::transport::unix_socket::not_listening;
+use rustix::io::{FdFlags, fcntl_setfd};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// The variable: the process, the descriptor, and the device and number of the socket's path, or
+/// zeroes if the path is somebody else's.
+const VARIABLE: &str = "PAGEFERRY_CONTROL_SOCKET";
+
+/// The control socket of an agent that is upgraded.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// The socket. It listens.
+    pub socket: OwnedFd,
+    /// The file at its path, if this agent has made it and is to remove it.
+    pub file: Option<Inode>,
+}
+
+/// Why the socket cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum HandOverError {
+    /// The variable is of another program.
+    #[error("{VARIABLE} is {0:?}, expected is what an agent sets that is upgraded")]
+    Malformed(String),
+    /// The descriptor is something else.
+    #[error("{VARIABLE} names descriptor {number}, which is {found}")]
+    NotListening {
+        /// The descriptor.
+        number: RawFd,
+        /// What it is.
+        found: String,
+    },
+}
+
+/// The socket that this process had before it executed this program, if there is one.
+///
+/// # Errors
+/// If the variable is malformed, or its descriptor is no socket that listens.
+pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
+    let Some(value) = std::env::var_os(VARIABLE) else { return Ok(None) };
+    let malformed = || HandOverError::Malformed(value.to_string_lossy().into_owned());
+    let numbers: Option<Vec<u64>> = value
+        .to_str()
+        .map(|text| text.split(':').map_while(|number| number.parse().ok()).collect());
+    let [process, number, device, inode] = numbers.unwrap_or_default()[..] else {
+        return Err(malformed());
+    };
+    if process != u64::from(std::process::id()) {
+        return Ok(None);
+    }
+    let number = RawFd::try_from(number).map_err(|_| malformed())?;
+    let not_listening_here = |found: String| HandOverError::NotListening { number, found };
+    let socket = duplicate(number).map_err(|error| not_listening_here(error.to_string()))?;
+    if let Some(found) = not_listening(&socket) {
+        return Err(not_listening_here(found.to_owned()));
+    }
+    let file = (inode != 0).then_some(Inode { device, number: inode });
+    Ok(Some(HandedOver { socket, file }))
+}
+
+/// A program and its arguments.
+#[derive(Debug)]
+pub struct Program {
+    path: PathBuf,
+    arguments: Vec<OsString>,
+}
+
+impl Program {
+    /// The program of this process. To be called before its file can be replaced: later, the kernel
+    /// tells no path any more.
+    ///
+    /// # Errors
+    /// If the kernel does not tell its path.
+    pub fn of_this_process() -> io::Result<Self> {
+        let arguments = std::env::args_os().skip(1).collect();
+        let mut path = std::env::current_exe()?;
+        // The kernel's mark of a program whose file is gone. Another may be put there.
+        let marked = path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
+        if let Some(file) = marked.filter(|_| !path.exists()) {
+            path = OsStr::from_bytes(file).into();
+        }
+        Ok(Self { path, arguments })
+    }
+
+    /// Its file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Executes the program in this process, which gets the socket. If that fails, executes the
+    /// program that runs now once more: an agent with a listening socket goes on in any case.
+    /// Returns only if that fails, too.
+    /// `write_log` waits until the log is written.
+    pub fn execute(&self, handed_over: &HandedOver, write_log: impl Fn()) -> io::Error {
+        let HandedOver { socket, file } = handed_over;
+        if let Err(errno) = fcntl_setfd(socket, FdFlags::empty()) {
+            return errno.into();
+        }
+        // A handler ends with its program. Another request must not end the process until the next
+        // program has its own: what is ignored stays ignored.
+        // SAFETY: this replaces the handler, which is no code of this thread, by none.
+        unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+        let (device, inode) = file.map_or((0, 0), |file| (file.device, file.number));
+        let process = std::process::id();
+        let value = format!("{process}:{}:{device}:{inode}", socket.as_raw_fd());
+        let execute =
+            |path: &Path| Command::new(path).args(&self.arguments).env(VARIABLE, &value).exec();
+        write_log();
+        let error = execute(&self.path);
+        log::error!("cannot execute {}: {error}; this version goes on", self.path.display());
+        write_log();
+        execute(Path::new("/proc/self/exe"))
+    }
+}
