@@ -82,6 +82,7 @@ fn migrate(job: &Arc<OutgoingJob>, target: Target, choice: &TrackerChoice) -> Re
     // Before the destination hears of it.
     check_throttle(job)?;
     let streams = connect::connect(job, target, session)?;
+    log::info!("job {}: sends by {} streams", job.id, streams.senders.len());
     let mut migration = Migration::new(job, session, address, streams, choice)?;
     let outcome = migration.move_guest();
     migration.clean_up();
