@@ -135,6 +135,7 @@ impl LargePages {
         &self, memory: &GuestMemory, backing: &Backing, filled: &MappedBitmap,
         gone: &[&MappedBitmap],
     ) -> Result<(), BackingError> {
+        self.area.unmap_all();
         let write = |at, bytes: &[u8]| backing.write(at, bytes);
         for piece in self.unsettled.settle(memory, backing, filled, gone, write)? {
             self.large.clear(PageRange::new(piece, 1));

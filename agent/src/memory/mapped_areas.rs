@@ -84,7 +84,7 @@ impl MappedAreas {
         // Dropped without the lock: the last of an area unmaps it.
         let areas: Vec<_> = lock(&self.areas).iter().filter_map(Weak::upgrade).collect();
         for area in areas {
-            area.unmap(area.pieces.all());
+            area.unmap_all();
         }
     }
 }
@@ -139,6 +139,14 @@ impl MappedArea {
             }
             Maps::Pieces => self.all.add(new * PIECE),
         }
+    }
+
+    /// Unmaps all.
+    ///
+    /// While the kernel unmaps a large page, it has a reference to it, and nobody can free a part
+    /// of it. So this comes before the last look at what could not be freed.
+    pub fn unmap_all(&self) {
+        self.unmap(self.pieces.all());
     }
 
     /// Unmaps pieces of `range`. Returns their number.

@@ -75,6 +75,10 @@ impl Unsettled {
                 .extend(runs_of_word(word * WORD_BITS, bits).flat_map(|run| run.first..run.end()));
         });
         for number in numbers {
+            // While one thread frees a part of a large page, the kernel has a reference to it, and
+            // another thread cannot free a part. So the VMM gives nothing back meanwhile. What it
+            // gives back later is freed, since no other thread is at this page any more.
+            let _giving_back = memory.giving_back();
             let all = self.pages_of(number, backing);
             let mut is_kept = false;
             let mut punch = |run| -> Result<(), BackingError> {
@@ -91,8 +95,6 @@ impl Unsettled {
                 rest = PageRange::new(next, rest.end() - next);
             }
             if is_kept {
-                // The VMM gives nothing back between the read and the writes.
-                let _giving_back = memory.giving_back();
                 replace(backing, all, filled, &place)?;
                 replaced.push(number);
             }

@@ -119,7 +119,7 @@ fn an_operator_who_wants_no_huge_pages_reads_that_there_are_none() {
     let moved = source.run("migrate", &["--to", &address, "--huge-pages", "auto"]);
     assert!(moved.status.success(), "{moved:?}");
     assert!(listening.wait_with_output().unwrap().status.success());
-    let why = "the options of the job want no huge pages";
+    let why = "no huge pages: the job was told to make none";
     let object = destination.json("status");
     assert_eq!(object["placing"], "pages", "{object}");
     assert_eq!(object["placing_reason"], why);
