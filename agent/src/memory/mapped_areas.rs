@@ -131,11 +131,12 @@ impl MappedArea {
         match self.maps {
             Maps::Pages => self.all.add(length),
             Maps::Pieces if end.is_multiple_of(PIECE) => {
-                // A stream that places in order does not come back. Other pieces count.
-                let unmapped = self.unmap(touched);
-                let mapped = |mapped: u64| Some(mapped.saturating_sub((unmapped - new) * PIECE));
+                // A stream that places in order does not come back. What is new here was not
+                // counted yet, and another thread may have unmapped it already.
+                let counted = self.unmap(touched).saturating_sub(new) * PIECE;
+                let less = |mapped: u64| Some(mapped.saturating_sub(counted));
                 let all = &self.all.mapped;
-                let _ = all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, mapped);
+                let _ = all.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
             }
             Maps::Pieces => self.all.add(new * PIECE),
         }
@@ -229,5 +230,27 @@ mod tests {
         area.note(37 * PIECE, 4096);
         assert!(area.mapped().is_empty());
         assert_eq!(all.mapped.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn threads_unmap_each_others_pieces() {
+        let all = Arc::default();
+        let (one, other) =
+            (area(&all, 40 * PIECE, Maps::Pieces), area(&all, 40 * PIECE, Maps::Pages));
+        std::thread::scope(|scope| {
+            for thread in 0..3 {
+                let (one, other) = (&one, &other);
+                scope.spawn(move || {
+                    for round in 0..3000 {
+                        one.note((round * 7 + thread) % 40 * PIECE, PIECE);
+                        one.note((round * 5 + thread) % 40 * PIECE, 4096);
+                        other.note(round % 40 * PIECE, PIECE);
+                    }
+                });
+            }
+        });
+        one.note(PIECE, MAX_MAPPED);
+        other.note(PIECE, MAX_MAPPED);
+        assert!(one.mapped().is_empty() && other.mapped().is_empty());
     }
 }
