@@ -117,13 +117,7 @@ impl LargePages {
 
     /// Pages of this range were freed.
     pub fn freed(&self, range: PageRange) {
-        let first = range.offset() / LARGE;
-        let end = (range.end() * PAGE_SIZE).div_ceil(LARGE).min(self.large.pages());
-        for piece in first..end {
-            if self.large.contains(piece) {
-                self.unsettled.add(piece);
-            }
-        }
+        self.unsettled.add_of(range, |piece| self.is_large(piece * LARGE));
     }
 
     /// Frees the pages of large pages that did not arrive, or were freed. A large page of which the
