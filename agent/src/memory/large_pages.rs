@@ -20,7 +20,7 @@ use super::guest_memory::GuestMemory;
 use super::huge_page_supply::HugePageSupply;
 use super::mapped_areas::{MappedArea, MappedAreas, Maps};
 use super::unsettled::Unsettled;
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappedBitmap;
 use rustix::io::Errno;
 use std::io;
@@ -143,6 +143,7 @@ mod tests {
     use super::*;
     use crate::memory::spare_memory::SpareMemory;
     use crate::memory::test_support::memfd;
+    use pageferry_protocol::memory::PAGE_SIZE;
     use rustix::pipe::{SpliceFlags, pipe, splice};
     use std::os::fd::OwnedFd;
 
