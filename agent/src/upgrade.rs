@@ -41,7 +41,7 @@ pub struct HandedOver {
 #[derive(Debug, thiserror::Error)]
 pub enum HandOverError {
     /// The variable is of another program.
-    #[error("{VARIABLE} is {0:?}, expected is what an agent sets that is upgraded")]
+    #[error("{VARIABLE} is {0:?}, expected are four numbers: process:descriptor:device:inode")]
     Malformed(String),
     /// The descriptor is something else.
     #[error("{VARIABLE} names descriptor {number}, which is {found}")]
@@ -60,12 +60,8 @@ pub enum HandOverError {
 pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
     let Some(value) = std::env::var_os(VARIABLE) else { return Ok(None) };
     let malformed = || HandOverError::Malformed(value.to_string_lossy().into_owned());
-    let numbers: Option<Vec<u64>> = value
-        .to_str()
-        .map(|text| text.split(':').map_while(|number| number.parse().ok()).collect());
-    let [process, number, device, inode] = numbers.unwrap_or_default()[..] else {
-        return Err(malformed());
-    };
+    let [process, number, device, inode] =
+        value.to_str().and_then(numbers).ok_or_else(malformed)?;
     if process != u64::from(std::process::id()) {
         return Ok(None);
     }
@@ -77,6 +73,18 @@ pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
     }
     let file = (inode != 0).then_some(Inode { device, number: inode });
     Ok(Some(HandedOver { socket, file }))
+}
+
+/// Ignores SIGUSR2 from now on, which would end a process without a handler.
+pub fn ignore_requests() {
+    // SAFETY: this replaces the handler of the signal by none. No memory is touched.
+    unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+}
+
+/// The four numbers of the variable.
+fn numbers(text: &str) -> Option<[u64; 4]> {
+    let numbers: Result<Vec<u64>, _> = text.split(':').map(str::parse).collect();
+    numbers.ok()?.try_into().ok()
 }
 
 /// A program and its arguments.
@@ -119,8 +127,7 @@ impl Program {
         }
         // A handler ends with its program. Another request must not end the process until the next
         // program has its own: what is ignored stays ignored.
-        // SAFETY: this replaces the handler, which is no code of this thread, by none.
-        unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+        ignore_requests();
         let (device, inode) = file.map_or((0, 0), |file| (file.device, file.number));
         let process = std::process::id();
         let value = format!("{process}:{}:{device}:{inode}", socket.as_raw_fd());
@@ -131,5 +138,18 @@ impl Program {
         log::error!("cannot execute {}: {error}; this version goes on", self.path.display());
         write_log();
         execute(Path::new("/proc/self/exe"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn four_numbers_and_nothing_else_are_a_socket() {
+        assert_eq!(numbers("42:7:2049:131"), Some([42, 7, 2049, 131]));
+        for text in ["", "1:2:3", "1:2:3:4:5", "1:2:3:x", "1:2:3:", "1:-2:3:4", " 1:2:3:4"] {
+            assert_eq!(numbers(text), None, "{text:?}");
+        }
     }
 }

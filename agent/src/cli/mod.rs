@@ -41,6 +41,7 @@ pub mod qemu;
 pub mod run_agent;
 pub mod show;
 pub mod show_agent;
+pub mod signals;
 pub mod snapshot;
 pub mod upgrade;
 pub mod watch;

@@ -11,26 +11,19 @@ use super::AgentArgs;
 use super::exit::Exit;
 use super::log_writer::LogEnd;
 use super::open_files;
+use super::signals::{self, Disposition};
 use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
-use crate::upgrade::{Program, handed_over};
+use crate::upgrade::{self, Program, handed_over};
 use crate::vm_name::VmName;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-
-/// True if this process was started with `signal` ignored, as `nohup` does with SIGHUP.
-fn is_ignored(signal: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    ignored >> (signal - 1) & 1 == 1
-}
 
 /// The connection to the VMM that this process has inherited as its standard input.
 fn inherited() -> Result<OwnedFd, String> {
@@ -109,13 +102,20 @@ pub fn run(
     let mut server = Server::new(vm_name)?;
     let (signals, wake) = UnixStream::pair()?;
     let ends = [SIGINT, SIGTERM, SIGHUP];
-    for signal in ends.into_iter().filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP)) {
+    // As `nohup` starts it.
+    let ignores_hangup = signals::is(Disposition::Ignored, SIGHUP, "self");
+    for signal in ends.into_iter().filter(|signal| *signal != SIGHUP || !ignores_hangup) {
         signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
     }
     server.stop_on(signals.into())?;
-    let (upgrades, wake) = UnixStream::pair()?;
-    signal_hook::low_level::pipe::register(SIGUSR2, wake)?;
-    server.upgrade_on(upgrades)?;
+    if args.stdin {
+        // It is a part of its VMM, which starts the next one.
+        upgrade::ignore_requests();
+    } else {
+        let (upgrades, wake) = UnixStream::pair()?;
+        signal_hook::low_level::pipe::register(SIGUSR2, wake)?;
+        server.upgrade_on(upgrades)?;
+    }
     if let Some(handed_over) = handed_over {
         log::info!("upgraded to version {}", env!("CARGO_PKG_VERSION"));
         server.listen_again(handed_over, args.socket.as_deref())?;

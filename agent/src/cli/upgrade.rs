@@ -5,6 +5,7 @@
 use super::OperatorArgs;
 use super::agent_connection::AgentConnection;
 use super::exit::Exit;
+use super::signals::{self, Disposition};
 use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
@@ -13,20 +14,6 @@ use serde_json::json;
 use signal_hook::consts::SIGUSR2;
 use std::error::Error;
 use std::io::{Write, stdout};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
-
-/// How long the command waits for the agent to answer again.
-const TIMEOUT: Duration = Duration::from_secs(20);
-const RETRY: Duration = Duration::from_millis(20);
-
-/// True if the process has a handler for SIGUSR2. The signal would end any other.
-fn takes_signal(process: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
-    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    let caught = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    caught >> (SIGUSR2 - 1) & 1 == 1
-}
 
 /// `pageferry upgrade`
 ///
@@ -41,10 +28,12 @@ pub fn upgrade(args: &OperatorArgs) -> Result<Exit, Box<dyn Error>> {
     let pid = i32::try_from(process).ok().and_then(Pid::from_raw).ok_or("no such process")?;
     // It stays the same process also if that ends now and its number is used again.
     let agent_process = pidfd_open(pid, PidfdFlags::empty())?;
-    if !takes_signal(process) {
+    // The signal would end a process without a handler.
+    if !signals::is(Disposition::Caught, SIGUSR2, process) {
         return Err(format!(
-            "{path} belongs to process {process}, which takes no SIGUSR2: it is systemd (use \
-             systemctl kill --signal=SIGUSR2), or an agent that cannot be upgraded"
+            "the agent on {path} cannot be upgraded so: process {process}, which listens there, \
+             has no handler for SIGUSR2; if it is systemd, use systemctl reload; if it is an agent \
+             with --stdin, its VMM starts the next one"
         )
         .into());
     }
@@ -57,16 +46,9 @@ pub fn upgrade(args: &OperatorArgs) -> Result<Exit, Box<dyn Error>> {
     }
     pidfd_send_signal(&agent_process, Signal::USR2)?;
     agent.wait_for_end()?;
-    let deadline = Instant::now() + TIMEOUT;
-    let after = loop {
-        let asked = AgentConnection::open(&args.socket)
-            .and_then(|mut agent| agent.ask(&Request::QueryAgent, AgentInfo::decode));
-        match asked {
-            Ok(after) => break after,
-            Err(error) if Instant::now() > deadline => return Err(error),
-            Err(_) => sleep(RETRY),
-        }
-    };
+    // The socket listens all the time: this waits in its queue until the next program accepts.
+    let mut agent = AgentConnection::open(&args.socket)?;
+    let after = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
     if args.json {
         let (version, before) = (&after.version, &before.version);
         let object = json!({ "version": version, "version_before": before, "pid": after.pid });

@@ -224,7 +224,8 @@ impl Server {
         Ok(())
     }
 
-    /// Ends for an upgrade when `upgrades` becomes readable and no job runs.
+    /// Ends for an upgrade when `upgrades` becomes readable and no job runs. For a server that
+    /// listens.
     ///
     /// # Errors
     /// If the kernel refuses.
@@ -306,10 +307,6 @@ impl Server {
         // However many requests there were.
         if let Some(upgrades) = &mut self.upgrades {
             while upgrades.read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
-        }
-        if self.listener.is_none() || self.inherited.is_some() {
-            log::warn!("this agent is not upgraded: it ends with the VMM that has started it");
-            return;
         }
         if !std::mem::replace(&mut self.upgrading, true) {
             let mut session = self.hub.session.lock();

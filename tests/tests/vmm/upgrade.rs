@@ -3,14 +3,18 @@
 //! Agents that are upgraded: the process executes its program again, and the guest does not notice.
 
 use super::supervisor::{PAGES, SLOW, Supervised, pid};
-use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, Punch, Supervisor};
+use pageferry_client::{
+    IncomingOptions, OutgoingOptions, Ownership, Phase, Punch, Supervisor, Target,
+};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, Process, program};
-use pageferry_tests::scenario::{Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, moves_to};
+use pageferry_tests::scenario::{
+    Listening, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, moves_to,
+};
 use rustix::process::{Signal, kill_process};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::{Command, Output};
-use std::time::Duration;
 
 fn agent(folder: &tempfile::TempDir) -> AgentProcess {
     AgentProcess::spawn(program(), folder.path(), "agent").unwrap()
@@ -26,6 +30,12 @@ fn upgrade(agent: &AgentProcess) -> Command {
     command
 }
 
+/// A VMM that has connected to this agent.
+fn served(service: AgentProcess) -> (AgentProcess, Supervised) {
+    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
+    (service, source)
+}
+
 #[track_caller]
 fn done(output: &Output) -> serde_json::Value {
     assert!(output.status.success(), "{output:?}");
@@ -35,9 +45,8 @@ fn done(output: &Output) -> serde_json::Value {
 #[test]
 fn the_process_and_the_socket_stay_and_the_guest_moves_on() {
     let folder = tempfile::tempdir().unwrap();
-    let mut service = agent(&folder);
+    let (mut service, source) = served(agent(&folder));
     let (process, socket) = (service.process().id(), std::fs::metadata(service.socket()).unwrap());
-    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
     for attached in 1..4 {
         let said = done(&upgrade(&service).output().unwrap());
         assert_eq!(said["pid"], process);
@@ -65,8 +74,7 @@ fn the_process_and_the_socket_stay_and_the_guest_moves_on() {
 #[test]
 fn a_job_ends_first_and_no_other_begins() {
     let folder = tempfile::tempdir().unwrap();
-    let service = agent(&folder);
-    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
+    let (service, source) = served(agent(&folder));
     let destination = Side::new(Ram::odd(PAGES));
     let path = folder.path().join("guest");
     destination.listen(&path, &IncomingOptions::default());
@@ -97,8 +105,7 @@ fn an_agent_whose_program_is_gone_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("program");
     std::fs::copy(program(), &copy).unwrap();
-    let mut service = AgentProcess::spawn(&copy, folder.path(), "agent").unwrap();
-    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
+    let (mut service, source) = served(AgentProcess::spawn(&copy, folder.path(), "agent").unwrap());
     std::fs::remove_file(&copy).unwrap();
     request(&mut service);
     source.wait_for_agent(1);
@@ -117,37 +124,64 @@ fn an_agent_whose_program_is_gone_goes_on() {
 #[test]
 fn however_many_requests_come_the_agent_lives() {
     let folder = tempfile::tempdir().unwrap();
-    let mut service = agent(&folder);
-    let source = Supervised::connected(Ram::odd(PAGES).stamped(), service.socket());
-    for _ in 0..300 {
-        request(&mut service);
-        std::thread::sleep(Duration::from_millis(2));
+    let (mut service, source) = served(agent(&folder));
+    let upgrades = |service: &mut AgentProcess| {
+        let lines = service.process().lines();
+        lines.iter().filter(|line| line.contains("upgraded to version")).count()
+    };
+    for _ in 0..3 {
+        let (before, attached) = (upgrades(&mut service), source.agents_attached());
+        // As many as fit while it ends, executes and starts.
+        while upgrades(&mut service) == before {
+            request(&mut service);
+        }
+        wait_until("the next agent", SOON, || source.agents_attached() > attached).unwrap();
     }
-    let answers = || source.attached.client.status().is_ok();
-    wait_until("the agent to answer", SOON, answers).unwrap();
-    assert!(!service.process().has_ended());
     let destination = Side::new(Ram::odd(PAGES));
-    wait_until("the last upgrade", SOON, || {
-        let before = source.agents_attached();
-        std::thread::sleep(Duration::from_millis(300));
-        before == source.agents_attached() && answers()
+    let path = folder.path().join("guest");
+    destination.listen(&path, &IncomingOptions::default());
+    // The last of them may still be under way. A job that has begun ends first.
+    wait_until("the guest to leave", SOON, || {
+        let target = Target::Address(format!("unix:{}", path.display()));
+        let started = source.attached.client.start_outgoing(target, &OutgoingOptions::default());
+        let _ = started.and_then(|started| source.attached.client.wait(started.job, SOON));
+        source.attached.client.ownership() == Ownership::Gone
     })
     .unwrap();
-    moves_to(&source.attached, &destination);
+    assert!(!service.process().has_ended());
     source.end();
 }
 
+/// The signal would end a process that does not know it.
 #[test]
-fn an_agent_of_its_vmm_is_not_upgraded() {
-    let vmm = ScriptedVmm::new();
-    let command = || {
-        let mut command = Command::new(program());
-        command.args(["agent", "--stdin"]);
-        command
+fn only_an_agent_that_can_be_upgraded_gets_the_signal() {
+    let refused = |path: &Path| {
+        let command = Command::new(program()).args(["upgrade", "--socket"]).arg(path).output();
+        let output = command.unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
     };
-    let (client, supervisor) =
-        Supervisor::spawn(command, config(), ScriptedHooks(vmm.clone())).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let said = refused(&folder.path().join("nobody"));
+    assert!(said.contains("no agent answers on"), "{said}");
+    // An agent on a thread of this process, which has no handler.
+    let said = refused(&Listening::start().path);
+    assert!(said.contains(&format!("process {}, which", std::process::id())), "{said}");
+    // An agent that ends with its VMM, and listens for operators, too.
+    let path = folder.path().join("agent");
+    let command = {
+        let path = path.clone();
+        move || {
+            let mut command = Command::new(program());
+            command.args(["agent", "--stdin", "--socket"]).arg(&path);
+            command
+        }
+    };
+    let hooks = ScriptedHooks(ScriptedVmm::new());
+    let (client, supervisor) = Supervisor::spawn(command, config(), hooks).unwrap();
     let process = client.agent_pid();
+    let said = refused(&path);
+    assert!(said.contains("its VMM starts the next one"), "{said}");
     for _ in 0..3 {
         kill_process(pid(process), Signal::USR2).unwrap();
         client.status().unwrap();
@@ -155,14 +189,4 @@ fn an_agent_of_its_vmm_is_not_upgraded() {
     assert_eq!(client.agent_pid(), process);
     drop(client);
     supervisor.join();
-}
-
-#[test]
-fn who_takes_no_signal_gets_none() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("nobody");
-    let output = Command::new(program()).args(["upgrade", "--socket"]).arg(&path).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(said.contains("no agent answers on"), "{said}");
 }
