@@ -14,6 +14,7 @@ use pageferry_tests::scenario::{
     Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
 };
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -151,9 +152,13 @@ fn an_agent_at_a_path_that_dies_or_is_restarted_is_connected_again() {
             .unwrap();
         // The guest gives memory back meanwhile.
         source.attached.client.discard(&[range], Punch::Yes).unwrap();
-        // Some attempts find nobody at the path.
-        std::thread::sleep(Duration::from_millis(250));
-        drop(service);
+        // An attempt finds somebody at the path who is no agent.
+        let path = service.socket().to_owned();
+        let _ = std::fs::remove_file(&path);
+        let stranger = UnixListener::bind(&path).unwrap();
+        drop(stranger.accept().unwrap());
+        drop(stranger);
+        std::fs::remove_file(&path).unwrap();
         service = agent();
         source.wait_for_agent(attached);
     }
@@ -191,7 +196,7 @@ fn the_vmm_learns_how_its_agent_ended() {
 fn an_agent_killed_in_passes_costs_the_migration_only() {
     let folder = tempfile::tempdir().unwrap();
     let source = Supervised::new(Ram::odd(PAGES).stamped());
-    let listener = std::os::unix::net::UnixListener::bind(folder.path().join("nobody")).unwrap();
+    let listener = UnixListener::bind(folder.path().join("nobody")).unwrap();
     let nobody = Target::Address(format!("unix:{}", folder.path().join("nobody").display()));
     source.attached.client.start_outgoing(nobody, &OutgoingOptions::default()).unwrap();
     let _peer = listener.accept().unwrap();
