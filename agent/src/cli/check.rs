@@ -10,11 +10,12 @@ mod qemu;
 use super::exit::Exit;
 use crate::error::chain;
 use crate::memory::huge_page_supply::HugePageSupply;
-use crate::memory::large_pages::{LARGE, LargePages};
+use crate::memory::large_pages::LargePages;
 use crate::memory::spare_memory::SpareMemory;
 use crate::memory::{Backing, BackingError};
 use crate::tracking::pagemap::Pagemap;
 use clap::Args;
+use pageferry_protocol::memory::HUGE_PAGE;
 use pageferry_protocol::userfault::{UserfaultSource, feature};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
@@ -218,8 +219,8 @@ fn shmem_huge_pages() -> Result<String, String> {
     let made = || -> Result<bool, BackingError> {
         let memory = |source| BackingError::Kernel { what: "make a memfd", at: 0, source };
         let fd = memfd_create("check", MemfdFlags::CLOEXEC).map_err(memory)?;
-        ftruncate(&fd, LARGE).map_err(memory)?;
-        let backing = Backing::new(fd, 0, LARGE)?;
+        ftruncate(&fd, HUGE_PAGE).map_err(memory)?;
+        let backing = Backing::new(fd, 0, HUGE_PAGE)?;
         backing.write(0, &[1])?;
         let supply = HugePageSupply::new(&Arc::default(), SpareMemory::of_this_process());
         let large = LargePages::new(&backing, &Arc::new(supply), &Arc::default())?;

@@ -20,14 +20,12 @@ use super::guest_memory::GuestMemory;
 use super::huge_page_supply::HugePageSupply;
 use super::mapped_areas::{MappedArea, MappedAreas, Maps};
 use super::unsettled::Unsettled;
-use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::memory::{HUGE_PAGE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use rustix::io::Errno;
 use std::io;
 use std::sync::Arc;
-
-/// Bytes of a large page.
-pub const LARGE: u64 = 2 << 20;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A mapping of a block's file whose large pages are filled by copies.
 #[derive(Debug)]
@@ -40,6 +38,8 @@ pub struct LargePages {
     /// Those that are not settled yet.
     unsettled: Unsettled,
     supply: Arc<HugePageSupply>,
+    /// Pieces of the last content, each in the slot of its number. Streams are in different pieces.
+    last: [AtomicU64; 16],
 }
 
 impl LargePages {
@@ -54,32 +54,42 @@ impl LargePages {
         let kernel =
             |source| BackingError::Kernel { what: "map the file for large pages", at: 0, source };
         let length = backing.length();
-        if !backing.file_offset(0).is_multiple_of(LARGE) || length < LARGE {
+        if !backing.file_offset(0).is_multiple_of(HUGE_PAGE) || length < HUGE_PAGE {
             return Ok(None);
         }
-        let bitmap = || MappedBitmap::private(length / LARGE).map_err(|_| kernel(Errno::NOMEM));
-        let (large, unsettled) = (bitmap()?, Unsettled::new(bitmap()?, LARGE, 0));
+        let bitmap = || MappedBitmap::private(length / HUGE_PAGE).map_err(|_| kernel(Errno::NOMEM));
+        let (large, unsettled) = (bitmap()?, Unsettled::new(bitmap()?, HUGE_PAGE, 0));
         let area = areas.map(backing, Maps::Pieces).map_err(kernel)?;
         let start = area.start().addr();
         let guard = GuardedRange::new(start..start + area.length() as usize);
-        Ok(Some(Self { guard, area, large, unsettled, supply: supply.clone() }))
+        let last = std::array::from_fn(|_| AtomicU64::new(u64::MAX));
+        Ok(Some(Self { guard, area, large, unsettled, supply: supply.clone(), last }))
     }
 
     /// True if the 2 MiB with this byte of the block are a large page.
     pub fn is_large(&self, byte: u64) -> bool {
-        byte / LARGE < self.large.pages() && self.large.contains(byte / LARGE)
+        byte / HUGE_PAGE < self.large.pages() && self.large.contains(byte / HUGE_PAGE)
+    }
+
+    /// Notes that content comes for the 2 MiB with this byte of the block. True if the content
+    /// before it, as far as is remembered, was for them, too.
+    pub fn comes_again(&self, byte: u64) -> bool {
+        let piece = byte / HUGE_PAGE;
+        let slot = &self.last[piece as usize % self.last.len()];
+        // Only a guess: another stream may use the slot.
+        slot.swap(piece, Ordering::Relaxed) == piece
     }
 
     /// Makes a large page of the 2 MiB with this byte of the block, in which there is a page. False
     /// if the kernel does not.
     pub fn make(&self, byte: u64) -> bool {
-        let piece = byte / LARGE;
+        let piece = byte / HUGE_PAGE;
         if piece >= self.large.pages() || !self.supply.may_ask() {
             return false;
         }
-        let start = self.area.start().wrapping_add((piece * LARGE) as usize).cast();
+        let start = self.area.start().wrapping_add((piece * HUGE_PAGE) as usize).cast();
         // SAFETY: the range lies in the mapping. Its pages keep their content.
-        let made = unsafe { libc::madvise(start, LARGE as usize, libc::MADV_COLLAPSE) };
+        let made = unsafe { libc::madvise(start, HUGE_PAGE as usize, libc::MADV_COLLAPSE) };
         if made != 0 {
             self.supply
                 .refused(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::NOMEM));
@@ -117,7 +127,7 @@ impl LargePages {
 
     /// Pages of this range were freed.
     pub fn freed(&self, range: PageRange) {
-        self.unsettled.add_of(range, |piece| self.is_large(piece * LARGE));
+        self.unsettled.add_of(range, |piece| self.is_large(piece * HUGE_PAGE));
     }
 
     /// Frees the pages of large pages that did not arrive, or were freed. A large page of which the
@@ -147,7 +157,7 @@ mod tests {
     use rustix::pipe::{SpliceFlags, pipe, splice};
     use std::os::fd::OwnedFd;
 
-    const PAGES: u64 = LARGE / PAGE_SIZE;
+    const PAGES: u64 = HUGE_PAGE / PAGE_SIZE;
 
     fn supply() -> Arc<HugePageSupply> {
         Arc::new(HugePageSupply::new(&Arc::default(), SpareMemory::unlimited()))
@@ -155,7 +165,7 @@ mod tests {
 
     /// A block of three large pages and a few small ones, and a second descriptor of its file.
     fn block() -> (Backing, LargePages, OwnedFd) {
-        let length = 3 * LARGE + 5 * PAGE_SIZE;
+        let length = 3 * HUGE_PAGE + 5 * PAGE_SIZE;
         let fd = memfd(length);
         let file = fd.try_clone().unwrap();
         let backing = Backing::new(fd, 0, length).unwrap();
@@ -165,8 +175,8 @@ mod tests {
 
     /// Makes a large page. False, and says so, if this kernel makes none.
     fn make(backing: &Backing, large: &LargePages, piece: u64) -> bool {
-        backing.write(piece * LARGE, &[1; PAGE_SIZE as usize]).unwrap();
-        let made = large.make(piece * LARGE + 5);
+        backing.write(piece * HUGE_PAGE, &[1; PAGE_SIZE as usize]).unwrap();
+        let made = large.make(piece * HUGE_PAGE + 5);
         if !made {
             eprintln!("skipped: the kernel makes no large pages");
         }
@@ -195,17 +205,17 @@ mod tests {
             return;
         }
         assert_eq!(backing.allocated_pages(), PAGES);
-        assert!(large.is_large(LARGE) && !large.is_large(0) && !large.is_large(3 * LARGE));
-        large.copy(LARGE, &vec![7; 300 << 10]).unwrap();
+        assert!(large.is_large(HUGE_PAGE) && !large.is_large(0) && !large.is_large(3 * HUGE_PAGE));
+        large.copy(HUGE_PAGE, &vec![7; 300 << 10]).unwrap();
         let arrived = filled(&backing, &[PageRange::new(PAGES, 75)]);
         large.settle(&GuestMemory::default(), &backing, &arrived, &[]).unwrap();
         assert_eq!(backing.allocated_pages(), 75);
         assert_eq!((content(&backing, PAGES), content(&backing, PAGES + 74)), (7, 7));
         // A page that was freed is allocated again by its content.
-        large.copy(LARGE + (100 << 12), &[9; PAGE_SIZE as usize]).unwrap();
+        large.copy(HUGE_PAGE + (100 << 12), &[9; PAGE_SIZE as usize]).unwrap();
         assert_eq!((backing.allocated_pages(), content(&backing, PAGES + 100)), (76, 9));
         // The end of the block has no large page.
-        assert!(!large.make(3 * LARGE));
+        assert!(!large.make(3 * HUGE_PAGE));
     }
 
     #[test]
@@ -214,7 +224,7 @@ mod tests {
         if !make(&backing, &large, 0) {
             return;
         }
-        large.copy(0, &vec![5; LARGE as usize]).unwrap();
+        large.copy(0, &vec![5; HUGE_PAGE as usize]).unwrap();
         let arrived = filled(&backing, &[PageRange::new(0, PAGES)]);
         // Somebody has a reference to some of its pages.
         let (reader, writer) = pipe().unwrap();
@@ -239,19 +249,21 @@ mod tests {
         if !make(&backing, &large, 1) {
             return;
         }
-        rustix::fs::ftruncate(&file, LARGE).unwrap();
-        let error = large.copy(LARGE + 8, &[1; 16]).unwrap_err();
-        assert!(matches!(error, BackingError::Lost { at } if at == LARGE + 8), "{error}");
+        rustix::fs::ftruncate(&file, HUGE_PAGE).unwrap();
+        let error = large.copy(HUGE_PAGE + 8, &[1; 16]).unwrap_err();
+        assert!(matches!(error, BackingError::Lost { at } if at == HUGE_PAGE + 8), "{error}");
     }
 
     #[test]
     fn blocks_that_do_not_begin_at_a_large_page_have_none() {
-        let length = 2 * LARGE;
+        let length = 2 * HUGE_PAGE;
         let backing = |offset| Backing::new(memfd(length + offset), offset, length).unwrap();
         assert!(
             LargePages::new(&backing(PAGE_SIZE), &supply(), &Arc::default()).unwrap().is_none()
         );
-        assert!(LargePages::new(&backing(LARGE), &supply(), &Arc::default()).unwrap().is_some());
+        assert!(
+            LargePages::new(&backing(HUGE_PAGE), &supply(), &Arc::default()).unwrap().is_some()
+        );
         // The kernel makes none of a hole, and is not asked for ever.
         let supply = supply();
         let large = LargePages::new(&backing(0), &supply, &Arc::default()).unwrap().unwrap();
@@ -259,5 +271,22 @@ mod tests {
             assert!(!large.make(0));
         }
         assert!(!supply.may_ask());
+    }
+
+    #[test]
+    fn content_that_comes_in_order_comes_again() {
+        let (_, large, _) = block();
+        let comes = [
+            0,
+            4096,
+            HUGE_PAGE,
+            HUGE_PAGE + 8192,
+            8192,
+            2 * HUGE_PAGE,
+            18 * HUGE_PAGE,
+            2 * HUGE_PAGE,
+        ];
+        let again = comes.map(|byte| large.comes_again(byte));
+        assert_eq!(again, [false, true, false, true, true, false, false, false]);
     }
 }

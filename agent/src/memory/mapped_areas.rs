@@ -9,7 +9,7 @@
 
 use super::backing::Backing;
 use crate::lock::lock;
-use pageferry_protocol::memory::PageRange;
+use pageferry_protocol::memory::{HUGE_PAGE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use rustix::io::Errno;
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 /// The unit in bytes: what the kernel maps at once of a large page.
-const PIECE: u64 = 2 << 20;
+const PIECE: u64 = HUGE_PAGE;
 /// When about so many bytes of a job are mapped, all are unmapped. Each stream needs a piece.
 const MAX_MAPPED: u64 = 8 * PIECE;
 

@@ -8,23 +8,23 @@
 use super::backing::{Backing, BackingError, BackingKind};
 use super::file_placer::FilePlacer;
 use super::huge_page_supply::HugePageSupply;
-use super::large_pages::{LARGE, LargePages};
+use super::large_pages::LargePages;
 use super::mapped_areas::MappedAreas;
 use super::placing_report::PlacingReport;
 use super::small_pages::SmallPages;
 use super::spare_memory::SpareMemory;
 use super::{Block, GuestMemory};
 use pageferry_protocol::control::job::{HugePages, Placing};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use std::sync::Arc;
 
 /// A large page is made only if so many bytes at its start arrive at once. So what a peer that lies
 /// has allocated is at most eight times what it sends.
 const DENSE: usize = 256 << 10;
-/// Fewer bytes than this are written to a large page by the kernel: to map 2 MiB for them, and to
-/// unmap it again, costs more.
-const MAPPED: usize = 64 << 10;
+/// Fewer bytes than this are written to a large page by the kernel, if they are the only ones there:
+/// to map 2 MiB for them, and to unmap it again, costs more.
+const WORTH_MAPPING: usize = 64 << 10;
 /// The reason why a guest has no huge pages if it is not to have them.
 const NEVER: &str = "no huge pages: the job was told to make none";
 
@@ -98,7 +98,7 @@ impl Placement {
             }
             BackingKind::File => {
                 report.uses(Placing::Write);
-                report.limited(format!("block {id}: its file is on a disk"));
+                report.explain(format!("block {id}: its file is on a disk"));
                 return Self::Write;
             }
         }
@@ -107,7 +107,7 @@ impl Placement {
             Err(error) => {
                 let why = crate::error::chain(&error);
                 report.uses(Placing::Write);
-                report.limited(format!("block {id}: {why}"));
+                report.explain(format!("block {id}: {why}"));
                 if huge_page > PAGE_SIZE {
                     log::warn!(
                         "block {id}: its file system hands out huge pages, so writing one page \
@@ -121,7 +121,7 @@ impl Placement {
         if huge_page <= PAGE_SIZE {
             let large =
                 LargePages::of_block(block, huge_pages, supply, areas).unwrap_or_else(|why| {
-                    report.limited(why);
+                    report.explain(why);
                     None
                 });
             if large.is_some() {
@@ -134,9 +134,9 @@ impl Placement {
             Ok(small_pages) => {
                 if may_open {
                     report.uses(Placing::HugePages);
-                    report.limited(format!("block {id}: its file system makes huge pages itself"));
+                    report.explain(format!("block {id}: its file system makes huge pages itself"));
                 } else {
-                    report.limited(NEVER.into());
+                    report.explain(NEVER.into());
                 }
                 Self::SmallPages(small_pages)
             }
@@ -206,7 +206,7 @@ impl LargePages {
         let large = Self::new(&block.backing, supply, areas);
         let large =
             large.map_err(|error| format!("block {id}: {}", crate::error::chain(&error)))?;
-        if large.is_none() && block.backing.length() >= LARGE {
+        if large.is_none() && block.backing.length() >= HUGE_PAGE {
             return Err(format!(
                 "block {id}: it does not begin at a multiple of 2 MiB of its file"
             ));
@@ -221,19 +221,19 @@ fn write_to_large(
     let mut done = 0;
     while done < bytes.len() {
         let byte = at + done as u64;
-        let rest = (bytes.len() - done).min((LARGE - byte % LARGE) as usize);
+        let rest = (bytes.len() - done).min((HUGE_PAGE - byte % HUGE_PAGE) as usize);
         let part = &bytes[done..done + rest];
-        let begins = byte.is_multiple_of(LARGE) && part.len() >= DENSE;
+        let begins = byte.is_multiple_of(HUGE_PAGE) && part.len() >= DENSE;
         if pages == Pages::Whole && begins && !large.is_large(byte) {
             placer.place(backing, byte, &part[..PAGE_SIZE as usize])?;
             large.make(byte);
         }
-        if large.is_large(byte) && part.len() < MAPPED {
-            backing.write(byte, part)?;
-        } else if large.is_large(byte) {
+        if !large.is_large(byte) {
+            write_small(placer, backing, byte, part, pages)?;
+        } else if large.comes_again(byte) || part.len() >= WORTH_MAPPING {
             large.copy(byte, part)?;
         } else {
-            write_small(placer, backing, byte, part, pages)?;
+            backing.write(byte, part)?;
         }
         done += part.len();
     }

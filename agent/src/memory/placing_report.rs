@@ -21,9 +21,9 @@ impl PlacingReport {
         state.0 = state.0.max(placing);
     }
 
-    /// A block could place better, but for `why`, or in a way that an operator should know. The
-    /// first reason is kept and logged.
-    pub fn limited(&self, why: String) {
+    /// Says why a block is placed in this way, if an operator should know. The first reason is kept
+    /// and logged.
+    pub fn explain(&self, why: String) {
         let mut state = lock(&self.state);
         if state.1.is_none() {
             log::info!("placing of pages: {why}");
@@ -76,10 +76,10 @@ mod tests {
         };
         assert_eq!(reported(), (Placing::None, None, 0));
         report.uses(Placing::Write);
-        report.limited("one".into());
+        report.explain("one".into());
         report.uses(Placing::HugePages);
         report.uses(Placing::Pages);
-        report.limited("two".into());
+        report.explain("two".into());
         report.made_huge_page();
         assert_eq!(reported(), (Placing::HugePages, Some("one".into()), 1));
         report.ends_huge_pages("three".into());

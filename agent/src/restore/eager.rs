@@ -24,13 +24,12 @@ use crate::memory::MemoryError;
 use crate::memory::PageBuffer;
 use crate::memory::backing::BackingKind;
 use crate::memory::huge::{self, Fill, HugeWindow};
-use crate::memory::large_pages::LARGE;
 use crate::memory::placement::{HugePageUse, Pages, Placement};
 use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::{BackingError, Block};
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 use rustix::event::PollFlags;
 use std::ops::Range;
@@ -251,7 +250,7 @@ impl<'a> Filling<'a> {
     ) -> Result<(), JobError> {
         let block: &Block = &self.job.memory.blocks()[at];
         let placement = &self.placements[at];
-        let is_whole = self.source.present(at).count(extent) * PAGE_SIZE == LARGE;
+        let is_whole = self.source.present(at).count(extent) * PAGE_SIZE == HUGE_PAGE;
         let kind = if is_whole { Pages::Whole } else { Pages::New };
         for (word, present) in self.source.present(at).nonzero_words(extent) {
             let _placing = self.job.memory.readers.reading(index, at, word);

@@ -110,7 +110,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         None => eager::restore(job, &source, &state, guard, &order.options),
         Some(plan) => {
             job.placing.uses(Placing::Pages);
-            job.placing.limited("the guest runs before its memory is there".into());
+            job.placing.explain("the guest runs before its memory is there".into());
             lazy::restore(job, &source, &state, guard, plan, order.options.workers)
         }
     }

@@ -22,7 +22,7 @@
 //! 6.7.
 #![allow(unsafe_code)]
 
-use pageferry_protocol::memory::PAGE_SIZE;
+use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SIZE};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use std::cell::Cell;
@@ -76,9 +76,6 @@ const WRITTEN: Target =
 /// All pages, which are protected, also those that nobody has touched.
 const ALL: Target =
     Target { category: PAGE_IS_WPALLOWED, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
-
-/// Bytes that a page table maps, or one entry that has no page table.
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;

@@ -4,14 +4,14 @@
 
 use super::dirty_pages::DirtyPages;
 use super::error::TrackingError;
-use super::pagemap::{HUGE_PAGE, Huge, Pagemap, PagemapError};
+use super::pagemap::{Huge, Pagemap, PagemapError};
 use super::tracker::Tracker;
 use crate::hooks::Hooks;
 use crate::memory::chunks::Chunks;
 use crate::memory::{Block, GuestMemory};
 use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::memory::{PAGE_SHIFT, PAGE_SIZE, PageRange};
+use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SHIFT, PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use std::ops::Range;
 use std::sync::Arc;

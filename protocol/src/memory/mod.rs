@@ -16,6 +16,8 @@ pub use range::{PageRange, RangeError, pages_in};
 
 /// Size of a page in bytes: the unit of dirty tracking on every backing.
 pub const PAGE_SIZE: u64 = 4096;
+/// Bytes of a huge page of x86-64, which is what one page table maps.
+pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// `log2(PAGE_SIZE)`.
 pub const PAGE_SHIFT: u32 = 12;

@@ -4,8 +4,9 @@
 
 use pageferry_agent::memory::Backing;
 use pageferry_agent::memory::huge_page_supply::HugePageSupply;
-use pageferry_agent::memory::large_pages::{LARGE, LargePages};
+use pageferry_agent::memory::large_pages::LargePages;
 use pageferry_agent::memory::spare_memory::SpareMemory;
+use pageferry_protocol::memory::HUGE_PAGE;
 use pageferry_tests::random::{Random, page_text};
 use rustix::fs::{FallocateFlags, fallocate};
 use std::fs::File;
@@ -147,8 +148,8 @@ pub fn warm_large_pages(folder: &Path, length: u64) {
     let Some(large) = LargePages::new(&backing, &Arc::new(supply), &Arc::default()).unwrap() else {
         return;
     };
-    let content = vec![1; LARGE as usize];
-    for at in (0..length / LARGE * LARGE).step_by(LARGE as usize) {
+    let content = vec![1; HUGE_PAGE as usize];
+    for at in (0..length / HUGE_PAGE * HUGE_PAGE).step_by(HUGE_PAGE as usize) {
         backing.write(at, &content[..4096]).unwrap();
         if large.make(at) {
             large.copy(at, &content).unwrap();

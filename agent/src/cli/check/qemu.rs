@@ -50,7 +50,11 @@ fn version(program: &Path) -> Result<String, String> {
     let name = program.display();
     let asked = Command::new(program).arg("--version").stdin(Stdio::null()).output();
     let asked = asked.map_err(|error| format!("{name}: {error}"))?;
-    let said = String::from_utf8_lossy(&asked.stdout);
+    version_in(&name.to_string(), &String::from_utf8_lossy(&asked.stdout))
+}
+
+/// What `name --version` has said.
+fn version_in(name: &str, said: &str) -> Result<String, String> {
     let Some(number) =
         said.split("version ").nth(1).and_then(|rest| rest.split([' ', '\n']).next())
     else {
@@ -110,30 +114,19 @@ fn attach() -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
 
     #[test]
     fn program_that_is_no_new_qemu_is_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let says = |name: &str, text: &str| {
-            let path = folder.path().join(name);
-            let mut file =
-                std::fs::File::options().create_new(true).write(true).mode(0o700).open(&path);
-            file.as_mut()
-                .unwrap()
-                .write_all(format!("#!/bin/sh\necho '{text}'\n").as_bytes())
-                .unwrap();
-            drop(file);
-            version(&path)
-        };
-        let found = says("new", "QEMU emulator version 11.1.3").unwrap();
-        assert!(found.ends_with("new is version 11.1.3"), "{found}");
-        let found = says("debian", "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)").unwrap();
-        assert!(found.ends_with("is version 10.0.2"), "{found}");
-        let found = says("old", "QEMU emulator version 8.2.1").unwrap_err();
-        assert!(found.ends_with("version 8.2.1; needed is 10.0 or later"), "{found}");
-        assert!(says("other", "hello").unwrap_err().ends_with("it is no QEMU"));
-        assert!(version(&folder.path().join("none")).unwrap_err().contains("No such file"));
+        let says = |text| version_in("kvm", text);
+        let found = says("QEMU emulator version 11.1.3\n").unwrap();
+        assert_eq!(found, "kvm is version 11.1.3");
+        let found = says("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\n").unwrap();
+        assert_eq!(found, "kvm is version 10.0.2");
+        let found = says("QEMU emulator version 8.2.1\n").unwrap_err();
+        assert_eq!(found, "kvm is version 8.2.1; needed is 10.0 or later");
+        assert!(says("hello\n").unwrap_err().ends_with("it is no QEMU"));
+        assert!(version(Path::new("/dev/null/none")).unwrap_err().contains("Not a directory"));
+        // A program that is there, and is no QEMU.
+        assert!(version(Path::new("true")).unwrap_err().ends_with("it is no QEMU"));
     }
 }

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
-use crate::memory::large_pages::LARGE;
 use crate::memory::test_support::job_of;
 use crate::memory::{Backing, GuestMemory};
 use pageferry_protocol::control::job::JobKind;
 use pageferry_protocol::control::request::BlockRange;
-use pageferry_protocol::memory::{BlockGeometry, BlockTable};
+use pageferry_protocol::memory::{BlockGeometry, BlockTable, HUGE_PAGE};
 use pageferry_protocol::stream::Kind;
 use rustix::pipe::{SpliceFlags, pipe, splice};
 use std::thread::yield_now;
@@ -201,9 +200,9 @@ fn a_host_page_is_freed_with_the_last_of_its_pages() {
 /// The kernel frees no part of a large page to which somebody has a reference.
 #[test]
 fn what_the_vmm_gives_back_leaves_a_large_page_when_the_pass_ends() {
-    const PAGES_OF_LARGE: u64 = LARGE / PAGE_SIZE;
+    const PAGES_OF_LARGE: u64 = HUGE_PAGE / PAGE_SIZE;
     const FIRST: u64 = 64;
-    let memory = memory_of(LARGE, |backing| backing);
+    let memory = memory_of(HUGE_PAGE, |backing| backing);
     let job = job(&memory);
     let placer = Placer::prepare(&job, HugePageUse::WhereWhole).unwrap();
     let backing = &memory.blocks()[0].backing;
