@@ -56,9 +56,9 @@ fn version(program: &Path) -> Result<String, String> {
 /// What `name --version` has said.
 fn version_in(name: &str, said: &str) -> Result<String, String> {
     let Some(number) =
-        said.split("version ").nth(1).and_then(|rest| rest.split([' ', '\n']).next())
+        said.split("QEMU emulator version ").nth(1).and_then(|rest| rest.split([' ', '\n']).next())
     else {
-        return Err(format!("{name} --version names no version: it is no QEMU"));
+        return Err(format!("{name} --version names no version of QEMU: it is no QEMU"));
     };
     match number.split('.').map(str::parse).collect::<Vec<Result<u32, _>>>()[..] {
         [Ok(major), Ok(minor), ..] if (major, minor) >= QEMU => {
