@@ -5,7 +5,7 @@
 
 use super::Bench;
 use super::floor;
-use super::image::{Image, full_guest};
+use super::image::{Image, full_guest, warm_large_pages};
 use super::table::Table;
 use pageferry_client::{IncomingOptions, OutgoingOptions, Phase, StatePiece};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
@@ -17,6 +17,7 @@ use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::usage::Usage;
 use pageferry_tests::vmm::{MockVmm, Tracker};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -299,7 +300,7 @@ pub fn live(bench: &Bench, table: &mut Table) {
             let mut measured = Measured::default();
             for _ in 0..bench.rounds.min(3) {
                 source.zero_counters();
-                if let Err(error) = run(&source, &destination, kind, case, &mut measured) {
+                if let Err(error) = run(&bench.folder, (&source, &destination), kind, case, &mut measured) {
                     table.note(format!("live, {}: skipped: {}", kind.name(), error.sentence()));
                     break;
                 }
@@ -317,7 +318,8 @@ pub fn live(bench: &Bench, table: &mut Table) {
 }
 
 fn run(
-    source: &Image, destination: &Image, kind: Kind, case: &Case, measured: &mut Measured,
+    folder: &Path, (source, destination): (&Image, &Image), kind: Kind, case: &Case,
+    measured: &mut Measured,
 ) -> Result<(), Error> {
     destination.clear();
     let mut kvm: Option<KvmGuest> = None;
@@ -360,6 +362,7 @@ fn run(
     floor::copy(source, destination, 1);
     measured.control.push((count() - writes) as f64 / started.elapsed().as_secs_f64() / before);
     destination.clear();
+    warm_large_pages(folder, destination.size + destination.size / 16);
 
     let to = Side::new(destination, |_| Ok(Tracker::Log))?;
     to.vmm.set_guest(IdleGuest);
