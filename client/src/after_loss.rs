@@ -14,6 +14,9 @@ use crate::ownership::Ownership;
 pub(crate) enum AfterLoss {
     /// It starts the next agent.
     Replace,
+    /// Another thread starts it: memory of the guest is missing, and the thread of the supervisor
+    /// may wait for it ([`missing_pages`](crate::missing_pages)).
+    Await,
     /// It starts none, for this reason.
     Stay(&'static str),
 }
@@ -23,7 +26,13 @@ impl Client {
     pub(crate) fn after_loss(&self, link: u64) -> AfterLoss {
         let session = self.session();
         let is_current = session.control.link().id == link;
-        decide(is_current, session.was_ended(), self.ownership(), self.missing().is_lost())
+        let was_ended = session.was_ended();
+        drop(session);
+        let (ownership, missing) = (self.ownership(), self.missing());
+        match decide(is_current, was_ended, ownership, missing.is_lost()) {
+            AfterLoss::Replace if missing.is_continued_without(link) => AfterLoss::Await,
+            decided => decided,
+        }
     }
 }
 

@@ -61,6 +61,9 @@ pub(crate) struct Block {
     /// The bitmap of discarded pages: the file, for the agent, and our mapping of it.
     pub(crate) discarded_fd: OwnedFd,
     pub(crate) discarded: Arc<MappedBitmap>,
+    /// The bitmap of owed pages, in the same way: see [`crate::missing_pages`].
+    pub(crate) owed_fd: OwnedFd,
+    owed: MappedBitmap,
 }
 
 impl Block {
@@ -73,6 +76,9 @@ impl Block {
         let discarded_fd = sealed_memfd("pageferry-discarded", bitmap_bytes(pages))?;
         let discarded = MappedBitmap::shared(discarded_fd.as_fd(), pages)
             .map_err(|source| Error::Mapping { what: "bitmap of discarded pages", source })?;
+        let owed_fd = sealed_memfd("pageferry-owed", bitmap_bytes(pages))?;
+        let owed = MappedBitmap::shared(owed_fd.as_fd(), pages)
+            .map_err(|source| Error::Mapping { what: "bitmap of owed pages", source })?;
         if spec.discarded {
             discarded.set(discarded.all());
         }
@@ -88,6 +94,8 @@ impl Block {
             vmm_address: spec.vmm_address,
             discarded_fd,
             discarded: Arc::new(discarded),
+            owed_fd,
+            owed,
         })
     }
 
@@ -120,12 +128,20 @@ impl Block {
 
     /// Discards without an agent: marks the pages, then frees them if `punch` says so. Returns how
     /// many pages were not discarded before.
+    ///
+    /// Pages that are owed need not come any more: the next agent must not place them.
     pub(crate) fn discard(&self, pages: PageRange, punch: bool) -> u64 {
         let changed = self.discarded.set(pages);
+        self.owed.clear(pages);
         if punch {
             self.punch(pages);
         }
         changed
+    }
+
+    /// No page is owed.
+    pub(crate) fn owe_nothing(&self) {
+        self.owed.clear(self.owed.all());
     }
 
     /// Frees without an agent. Returns how many of the pages are not discarded.
@@ -134,6 +150,7 @@ impl Block {
     /// are marked after the punch: an agent that takes a mark while the page still exists would
     /// send its old content. A discarded page needs no mark; the bitmap says it all.
     pub(crate) fn free(&self, pages: PageRange, log: &DirtyLog) -> u64 {
+        self.owed.clear(pages);
         self.punch(pages);
         let mark = |pages: PageRange| {
             log.mark(PageRange::new(self.geometry.first_log_page() + pages.first, pages.count))

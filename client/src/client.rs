@@ -226,6 +226,7 @@ impl Client {
                 memory.all().iter().try_for_each(|block| control.add_block(block, 0).map(drop))
             })
             .and_then(|()| session.trackers.send(&mut control))
+            .and_then(|()| self.continue_missing(&mut control))
             .and_then(|()| self.watch_idle(&link));
         let heartbeat = handed_over.inspect_err(|_| {
             control.retire("it refused what it was handed");
@@ -235,6 +236,22 @@ impl Client {
         // What no agent could be asked for, and the client could not do alone.
         let _ = self.flush_queued(&mut session);
         Ok(self.channel(hooks.ours, link))
+    }
+
+    /// Has the next agent continue to bring the memory that is missing, if there is any and it can.
+    fn continue_missing(&self, control: &mut Control) -> Result<(), Error> {
+        let Inner { missing, ownership, .. } = &*self.inner;
+        if self.ownership() != Ownership::Ours {
+            return Ok(());
+        }
+        let Some((journal, uffd)) = missing.to_continue()? else { return Ok(()) };
+        control.continue_job(journal, uffd.as_fd())?;
+        missing.continued_by(Arc::clone(control.link()), ownership, self.probe())
+    }
+
+    /// How long a guest whose memory is missing waits for the next agent.
+    pub(crate) fn continue_within(&self) -> Duration {
+        self.inner.config.continue_within
     }
 
     /// The dirty log. A thread that writes guest memory marks the pages here *after* the write.

@@ -40,9 +40,14 @@ pub struct Config {
     /// its jobs are; this has to cover a machine that gives the agent no processor for a while. A
     /// false alarm costs the job.
     ///
-    /// A guest whose memory is still missing (postcopy, lazy restore) cannot continue without its
-    /// agent, and a false alarm would cost the guest. There `request_timeout` applies.
+    /// A guest whose memory is still missing (postcopy, lazy restore) cannot continue without an
+    /// agent, and a false alarm could cost the guest. There `request_timeout` applies.
     pub stall_timeout: Duration,
+    /// How long a guest waits whose agent was lost before all of its memory is here, until another
+    /// agent brings the rest: after a lazy restore, if a [`Supervisor`](crate::Supervisor) gets the
+    /// agents. Then the memory is lost ([`Hooks::memory_lost`](crate::Hooks::memory_lost)). Zero
+    /// for no attempt after the first.
+    pub continue_within: Duration,
     /// Interval between two signs of life of the agent while nothing waits for it. An idle agent
     /// that hangs is found within this time and `request_timeout`, and
     /// [`Hooks::agent_lost`](crate::Hooks::agent_lost) is called.
@@ -57,6 +62,7 @@ impl Default for Config {
             mapped_by: None,
             request_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(3),
+            continue_within: Duration::from_secs(30),
             heartbeat: Duration::from_secs(5),
         }
     }

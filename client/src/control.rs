@@ -18,9 +18,9 @@ use crate::ownership::SharedOwnership;
 use crate::timeouts::Timeouts;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
-use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, decode_reply};
+use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, JobStarted, decode_reply};
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, MAX_RANGES, Request, code, name,
+    CONTROL_VERSION, FEATURE_FENCE, FEATURE_OWED, FEATURES, MAX_RANGES, Request, code, name,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::{chain, rounded};
@@ -57,6 +57,8 @@ pub(crate) struct Control {
     is_attached: bool,
     /// Largest number of ranges that the agent accepts in one request.
     pub(crate) max_ranges: usize,
+    /// The agent knows of owed pages, and can continue the job of another.
+    knows_owed: bool,
     lost: Option<String>,
 }
 
@@ -76,6 +78,7 @@ impl Control {
             timeouts,
             is_attached: false,
             max_ranges: MAX_RANGES,
+            knows_owed: false,
             lost: None,
         };
         control.hello(name)?;
@@ -87,7 +90,7 @@ impl Control {
         let hello = Request::Hello {
             version_min,
             version_max,
-            features: FEATURE_FENCE,
+            features: FEATURES,
             agent: self.link.id,
             name: name.to_owned(),
         };
@@ -110,12 +113,13 @@ impl Control {
         if reply.max_ranges == 0 {
             return Err(self.give_up("max_ranges is 0".to_owned()));
         }
-        if reply.features != FEATURE_FENCE {
+        if reply.features & FEATURE_FENCE == 0 || reply.features & !FEATURES != 0 {
             let features = reply.features;
             return Err(self.give_up(format!(
-                "features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence"
+                "features is {features:#x}, expected is {FEATURE_FENCE:#x}, fence, or {FEATURES:#x}"
             )));
         }
+        self.knows_owed = reply.features & FEATURE_OWED != 0;
         let pidfd = <[OwnedFd; 1]>::try_from(frame.fds).map_err(|fds| {
             self.give_up(format!(
                 "the answer to hello has {} file descriptors, expected is 1, a pidfd",
@@ -268,9 +272,20 @@ impl Control {
             vmm_address: block.vmm_address,
             flags,
         };
-        let fds = [block.memory.as_fd(), block.discarded_fd.as_fd()];
-        let reply = self.request(&request, &fds, AddBlockReply::decode)?;
+        let fds = [block.memory.as_fd(), block.discarded_fd.as_fd(), block.owed_fd.as_fd()];
+        let fds = &fds[..if self.knows_owed { 3 } else { 2 }];
+        let reply = self.request(&request, fds, AddBlockReply::decode)?;
         Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
+    }
+
+    /// Has the agent continue the job of a lost agent: see [`Request::Continue`].
+    pub(crate) fn continue_job(
+        &mut self, journal: Vec<u8>, uffd: BorrowedFd<'_>,
+    ) -> Result<JobStarted, Error> {
+        if !self.knows_owed {
+            return Err(Error::CannotContinue { why: "the agent is of an older version".into() });
+        }
+        self.request(&Request::Continue { journal }, &[uffd], JobStarted::decode)
     }
 
     /// As [`Control::request`], for a standard request of vhost-user, whose answer carries no

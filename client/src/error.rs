@@ -54,6 +54,12 @@ pub enum Error {
         /// Why it still lives, and what to do, in words.
         why: String,
     },
+    /// The memory of the guest is not all here, and this agent cannot bring the rest.
+    #[error("the agent cannot continue to bring the memory of the guest: {why}")]
+    CannotContinue {
+        /// Why not.
+        why: String,
+    },
     /// A duration in the configuration is too short.
     #[error("{field} is {value:?}, allowed are {shortest:?} and more")]
     DurationTooShort {

@@ -9,8 +9,15 @@
 //!
 //! # The agent is lost before all memory is here
 //!
-//! The missing pages never arrive, so the guest cannot continue. Reading zero instead would corrupt
-//! it silently. So:
+//! What the next agent needs to bring the rest is here: the registration, the journal of the job,
+//! and in each block the bitmap of owed pages. A page is owed until it was placed, or given back by
+//! the guest. The agent clears its bit then, or the client while there is none. If a
+//! [`Supervisor`](crate::Supervisor) gets agents, the thread of the heartbeat attaches the next one
+//! ([`MissingPages::continue_with_next`]): every other thread may wait for a page. The accesses that
+//! wait go on waiting meanwhile.
+//!
+//! Without a supervisor, or if it gets no agent in time, the missing pages never arrive, and the
+//! guest cannot continue. Reading zero instead would corrupt it silently. So:
 //!
 //! 1. The mappings stay registered, and every access to a missing page waits.
 //! 2. The VMM is told at once ([`Hooks::memory_lost`](crate::Hooks::memory_lost)) and stops its
@@ -50,16 +57,40 @@ use crate::registration::Registration;
 use crate::stop::StopToken;
 use crate::sync::lock;
 use crate::tracking::active::ActiveTrackers;
+use crate::wakeup::Wakeup;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Time that the VMM has to stop its guest before accesses to missing pages become errors.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest pause between two attempts to attach the next agent.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
-pub(crate) struct MissingPages(Mutex<State>);
+pub(crate) struct MissingPages {
+    state: Mutex<State>,
+    /// Gets the next agent. Set once by a supervisor.
+    replacer: OnceLock<Replacer>,
+}
+
+/// How a supervisor replaces an agent that was lost while memory is missing.
+pub(crate) struct Replacer {
+    /// Attaches an agent in place of the one of this connection.
+    pub(crate) replace: Box<dyn Fn(u64) -> Result<(), String> + Send + Sync>,
+    /// Wakes the supervisor.
+    pub(crate) wakeup: Arc<Wakeup>,
+    /// How long the guest waits for the next agent.
+    pub(crate) limit: Duration,
+}
+
+impl std::fmt::Debug for Replacer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replacer").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
 
 #[derive(Debug, Default)]
 enum State {
@@ -72,6 +103,10 @@ enum State {
         _heartbeat: Heartbeat,
         /// The connection of that agent.
         link: u64,
+        /// How the next agent continues its job. Empty if none can.
+        journal: Vec<u8>,
+        /// No other agent has come in time, and none is awaited any more.
+        is_given_up: bool,
     },
     /// The missing pages never arrive.
     Lost {
@@ -85,7 +120,7 @@ enum State {
 
 impl MissingPages {
     fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.0)
+        lock(&self.state)
     }
 
     /// Finds out whether [`MissingPages::register`] would work, and leaves nothing registered. An
@@ -106,20 +141,109 @@ impl MissingPages {
     }
 
     /// Registers the mappings of all blocks and starts a heartbeat. Returns the userfaultfd for the
-    /// agent.
+    /// agent, which will set the owed pages.
     pub(crate) fn register(
         self: &Arc<Self>, memory: &Memory, link: Arc<Link>, ownership: &Arc<SharedOwnership>,
         probe: Probe,
     ) -> Result<OwnedFd, Error> {
         self.forget_lost();
+        memory.all().iter().for_each(|block| block.owe_nothing());
         let registered = Registration::register_all(memory, UserfaultPurpose::MissingPages)?;
         let for_agent = registered.duplicate()?;
         // Locked first: the heartbeat may find the agent dead at once, and then needs the state.
         let mut state = self.state();
         let id = link.id;
         let heartbeat = self.watch(link, ownership, probe)?;
-        *state = State::Pending { registered, _heartbeat: heartbeat, link: id };
+        let (journal, is_given_up) = (Vec::new(), false);
+        *state =
+            State::Pending { registered, _heartbeat: heartbeat, link: id, journal, is_given_up };
         Ok(for_agent)
+    }
+
+    /// Keeps the journal of the agent of connection `of`. False if no page is missing for it.
+    pub(crate) fn keep_journal(&self, of: u64, kept: Vec<u8>) -> bool {
+        match &mut *self.state() {
+            State::Pending { link, journal, .. } if *link == of => {
+                *journal = kept;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// From now on an agent that is lost while memory is missing is replaced in this way.
+    pub(crate) fn replace_by(&self, replacer: Replacer) {
+        // Set once, since a client has one supervisor.
+        let _ = self.replacer.set(replacer);
+    }
+
+    /// True if the agent of connection `of` was to place the missing pages, and another agent could
+    /// and may continue in its place. A thread then sees to that.
+    pub(crate) fn is_continued_without(&self, of: u64) -> bool {
+        self.replacer.get().is_some()
+            && matches!(&*self.state(), State::Pending { link, journal, is_given_up: false, .. }
+                if *link == of && !journal.is_empty())
+    }
+
+    /// What the next agent gets to continue, if pages are missing and it can: the journal and the
+    /// userfaultfd.
+    pub(crate) fn to_continue(&self) -> Result<Option<(Vec<u8>, OwnedFd)>, Error> {
+        match &*self.state() {
+            State::Pending { registered, journal, is_given_up: false, .. }
+                if !journal.is_empty() =>
+            {
+                Ok(Some((journal.clone(), registered.duplicate()?)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The agent of this connection places the missing pages from now on.
+    ///
+    /// # Errors
+    /// If no heartbeat can be started, or the memory was given up meanwhile.
+    pub(crate) fn continued_by(
+        self: &Arc<Self>, next: Arc<Link>, ownership: &Arc<SharedOwnership>, probe: Probe,
+    ) -> Result<(), Error> {
+        let mut state = self.state();
+        let State::Pending { _heartbeat, link, is_given_up: false, .. } = &mut *state else {
+            return Err(Error::MemoryLost);
+        };
+        let id = next.id;
+        // The thread of the heartbeat before may be the one that runs this. It ends after it.
+        *_heartbeat = self.watch(next, ownership, probe)?;
+        *link = id;
+        Ok(())
+    }
+
+    /// Attaches one agent after the other until one continues in place of that of connection `of`.
+    /// True if there is nothing more to do for the memory.
+    fn continue_with_next(&self, of: u64, stopped: &StopToken) -> bool {
+        let Some(Replacer { replace, wakeup, limit }) = self.replacer.get() else { return false };
+        let (lost, mut pause) = (Instant::now(), Duration::from_millis(10));
+        while self.is_continued_without(of) {
+            match replace(of) {
+                Ok(()) if !self.is_continued_without(of) => break,
+                // The VMM has decided otherwise meanwhile.
+                Ok(()) => log::warn!("no agent was attached: memory of the guest stays missing"),
+                Err(why) => log::warn!("no agent continues to bring memory yet: {why}"),
+            }
+            if lost.elapsed() >= *limit {
+                if let State::Pending { link, is_given_up, .. } = &mut *self.state()
+                    && *link == of
+                {
+                    *is_given_up = true;
+                }
+                log::error!("no agent has come within {limit:?}: memory of the guest is lost");
+                wakeup.wake();
+                return false;
+            }
+            if stopped.is_stopped_within(pause) {
+                break;
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        true
     }
 
     /// Watches the agent until the result is dropped.
@@ -127,9 +251,17 @@ impl MissingPages {
         self: &Arc<Self>, link: Arc<Link>, ownership: &Arc<SharedOwnership>, probe: Probe,
     ) -> Result<Heartbeat, Error> {
         let (weak, ownership, id) = (Arc::downgrade(self), Arc::clone(ownership), link.id);
+        let watched = Arc::clone(&link);
         let lost = move |stopped: StopToken| {
             if let Some(faults) = weak.upgrade() {
                 faults.wake_waiters(id, &ownership);
+                // An agent that lives and says that its job has failed is not replaced: the next
+                // one would fail, too.
+                let is_lost = watched.end_in_words().is_some();
+                let is_ours = ownership.lock().ownership() == Ownership::Ours;
+                if is_lost && is_ours && faults.continue_with_next(id, &stopped) {
+                    return;
+                }
             }
             // The hook channel drops this heartbeat when it has told the VMM.
             if !stopped.is_stopped_within(STOP_TIMEOUT)
@@ -262,7 +394,7 @@ impl Drop for MissingPages {
     /// Without a client nobody takes the registration back: to unregister would make zero of pages
     /// that are missing, while the guest may run. Its accesses wait for ever, or get SIGBUS.
     fn drop(&mut self) {
-        match std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner)) {
+        match std::mem::take(self.state.get_mut().unwrap_or_else(PoisonError::into_inner)) {
             State::Complete => {}
             State::Pending { registered, .. } => std::mem::forget(registered),
             lost @ State::Lost { .. } => std::mem::forget(lost),

@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::error::Error;
 use crate::hooks::{HookChannel, Hooks, tell_attached};
 use crate::link::Link;
+use crate::missing_pages::Replacer;
 use crate::sync::lock;
 use crate::threads::{catch_panic, join, spawn_thread};
 use crate::wakeup::Wakeup;
@@ -58,13 +59,15 @@ const LONG: Duration = Duration::from_secs(3600);
 ///
 /// # When the next agent is started
 ///
-/// The guest does not wait for it: whatever the lost agent began is undone, discards and populates
-/// continue, and a guest that was paused runs again. The job of the lost agent is lost. Nobody
-/// starts it again but the VMM or its operator.
+/// The guest does not wait for it, unless its memory is missing: whatever the lost agent began is
+/// undone, discards and populates continue, and a guest that was paused runs again. The job of the
+/// lost agent is lost, unless the table says otherwise. Nobody starts it again but the VMM or its
+/// operator.
 ///
 /// | when the agent is lost | then |
 /// | --- | --- |
 /// | the guest is ours, and all its memory is here | the next agent is started. That includes a migration before its commit, and a snapshot |
+/// | the guest runs, and memory is still to come: a lazy restore | the next agent is started at once, and continues the job of the lost one. Until then the guest waits where it touches missing memory. If there is no such agent within [`Config::continue_within`], the memory is [lost](Hooks::memory_lost) |
 /// | a guest is awaited | the next agent is started. What was under way is lost; the VMM starts to wait or to restore again ([`Hooks::agent_attached`]) |
 /// | the guest was given up ([`Relinquished`](crate::Ownership::Relinquished)) | none. The lost agent may still send memory that the guest needs elsewhere, and the next would end it. The operator looks at both sides, and then the VMM calls [`Supervisor::replace_agent`] and [`Client::recover`], or [`Client::take_by_force`], after which the next agent is started |
 /// | the guest has left ([`Gone`](crate::Ownership::Gone)) | none. For another guest call [`Supervisor::replace_agent`] |
@@ -159,6 +162,16 @@ impl<H: Hooks + 'static> Supervisor<H> {
             source: Mutex::new(source),
             next: Mutex::new(Some(first)),
         });
+        let replacing = Arc::downgrade(&shared);
+        client.missing().replace_by(Replacer {
+            replace: Box::new(move |link| {
+                let Some(shared) = replacing.upgrade() else { return Ok(()) };
+                // A panic of the VMM's closure counts as an attempt that failed.
+                catch_panic(|| shared.replace_lost(link).map_err(|error| chain(&error)))?
+            }),
+            wakeup: Arc::clone(&shared.wakeup),
+            limit: client.continue_within(),
+        });
         let supervised = Arc::clone(&shared);
         match spawn_thread("pageferry-hooks", move || supervise(&supervised, hooks)) {
             Ok(thread) => Ok((client, Self { shared, thread })),
@@ -226,7 +239,8 @@ impl Shared {
     fn replace_lost(&self, link: u64) -> Result<(), Error> {
         let mut source = lock(&self.source);
         let Some(client) = self.client.upgrade() else { return Ok(()) };
-        if lock(&self.next).is_some() || client.after_loss(link) != AfterLoss::Replace {
+        let is_wanted = matches!(client.after_loss(link), AfterLoss::Replace | AfterLoss::Await);
+        if lock(&self.next).is_some() || !is_wanted {
             return Ok(());
         }
         self.attach(&client, &mut source)
@@ -234,15 +248,24 @@ impl Shared {
 
     /// The agent whose channel is run next, after the one of connection `link` is lost. `None` when
     /// the last client is dropped.
-    fn wait_for_next(&self, link: &Link, backoff: &mut Backoff) -> Option<Agent> {
+    ///
+    /// `tell_loss` tells the VMM if memory is lost by now.
+    fn wait_for_next(
+        &self, link: &Link, backoff: &mut Backoff, mut tell_loss: impl FnMut(),
+    ) -> Option<Agent> {
         let (mut attempts, mut reason) = (0u64, None);
         loop {
             let seen = self.wakeup.count();
+            tell_loss();
+            // Locked: another thread may be attaching an agent, which is the next one then.
+            let attaching = lock(&self.source);
             if let Some(agent) = lock(&self.next).take() {
                 return Some(agent);
             }
             let decided = self.client.upgrade()?.after_loss(link.id);
+            drop(attaching);
             match decided {
+                AfterLoss::Await => self.wakeup.wait(seen, LONG),
                 AfterLoss::Replace => {
                     attempts += 1;
                     let pause = backoff.pause();
@@ -289,7 +312,7 @@ fn supervise<H: Hooks>(shared: &Shared, mut hooks: H) -> H {
     let mut backoff = Backoff::default();
     let mut next = lock(&shared.next).take();
     while let Some(Agent { channel, process }) = next {
-        let (link, ownership) = (channel.link(), channel.ownership());
+        let (link, ownership, loss) = (channel.link(), channel.ownership(), channel.loss());
         let attached = Instant::now();
         if let Err(error) = channel.run(&mut hooks) {
             log::error!("{}", chain(&error));
@@ -303,7 +326,7 @@ fn supervise<H: Hooks>(shared: &Shared, mut hooks: H) -> H {
             Some(process) => child::end(process, shared.exit_timeout),
             None => {}
         }
-        next = shared.wait_for_next(&link, &mut backoff);
+        next = shared.wait_for_next(&link, &mut backoff, || loss.tell(&mut hooks));
         if next.is_some() {
             tell_attached(&mut hooks);
         }

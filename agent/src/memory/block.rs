@@ -4,6 +4,7 @@
 
 use super::backing::{Backing, BackingError};
 use super::bus_guard::GuardedRange;
+use super::owed::OwedPages;
 use pageferry_protocol::memory::{BlockGeometry, PageRange};
 use pageferry_protocol::shm::{DirtyLog, MappedBitmap, MappingError};
 
@@ -20,6 +21,9 @@ pub struct Block {
     pub vmm_address: u64,
     /// One bit for each discarded page. Shared with the VMM, so it survives this process.
     pub discarded: MappedBitmap,
+    /// Pages that are still to come for a guest that runs. Shared with the VMM, if it has such a
+    /// bitmap.
+    pub owed: Option<OwedPages>,
     /// Discarded pages for which the backing cannot tell a stray write from older content, because
     /// they were discarded without a punch since the last sync. See [`crate::outgoing::fixup`].
     pub unsettled: MappedBitmap,
@@ -59,7 +63,13 @@ impl Block {
         let unsettled = MappedBitmap::private(pages)?;
         let stray = MappedBitmap::private(pages)?;
         let freed = MappedBitmap::private(pages)?;
-        Ok(Self { guard, geometry, backing, vmm_address, discarded, unsettled, stray, freed })
+        let owed = None;
+        Ok(Self { guard, geometry, backing, vmm_address, discarded, owed, unsettled, stray, freed })
+    }
+
+    /// The same block with a bitmap of owed pages that the VMM keeps.
+    pub fn owing(self, owed: MappedBitmap) -> Self {
+        Self { owed: Some(OwedPages::new(owed)), ..self }
     }
 
     /// All pages of the block.

@@ -43,6 +43,11 @@
 //! so at least one of them sees the other, and no fault waits forever. If both answer, both answer
 //! with zero: the kernel refuses the second page, and all waiters are woken. The steps are in
 //! [`super::fault_ordering`], and a model checker tries all orders of them.
+//!
+//! # What outlives this process
+//!
+//! [`super::owed`] says which pages are not placed yet, for the agent that continues if this one is
+//! lost. That agent wakes all threads that wait: this one may have read their faults.
 
 mod demands;
 
@@ -144,6 +149,9 @@ impl MissingPages {
         blocks: &[Arc<Block>], missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
         live: Arc<LiveCounters>,
     ) -> Result<Self, PlaceError> {
+        for (at, block) in blocks.iter().enumerate() {
+            block.owed.iter().for_each(|owed| owed.add(missing.block(at)));
+        }
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             let bitmap = |at: usize| MappedBitmap::private(missing.block(at).bits().pages());
             (0..blocks.len()).map(bitmap).collect()
@@ -257,7 +265,7 @@ impl MissingPages {
         let counts = self.requested[at].take_bits(word, bit) != 0;
         if self.may_be_stale(at, host_page) {
             self.live.latency.forget(key(at, host_page));
-            self.placer.wake(at, host_page);
+            self.placer.wake(at, PageRange::new(host_page, 1));
             return Ok(FaultOutcome::Resolved);
         }
         self.placer.place_zero(at, host_page).map_err(self.placer.failed(at))?;
@@ -417,7 +425,15 @@ impl MissingPages {
     /// Wakes the threads that wait for a host page, because their fault could not be answered: they
     /// touch the page again, which makes a new fault.
     pub fn retry(&self, (at, host_page): (usize, u64)) {
-        self.placer.wake(at, host_page);
+        self.placer.wake(at, PageRange::new(host_page, 1));
+    }
+
+    /// Wakes all threads that wait for a page. Those whose page is not there fault again.
+    pub fn retry_all(&self) {
+        for (at, block) in self.blocks.iter().enumerate() {
+            let all = self.missing.block(at).covering(block.all());
+            self.placer.wake(at, all);
+        }
     }
 
     /// Host pages that were taken are placed, or zero and not waited for. Counts them, adds their
@@ -428,6 +444,8 @@ impl MissingPages {
         }
         let unit = self.missing.block(at).unit();
         *used += u64::from(bits.count_ones()) * unit;
+        // Before the source hears of it, which may free the page then.
+        self.settle(at, word, bits);
         let waited_for = self.requested[at].take_bits(word, bits);
         for run in runs_of_word(word * WORD_BITS, waited_for) {
             (run.first..run.end()).for_each(|host_page| self.count_resolved(at, host_page));
@@ -439,6 +457,13 @@ impl MissingPages {
         }
     }
 
+    /// These host pages need not come any more, from no agent.
+    fn settle(&self, at: usize, word: u64, bits: u64) {
+        if let Some(owed) = &self.blocks[at].owed {
+            owed.settle(self.missing.block(at), word, bits);
+        }
+    }
+
     /// A discard of `range` has set its marks: the pages of it that are missing need not come any
     /// more.
     pub(super) fn drop_missing(&self, at: usize, range: PageRange) {
@@ -446,6 +471,7 @@ impl MissingPages {
         let mut any = false;
         self.missing.take_range(at, host_pages, |word, bits| {
             self.dropped[at].or_word(word, bits);
+            self.settle(at, word, bits);
             add(
                 &self.live.dropped_pages,
                 u64::from(bits.count_ones()) * self.missing.block(at).unit(),
@@ -510,7 +536,7 @@ impl MissingPages {
             for run in runs_of_word(word * WORD_BITS, bits) {
                 for host_page in run.first..run.end() {
                     self.live.latency.forget(key(at, host_page));
-                    self.placer.wake(at, host_page);
+                    self.placer.wake(at, PageRange::new(host_page, 1));
                 }
             }
         });

@@ -91,6 +91,7 @@ pub mod mapped_areas;
 pub mod mappings;
 pub mod marking;
 pub mod missing_pages;
+pub mod owed;
 pub mod page_buffer;
 pub mod page_placer;
 pub mod placement;

@@ -114,7 +114,7 @@ impl PagePlacer {
                 self.mappings.all()[at].id,
                 rest.first
             );
-            self.wake(at, rest.first);
+            self.wake(at, PageRange::new(rest.first, 1));
             rest = PageRange::new(rest.first + 1, rest.count - 1);
             content = &content[(done + unit) as usize..];
         }
@@ -134,7 +134,7 @@ impl PagePlacer {
             Ok(()) => Ok(()),
             Err(FillError { errno: Errno::EXIST, .. }) => {
                 self.check_present(at, host_page)?;
-                self.wake(at, host_page);
+                self.wake(at, PageRange::new(host_page, 1));
                 Ok(())
             }
             Err(FillError { errno, .. }) => Err((host_page, errno)),
@@ -156,9 +156,9 @@ impl PagePlacer {
     }
 
     /// Wakes the threads that wait for a host page. They touch the page again.
-    pub(super) fn wake(&self, at: usize, host_page: u64) {
+    pub(super) fn wake(&self, at: usize, host_pages: PageRange) {
         // Fails only if nothing is mapped there any more. Then nobody waits.
-        let _ = self.uffd.wake(self.addresses(at, PageRange::new(host_page, 1)));
+        let _ = self.uffd.wake(self.addresses(at, host_pages));
     }
 
     /// The error of the block at index `at`.

@@ -6,6 +6,7 @@ use crate::image::ImageFault;
 use crate::image::blocks::BlocksDifference;
 use pageferry_protocol::error::size as bytes;
 use pageferry_protocol::image::working_set::{MAX_SIZE, WorkingSetError};
+use pageferry_protocol::image::{ImageId, id_text};
 use rustix::io::Errno;
 use std::path::PathBuf;
 
@@ -56,6 +57,26 @@ pub enum RestoreError {
     /// The VMM gave no address for a block.
     #[error("block {id} has no vmm_address, which a lazy restore needs: restore it eagerly")]
     NotMapped {
+        /// The block.
+        id: u32,
+    },
+    /// The image is not the one from which the guest was being restored.
+    #[error(
+        "{path} is image {}, and the guest is of image {}: put that one there",
+        id_text(found),
+        id_text(expected)
+    )]
+    OtherImage {
+        /// The path.
+        path: String,
+        /// The image that is there.
+        found: ImageId,
+        /// The image of the guest.
+        expected: ImageId,
+    },
+    /// It is not known which pages are still to come.
+    #[error("block {id} has no bitmap of owed pages, or its file was truncated")]
+    OwedUnknown {
         /// The block.
         id: u32,
     },

@@ -17,6 +17,9 @@
 //! not resumed, and the memory is made empty. If the guest already runs, it cannot go on: the VMM
 //! is told that memory is lost, as in a postcopy that can never complete.
 //!
+//! If the agent is lost while the guest runs, the next one continues with the pages that are still
+//! owed ([`LazyRestoreOrder`]).
+//!
 //! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
 //! memory is placed, and then the job fails.
 
@@ -29,15 +32,21 @@ use super::source::Source;
 use super::working_set::WorkingSetPlan;
 use super::{VmmState, resume_guest};
 use crate::job::{Job, JobError};
+use crate::memory::GuestMemory;
 use crate::memory::backing::BackingKind;
 use crate::memory::fence::MAX_READERS;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::missing_pages::MissingPages;
+use crate::memory::owed::OwedPages;
 use crate::memory::pool;
 use crate::missing_faults::FaultRegistration;
 use pageferry_protocol::control::hook::Hook;
-use pageferry_protocol::control::job::{Phase, RestoreOptions};
+use pageferry_protocol::control::job::{Phase, Placing, RestoreOptions};
+use pageferry_protocol::control::journal::Journal;
+use pageferry_protocol::image::ImageId;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Resumes the guest, and places its memory while it runs.
@@ -46,8 +55,8 @@ use std::sync::Arc;
 /// The reason for the failure. If the guest does not run, its memory is empty. If it runs, it is
 /// lost, unless the error is [`JobError::NotResumed`].
 pub fn restore(
-    job: &Arc<Job>, source: &Source, state: &VmmState, mut guard: ResetGuard<'_>,
-    plan: WorkingSetPlan, workers: u16,
+    job: &Arc<Job>, (source, path): (&Source, &Path), state: &VmmState, mut guard: ResetGuard<'_>,
+    plan: WorkingSetPlan, options: &RestoreOptions,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
     let missing = missing_of_image(job, source)?;
@@ -68,11 +77,11 @@ pub fn restore(
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     missing_pages.drop_discarded();
     missing_pages.drop_recorded(guard.discards.since());
+    keep_journal(job, source, path, options);
     let (pieces, mut record) = plan.parts();
     let pages = ImagePages::new(job, source, &missing_pages, unread);
     let lazy_restore = LazyRestore::new(pages, pieces, record.is_some());
-    let workers = usize::from(workers).min(MAX_READERS - FAULT_WORKERS);
-    let (whole, outcome) = lazy_restore.run(record.as_mut(), workers, || {
+    let (whole, outcome) = lazy_restore.run(record.as_mut(), workers(options), || {
         state.load(job)?;
         if !missing_pages.finish_load() {
             return Err(JobError::Stuck(
@@ -106,6 +115,108 @@ pub fn restore(
         job.warn(not_written);
     }
     outcome
+}
+
+fn workers(options: &RestoreOptions) -> usize {
+    usize::from(options.workers).min(MAX_READERS - FAULT_WORKERS)
+}
+
+/// Tells the VMM how another agent continues this job, if the VMM keeps the owed pages.
+fn keep_journal(job: &Job, source: &Source, path: &Path, options: &RestoreOptions) {
+    let is_kept = job.memory.blocks().iter().all(|block| block.owed.is_some());
+    let (true, Some(path)) = (is_kept, path.to_str()) else { return };
+    let (path, image) = (path.to_owned(), source.newest().header().id);
+    let journal = Journal::Restore { path, image, options: options.clone() }.encode();
+    if let Err(error) = job.hooks.ask(&Hook::KeepJournal { journal }, job.hook_timeout) {
+        log::warn!("no other agent can continue this job: {}", crate::error::chain(&error));
+    }
+}
+
+/// The rest of a lazy restore that a lost agent began, and whose guest runs.
+#[derive(Debug)]
+pub struct LazyRestoreOrder {
+    source: Source,
+    missing: HostPageSet,
+    uffd: OwnedFd,
+    /// The options of the job.
+    pub options: RestoreOptions,
+}
+
+impl LazyRestoreOrder {
+    /// Opens the image and looks which pages are owed. Changes nothing, so it can be tried again.
+    ///
+    /// # Errors
+    /// If the image cannot be opened, is another one, or does not fit; or if it is not known which
+    /// pages are owed.
+    pub fn new(
+        path: &str, image: ImageId, options: RestoreOptions, uffd: OwnedFd,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<Self, JobError> {
+        let source = Source::open(Path::new(path), memory)?;
+        let found = source.newest().header().id;
+        if found != image {
+            let path = path.to_owned();
+            return Err(RestoreError::OtherImage { path, found, expected: image }.into());
+        }
+        let missing = owed_pages(memory)?;
+        Ok(Self { source, missing, uffd, options })
+    }
+
+    /// Places all that is owed, and ends the job.
+    pub fn run(self, job: &Arc<Job>) {
+        let outcome = self.place(job);
+        job.finish(outcome);
+    }
+
+    fn place(self, job: &Arc<Job>) -> Result<(), JobError> {
+        let Self { source, missing, uffd, options } = self;
+        let mut registered = FaultRegistration::new(job);
+        // The guest runs.
+        job.cancel.commit_point()?;
+        job.placing.uses(Placing::Pages);
+        let unread = missing.try_clone()?;
+        let missing_pages = Arc::new(MissingPages::new(
+            job.memory.blocks(),
+            Arc::new(missing),
+            uffd,
+            false,
+            job.live.clone(),
+        )?);
+        job.set_remaining(missing_pages.missing());
+        job.memory.set_missing_pages(Some(missing_pages.clone()));
+        missing_pages.drop_discarded();
+        if !missing_pages.finish_load() {
+            return Err(JobError::Stuck("the job was cancelled".into()));
+        }
+        // The lost agent may have read faults, and not answered them.
+        missing_pages.retry_all();
+        if !options.working_set.is_empty() {
+            job.warn(
+                "the agent was lost that knew the working set: it is neither read ahead nor recorded"
+                    .into(),
+            );
+        }
+        let pages = ImagePages::new(job, &source, &missing_pages, unread);
+        let lazy_restore = LazyRestore::new(pages, Vec::new(), false);
+        job.enter(Phase::Prefetching);
+        let (whole, outcome) = lazy_restore.run(None, workers(&options), || Ok(None));
+        registered.complete = whole;
+        drop(registered);
+        outcome
+    }
+}
+
+/// The host pages that are owed.
+fn owed_pages(memory: &GuestMemory) -> Result<HostPageSet, JobError> {
+    let host_pages: Vec<u64> =
+        memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+    let missing = HostPageSet::empty(memory.blocks(), &host_pages)?;
+    for (at, block) in memory.blocks().iter().enumerate() {
+        let owed = block.owed.as_ref().and_then(OwedPages::words);
+        let owed = owed.ok_or(RestoreError::OwedUnknown { id: block.geometry.id })?;
+        owed.into_iter().for_each(|(word, bits)| missing.add_pages(at, word, bits));
+    }
+    Ok(missing)
 }
 
 /// Makes all checks that need no change of memory, and decides what to do about the working set.

@@ -111,7 +111,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         Some(plan) => {
             job.placing.uses(Placing::Pages);
             job.placing.explain("the guest runs before its memory is there".into());
-            lazy::restore(job, &source, &state, guard, plan, order.options.workers)
+            lazy::restore(job, (&source, &order.path), &state, guard, plan, &order.options)
         }
     }
 }

@@ -67,6 +67,8 @@ pub struct Session {
     /// Process id of the VMM; `None` while no VMM is connected, or its process is not known.
     vmm_pid: Option<u32>,
     vm_name: VmName,
+    /// The VMM may give blocks a bitmap of owed pages.
+    owed: bool,
     /// The last job of the previous VMM. Operators can still query how it ended.
     previous: PreviousJob,
     /// Number of the last job; 0 if there was none.
@@ -120,6 +122,7 @@ impl Session {
             job: None,
             vmm_pid: None,
             vm_name,
+            owed: false,
             previous: PreviousJob::None,
             jobs: 0,
             totals: JobTotals::default(),

@@ -7,7 +7,7 @@ use super::registry::NewBlock;
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::start_jobs::check_path;
-use super::{Session, check_fds, invalid, take_fds};
+use super::{Session, check_fds, invalid, wrong_fds};
 use crate::job::{CancelledBy, TooLate};
 use crate::memory::current::CurrentAgent;
 use crate::tracking::TrackerChoice;
@@ -23,7 +23,8 @@ use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
 use pageferry_protocol::control::request::{
-    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, MAX_RANGES, Request,
+    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, FEATURE_OWED,
+    FEATURES, MAX_RANGES, Request,
 };
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::{AgentInfo, Trackers};
@@ -157,9 +158,11 @@ impl SharedSession {
                 format!("version {min} to {max} offered, this agent speaks {CONTROL_VERSION}");
             return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
         }
-        let features = features & FEATURE_FENCE;
+        // Only a VMM with a fence makes sure that there are not two agents.
+        let features = if features & FEATURE_FENCE == 0 { 0 } else { features & FEATURES };
         if let Some(fence) = fds.into_iter().next() {
             sent.push(self.set_fence(&fence, number)?);
+            self.lock().owed = features & FEATURE_OWED != 0;
         }
         let reply = HelloReply {
             version: CONTROL_VERSION,
@@ -242,6 +245,7 @@ impl SharedSession {
             Request::Balloon { target, ask_stats } => self.balloon(target, ask_stats),
             Request::PluggedMemory { requested } => self.plugged_memory(requested),
             Request::ConnectDevice { device } => self.connect_device(device, fds),
+            Request::Continue { journal } => self.continue_job(&journal, fds),
             // The server keeps the subscription; there is nothing for the session to do.
             Request::Subscribe { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -267,8 +271,12 @@ impl SharedSession {
         &self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32,
         fds: Vec<OwnedFd>,
     ) -> Answer {
-        let [memory, bitmap] = take_fds("add block", fds)?;
-        let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap: Some(bitmap) };
+        let is_owing = fds.len() == 3 && self.lock().owed;
+        check_fds("add block", &fds, if is_owing { 3 } else { 2 })?;
+        let mut fds = fds.into_iter();
+        let (memory, bitmap, owed) = (fds.next(), fds.next(), fds.next());
+        let Some(memory) = memory else { return Err(wrong_fds("add block", 0, 2)) };
+        let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed };
         let added = self.add_blocks(vec![new])?;
         let block = &added[0];
         if flags & BLOCK_DISCARDED != 0 {
@@ -468,6 +476,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         | Request::AddBlock { .. }
         | Request::SetTrackers { .. }
         | Request::ConnectDevice { .. }
+        | Request::Continue { .. }
         | Request::StartOutgoing { .. }
         | Request::StartIncoming { .. }
         | Request::StartSnapshot { .. }

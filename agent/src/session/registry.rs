@@ -31,6 +31,8 @@ pub struct NewBlock {
     pub vmm_address: u64,
     /// The bitmap of discarded pages, if the VMM has one.
     pub bitmap: Option<OwnedFd>,
+    /// The bitmap of owed pages, if the VMM has one.
+    pub owed: Option<OwnedFd>,
 }
 
 impl SharedSession {
@@ -140,7 +142,7 @@ impl Session {
 
 fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
     may_wait("check a block's file");
-    let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap } = new;
+    let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed } = new;
     if fd_offset % pageferry_protocol::memory::PAGE_SIZE != 0 {
         let sentence = format!("fd_offset {fd_offset:#x} is not a multiple of the page size");
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
@@ -154,10 +156,18 @@ fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
         );
     }
     let pages = geometry.pages();
-    let bitmap = bitmap.map(|fd| MappedBitmap::shared_sparse(fd, pages)).transpose();
-    let bitmap = bitmap.map_err(|error| {
-        let RemoteError { code, sentence } = invalid(&error);
-        RemoteError::new(code, format!("discard bitmap: {sentence}"))
-    })?;
-    Block::new(geometry, backing, vmm_address, bitmap).map_err(|error| invalid(&error))
+    let map = |what, fd: Option<OwnedFd>| {
+        let mapped = fd.map(|fd| MappedBitmap::shared_sparse(fd, pages)).transpose();
+        mapped.map_err(|error| {
+            let RemoteError { code, sentence } = invalid(&error);
+            RemoteError::new(code, format!("{what}: {sentence}"))
+        })
+    };
+    let (bitmap, owed) = (map("discard bitmap", bitmap)?, map("bitmap of owed pages", owed)?);
+    let block = Block::new(geometry, backing, vmm_address, bitmap);
+    let block = block.map_err(|error| invalid(&error))?;
+    Ok(match owed {
+        Some(owed) => block.owing(owed),
+        None => block,
+    })
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Starts jobs: migrations, snapshots and restores; and recovers a paused postcopy, or one that
-//! another agent began.
+//! Starts jobs: migrations, snapshots and restores; recovers a paused postcopy, or one that another
+//! agent began; and continues a lazy restore that another agent began.
 //!
 //! A job starts if no other job runs, the guest is here, and there is memory and a socket for
 //! hooks. What can wait, such as a name look-up, runs before the session is locked; the checks are
@@ -10,7 +10,7 @@
 use super::native_requests::{Answer, Success};
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
-use super::{Session, check_fds, invalid};
+use super::{Session, check_fds, invalid, take_fds};
 use crate::hooks::HookError;
 use crate::incoming::IncomingPlan;
 use crate::incoming::accept::Source;
@@ -19,15 +19,18 @@ use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
 use crate::outgoing::connect::Target;
 use crate::outgoing::job::OutgoingJob;
 use crate::restore::RestorePlan;
+use crate::restore::lazy::LazyRestoreOrder;
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
 use crate::transport::{Address, Listener};
+use crate::waiting::may_wait;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
     IncomingOptions, JobKind, MAX_STREAMS, Mode, OutgoingOptions, Phase, RestoreOptions,
     SnapshotOptions,
 };
+use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::reply::{ErrorCode, JobStarted, RemoteError};
 use pageferry_protocol::control::role::Role;
 use std::os::fd::OwnedFd;
@@ -383,6 +386,26 @@ impl Session {
         };
         self.run_job(SessionJob::Restore(job.clone()), move || crate::restore::run(&job, &order))?;
         Ok(Success::Started(JobStarted { job: self.jobs, address: path.to_owned() }))
+    }
+}
+
+impl SharedSession {
+    /// Continues the job of a lost agent: the guest runs, and its memory is not all here.
+    pub(super) fn continue_job(&self, journal: &[u8], fds: Vec<OwnedFd>) -> Answer {
+        let [uffd] = take_fds("continue", fds)?;
+        let Journal::Restore { path, image, options } =
+            Journal::decode(journal).map_err(|error| invalid(&error))?;
+        check_path("path", &path)?;
+        let memory = self.lock().memory.clone();
+        may_wait("open an image");
+        let order = LazyRestoreOrder::new(&path, image, options, uffd, &memory)
+            .map_err(|error| invalid(&error))?;
+        let mut session = self.lock();
+        session.check_can_start()?;
+        let job = session.new_job(JobKind::Restore, (&order.options).into())?;
+        let id = job.id;
+        session.run_job(SessionJob::Restore(job.clone()), move || order.run(&job))?;
+        Ok(Success::Started(JobStarted { job: id, address: path }))
     }
 }
 

@@ -203,6 +203,7 @@ impl SharedSession {
                 fd_offset: region.fd_offset,
                 vmm_address: region.vmm_address,
                 bitmap: None,
+                owed: None,
             }
         });
         let new = new.collect();

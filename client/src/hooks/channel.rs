@@ -15,7 +15,7 @@
 use super::api::Hooks;
 use super::catch_panics::CatchPanics;
 use super::context::{HookContext, failed, forbidden};
-use super::end::{check_alive, end, is_answered_after_end};
+use super::end::{Loss, check_alive, end, is_answered_after_end};
 use super::{guest, memory, trackers};
 use crate::error::Error;
 use crate::heartbeat::Heartbeat;
@@ -95,6 +95,11 @@ impl HookChannel {
     /// The ownership, which outlives the client.
     pub(crate) fn ownership(&self) -> Arc<SharedOwnership> {
         Arc::clone(&self.context.ownership)
+    }
+
+    /// What is missing if the agent of this channel is lost.
+    pub(crate) fn loss(&self) -> Loss {
+        Loss::of(&self.context)
     }
 
     /// Answers every hook that is pending, without waiting for more. A hook that panics fails; see
@@ -257,6 +262,7 @@ impl HookChannel {
             }
             Hook::Throttle { percent } => trackers::throttle(context, percent, hooks),
             Hook::ProbeFaults => memory::probe_faults(context),
+            Hook::KeepJournal { journal } => memory::keep_journal(context, journal),
             Hook::UnregisterFaults { complete } => {
                 memory::unregister_faults(context, complete, hooks);
                 Ok(())

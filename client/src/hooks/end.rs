@@ -15,14 +15,18 @@
 //! guest is ours, are answered ([`is_answered_after_end`]).
 
 use super::api::Hooks;
+use super::catch_panics::CatchPanics;
 use super::context::HookContext;
 use super::guest::restore_run_state;
-use super::memory::give_up_missing_pages;
+use super::memory::{give_up_missing_pages, tell_loss};
 use super::trackers::stop_tracker;
 use crate::link::Link;
+use crate::missing_pages::MissingPages;
+use crate::ownership::SharedOwnership;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::sync::Arc;
 
 /// Undoes what the agent has begun, and tells the VMM that the agent is lost.
 ///
@@ -37,9 +41,39 @@ pub(super) fn end(context: &HookContext, hooks: &mut dyn Hooks) {
     context.writes.withdraw(context.link.id, || hooks.writes_unwatched());
     resume_guest(context, hooks);
     stop_tracking(context, hooks);
-    give_up_missing_pages(context, hooks);
+    // Another thread attaches the next agent, which brings the rest of the memory.
+    if !context.missing.is_continued_without(context.link.id) {
+        give_up_missing_pages(context, hooks);
+    }
     let ownership = context.ownership.lock().ownership();
     hooks.agent_lost(ownership);
+}
+
+/// Memory that the agent of an ended channel has left missing, and that no other agent has brought.
+#[derive(Debug)]
+pub(crate) struct Loss {
+    link: Arc<Link>,
+    ownership: Arc<SharedOwnership>,
+    missing: Arc<MissingPages>,
+}
+
+impl Loss {
+    pub(super) fn of(context: &HookContext) -> Self {
+        let HookContext { link, ownership, missing, .. } = context;
+        Self {
+            link: Arc::clone(link),
+            ownership: Arc::clone(ownership),
+            missing: Arc::clone(missing),
+        }
+    }
+
+    /// Tells the VMM that the memory is lost, if nobody tries to bring it any more.
+    pub(crate) fn tell(&self, hooks: &mut dyn Hooks) {
+        if !self.missing.is_continued_without(self.link.id) {
+            let hooks = &mut CatchPanics(hooks);
+            tell_loss(&self.link, &self.ownership, &self.missing, hooks);
+        }
+    }
 }
 
 /// Brings a guest that the agent had paused back into the run state that it had before.

@@ -5,7 +5,9 @@
 
 use super::api::Hooks;
 use super::context::{HookContext, failed, forbidden};
-use crate::ownership::Ownership;
+use crate::link::Link;
+use crate::missing_pages::MissingPages;
+use crate::ownership::{Ownership, SharedOwnership};
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError, Reply};
 use pageferry_protocol::error::chain;
@@ -52,6 +54,14 @@ pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> R
     })
 }
 
+/// Keeps the journal for the next agent.
+pub(super) fn keep_journal(context: &HookContext, journal: Vec<u8>) -> Reply<()> {
+    if context.missing.keep_journal(context.link.id, journal) {
+        return Ok(());
+    }
+    Err(RemoteError::new(ErrorCode::State, "no mappings are registered for missing pages"))
+}
+
 /// Takes the registration for missing pages back: all memory is here, or the rest never comes.
 pub(super) fn unregister_faults(context: &HookContext, complete: bool, hooks: &mut dyn Hooks) {
     let turn = context.ownership.lock_guest_hooks();
@@ -67,6 +77,13 @@ pub(super) fn unregister_faults(context: &HookContext, complete: bool, hooks: &m
 /// If memory is missing for which this agent was responsible, it never comes.
 pub(super) fn give_up_missing_pages(context: &HookContext, hooks: &mut dyn Hooks) {
     let HookContext { link, ownership, missing, .. } = context;
+    tell_loss(link, ownership, missing, hooks);
+}
+
+/// The same, for the agent of this connection.
+pub(super) fn tell_loss(
+    link: &Link, ownership: &SharedOwnership, missing: &MissingPages, hooks: &mut dyn Hooks,
+) {
     let turn = ownership.lock_guest_hooks();
     if !missing.is_lost_unreported(link.id) {
         return;

@@ -14,7 +14,7 @@ use pageferry_protocol::control::hook_reply::{decode_hook_reply, reply_sequence}
 use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
-use pageferry_protocol::control::request::{FEATURE_FENCE, MAX_RANGES, Request};
+use pageferry_protocol::control::request::{FEATURE_FENCE, FEATURES, MAX_RANGES, Request};
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::shm::FenceView;
 use pageferry_protocol::userfault::{Userfaultfd, feature};
@@ -43,6 +43,7 @@ pub(crate) struct FakeAgent {
     next: u64,
 }
 
+/// The answer of an agent of an older version, which knows of no owed pages.
 pub(crate) fn hello_reply(max_ranges: usize) -> Vec<u8> {
     let reply = HelloReply {
         version: 1,
@@ -81,7 +82,7 @@ impl FakeAgent {
             Some(Ok(Request::Hello {
                 version_min: 1,
                 version_max: 1,
-                features: FEATURE_FENCE,
+                features: FEATURES,
                 agent,
                 ..
             })) => agent,

@@ -10,6 +10,7 @@
 use super::Trackers;
 use super::codec::{DecodeError, Decoder, Encoder};
 use super::job::{JobStatus, MAX_ADDRESS};
+use super::journal::{decode_journal, encode_journal};
 use super::state_pieces::{PieceSize, decode_pieces, encode_pieces};
 use std::fmt;
 
@@ -35,6 +36,7 @@ pub mod code {
     pub const PROBE_FAULTS: u32 = 0x2010;
     pub const EXPECT_GUEST: u32 = 0x2011;
     pub const CHECK_GUEST: u32 = 0x2012;
+    pub const KEEP_JOURNAL: u32 = 0x2013;
 }
 
 /// Largest number of pages in one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -109,6 +111,13 @@ pub enum Hook {
     /// The guest is about to run before its memory is here: register the mappings of all blocks for
     /// missing pages. Answered by the userfaultfd as the descriptor.
     RegisterFaults,
+    /// Keep this, for the agent that continues if this one is lost while memory is missing. Only
+    /// with [`FEATURE_OWED`](super::request::FEATURE_OWED), after [`Hook::RegisterFaults`]: from now
+    /// on the bitmaps of owed pages say what is missing.
+    KeepJournal {
+        /// How it continues: see [`Journal`](super::journal::Journal).
+        journal: Vec<u8>,
+    },
     /// The memory is all here, or the rest never arrives: unregister the mappings.
     UnregisterFaults {
         /// All memory is here. If not, missing pages must not be taken for zero, and the guest must
@@ -203,6 +212,7 @@ impl Hook {
             Self::Relinquish { .. } => code::RELINQUISH,
             Self::ProbeFaults => code::PROBE_FAULTS,
             Self::RegisterFaults => code::REGISTER_FAULTS,
+            Self::KeepJournal { .. } => code::KEEP_JOURNAL,
             Self::UnregisterFaults { .. } => code::UNREGISTER_FAULTS,
             Self::WatchWrites => code::WATCH_WRITES,
             Self::UnwatchWrites => code::UNWATCH_WRITES,
@@ -228,6 +238,7 @@ impl Hook {
             Self::Relinquish { .. } => "relinquish",
             Self::ProbeFaults => "probe faults",
             Self::RegisterFaults => "register faults",
+            Self::KeepJournal { .. } => "keep journal",
             Self::UnregisterFaults { .. } => "unregister faults",
             Self::WatchWrites => "watch writes",
             Self::UnwatchWrites => "unwatch writes",
@@ -258,6 +269,7 @@ impl Hook {
             Self::Relinquish { session, release } => {
                 encoder.bytes(session).u32(u32::from(*release))
             }
+            Self::KeepJournal { journal } => encode_journal(encoder, journal),
             Self::UnregisterFaults { complete } => encoder.u32(u32::from(*complete)),
             Self::ExpectGuest { origin } | Self::AcceptGuest { origin } => origin.encode(encoder),
             _ => encoder,
@@ -304,6 +316,9 @@ impl Hook {
             code::RELINQUISH => decode_relinquish(decoder),
             code::PROBE_FAULTS => Ok(Self::ProbeFaults),
             code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
+            code::KEEP_JOURNAL => {
+                decode_journal(decoder).map(|journal| Self::KeepJournal { journal })
+            }
             code::UNREGISTER_FAULTS => {
                 decode_flag(decoder, "complete").map(|complete| Self::UnregisterFaults { complete })
             }

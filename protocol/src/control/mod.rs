@@ -17,6 +17,7 @@
 //! - [`reply`]: answers to requests, and errors as they travel;
 //! - [`agent_info`]: what an agent serves;
 //! - [`job`]: the options and the status of a job;
+//! - [`journal`]: what the next agent needs to continue a job;
 //! - [`trackers`]: what reports the writes of the guest;
 //! - [`vhost_user`] (feature `vhost-user`): the requests of vhost-user that hand over memory.
 //!
@@ -35,6 +36,7 @@ pub mod job;
 // Many ranges of memory in one request.
 mod ranges;
 // The system call that receives, with descriptors and the process of the sender.
+pub mod journal;
 mod receive;
 pub mod reply;
 pub mod request;

@@ -11,6 +11,7 @@ use super::job::{
     IncomingOptions, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions, SnapshotMode,
     SnapshotOptions,
 };
+use super::journal::{decode_journal, encode_journal};
 use super::ranges::{decode_ranges, encode_ranges};
 use super::{Role, Trackers};
 use crate::memory::BlockGeometry;
@@ -49,6 +50,7 @@ pub mod code {
     pub const BALLOON: u32 = 0x101c;
     pub const PLUGGED_MEMORY: u32 = 0x101d;
     pub const CONNECT_DEVICE: u32 = 0x101e;
+    pub const CONTINUE: u32 = 0x101f;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -64,6 +66,14 @@ pub const DISCARD_PUNCH: u32 = 1 << 0;
 /// VMM can make sure that it has exited before the next agent is attached.
 pub const FEATURE_FENCE: u64 = 1 << 0;
 
+/// Feature: a job that brings the memory of a guest which runs already can go on in another agent.
+/// The VMM adds a bitmap of owed pages to each block, keeps the [`Journal`](super::journal::Journal)
+/// of the job, and hands both to the next agent.
+pub const FEATURE_OWED: u64 = 1 << 1;
+
+/// All features that this crate knows.
+pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED;
+
 /// Longest name of a VM in bytes.
 pub const MAX_VM_NAME: usize = 128;
 
@@ -78,7 +88,7 @@ pub enum Request {
         version_min: u16,
         /// Highest version the sender speaks.
         version_max: u16,
-        /// Feature bits the sender offers: [`FEATURE_FENCE`].
+        /// Feature bits the sender offers: [`FEATURE_FENCE`], [`FEATURE_OWED`].
         features: u64,
         /// With [`FEATURE_FENCE`], which only a VMM sets: the number that the fence word holds
         /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
@@ -89,7 +99,8 @@ pub enum Request {
         name: String,
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
-    /// whole 64-bit words), which the VMM keeps and whose bits hold from the start. Answered by
+    /// whole 64-bit words), which the VMM keeps and whose bits hold from the start. With
+    /// [`FEATURE_OWED`] a third one: the bitmap of owed pages, of the same size. Answered by
     /// [`AddBlockReply`](super::reply::AddBlockReply).
     AddBlock {
         /// Id, name, place, granularity.
@@ -211,6 +222,15 @@ pub enum Request {
         /// own.
         options: OutgoingOptions,
     },
+    /// Continues the job of a lost agent, which brings the memory of a guest that runs here already.
+    /// The pages that are owed are in the bitmaps of the blocks. Descriptor: the userfaultfd with
+    /// which the mappings of the VMM are registered. Answered by
+    /// [`JobStarted`](super::reply::JobStarted).
+    Continue {
+        /// What the lost agent gave the VMM with
+        /// [`Hook::KeepJournal`](super::hook::Hook::KeepJournal).
+        journal: Vec<u8>,
+    },
     /// Starts to save the guest into an image. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
@@ -256,6 +276,7 @@ pub fn name(request: u32) -> &'static str {
         code::BALLOON => "BALLOON",
         code::PLUGGED_MEMORY => "PLUGGED_MEMORY",
         code::CONNECT_DEVICE => "CONNECT_DEVICE",
+        code::CONTINUE => "CONTINUE",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -281,6 +302,7 @@ impl Request {
             Self::Balloon { .. } => code::BALLOON,
             Self::PluggedMemory { .. } => code::PLUGGED_MEMORY,
             Self::ConnectDevice { .. } => code::CONNECT_DEVICE,
+            Self::Continue { .. } => code::CONTINUE,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -305,6 +327,7 @@ impl Request {
             | Self::Free { .. }
             | Self::Populate { .. }
             | Self::ConnectDevice { .. }
+            | Self::Continue { .. }
             | Self::SetTrackers { .. } => Role::Vmm,
             // Only the VMM knows that it has stopped its guest.
             Self::StartSnapshot { options, .. } if options.mode == SnapshotMode::Stopped => {
@@ -378,6 +401,7 @@ impl Request {
                 encoder.u32(requested.is_some().into()).u64(requested.unwrap_or(0))
             }
             Self::ConnectDevice { device } => device.encode(encoder),
+            Self::Continue { journal } => encode_journal(encoder, journal),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -432,6 +456,7 @@ impl Request {
             code::CONNECT_DEVICE => {
                 DeviceSpec::decode(decoder).map(|device| Self::ConnectDevice { device })
             }
+            code::CONTINUE => decode_journal(decoder).map(|journal| Self::Continue { journal }),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })

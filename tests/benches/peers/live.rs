@@ -300,7 +300,9 @@ pub fn live(bench: &Bench, table: &mut Table) {
             let mut measured = Measured::default();
             for _ in 0..bench.rounds.min(3) {
                 source.zero_counters();
-                if let Err(error) = run(&bench.folder, (&source, &destination), kind, case, &mut measured) {
+                if let Err(error) =
+                    run(&bench.folder, (&source, &destination), kind, case, &mut measured)
+                {
                     table.note(format!("live, {}: skipped: {}", kind.name(), error.sentence()));
                     break;
                 }

@@ -20,6 +20,7 @@ use pageferry_protocol::control::job::{
     JobKind, Mode, NonConvergence, Parameters, RestoreMode, RestoreOptions, RunState, SnapshotMode,
     SnapshotOptions,
 };
+use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply,
     decode_reply, encode_reply,
@@ -360,6 +361,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::AcceptGuest { origin: GuestOrigin::Migration { address: "tcp:[::]:1".into() } },
         Hook::ProbeFaults,
         Hook::RegisterFaults,
+        Hook::KeepJournal { journal: vec![1, 2, 3] },
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,
@@ -371,6 +373,17 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         .zip(hooks)
         .map(|(sequence, hook)| [vec![hook.code() as u8], hook.encode(sequence)].concat())
         .collect()
+}
+
+/// The journal of a job.
+pub fn journal(data: &[u8]) -> bool {
+    checked(data, Journal::decode, Journal::encode)
+}
+
+/// A journal of each kind.
+pub fn journal_seeds() -> Vec<Vec<u8>> {
+    let (path, options) = ("/images/größer".to_owned(), RestoreOptions::default());
+    vec![Journal::Restore { path, image: [3; 16], options }.encode()]
 }
 
 fn print_region(encoder: Encoder, region: &Region) -> Encoder {

@@ -43,11 +43,12 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 24] = [
+pub const TARGETS: [Target; 25] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
     Target { name: "hook", run: control::hook, seeds: control::hook_seeds },
+    Target { name: "journal", run: control::journal, seeds: control::journal_seeds },
     Target { name: "vhost_user", run: control::vhost_user, seeds: control::vhost_user_seeds },
     Target { name: "hello", run: stream::hello, seeds: stream::hello_seeds },
     Target { name: "record", run: stream::record, seeds: stream::record_seeds },

@@ -18,6 +18,7 @@
 
 mod bitmap;
 mod blocks;
+mod killer;
 mod migration;
 mod postcopy;
 mod queued;

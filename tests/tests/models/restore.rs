@@ -7,12 +7,16 @@
 //! it from the same image, repeatedly. They discard before their guests run, and the guests do
 //! random things as soon as they run. Only pages are allocated that were allocated in the saved
 //! guest or touched since (`never-populate`). Discarded pages are holes (`same-memory`).
+//!
+//! In one of the tests the agents are killed or frozen as soon as a guest runs whose memory is not
+//! here yet, and others continue.
 
 use crate::blocks::{self, LOG_COVERS, Page};
+use crate::killer::{Deaths, Killer, agent};
 use crate::seeds;
 use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Parameters, Phase, Punch, RestoreMode,
-    RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece,
+    RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece, Supervisor,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
@@ -23,7 +27,7 @@ use pageferry_tests::require;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -65,6 +69,7 @@ fn range_of((id, range): (u32, PageRange)) -> [BlockRange; 1] {
 struct Record {
     runs: AtomicBool,
     lost: AtomicBool,
+    complete: AtomicBool,
     state: Mutex<Vec<StatePiece>>,
 }
 
@@ -93,6 +98,10 @@ impl Hooks for Vmm {
         Ok(())
     }
 
+    fn memory_complete(&mut self) {
+        self.0.complete.store(true, Ordering::SeqCst);
+    }
+
     fn memory_lost(&mut self) {
         self.0.lost.store(true, Ordering::SeqCst);
     }
@@ -104,17 +113,41 @@ struct Side {
     memory: TestMemory,
     client: Client,
     record: Arc<Record>,
-    _agent: InProcessAgent,
+    _agent: Agent,
 }
+
+#[expect(dead_code, reason = "held, not looked at")]
+enum Agent {
+    InProcess(InProcessAgent),
+    /// Processes, one after the other.
+    Supervised(Supervisor<Vmm>),
+}
+
+/// How the agents of a case die.
+const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40) };
 
 impl Side {
     fn new() -> Self {
-        let memory = TestMemory::new(layouts()).unwrap();
         let (agent, socket) = InProcessAgent::start().unwrap();
         let config = Config { log_covers: LOG_COVERS, ..Config::default() };
         let (client, channel) = Client::from_socket(socket, config).unwrap();
         let record = Arc::new(Record::default());
         channel.spawn(Vmm(record.clone())).unwrap();
+        Self::of(client, record, Agent::InProcess(agent))
+    }
+
+    /// With agents that can die.
+    fn supervised() -> Self {
+        // Short, because a frozen agent is found after it.
+        let request_timeout = Duration::from_secs(2);
+        let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
+        let record = Arc::new(Record::default());
+        let (client, supervisor) = Supervisor::spawn(agent, config, Vmm(record.clone())).unwrap();
+        Self::of(client, record, Agent::Supervised(supervisor))
+    }
+
+    fn of(client: Client, record: Arc<Record>, agent: Agent) -> Self {
+        let memory = TestMemory::new(layouts()).unwrap();
         memory.add_to(&client).unwrap();
         client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { memory, client, record, _agent: agent }
@@ -214,10 +247,12 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
 
 /// Restores into a VMM whose guest works meanwhile.
 fn restore(
-    seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, mode: RestoreMode,
-    working_set: &str,
+    seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, how: How, working_set: &str,
 ) {
-    let (mut chance, side, mut model) = (Random::new(seed), Side::new(), saved.clone());
+    let mode = if how == How::Eager { RestoreMode::Eager } else { RestoreMode::Lazy };
+    let dies = how == How::LazyWithDeaths;
+    let side = if dies { Side::supervised() } else { Side::new() };
+    let (mut chance, mut model) = (Random::new(seed), saved.clone());
     // Memory that an earlier guest left.
     (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
     // Discards of that guest do not count for the new one, unless the pages are discarded once
@@ -230,7 +265,7 @@ fn restore(
         mode,
         workers: 1 + chance.below(3) as u16,
         // So slow that the guest works before all memory is here.
-        bandwidth: if chance.one_in(2) { 0 } else { 4 << 20 },
+        bandwidth: if chance.one_in(2) && !dies { 0 } else { 4 << 20 },
         working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
         ..RestoreOptions::default()
     };
@@ -272,6 +307,7 @@ fn restore(
     })
     .unwrap();
     assert!(runs(), "{:?}", side.client.status());
+    let killer = dies.then(|| Killer::start(side.client.downgrade(), DEATHS, seed));
     for _ in 0..60 {
         let pages = some_pages(&mut chance);
         match chance.below(9) {
@@ -330,9 +366,21 @@ fn restore(
             }
         }
     }
-    let _ = side.client.set_parameters(&Parameters::bandwidth(0));
-    let status = side.client.wait(started.job, SOON).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    if let Some(killer) = killer {
+        let is_set = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
+        wait_until("the memory to be complete", SOON, || {
+            // Each agent begins with the limit of the job.
+            let killed = killer.deaths.load(Ordering::SeqCst) == DEATHS.count;
+            let _ = killed.then(|| side.client.set_parameters(&Parameters::bandwidth(0)));
+            is_set(&side.record.complete) || is_set(&side.record.lost)
+        })
+        .unwrap();
+        KILLED.fetch_add(killer.deaths.load(Ordering::SeqCst), Ordering::Relaxed);
+    } else {
+        let _ = side.client.set_parameters(&Parameters::bandwidth(0));
+        let status = side.client.wait(started.job, SOON).unwrap();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    }
     assert!(!side.record.lost.load(Ordering::SeqCst));
     assert_eq!(
         *side.record.state.lock().unwrap(),
@@ -367,7 +415,19 @@ fn restore(
     assert!(more.is_empty(), "allocated pages that were not allocated before: {more:?}");
 }
 
-fn run_case(seed: u64, mode: RestoreMode) {
+/// How a case restores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    Eager,
+    Lazy,
+    /// Its agents are killed and frozen.
+    LazyWithDeaths,
+}
+
+/// How many agents have died in all cases.
+static KILLED: AtomicU64 = AtomicU64::new(0);
+
+fn run_case(seed: u64, how: How) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let (side, mut model) = (Side::new(), Model::new());
@@ -386,7 +446,7 @@ fn run_case(seed: u64, mode: RestoreMode) {
                 let (image, model, allocated, working_set) =
                     (&image, &model, &allocated, &working_set);
                 let seed = chance.below(u64::MAX) ^ vmm;
-                scope.spawn(move || restore(seed, image, model, allocated, mode, working_set));
+                scope.spawn(move || restore(seed, image, model, allocated, how, working_set));
             }
         });
     }
@@ -402,12 +462,20 @@ proptest! {
     #[test]
     fn a_guest_that_is_restored_lazily_finds_what_was_saved(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(seeds::repeated(seed), RestoreMode::Lazy);
+            run_case(seeds::repeated(seed), How::Lazy);
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_restored_lazily_survives_its_agents(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), How::LazyWithDeaths);
+            eprintln!("{} agents have died so far", KILLED.load(Ordering::Relaxed));
         }
     }
 
     #[test]
     fn a_guest_that_is_restored_eagerly_finds_what_was_saved(seed in any::<u64>()) {
-        run_case(seeds::repeated(seed), RestoreMode::Eager);
+        run_case(seeds::repeated(seed), How::Eager);
     }
 }

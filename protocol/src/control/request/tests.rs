@@ -169,6 +169,8 @@ fn any_request() -> impl Strategy<Value = Request> {
             .prop_map(|(target, ask_stats)| Request::Balloon { target, ask_stats }),
         any::<Option<u64>>().prop_map(|requested| Request::PluggedMemory { requested }),
         Just(Request::ConnectDevice { device: DeviceSpec::Balloon }),
+        proptest::collection::vec(any::<u8>(), 0..200)
+            .prop_map(|journal| Request::Continue { journal }),
         (".{1,60}", 12u32..64).prop_map(|(block, order)| Request::ConnectDevice {
             device: DeviceSpec::Mem { block, block_size: 1 << order }
         }),
@@ -219,6 +221,7 @@ fn the_least_role_of_every_request_is_known() {
         (Request::Populate { ranges: vec![] }, true),
         (Request::SetTrackers { sources: Trackers::HOOKS }, true),
         (Request::ConnectDevice { device: DeviceSpec::Balloon }, true),
+        (Request::Continue { journal: vec![1] }, true),
         (snapshot(SnapshotMode::Stopped), false),
     ];
     let options = OutgoingOptions::default;

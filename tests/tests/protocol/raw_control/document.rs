@@ -93,6 +93,7 @@ fn it_has_every_request_and_every_hook() {
         ("BALLOON", BALLOON),
         ("PLUGGED_MEMORY", PLUGGED_MEMORY),
         ("CONNECT_DEVICE", CONNECT_DEVICE),
+        ("CONTINUE", CONTINUE),
     ];
     assert_eq!(documented, named.into_iter().map(|(name, code)| (code, name)).collect());
     assert!(section("### SUBSCRIBE, 0x1015").contains(&format!("EVENT, {EVENT:#x}")));
@@ -144,6 +145,7 @@ fn examples_of_hooks() -> Vec<Hook> {
         Hook::Relinquish { session: [1; 16], release: true },
         Hook::ProbeFaults,
         Hook::RegisterFaults,
+        Hook::KeepJournal { journal: vec![1, 2] },
         Hook::UnregisterFaults { complete: true },
         Hook::WatchWrites,
         Hook::UnwatchWrites,

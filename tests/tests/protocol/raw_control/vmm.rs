@@ -49,6 +49,7 @@ pub mod code {
     pub const BALLOON: u32 = 0x101c;
     pub const PLUGGED_MEMORY: u32 = 0x101d;
     pub const CONNECT_DEVICE: u32 = 0x101e;
+    pub const CONTINUE: u32 = 0x101f;
     pub const EVENT: u32 = 0x1100;
 }
 

@@ -8,6 +8,7 @@ use pageferry_protocol::control::devices::DeviceSpec;
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::job::{IncomingOptions as WireIncoming, OutgoingOptions};
 use pageferry_protocol::control::job::{RestoreOptions, SnapshotOptions};
+use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::request::{
     BlockRange, CONTROL_VERSION, FIRST_NATIVE_REQUEST, Request, code,
 };
@@ -187,6 +188,8 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
     let page = BlockRange { block, offset: 0, length: PAGE_SIZE };
     let options = OutgoingOptions::default;
     let requests = || {
+        let (path, image) = (at("image"), [0; 16]);
+        let journal = Journal::Restore { path, image, options: RestoreOptions::default() };
         let images = (SnapshotOptions::default(), RestoreOptions::default());
         vec![
             Request::Hello {
@@ -223,6 +226,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::Balloon { target: Some(4096), ask_stats: true },
             Request::PluggedMemory { requested: Some(0) },
             Request::ConnectDevice { device: DeviceSpec::Balloon },
+            Request::Continue { journal: journal.encode() },
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {

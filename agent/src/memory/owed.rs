@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The pages that are owed to a guest which runs before all of its memory is here.
+//!
+//! This bitmap lies with the VMM, so it outlives the agent, and the next agent learns from it which
+//! pages are still to come. [`super::missing_pages`] keeps it:
+//!
+//! - Before the guest runs, all missing pages become owed.
+//! - A page that arrives is placed, and then its bit is cleared. If the agent ends in between, the
+//!   next one places the page a second time, and the kernel refuses that, because it is there.
+//! - The bit of a page that is discarded or freed is cleared before the discard or the free is
+//!   acknowledged. Otherwise the next agent would place stale content
+//!   ([`never-read`](crate::invariants#never-read)).
+//!
+//! Bits are only cleared while the guest runs, and the next agent looks at them when the process of
+//! the last one has ended. So they need no order among threads.
+
+use super::bus_guard::GuardedRange;
+use super::host_page_set::BlockHostPages;
+use pageferry_protocol::shm::MappedBitmap;
+use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+
+/// The owed pages of a block, one bit for each.
+#[derive(Debug)]
+pub struct OwedPages {
+    // Before the bitmap, so that the guard is dropped first.
+    guard: GuardedRange,
+    bits: MappedBitmap,
+}
+
+impl OwedPages {
+    /// Guards the bitmap, which the VMM shares.
+    pub fn new(bits: MappedBitmap) -> Self {
+        Self { guard: GuardedRange::of(bits.storage()), bits }
+    }
+
+    /// All pages that are `missing` are owed now.
+    pub fn add(&self, missing: &BlockHostPages) {
+        for run in missing.bits().runs(missing.bits().all()) {
+            self.bits.set(missing.pages(run));
+        }
+    }
+
+    /// The host pages `bits` of word `word` are not owed any more.
+    pub(super) fn settle(&self, host_pages: &BlockHostPages, word: u64, bits: u64) {
+        if host_pages.unit() == 1 {
+            self.bits.take_bits(word, bits);
+            return;
+        }
+        for run in runs_of_word(word * WORD_BITS, bits) {
+            self.bits.clear(host_pages.pages(run));
+        }
+    }
+
+    /// The words of the bitmap in which pages are owed. `None` if the file was truncated: then
+    /// nobody knows.
+    pub fn words(&self) -> Option<Vec<(u64, u64)>> {
+        let words = self.bits.nonzero_words(self.bits.all()).collect();
+        (!self.guard.was_lost()).then_some(words)
+    }
+}

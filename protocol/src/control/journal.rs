@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The journal of a job that brings the memory of a guest which runs already.
+//!
+//! If the agent is lost, the next one continues the job. What it needs for that lies with the VMM:
+//! the bitmaps of the pages that are owed, the userfaultfd, and this journal. The agent writes it
+//! before the guest runs, and it never changes. The VMM keeps it as bytes and does not look into
+//! it, so that agents of another version can have another one.
+
+use super::codec::{DecodeError, Decoder, Encoder};
+use super::job::{MAX_ADDRESS, RestoreOptions};
+
+/// Most bytes of a journal.
+pub const MAX_JOURNAL: usize = 16 << 10;
+/// The version that this crate writes, and the only one that it reads.
+pub const JOURNAL_VERSION: u16 = 1;
+
+const RESTORE: u16 = 1;
+
+/// A job that can be continued.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Journal {
+    /// A lazy restore.
+    Restore {
+        /// Absolute path of the image.
+        path: String,
+        /// Identifies the image.
+        image: [u8; 16],
+        /// The options of the job.
+        options: RestoreOptions,
+    },
+}
+
+impl Journal {
+    /// The bytes that the VMM keeps.
+    pub fn encode(&self) -> Vec<u8> {
+        let encoder = Encoder::new().u16(JOURNAL_VERSION);
+        match self {
+            Self::Restore { path, image, options } => {
+                options.encode(encoder.u16(RESTORE).bytes(image).text(path)).finish()
+            }
+        }
+    }
+
+    /// Reads what [`Journal::encode`] has made.
+    ///
+    /// # Errors
+    /// The field that is wrong, or a version or a kind of job that this crate does not know.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut decoder = Decoder::new(bytes);
+        known(&mut decoder, "journal version", JOURNAL_VERSION, "1")?;
+        known(&mut decoder, "journal kind", RESTORE, "1 restore")?;
+        let image = decoder.array("image")?;
+        let path = decoder.text("path", MAX_ADDRESS)?.to_owned();
+        let options = RestoreOptions::decode(&mut decoder)?;
+        decoder.finish().map(|()| Self::Restore { path, image, options })
+    }
+}
+
+fn known(
+    decoder: &mut Decoder<'_>, field: &'static str, wanted: u16, allowed: &'static str,
+) -> Result<(), DecodeError> {
+    match decoder.u16(field)? {
+        value if value == wanted => Ok(()),
+        value => Err(DecodeError::InvalidValue { field, value: value.into(), allowed }),
+    }
+}
+
+/// The bytes of a journal: their number, and then the bytes.
+pub(super) fn encode_journal(encoder: Encoder, journal: &[u8]) -> Encoder {
+    encoder.u32(journal.len() as u32).bytes(journal)
+}
+
+pub(super) fn decode_journal(decoder: &mut Decoder<'_>) -> Result<Vec<u8>, DecodeError> {
+    let (field, length) = ("length", decoder.u32("length")?);
+    if length as usize > MAX_JOURNAL {
+        let value = length.into();
+        return Err(DecodeError::InvalidValue { field, value, allowed: "0 to 16384" });
+    }
+    decoder.bytes("journal", length as usize).map(<[u8]>::to_vec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn journal_of_this_version_is_read_and_another_is_refused_by_name() {
+        let (path, image) = ("/images/guest".to_owned(), *b"0123456789abcdef");
+        let journal = Journal::Restore { path, image, options: RestoreOptions::default() };
+        let bytes = journal.encode();
+        assert_eq!(Journal::decode(&bytes), Ok(journal));
+        for (at, field) in [(0, "journal version"), (2, "journal kind")] {
+            let mut other = bytes.clone();
+            other[at] = 9;
+            let error = Journal::decode(&other).unwrap_err().to_string();
+            assert!(error.starts_with(field), "{error}");
+        }
+        assert!(Journal::decode(&bytes[..bytes.len() - 1]).is_err());
+    }
+
+    /// What version 1 has written stays readable.
+    #[test]
+    fn recorded_bytes_of_a_restore_are_read() {
+        let mut recorded = vec![1, 0, 1, 0];
+        recorded.extend([7; 16]);
+        recorded.extend(b"\x02\0\0\0/i");
+        // Mode lazy, 3 workers, resume auto, no limit, 30 s, huge pages never, no working set.
+        recorded.extend([1, 0, 3, 0, 0, 0]);
+        recorded.extend(0u64.to_le_bytes());
+        recorded.extend(30_000_000u64.to_le_bytes());
+        recorded.extend([1, 0, 0, 0, 0, 0]);
+        let Journal::Restore { path, image, options } = Journal::decode(&recorded).unwrap();
+        assert_eq!((path.as_str(), image, options.workers), ("/i", [7; 16], 3));
+        assert_eq!(Journal::Restore { path, image, options }.encode(), recorded);
+    }
+}
