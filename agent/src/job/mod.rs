@@ -38,7 +38,9 @@ use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use consent::OwnGuest;
 use pageferry_protocol::control::Trackers;
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Phase, RunState};
+use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::reply::ErrorCode;
 use rustix::io::Errno;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -339,6 +341,18 @@ impl Job {
         drop(state);
         self.live.disconnected.start();
         self.enter(Phase::PostcopyPaused);
+    }
+
+    /// Tells the VMM how another agent continues this job, if the VMM keeps the owed pages.
+    pub fn keep_journal(&self, journal: &Journal) {
+        if !self.memory.keeps_owed() {
+            return;
+        }
+        let hook = Hook::KeepJournal { journal: journal.encode() };
+        if let Err(error) = self.hooks.ask(&hook, self.hook_timeout) {
+            let why = crate::error::chain(&error);
+            log::warn!("job {}: no other agent can continue it: {why}", self.id);
+        }
     }
 
     /// Continues a postcopy whose connections are back.

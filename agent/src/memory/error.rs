@@ -11,6 +11,12 @@ use pageferry_protocol::shm::MappingError;
 /// What can go wrong with the memory of a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
+    /// It is not known which pages are still to come.
+    #[error("block {id} has no bitmap of owed pages, or its file was truncated")]
+    OwedUnknown {
+        /// The block.
+        id: u32,
+    },
     /// The file under a block failed.
     #[error("block {id}")]
     Backing {

@@ -16,7 +16,9 @@
 //! the last one has ended. So they need no order among threads.
 
 use super::bus_guard::GuardedRange;
-use super::host_page_set::BlockHostPages;
+use super::error::MemoryError;
+use super::guest_memory::GuestMemory;
+use super::host_page_set::{BlockHostPages, HostPageSet};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 
@@ -54,8 +56,31 @@ impl OwedPages {
 
     /// The words of the bitmap in which pages are owed. `None` if the file was truncated: then
     /// nobody knows.
-    pub fn words(&self) -> Option<Vec<(u64, u64)>> {
+    fn words(&self) -> Option<Vec<(u64, u64)>> {
         let words = self.bits.nonzero_words(self.bits.all()).collect();
         (!self.guard.was_lost()).then_some(words)
+    }
+}
+
+impl GuestMemory {
+    /// True if the VMM keeps the owed pages of all blocks.
+    pub fn keeps_owed(&self) -> bool {
+        self.blocks().iter().all(|block| block.owed.is_some())
+    }
+
+    /// The host pages that are owed, for the agent that continues.
+    ///
+    /// # Errors
+    /// If that is not known, or there is no memory for the set.
+    pub fn owed_pages(&self) -> Result<HostPageSet, MemoryError> {
+        let host_pages: Vec<u64> =
+            self.blocks().iter().map(|block| block.backing.host_page_size()).collect();
+        let missing = HostPageSet::empty(self.blocks(), &host_pages)?;
+        for (at, block) in self.blocks().iter().enumerate() {
+            let owed = block.owed.as_ref().and_then(OwedPages::words);
+            let owed = owed.ok_or(MemoryError::OwedUnknown { id: block.geometry.id })?;
+            owed.into_iter().for_each(|(word, bits)| missing.add_pages(at, word, bits));
+        }
+        Ok(missing)
     }
 }

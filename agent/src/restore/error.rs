@@ -74,12 +74,6 @@ pub enum RestoreError {
         /// The image of the guest.
         expected: ImageId,
     },
-    /// It is not known which pages are still to come.
-    #[error("block {id} has no bitmap of owed pages, or its file was truncated")]
-    OwedUnknown {
-        /// The block.
-        id: u32,
-    },
     /// The file at the path of the working set cannot be used.
     #[error("working_set is {}", path.display())]
     WorkingSet {

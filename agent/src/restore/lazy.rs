@@ -38,7 +38,6 @@ use crate::memory::fence::MAX_READERS;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::missing_pages::MissingPages;
-use crate::memory::owed::OwedPages;
 use crate::memory::pool;
 use crate::missing_faults::FaultRegistration;
 use pageferry_protocol::control::hook::Hook;
@@ -123,13 +122,9 @@ fn workers(options: &RestoreOptions) -> usize {
 
 /// Tells the VMM how another agent continues this job, if the VMM keeps the owed pages.
 fn keep_journal(job: &Job, source: &Source, path: &Path, options: &RestoreOptions) {
-    let is_kept = job.memory.blocks().iter().all(|block| block.owed.is_some());
-    let (true, Some(path)) = (is_kept, path.to_str()) else { return };
+    let Some(path) = path.to_str() else { return };
     let (path, image) = (path.to_owned(), source.newest().header().id);
-    let journal = Journal::Restore { path, image, options: options.clone() }.encode();
-    if let Err(error) = job.hooks.ask(&Hook::KeepJournal { journal }, job.hook_timeout) {
-        log::warn!("no other agent can continue this job: {}", crate::error::chain(&error));
-    }
+    job.keep_journal(&Journal::Restore { path, image, options: options.clone() });
 }
 
 /// The rest of a lazy restore that a lost agent began, and whose guest runs.
@@ -158,7 +153,7 @@ impl LazyRestoreOrder {
             let path = path.to_owned();
             return Err(RestoreError::OtherImage { path, found, expected: image }.into());
         }
-        let missing = owed_pages(memory)?;
+        let missing = memory.owed_pages()?;
         Ok(Self { source, missing, uffd, options })
     }
 
@@ -204,19 +199,6 @@ impl LazyRestoreOrder {
         drop(registered);
         outcome
     }
-}
-
-/// The host pages that are owed.
-fn owed_pages(memory: &GuestMemory) -> Result<HostPageSet, JobError> {
-    let host_pages: Vec<u64> =
-        memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
-    let missing = HostPageSet::empty(memory.blocks(), &host_pages)?;
-    for (at, block) in memory.blocks().iter().enumerate() {
-        let owed = block.owed.as_ref().and_then(OwedPages::words);
-        let owed = owed.ok_or(RestoreError::OwedUnknown { id: block.geometry.id })?;
-        owed.into_iter().for_each(|(word, bits)| missing.add_pages(at, word, bits));
-    }
-    Ok(missing)
 }
 
 /// Makes all checks that need no change of memory, and decides what to do about the working set.

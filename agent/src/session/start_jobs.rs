@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Starts jobs: migrations, snapshots and restores; recovers a paused postcopy, or one that another
-//! agent began; and continues a lazy restore that another agent began.
+//! agent began; and continues a lazy restore, or the destination of a postcopy, whose agent was lost.
 //!
 //! A job starts if no other job runs, the guest is here, and there is memory and a socket for
 //! hooks. What can wait, such as a name look-up, runs before the session is locked; the checks are
@@ -15,6 +15,7 @@ use crate::hooks::HookError;
 use crate::incoming::IncomingPlan;
 use crate::incoming::accept::Source;
 use crate::incoming::job::IncomingJob;
+use crate::incoming::postcopy::ContinuedPostcopy;
 use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
 use crate::outgoing::connect::Target;
 use crate::outgoing::job::OutgoingJob;
@@ -393,19 +394,33 @@ impl SharedSession {
     /// Continues the job of a lost agent: the guest runs, and its memory is not all here.
     pub(super) fn continue_job(&self, journal: &[u8], fds: Vec<OwnedFd>) -> Answer {
         let [uffd] = take_fds("continue", fds)?;
-        let Journal::Restore { path, image, options } =
-            Journal::decode(journal).map_err(|error| invalid(&error))?;
-        check_path("path", &path)?;
         let memory = self.lock().memory.clone();
-        may_wait("open an image");
-        let order = LazyRestoreOrder::new(&path, image, options, uffd, &memory)
-            .map_err(|error| invalid(&error))?;
-        let mut session = self.lock();
-        session.check_can_start()?;
-        let job = session.new_job(JobKind::Restore, (&order.options).into())?;
-        let id = job.id;
-        session.run_job(SessionJob::Restore(job.clone()), move || order.run(&job))?;
-        Ok(Success::Started(JobStarted { job: id, address: path }))
+        let address = match Journal::decode(journal).map_err(|error| invalid(&error))? {
+            Journal::Restore { path, image, options } => {
+                check_path("path", &path)?;
+                may_wait("open an image");
+                let order = LazyRestoreOrder::new(&path, image, options, uffd, &memory)
+                    .map_err(|error| invalid(&error))?;
+                let mut session = self.lock();
+                session.check_can_start()?;
+                let job = session.new_job(JobKind::Restore, (&order.options).into())?;
+                session.run_job(SessionJob::Restore(job.clone()), move || order.run(&job))?;
+                path
+            }
+            Journal::Incoming { session: number, address, acknowledge, options } => {
+                let missing = memory.owed_pages().map_err(|error| invalid(&error))?;
+                let listener = listen_at(&parse(&address)?)?;
+                let rest =
+                    ContinuedPostcopy { session: number, listener, acknowledge, missing, uffd };
+                let mut session = self.lock();
+                session.check_can_start()?;
+                let job = session.new_job(JobKind::Incoming, (&options).into())?;
+                let job = Arc::new(IncomingJob::new(job, options).map_err(no_job)?);
+                session.run_job(SessionJob::Incoming(job.clone()), move || rest.run(&job))?;
+                address
+            }
+        };
+        Ok(Success::Started(JobStarted { job: self.lock().jobs, address }))
     }
 }
 

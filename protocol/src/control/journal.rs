@@ -8,7 +8,7 @@
 //! it, so that agents of another version can have another one.
 
 use super::codec::{DecodeError, Decoder, Encoder};
-use super::job::{MAX_ADDRESS, RestoreOptions};
+use super::job::{IncomingOptions, MAX_ADDRESS, RestoreOptions};
 
 /// Most bytes of a journal.
 pub const MAX_JOURNAL: usize = 16 << 10;
@@ -16,6 +16,7 @@ pub const MAX_JOURNAL: usize = 16 << 10;
 pub const JOURNAL_VERSION: u16 = 1;
 
 const RESTORE: u16 = 1;
+const INCOMING: u16 = 2;
 
 /// A job that can be continued.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,17 @@ pub enum Journal {
         /// The options of the job.
         options: RestoreOptions,
     },
+    /// The destination of a postcopy.
+    Incoming {
+        /// The random number of the migration, by which its source is recognised.
+        session: [u8; 16],
+        /// Where the source connects again.
+        address: String,
+        /// The source wants to be told which pages are placed.
+        acknowledge: bool,
+        /// The options of the job.
+        options: IncomingOptions,
+    },
 }
 
 impl Journal {
@@ -39,6 +51,10 @@ impl Journal {
             Self::Restore { path, image, options } => {
                 options.encode(encoder.u16(RESTORE).bytes(image).text(path)).finish()
             }
+            Self::Incoming { session, address, acknowledge, options } => {
+                let encoder = encoder.u16(INCOMING).bytes(session).text(address);
+                options.encode(encoder.u32(u32::from(*acknowledge))).finish()
+            }
         }
     }
 
@@ -48,21 +64,29 @@ impl Journal {
     /// The field that is wrong, or a version or a kind of job that this crate does not know.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut decoder = Decoder::new(bytes);
-        known(&mut decoder, "journal version", JOURNAL_VERSION, "1")?;
-        known(&mut decoder, "journal kind", RESTORE, "1 restore")?;
-        let image = decoder.array("image")?;
-        let path = decoder.text("path", MAX_ADDRESS)?.to_owned();
-        let options = RestoreOptions::decode(&mut decoder)?;
-        decoder.finish().map(|()| Self::Restore { path, image, options })
-    }
-}
-
-fn known(
-    decoder: &mut Decoder<'_>, field: &'static str, wanted: u16, allowed: &'static str,
-) -> Result<(), DecodeError> {
-    match decoder.u16(field)? {
-        value if value == wanted => Ok(()),
-        value => Err(DecodeError::InvalidValue { field, value: value.into(), allowed }),
+        let wrong = |field, value: u16, allowed| {
+            Err(DecodeError::InvalidValue { field, value: value.into(), allowed })
+        };
+        match decoder.u16("journal version")? {
+            JOURNAL_VERSION => {}
+            version => return wrong("journal version", version, "1"),
+        }
+        let journal = match decoder.u16("journal kind")? {
+            RESTORE => {
+                let image = decoder.array("image")?;
+                let path = decoder.text("path", MAX_ADDRESS)?.to_owned();
+                Self::Restore { path, image, options: RestoreOptions::decode(&mut decoder)? }
+            }
+            INCOMING => {
+                let session = decoder.array("session")?;
+                let address = decoder.text("address", MAX_ADDRESS)?.to_owned();
+                let acknowledge = decoder.flags("acknowledge", 1, "0 or 1")? == 1;
+                let options = IncomingOptions::decode(&mut decoder)?;
+                Self::Incoming { session, address, acknowledge, options }
+            }
+            kind => return wrong("journal kind", kind, "1 restore, 2 incoming"),
+        };
+        decoder.finish().map(|()| journal)
     }
 }
 
@@ -110,8 +134,28 @@ mod tests {
         recorded.extend(0u64.to_le_bytes());
         recorded.extend(30_000_000u64.to_le_bytes());
         recorded.extend([1, 0, 0, 0, 0, 0]);
-        let Journal::Restore { path, image, options } = Journal::decode(&recorded).unwrap();
-        assert_eq!((path.as_str(), image, options.workers), ("/i", [7; 16], 3));
-        assert_eq!(Journal::Restore { path, image, options }.encode(), recorded);
+        let journal = Journal::decode(&recorded).unwrap();
+        let Journal::Restore { path, image, options } = &journal else { panic!("{journal:?}") };
+        assert_eq!((path.as_str(), *image, options.workers), ("/i", [7; 16], 3));
+        assert_eq!(journal.encode(), recorded);
+    }
+
+    #[test]
+    fn recorded_bytes_of_a_postcopy_are_read() {
+        let mut recorded = vec![1, 0, 2, 0];
+        recorded.extend([9; 16]);
+        recorded.extend(b"\x06\0\0\0unix:/");
+        recorded.extend(1u32.to_le_bytes());
+        // 5 s for the peer, 30 s for hooks, resume never, huge pages auto.
+        recorded.extend(5_000_000u64.to_le_bytes());
+        recorded.extend(30_000_000u64.to_le_bytes());
+        recorded.extend([2, 0, 0, 0]);
+        let journal = Journal::decode(&recorded).unwrap();
+        let Journal::Incoming { session, address, acknowledge, options } = &journal else {
+            panic!("{journal:?}")
+        };
+        assert_eq!((*session, address.as_str(), *acknowledge), ([9; 16], "unix:/", true));
+        assert_eq!(options.hook_timeout.as_secs(), 30);
+        assert_eq!(journal.encode(), recorded);
     }
 }

@@ -383,7 +383,11 @@ pub fn journal(data: &[u8]) -> bool {
 /// A journal of each kind.
 pub fn journal_seeds() -> Vec<Vec<u8>> {
     let (path, options) = ("/images/größer".to_owned(), RestoreOptions::default());
-    vec![Journal::Restore { path, image: [3; 16], options }.encode()]
+    let restore = Journal::Restore { path, image: [3; 16], options };
+    let (address, options) = ("tcp:[::1]:7000".to_owned(), IncomingOptions::default());
+    let (session, acknowledge) = ([4; 16], true);
+    let incoming = Journal::Incoming { session, address, acknowledge, options };
+    vec![restore.encode(), incoming.encode()]
 }
 
 fn print_region(encoder: Encoder, region: &Region) -> Encoder {

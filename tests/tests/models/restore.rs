@@ -11,221 +11,30 @@
 //! In one of the tests the agents are killed or frozen as soon as a guest runs whose memory is not
 //! here yet, and others continue.
 
-use crate::blocks::{self, LOG_COVERS, Page};
-use crate::killer::{Deaths, Killer, agent};
+use crate::blocks::Page;
+use crate::killer::{Deaths, Killer};
+use crate::loading::{
+    Is, Model, SOON, Side, check, fill, fill_huge_page, pages_of, range_of, some_pages, work,
+};
 use crate::seeds;
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Parameters, Phase, Punch, RestoreMode,
-    RestoreOptions, RunState, SnapshotMode, SnapshotOptions, StatePiece, Supervisor,
+    Parameters, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    StatePiece,
 };
-use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_until;
-use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use proptest::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-const SOON: Duration = Duration::from_secs(60);
 /// Number of VMMs at once.
 const VMMS: u64 = 3;
 
-/// The state of a page. A page without one holds zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Is {
-    Discarded,
-    Holds(u64),
-}
-
-type Model = BTreeMap<Page, Is>;
-
-fn layouts() -> Vec<BlockLayout> {
-    blocks::layouts(1177)
-}
-
-fn some_pages(chance: &mut Random) -> (u32, PageRange) {
-    let layouts = layouts();
-    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
-    let pages = layout.length / PAGE_SIZE;
-    let first = chance.below(pages);
-    let longest = (pages - first).min(1 + chance.below(120));
-    (layout.id, PageRange::new(first, 1 + chance.below(longest)))
-}
-
-fn pages_of((id, range): (u32, PageRange)) -> impl Iterator<Item = Page> {
-    (range.first..range.end()).map(move |page| (id, page))
-}
-
-fn range_of((id, range): (u32, PageRange)) -> [BlockRange; 1] {
-    [BlockRange { block: id, offset: range.offset(), length: range.bytes() }]
-}
-
-#[derive(Default)]
-struct Record {
-    runs: AtomicBool,
-    lost: AtomicBool,
-    complete: AtomicBool,
-    state: Mutex<Vec<StatePiece>>,
-}
-
-struct Vmm(Arc<Record>);
-
-impl Hooks for Vmm {
-    fn run_state(&mut self) -> Result<RunState, HookError> {
-        Ok(RunState::Running)
-    }
-
-    fn pause(&mut self) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), HookError> {
-        self.0.runs.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn save_state(&mut self) -> Result<Vec<StatePiece>, HookError> {
-        Ok(vec![StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }])
-    }
-
-    fn load_state(&mut self, state: Vec<StatePiece>) -> Result<(), HookError> {
-        *self.0.state.lock().unwrap() = state;
-        Ok(())
-    }
-
-    fn memory_complete(&mut self) {
-        self.0.complete.store(true, Ordering::SeqCst);
-    }
-
-    fn memory_lost(&mut self) {
-        self.0.lost.store(true, Ordering::SeqCst);
-    }
-}
-
-/// A VMM with its agent. Fields drop in order, so the connection is closed before the drop waits
-/// for the agent.
-struct Side {
-    memory: TestMemory,
-    client: Client,
-    record: Arc<Record>,
-    _agent: Agent,
-}
-
-#[expect(dead_code, reason = "held, not looked at")]
-enum Agent {
-    InProcess(InProcessAgent),
-    /// Processes, one after the other.
-    Supervised(Supervisor<Vmm>),
-}
-
 /// How the agents of a case die.
 const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40) };
-
-impl Side {
-    fn new() -> Self {
-        let (agent, socket) = InProcessAgent::start().unwrap();
-        let config = Config { log_covers: LOG_COVERS, ..Config::default() };
-        let (client, channel) = Client::from_socket(socket, config).unwrap();
-        let record = Arc::new(Record::default());
-        channel.spawn(Vmm(record.clone())).unwrap();
-        Self::of(client, record, Agent::InProcess(agent))
-    }
-
-    /// With agents that can die.
-    fn supervised() -> Self {
-        // Short, because a frozen agent is found after it.
-        let request_timeout = Duration::from_secs(2);
-        let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
-        let record = Arc::new(Record::default());
-        let (client, supervisor) = Supervisor::spawn(agent, config, Vmm(record.clone())).unwrap();
-        Self::of(client, record, Agent::Supervised(supervisor))
-    }
-
-    fn of(client: Client, record: Arc<Record>, agent: Agent) -> Self {
-        let memory = TestMemory::new(layouts()).unwrap();
-        memory.add_to(&client).unwrap();
-        client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
-        Self { memory, client, record, _agent: agent }
-    }
-
-    fn load(&self, (id, page): Page) -> u64 {
-        self.memory.block(id).unwrap().load(page * PAGE_SIZE + 16).unwrap()
-    }
-
-    fn store(&self, (id, page): Page, value: u64) {
-        let block = self.memory.block(id).unwrap();
-        block.store(page * PAGE_SIZE + 16, value).unwrap();
-        block.mark(PageRange::new(page, 1));
-    }
-
-    /// Frees pages. Discarded pages stay discarded, and the others are zero until they are written.
-    fn free(&self, pages: (u32, PageRange), model: &mut Model) {
-        let discarded = |page: &Page| model.get(page) == Some(&Is::Discarded);
-        let freed: Vec<_> = pages_of(pages).filter(|page| !discarded(page)).collect();
-        assert_eq!(self.client.free(&range_of(pages)).unwrap(), freed.len() as u64);
-        model.extend(freed.into_iter().map(|page| (page, Is::Holds(0))));
-    }
-
-    fn is_hole(&self, (id, page): Page) -> bool {
-        self.memory.block(id).unwrap().is_hole(PageRange::new(page, 1)).unwrap()
-    }
-
-    fn allocated(&self) -> BTreeSet<Page> {
-        let all = layouts()
-            .into_iter()
-            .flat_map(|layout| pages_of((layout.id, PageRange::new(0, layout.length / PAGE_SIZE))));
-        all.filter(|page| !self.is_hole(*page)).collect()
-    }
-}
-
-/// Pages of a huge page.
-const HUGE: u64 = 512;
-
-/// The guest uses all of a huge page of the largest block.
-fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
-    let pages = (9, PageRange::new(chance.below(2) * HUGE, HUGE));
-    side.client.populate(&range_of(pages)).unwrap();
-    for page in pages_of(pages) {
-        let value = 1 + chance.below(1 << 40);
-        side.store(page, value);
-        model.insert(page, Is::Holds(value));
-    }
-}
-
-/// A guest with random memory.
-fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
-    for _ in 0..30 {
-        let pages = some_pages(chance);
-        match chance.below(5) {
-            0 => {
-                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
-                model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
-            }
-            4 => side.free(pages, model),
-            1 => {
-                side.client.populate(&range_of(pages)).unwrap();
-                let gained = pages_of(pages).filter(|page| model.get(page) == Some(&Is::Discarded));
-                let gained: Vec<_> = gained.map(|page| (page, Is::Holds(0))).collect();
-                model.extend(gained);
-            }
-            _ => {
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) != Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    let value = if chance.one_in(6) { 0 } else { chance.below(u64::MAX) };
-                    side.store(page, value);
-                    model.insert(page, Is::Holds(value));
-                }
-            }
-        }
-    }
-}
 
 /// Saves the guest, perhaps several times. Returns the name of the last image.
 fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
@@ -282,7 +91,6 @@ fn restore(
         .unwrap();
     }
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
-    let mut touched = BTreeSet::new();
     // Discards since the request count, whatever the image says of these pages.
     let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
     for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
@@ -308,64 +116,7 @@ fn restore(
     .unwrap();
     assert!(runs(), "{:?}", side.client.status());
     let killer = dies.then(|| Killer::start(side.client.downgrade(), DEATHS, seed));
-    for _ in 0..60 {
-        let pages = some_pages(&mut chance);
-        match chance.below(9) {
-            8 => {
-                side.free(pages, &mut model);
-                for page in pages_of(pages) {
-                    touched.remove(&page);
-                    assert!(
-                        side.is_hole(page),
-                        "an acknowledged discard or free has freed {page:?}"
-                    );
-                }
-            }
-            0 => {
-                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
-                for page in pages_of(pages) {
-                    model.insert(page, Is::Discarded);
-                    touched.remove(&page);
-                    assert!(
-                        side.is_hole(page),
-                        "an acknowledged discard or free has freed {page:?}"
-                    );
-                }
-            }
-            1 => {
-                side.client.populate(&range_of(pages)).unwrap();
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) == Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    model.insert(page, Is::Holds(0));
-                }
-            }
-            2..5 => {
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) != Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    let value = chance.below(u64::MAX);
-                    side.store(page, value);
-                    model.insert(page, Is::Holds(value));
-                    touched.insert(page);
-                }
-            }
-            _ => {
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) != Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
-                        continue;
-                    };
-                    assert_eq!(side.load(page), *expected, "page {page:?} when it is touched");
-                    touched.insert(page);
-                }
-            }
-        }
-    }
+    let touched = work(&mut chance, &side, &mut model);
     if let Some(killer) = killer {
         let is_set = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
         wait_until("the memory to be complete", SOON, || {
@@ -386,33 +137,7 @@ fn restore(
         *side.record.state.lock().unwrap(),
         [StatePiece { name: "vcpu".into(), bytes: vec![5; 3000] }]
     );
-    for layout in layouts() {
-        let block = side.memory.block(layout.id).unwrap();
-        let discarded = side.client.discarded(layout.id).unwrap();
-        for page in pages_of((layout.id, block.all())) {
-            let is = model.get(&page).copied().unwrap_or(Is::Holds(0));
-            assert_eq!(discarded.contains(page.1), is == Is::Discarded, "page {page:?}: discarded");
-            match is {
-                Is::Discarded => {
-                    assert!(side.is_hole(page), "discarded page {page:?} is not a hole")
-                }
-                Is::Holds(value) => {
-                    assert_eq!(
-                        block.read_word(page.1 * PAGE_SIZE + 16).unwrap(),
-                        value,
-                        "page {page:?}"
-                    );
-                }
-            }
-        }
-    }
-    // `never-populate`.
-    let more: Vec<_> = side
-        .allocated()
-        .into_iter()
-        .filter(|page| !allocated.contains(page) && !touched.contains(page))
-        .collect();
-    assert!(more.is_empty(), "allocated pages that were not allocated before: {more:?}");
+    check(&side, &model, allocated, &touched);
 }
 
 /// How a case restores.

@@ -15,6 +15,9 @@
 //! 4. The remaining pages are received and placed.
 //! 5. When no page is missing, the mappings are unregistered, and the holes are plain holes again.
 //!
+//! If this agent is lost after step 3, the next one continues with the pages that are still owed
+//! ([`ContinuedPostcopy`]), and waits for the source as after a lost connection.
+//!
 //! Faults are answered until the end, also while the connections are lost, if the source is not
 //! needed for the answer. [`crate::memory::missing_pages`] describes what happens to one page.
 
@@ -29,6 +32,7 @@ use super::place::Remaining;
 use super::receive::Received;
 use super::{load, take_ownership};
 use crate::job::{CancelledBy, JobError};
+use crate::memory::host_page_set::HostPageSet;
 use crate::memory::missing_pages::MissingPages;
 use crate::memory::pool;
 use crate::missing_faults::{FaultRegistration, StopEvent, handle_faults};
@@ -36,7 +40,8 @@ use crate::transport::Listener;
 use fault_forwarder::{FaultForwarder, RequestStreams};
 use page_receiver::PageReceiver;
 use pageferry_protocol::control::job::{Phase, RunState};
-use std::os::fd::AsFd;
+use pageferry_protocol::control::journal::Journal;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 /// A guest that runs or is about to run, and whose memory is not complete.
@@ -56,7 +61,7 @@ pub fn receive_guest_first(
     job: &Arc<IncomingJob>, accepted: &mut Accepted, listener: Option<Listener>,
     remaining: Remaining, received: Received, guest_is: RunState,
 ) -> Result<(), JobError> {
-    let mut registered = FaultRegistration::new(job.common());
+    let registered = FaultRegistration::new(job.common());
     let uffd = job.hooks.register_faults(job.hook_timeout)?;
     remaining.make_holes(&job.memory)?;
     // After the punch, because a hole has no reservation. If this fails, the guest is still the
@@ -74,41 +79,116 @@ pub fn receive_guest_first(
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     missing_pages.drop_recorded(remaining.given_back.recorded());
     drop(remaining.given_back);
-    let mut guest = PostcopyGuest {
-        job: job.clone(),
-        missing_pages: missing_pages.clone(),
-        session: accepted.session,
-        listeners: listener.into_iter().collect(),
-        requests: RequestStreams::default(),
-        ours: false,
-    };
-    let stop = StopEvent::new()?;
-    std::thread::scope(|scope| {
-        let mut forwarder = FaultForwarder::new(job, &missing_pages, guest.requests.clone());
-        let (missing_pages, stopping, stop) = (&*missing_pages, stop.stop_on_drop(), stop.as_fd());
-        let faults = scope.spawn(move || {
-            // The job's thread waits for the source. This is the only way to wake it.
-            let give_up = |_| job.cancel.force_cancel(CancelledBy::FaultsLost);
-            handle_faults(job, missing_pages, &mut forwarder, stop, give_up);
+    if let Some(listener) = &listener {
+        job.keep_journal(&Journal::Incoming {
+            session: accepted.session,
+            address: listener.address().to_owned(),
+            acknowledge: accepted.acknowledge,
+            options: job.options.clone(),
         });
-        let arrived = guest.run(accepted, received, guest_is);
-        registered.complete = arrived.is_ok();
-        // If all pages are placed, or no guest will ever run here, the holes stay zero. Wake all
-        // threads that wait for a page before the next hook: the VMM's thread that answers hooks
-        // may be waiting for one of them.
-        if registered.complete || !guest.ours {
-            missing_pages.unregister();
+    }
+    let guest = PostcopyGuest::new(job, missing_pages, accepted.session, listener);
+    guest.arrive(registered, |guest| guest.run(accepted, received, guest_is).map(|()| accepted))
+}
+
+/// The rest of a postcopy whose agent was lost here. The guest runs.
+#[derive(Debug)]
+pub struct ContinuedPostcopy {
+    /// The random number of the migration.
+    pub session: [u8; 16],
+    /// Where the source connects again.
+    pub listener: Listener,
+    /// The source wants to be told which pages are placed.
+    pub acknowledge: bool,
+    /// The pages that are still to come.
+    pub missing: HostPageSet,
+    /// The userfaultfd with which the mappings are registered.
+    pub uffd: OwnedFd,
+}
+
+impl ContinuedPostcopy {
+    /// Waits for the source, receives all that is owed, and ends the job.
+    pub fn run(self, job: &Arc<IncomingJob>) {
+        let outcome = self.receive(job);
+        job.finish(outcome);
+    }
+
+    fn receive(self, job: &Arc<IncomingJob>) -> Result<(), JobError> {
+        let registered = FaultRegistration::new(job.common());
+        job.cancel.commit_point()?;
+        job.guest_arrived();
+        let missing_pages = MissingPages::new(
+            job.memory.blocks(),
+            Arc::new(self.missing),
+            self.uffd,
+            self.acknowledge,
+            job.live.clone(),
+        );
+        let missing_pages = Arc::new(missing_pages?);
+        job.set_remaining(missing_pages.missing());
+        job.memory.set_missing_pages(Some(missing_pages.clone()));
+        missing_pages.drop_discarded();
+        if !missing_pages.finish_load() {
+            return Err(JobError::Cancelled);
         }
-        drop(stopping);
-        faults.join().map_err(|_| JobError::Panicked)?;
-        arrived
-    })?;
-    drop(registered);
-    guest.finish_with_source(accepted);
-    Ok(())
+        // The lost agent may have read faults, and not answered them.
+        missing_pages.retry_all();
+        let listener = Some(self.listener);
+        let mut guest = PostcopyGuest::new(job, missing_pages, self.session, listener);
+        guest.ours = true;
+        let mut accepted = None;
+        guest.arrive(registered, |guest| Ok(accepted.insert(guest.wait_for_source()?)))
+    }
 }
 
 impl PostcopyGuest {
+    fn new(
+        job: &Arc<IncomingJob>, missing_pages: Arc<MissingPages>, session: [u8; 16],
+        listener: Option<Listener>,
+    ) -> Self {
+        Self {
+            job: job.clone(),
+            missing_pages,
+            session,
+            listeners: listener.into_iter().collect(),
+            requests: RequestStreams::default(),
+            ours: false,
+        }
+    }
+
+    /// Answers faults while `receive` receives all that is missing, and then tells the source.
+    fn arrive<'a>(
+        mut self, mut registered: FaultRegistration<'_>,
+        receive: impl FnOnce(&mut Self) -> Result<&'a mut Accepted, JobError>,
+    ) -> Result<(), JobError> {
+        let (job, missing_pages) = (self.job.clone(), self.missing_pages.clone());
+        let stop = StopEvent::new()?;
+        let accepted = std::thread::scope(|scope| {
+            let mut forwarder = FaultForwarder::new(&job, &missing_pages, self.requests.clone());
+            let (job, missing_pages) = (&job, &*missing_pages);
+            let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
+            let faults = scope.spawn(move || {
+                // The job's thread waits for the source. This is the only way to wake it.
+                let give_up = |_| job.cancel.force_cancel(CancelledBy::FaultsLost);
+                handle_faults(job, missing_pages, &mut forwarder, stop, give_up);
+            });
+            let arrived = receive(&mut self);
+            registered.complete = arrived.is_ok();
+            // If all pages are placed, or no guest will ever run here, the holes stay zero. Wake
+            // all threads that wait for a page before the next hook: the VMM's thread that answers
+            // hooks may be waiting for one of them.
+            if registered.complete || !self.ours {
+                missing_pages.unregister();
+            }
+            drop(stopping);
+            faults.join().map_err(|_| JobError::Panicked)?;
+            arrived
+        })?;
+        drop(registered);
+        self.finish_with_source(accepted);
+        Ok(())
+    }
+
     /// Loads the state, receives the ownership of the guest, and receives the rest of its memory.
     /// Recovers as often as the connections are lost.
     fn run(

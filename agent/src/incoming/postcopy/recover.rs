@@ -44,11 +44,7 @@ impl PostcopyGuest {
             {
                 return Err(why);
             }
-            self.job.recovery.pause();
-            self.job.suspend_postcopy(&why);
-            *accepted = self.wait()?;
-            self.job.recovery.resume();
-            self.job.enter(Phase::Recovering);
+            *accepted = self.pause(&why)?;
             match self.continue_on(accepted) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
@@ -57,6 +53,31 @@ impl PostcopyGuest {
                 }
             }
         }
+    }
+
+    /// Waits for the source of a migration that another agent received until it was lost, and
+    /// receives the rest.
+    ///
+    /// # Errors
+    /// As [`PostcopyGuest::recover`].
+    pub(super) fn wait_for_source(&mut self) -> Result<Accepted, JobError> {
+        let why = JobError::Stuck("the agent before was lost: recover the source".into());
+        let mut accepted = self.pause(&why)?;
+        if let Err(error) = self.continue_on(&mut accepted) {
+            self.job.cancel.check()?;
+            self.recover(&mut accepted, error)?;
+        }
+        Ok(accepted)
+    }
+
+    /// Shows that the job is paused, for this reason, until the source has connected again.
+    fn pause(&mut self, why: &JobError) -> Result<Accepted, JobError> {
+        self.job.recovery.pause();
+        self.job.suspend_postcopy(why);
+        let accepted = self.wait()?;
+        self.job.recovery.resume();
+        self.job.enter(Phase::Recovering);
+        Ok(accepted)
     }
 
     fn wait(&mut self) -> Result<Accepted, JobError> {
