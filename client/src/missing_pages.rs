@@ -186,11 +186,12 @@ impl MissingPages {
     }
 
     /// What the next agent gets to continue, if pages are missing and it can: the journal and the
-    /// userfaultfd.
+    /// userfaultfd. Nothing without a supervisor: then the VMM may have been told already that the
+    /// memory is lost.
     pub(crate) fn to_continue(&self) -> Result<Option<(Vec<u8>, OwnedFd)>, Error> {
         match &*self.state() {
             State::Pending { registered, journal, is_given_up: false, .. }
-                if !journal.is_empty() =>
+                if !journal.is_empty() && self.replacer.get().is_some() =>
             {
                 Ok(Some((journal.clone(), registered.duplicate()?)))
             }

@@ -67,7 +67,7 @@ const LONG: Duration = Duration::from_secs(3600);
 /// | when the agent is lost | then |
 /// | --- | --- |
 /// | the guest is ours, and all its memory is here | the next agent is started. That includes a migration before its commit, and a snapshot |
-/// | the guest runs, and memory is still to come: a lazy restore | the next agent is started at once, and continues the job of the lost one. Until then the guest waits where it touches missing memory. If there is no such agent within [`Config::continue_within`], the memory is [lost](Hooks::memory_lost) |
+/// | the guest runs, and memory is still to come, by a lazy restore or a postcopy | the next agent is started at once, and continues the job of the lost one. Until then the guest waits where it touches missing memory. If there is no such agent within [`Config::continue_within`], the memory is [lost](Hooks::memory_lost) |
 /// | a guest is awaited | the next agent is started. What was under way is lost; the VMM starts to wait or to restore again ([`Hooks::agent_attached`]) |
 /// | the guest was given up ([`Relinquished`](crate::Ownership::Relinquished)) | none. The lost agent may still send memory that the guest needs elsewhere, and the next would end it. The operator looks at both sides, and then the VMM calls [`Supervisor::replace_agent`] and [`Client::recover`], or [`Client::take_by_force`], after which the next agent is started |
 /// | the guest has left ([`Gone`](crate::Ownership::Gone)) | none. For another guest call [`Supervisor::replace_agent`] |

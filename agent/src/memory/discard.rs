@@ -143,6 +143,9 @@ impl GuestMemory {
         &self, checked: &[Checked], mark: impl FnOnce() -> R, punch: impl Fn(),
     ) -> R {
         let (marked, copier) = self.marking.mark_discarded(mark);
+        for (index, range) in checked {
+            self.blocks()[*index].owed.iter().for_each(|owed| owed.forget(*range));
+        }
         let (missing_pages, copier) = (self.missing_pages(), copier.as_deref());
         let missing_pages = missing_pages.as_deref();
         let drop_missing = || {

@@ -149,9 +149,6 @@ impl MissingPages {
         blocks: &[Arc<Block>], missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
         live: Arc<LiveCounters>,
     ) -> Result<Self, PlaceError> {
-        for (at, block) in blocks.iter().enumerate() {
-            block.owed.iter().for_each(|owed| owed.add(missing.block(at)));
-        }
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             let bitmap = |at: usize| MappedBitmap::private(missing.block(at).bits().pages());
             (0..blocks.len()).map(bitmap).collect()
@@ -488,6 +485,21 @@ impl MissingPages {
     pub fn drop_discarded(&self) {
         for (at, block) in self.blocks.iter().enumerate() {
             self.drop_whole_host_pages(at, &block.discarded);
+        }
+    }
+
+    /// Drops the missing pages that are not owed any more: they were given back before discards knew
+    /// of this set. For an agent that continues the job of another. Call it after
+    /// [`GuestMemory::set_missing_pages`](super::GuestMemory::set_missing_pages).
+    pub fn drop_settled(&self) {
+        for (at, block) in self.blocks.iter().enumerate() {
+            let (Some(owed), missing) = (&block.owed, self.missing.block(at)) else { continue };
+            for (word, bits) in missing.bits().nonzero_words(missing.bits().all()) {
+                let gone = bits & !owed.host_pages_in(missing, word, bits);
+                for run in runs_of_word(word * WORD_BITS, gone) {
+                    self.drop_missing(at, missing.pages(run));
+                }
+            }
         }
     }
 

@@ -5,20 +5,27 @@
 //! This bitmap lies with the VMM, so it outlives the agent, and the next agent learns from it which
 //! pages are still to come. [`super::missing_pages`] keeps it:
 //!
-//! - Before the guest runs, all missing pages become owed.
+//! - Before the guest runs, and before discards know of missing pages, these become owed.
 //! - A page that arrives is placed, and then its bit is cleared. If the agent ends in between, the
 //!   next one places the page a second time, and the kernel refuses that, because it is there.
 //! - The bit of a page that is discarded or freed is cleared before the discard or the free is
-//!   acknowledged. Otherwise the next agent would place stale content
-//!   ([`never-read`](crate::invariants#never-read)).
+//!   acknowledged, also if discards do not know of missing pages yet. Otherwise this agent or the
+//!   next one would place stale content ([`never-read`](crate::invariants#never-read)).
+//! - The next agent makes the owed pages missing, has discards know of them, and then looks again:
+//!   what is not owed any more by then is not missing either.
 //!
 //! Bits are only cleared while the guest runs, and the next agent looks at them when the process of
-//! the last one has ended. So they need no order among threads.
+//! the last one has ended. So a clear needs no order with the page that it is about.
+//!
+//! One thing cannot be seen from here: a page that the VMM has given up by itself (madvise), if the
+//! agent has read that event and ends before it has cleared the bit. The next agent gives the page
+//! its old content, which the guest has given up.
 
 use super::bus_guard::GuardedRange;
 use super::error::MemoryError;
 use super::guest_memory::GuestMemory;
 use super::host_page_set::{BlockHostPages, HostPageSet};
+use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
 
@@ -37,10 +44,27 @@ impl OwedPages {
     }
 
     /// All pages that are `missing` are owed now.
-    pub fn add(&self, missing: &BlockHostPages) {
+    fn add(&self, missing: &BlockHostPages) {
         for run in missing.bits().runs(missing.bits().all()) {
             self.bits.set(missing.pages(run));
         }
+    }
+
+    /// These pages are discarded or freed.
+    pub(super) fn forget(&self, pages: PageRange) {
+        self.bits.clear(pages);
+    }
+
+    /// Those of the host pages `bits` of word `word` in which a page is owed.
+    pub(super) fn host_pages_in(&self, host_pages: &BlockHostPages, word: u64, bits: u64) -> u64 {
+        if host_pages.unit() == 1 {
+            return bits & self.bits.word(word);
+        }
+        let is_owed = |bit: &u64| {
+            let host_page = PageRange::new(word * WORD_BITS + bit, 1);
+            bits >> bit & 1 != 0 && self.bits.next_set(host_pages.pages(host_page)).is_some()
+        };
+        (0..WORD_BITS).filter(is_owed).fold(0, |owed, bit| owed | 1 << bit)
     }
 
     /// The host pages `bits` of word `word` are not owed any more.
@@ -66,6 +90,14 @@ impl GuestMemory {
     /// True if the VMM keeps the owed pages of all blocks.
     pub fn keeps_owed(&self) -> bool {
         self.blocks().iter().all(|block| block.owed.is_some())
+    }
+
+    /// From now on these pages are owed. Call it before
+    /// [`GuestMemory::set_missing_pages`], and while what is given back is recorded.
+    pub fn owe(&self, missing: &HostPageSet) {
+        for (at, block) in self.blocks().iter().enumerate() {
+            block.owed.iter().for_each(|owed| owed.add(missing.block(at)));
+        }
     }
 
     /// The host pages that are owed, for the agent that continues.

@@ -65,6 +65,7 @@ pub fn restore(
     guard.punch_again()?;
     // Freeing the huge pages has dropped their reservation.
     pool::reserve(job.memory.blocks(), &missing)?;
+    job.memory.owe(&missing);
     let missing_pages = Arc::new(MissingPages::new(
         job.memory.blocks(),
         Arc::new(missing),
@@ -166,8 +167,6 @@ impl LazyRestoreOrder {
     fn place(self, job: &Arc<Job>) -> Result<(), JobError> {
         let Self { source, missing, uffd, options } = self;
         let mut registered = FaultRegistration::new(job);
-        // The guest runs.
-        job.cancel.commit_point()?;
         job.placing.uses(Placing::Pages);
         let unread = missing.try_clone()?;
         let missing_pages = Arc::new(MissingPages::new(
@@ -179,7 +178,7 @@ impl LazyRestoreOrder {
         )?);
         job.set_remaining(missing_pages.missing());
         job.memory.set_missing_pages(Some(missing_pages.clone()));
-        missing_pages.drop_discarded();
+        missing_pages.drop_settled();
         if !missing_pages.finish_load() {
             return Err(JobError::Stuck("the job was cancelled".into()));
         }

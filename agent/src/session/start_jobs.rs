@@ -404,6 +404,7 @@ impl SharedSession {
                 let mut session = self.lock();
                 session.check_can_start()?;
                 let job = session.new_job(JobKind::Restore, (&order.options).into())?;
+                cannot_be_cancelled(&job)?;
                 session.run_job(SessionJob::Restore(job.clone()), move || order.run(&job))?;
                 path
             }
@@ -415,6 +416,7 @@ impl SharedSession {
                 let mut session = self.lock();
                 session.check_can_start()?;
                 let job = session.new_job(JobKind::Incoming, (&options).into())?;
+                cannot_be_cancelled(&job)?;
                 let job = Arc::new(IncomingJob::new(job, options).map_err(no_job)?);
                 session.run_job(SessionJob::Incoming(job.clone()), move || rest.run(&job))?;
                 address
@@ -422,6 +424,12 @@ impl SharedSession {
         };
         Ok(Success::Started(JobStarted { job: self.lock().jobs, address }))
     }
+}
+
+/// The guest of this job runs already, and nobody else has its memory.
+fn cannot_be_cancelled(job: &Job) -> Result<(), RemoteError> {
+    let refused = |error| RemoteError::new(ErrorCode::State, crate::error::chain(&error));
+    job.cancel.commit_point().map_err(refused)
 }
 
 /// Waits for the job `last` to end, before the job `next` runs.

@@ -72,7 +72,7 @@ struct Cli {
     #[arg(long, default_value_os_t = std::env::temp_dir())]
     disk: PathBuf,
     /// In `snapshots`, do only these: save, save-tmpfs, save-sparse, pause, pause-sparse,
-    /// linux-guest, restore, restore-lazy.
+    /// linux-guest, restore, restore-lazy, restore-deaths.
     #[arg(long, value_delimiter = ',')]
     snapshots: Vec<String>,
     /// In `pause` of `snapshots`, the sizes of the guest in MiB.

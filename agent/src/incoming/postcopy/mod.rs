@@ -67,6 +67,7 @@ pub fn receive_guest_first(
     // After the punch, because a hole has no reservation. If this fails, the guest is still the
     // source's, which resumes it.
     pool::reserve(job.memory.blocks(), &remaining.missing)?;
+    job.memory.owe(&remaining.missing);
     let missing_pages = MissingPages::new(
         job.memory.blocks(),
         Arc::new(remaining.missing),
@@ -115,7 +116,6 @@ impl ContinuedPostcopy {
 
     fn receive(self, job: &Arc<IncomingJob>) -> Result<(), JobError> {
         let registered = FaultRegistration::new(job.common());
-        job.cancel.commit_point()?;
         job.guest_arrived();
         let missing_pages = MissingPages::new(
             job.memory.blocks(),
@@ -127,7 +127,7 @@ impl ContinuedPostcopy {
         let missing_pages = Arc::new(missing_pages?);
         job.set_remaining(missing_pages.missing());
         job.memory.set_missing_pages(Some(missing_pages.clone()));
-        missing_pages.drop_discarded();
+        missing_pages.drop_settled();
         if !missing_pages.finish_load() {
             return Err(JobError::Cancelled);
         }

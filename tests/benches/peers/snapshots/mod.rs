@@ -6,10 +6,12 @@
 //! - [`pause`]: how long the guest is paused, how long a write waits, and how much slower the guest
 //!   gets;
 //! - [`restore`]: the time until a restored guest runs, and until all its memory is there;
+//! - [`deaths`]: how long a guest waits whose agent dies;
 //! - [`floor`], [`qemu`]: the other programs that save;
 //! - [`roamer`]: a guest that writes everywhere;
 //! - [`linux_guest`]: a Linux guest that writes, beside QEMU's background-snapshot.
 
+mod deaths;
 mod floor;
 mod linux_guest;
 mod pause;
@@ -40,7 +42,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 const ROOM: u64 = 10 * GIB;
 
 /// The sub-parts of `snapshots`.
-pub const PARTS: [(&str, Part); 8] = [
+pub const PARTS: [(&str, Part); 9] = [
     ("save", save::to_disk),
     ("save-tmpfs", save::to_tmpfs),
     ("save-sparse", save::sparse),
@@ -49,6 +51,7 @@ pub const PARTS: [(&str, Part); 8] = [
     ("linux-guest", linux_guest::writes),
     ("restore", restore::eager),
     ("restore-lazy", restore::lazy),
+    ("restore-deaths", deaths::deaths),
 ];
 
 /// Runs all sub-parts, or those that the options name.

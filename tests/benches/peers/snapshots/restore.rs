@@ -53,7 +53,7 @@ impl Cache {
 }
 
 /// Saves `source`. Returns the path of the image.
-fn save(source: &Image, shelf: &Shelf) -> PathBuf {
+pub(super) fn save(source: &Image, shelf: &Shelf) -> PathBuf {
     let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
     Vmm::new(source, program()).save(&shelf.path(), &options);
     shelf.path()
