@@ -26,14 +26,16 @@ pub struct Deaths {
     pub count: u64,
     /// Longest time between two deaths.
     pub apart: Duration,
+    /// Some are frozen instead of killed.
+    pub freezes: bool,
 }
 
 /// A thread that kills agents. On drop it stops.
 #[derive(Debug)]
 pub struct Killer {
     ends: Arc<AtomicBool>,
-    /// How many have died.
-    pub deaths: Arc<AtomicU64>,
+    count: u64,
+    deaths: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -51,7 +53,8 @@ impl Killer {
                     std::thread::sleep(Duration::from_micros(chance.below(micros)));
                 }
                 // One that is frozen is found by its client, which kills it.
-                let signal = if chance.one_in(10) { Signal::STOP } else { Signal::KILL };
+                let freezes = deaths.freezes && chance.one_in(10);
+                let signal = if freezes { Signal::STOP } else { Signal::KILL };
                 let Some(client) = client.upgrade() else { return };
                 let process = client.agent_pid();
                 drop(client);
@@ -60,7 +63,17 @@ impl Killer {
                 }
             }
         });
-        Self { ends, deaths: count, thread: Some(thread) }
+        Self { ends, count: deaths.count, deaths: count, thread: Some(thread) }
+    }
+
+    /// How many agents have died.
+    pub fn deaths(&self) -> u64 {
+        self.deaths.load(Ordering::SeqCst)
+    }
+
+    /// True if no more will die.
+    pub fn has_ended(&self) -> bool {
+        self.deaths() == self.count
     }
 }
 

@@ -8,10 +8,10 @@ use pageferry_client::{
     BlockRange, Client, Config, HookError, Hooks, Punch, RunState, StatePiece, Supervisor,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
+use pageferry_tests::deadline::wait_for;
 use pageferry_tests::in_process::InProcessAgent;
 use pageferry_tests::memory::{BlockLayout, TestMemory};
 use pageferry_tests::random::Random;
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -97,8 +97,9 @@ pub struct Side {
     pub memory: TestMemory,
     pub client: Client,
     pub record: Arc<Record>,
-    /// In a thread of this process, or processes one after the other.
-    _agents: Box<dyn Any>,
+    /// Replaces its agents, if they are processes.
+    pub supervisor: Option<Supervisor<Vmm>>,
+    _agent: Option<InProcessAgent>,
 }
 
 impl Side {
@@ -108,7 +109,7 @@ impl Side {
         let (client, channel) = Client::from_socket(socket, config).unwrap();
         let record = Arc::new(Record::default());
         channel.spawn(Vmm(record.clone())).unwrap();
-        Self::of(client, record, Box::new(agent))
+        Self::of(client, record, None, Some(agent))
     }
 
     /// With agents that can die.
@@ -117,15 +118,21 @@ impl Side {
         let request_timeout = Duration::from_secs(2);
         let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
         let record = Arc::new(Record::default());
-        let (client, supervisor) = Supervisor::spawn(agent, config, Vmm(record.clone())).unwrap();
-        Self::of(client, record, Box::new(supervisor))
+        // The first one may take longer to start, if the machine is busy. Later ones are tried again
+        // by the supervisor.
+        let start = || Supervisor::spawn(agent, config.clone(), Vmm(record.clone())).ok();
+        let (client, supervisor) = wait_for("the first agent", SOON, start).unwrap();
+        Self::of(client, record, Some(supervisor), None)
     }
 
-    fn of(client: Client, record: Arc<Record>, agents: Box<dyn Any>) -> Self {
+    fn of(
+        client: Client, record: Arc<Record>, supervisor: Option<Supervisor<Vmm>>,
+        agent: Option<InProcessAgent>,
+    ) -> Self {
         let memory = TestMemory::new(layouts()).unwrap();
         memory.add_to(&client).unwrap();
         client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
-        Self { memory, client, record, _agents: agents }
+        Self { memory, client, record, supervisor, _agent: agent }
     }
 
     fn load(&self, (id, page): Page) -> u64 {

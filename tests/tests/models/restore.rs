@@ -34,7 +34,7 @@ use std::time::Duration;
 const VMMS: u64 = 3;
 
 /// How the agents of a case die.
-const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40) };
+const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40), freezes: true };
 
 /// Saves the guest, perhaps several times. Returns the name of the last image.
 fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
@@ -121,12 +121,12 @@ fn restore(
         let is_set = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
         wait_until("the memory to be complete", SOON, || {
             // Each agent begins with the limit of the job.
-            let killed = killer.deaths.load(Ordering::SeqCst) == DEATHS.count;
+            let killed = killer.has_ended();
             let _ = killed.then(|| side.client.set_parameters(&Parameters::bandwidth(0)));
             is_set(&side.record.complete) || is_set(&side.record.lost)
         })
         .unwrap();
-        KILLED.fetch_add(killer.deaths.load(Ordering::SeqCst), Ordering::Relaxed);
+        KILLED.fetch_add(killer.deaths(), Ordering::Relaxed);
     } else {
         let _ = side.client.set_parameters(&Parameters::bandwidth(0));
         let status = side.client.wait(started.job, SOON).unwrap();
