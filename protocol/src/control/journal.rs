@@ -149,7 +149,7 @@ mod tests {
         // 5 s for the peer, 30 s for hooks, resume never, huge pages auto.
         recorded.extend(5_000_000u64.to_le_bytes());
         recorded.extend(30_000_000u64.to_le_bytes());
-        recorded.extend([2, 0, 0, 0]);
+        recorded.extend([1, 0, 0, 0]);
         let journal = Journal::decode(&recorded).unwrap();
         let Journal::Incoming { session, address, acknowledge, options } = &journal else {
             panic!("{journal:?}")
