@@ -3,22 +3,23 @@
 //! A supervisor replaces lost agents, unless somebody may still need the lost one.
 
 use pageferry_client::{
-    BlockRange, Client, Error, IncomingOptions, Mode, OutgoingOptions, Ownership, Phase, Punch,
-    RestoreOptions, SnapshotMode, SnapshotOptions, Supervisor, Target, Trackers,
+    BlockRange, Client, Config, Error, IncomingOptions, Mode, OutgoingOptions, Ownership,
+    Parameters, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
+    Supervisor, Target, Trackers,
 };
 use pageferry_protocol::memory::PAGE_SIZE;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::require;
 use pageferry_tests::scenario::{
-    Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
+    At, Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
 };
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 pub const PAGES: u64 = 100;
@@ -44,9 +45,15 @@ impl Supervised {
     }
 
     fn with(ram: Ram, command: impl FnMut() -> Command + Send + 'static) -> Self {
+        Self::configured(ram, config(), command)
+    }
+
+    fn configured(
+        ram: Ram, config: Config, command: impl FnMut() -> Command + Send + 'static,
+    ) -> Self {
         let vmm = ScriptedVmm::new();
         let hooks = ScriptedHooks(Arc::clone(&vmm));
-        Self::of(ram, vmm, Supervisor::spawn(command, config(), hooks).unwrap())
+        Self::of(ram, vmm, Supervisor::spawn(command, config, hooks).unwrap())
     }
 
     /// The agent listens at this path.
@@ -284,7 +291,7 @@ fn a_client_dropped_in_a_pause_ends_the_supervisor_without_another_attempt() {
 
 #[test]
 fn an_agent_that_hangs_does_not_keep_the_vmm_from_ending() {
-    let config = pageferry_client::Config { request_timeout: Duration::from_secs(1), ..config() };
+    let config = Config { request_timeout: Duration::from_secs(1), ..config() };
     let vmm = ScriptedVmm::new();
     let (client, supervisor) = Supervisor::spawn(agent, config, ScriptedHooks(vmm)).unwrap();
     let hangs = client.agent_pid();
@@ -342,21 +349,71 @@ fn after_lost_memory_an_agent_comes_when_another_guest_is_awaited() {
     let job = source.client.start_snapshot(path, &options).unwrap().job;
     assert_eq!(source.wait(job).phase, Phase::Completed);
 
-    let guest = Supervised::new(Ram::odd(PAGES).mapped());
+    // An agent that cannot be started for a while, longer than the guest is to wait.
+    let starts = Arc::new(AtomicBool::new(true));
+    let may_start = Arc::clone(&starts);
+    let command = move || match may_start.load(Ordering::SeqCst) {
+        true => agent(),
+        false => Command::new("/nowhere"),
+    };
+    let config = Config { continue_within: Duration::from_millis(50), ..config() };
+    let guest = Supervised::configured(Ram::odd(PAGES).mapped(), config, command);
     let stream = folder.path().join("guest");
     guest.attached.listen(&stream, &IncomingOptions::default());
     let options =
         OutgoingOptions { mode: Mode::Postcopy, bandwidth: SLOW, ..OutgoingOptions::default() };
     source.send(&stream, &options);
     wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
+    starts.store(false, Ordering::SeqCst);
     guest.kill();
+    wait_until("the memory to be lost", SOON, || lock(&guest.attached.vmm.asked).lost == 1)
+        .unwrap();
+    starts.store(true, Ordering::SeqCst);
     guest.assert_stays_alone();
-    assert_eq!(lock(&guest.attached.vmm.asked).lost, 1);
+    assert_eq!(lock(&guest.attached.vmm.asked).losses, ["agent", "memory"]);
+    assert_eq!(lock(&guest.attached.vmm.asked).complete, 0);
 
     guest.supervisor.replace_agent().unwrap();
     let job = guest.attached.client.start_restore(&image, &RestoreOptions::default()).unwrap().job;
     assert_eq!(guest.attached.wait(job).phase, Phase::Completed);
     assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    guest.end();
+}
+
+/// The thread of the hooks cannot attach the next agent: it waits for a page that only that one
+/// brings.
+#[test]
+fn a_hook_that_waits_for_a_page_gets_it_from_the_next_agent() {
+    if !require::uffd() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let source = Side::new(Ram::odd(PAGES).stamped());
+    let (path, options) = save_to(&image, SnapshotMode::Paused, 0);
+    let job = source.client.start_snapshot(path, &options).unwrap().job;
+    assert_eq!(source.wait(job).phase, Phase::Completed);
+
+    let guest = Supervised::new(Ram::odd(PAGES).mapped());
+    let (client, ram) = (guest.attached.client.downgrade(), Arc::clone(&guest.attached.ram));
+    guest.attached.vmm.on(At::Resume, move || {
+        kill_process(pid(client.upgrade().unwrap().agent_pid()), Signal::KILL).unwrap();
+        assert_eq!(ram.touch(77).found().unwrap(), 1077);
+        Ok(())
+    });
+    let options = RestoreOptions {
+        mode: RestoreMode::Lazy,
+        bandwidth: SLOW,
+        hook_timeout: SOON,
+        ..RestoreOptions::default()
+    };
+    guest.attached.client.start_restore(&image, &options).unwrap();
+    guest.wait_for_agent(1);
+    guest.attached.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
+    let complete = || lock(&guest.attached.vmm.asked).complete == 1;
+    wait_until("the memory to be complete", SOON, complete).unwrap();
+    assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    assert_eq!(lock(&guest.attached.vmm.asked).losses, ["agent"]);
     guest.end();
 }
 
