@@ -45,8 +45,8 @@ pub struct Config {
     pub stall_timeout: Duration,
     /// How long a guest waits whose agent was lost before all of its memory is here, until another
     /// agent brings the rest: after a lazy restore or a postcopy, if a
-    /// [`Supervisor`](crate::Supervisor) gets the agents. Then the memory is lost ([`Hooks::memory_lost`](crate::Hooks::memory_lost)). Zero
-    /// for no attempt after the first.
+    /// [`Supervisor`](crate::Supervisor) gets the agents. Then the memory is lost
+    /// ([`Hooks::memory_lost`](crate::Hooks::memory_lost)). Zero for no attempt after the first.
     pub continue_within: Duration,
     /// Interval between two signs of life of the agent while nothing waits for it. An idle agent
     /// that hangs is found within this time and `request_timeout`, and

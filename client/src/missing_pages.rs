@@ -13,8 +13,8 @@
 //! and in each block the bitmap of owed pages. A page is owed until it was placed, or given back by
 //! the guest. The agent clears its bit then, or the client while there is none. If a
 //! [`Supervisor`](crate::Supervisor) gets agents, the thread of the heartbeat attaches the next one
-//! ([`MissingPages::continue_with_next`]): every other thread may wait for a page. The accesses that
-//! wait go on waiting meanwhile.
+//! ([`MissingPages::continue_with_next`]): every other thread may wait for a page. The accesses
+//! that wait go on waiting meanwhile.
 //!
 //! Without a supervisor, or if it gets no agent in time, the missing pages never arrive, and the
 //! guest cannot continue. Reading zero instead would corrupt it silently. So:

@@ -488,8 +488,8 @@ impl MissingPages {
         }
     }
 
-    /// Drops the missing pages that are not owed any more: they were given back before discards knew
-    /// of this set. For an agent that continues the job of another. Call it after
+    /// Drops the missing pages that are not owed any more: they were given back before discards
+    /// knew of this set. For an agent that continues the job of another. Call it after
     /// [`GuestMemory::set_missing_pages`](super::GuestMemory::set_missing_pages).
     pub fn drop_settled(&self) {
         for (at, block) in self.blocks.iter().enumerate() {

@@ -22,8 +22,8 @@ use std::sync::Arc;
 /// A large page is made only if so many bytes at its start arrive at once. So what a peer that lies
 /// has allocated is at most eight times what it sends.
 const DENSE: usize = 256 << 10;
-/// Fewer bytes than this are written to a large page by the kernel, if they are the only ones there:
-/// to map 2 MiB for them, and to unmap it again, costs more.
+/// Fewer bytes than this are written to a large page by the kernel, if they are the only ones
+/// there: to map 2 MiB for them, and to unmap it again, costs more.
 const WORTH_MAPPING: usize = 64 << 10;
 /// The reason why a guest has no huge pages if it is not to have them.
 const NEVER: &str = "no huge pages: the job was told to make none";

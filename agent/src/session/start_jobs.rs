@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! Starts jobs: migrations, snapshots and restores; recovers a paused postcopy, or one that another
-//! agent began; and continues a lazy restore, or the destination of a postcopy, whose agent was lost.
+//! agent began; and continues a lazy restore, or the destination of a postcopy, whose agent was
+//! lost.
 //!
 //! A job starts if no other job runs, the guest is here, and there is memory and a socket for
 //! hooks. What can wait, such as a name look-up, runs before the session is locked; the checks are

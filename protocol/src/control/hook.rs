@@ -112,8 +112,8 @@ pub enum Hook {
     /// missing pages. Answered by the userfaultfd as the descriptor.
     RegisterFaults,
     /// Keep this, for the agent that continues if this one is lost while memory is missing. Only
-    /// with [`FEATURE_OWED`](super::request::FEATURE_OWED), after [`Hook::RegisterFaults`]: from now
-    /// on the bitmaps of owed pages say what is missing.
+    /// with [`FEATURE_OWED`](super::request::FEATURE_OWED), after [`Hook::RegisterFaults`]: from
+    /// now on the bitmaps of owed pages say what is missing.
     KeepJournal {
         /// How it continues: see [`Journal`](super::journal::Journal).
         journal: Vec<u8>,

@@ -67,8 +67,8 @@ pub const DISCARD_PUNCH: u32 = 1 << 0;
 pub const FEATURE_FENCE: u64 = 1 << 0;
 
 /// Feature: a job that brings the memory of a guest which runs already can go on in another agent.
-/// The VMM adds a bitmap of owed pages to each block, keeps the [`Journal`](super::journal::Journal)
-/// of the job, and hands both to the next agent.
+/// The VMM adds a bitmap of owed pages to each block, keeps the
+/// [`Journal`](super::journal::Journal) of the job, and hands both to the next agent.
 pub const FEATURE_OWED: u64 = 1 << 1;
 
 /// All features that this crate knows.
@@ -222,9 +222,9 @@ pub enum Request {
         /// own.
         options: OutgoingOptions,
     },
-    /// Continues the job of a lost agent, which brings the memory of a guest that runs here already.
-    /// The pages that are owed are in the bitmaps of the blocks. Descriptor: the userfaultfd with
-    /// which the mappings of the VMM are registered. Answered by
+    /// Continues the job of a lost agent, which brings the memory of a guest that runs here
+    /// already. The pages that are owed are in the bitmaps of the blocks. Descriptor: the
+    /// userfaultfd with which the mappings of the VMM are registered. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     Continue {
         /// What the lost agent gave the VMM with

@@ -118,8 +118,8 @@ impl Side {
         let request_timeout = Duration::from_secs(2);
         let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
         let record = Arc::new(Record::default());
-        // The first one may take longer to start, if the machine is busy. Later ones are tried again
-        // by the supervisor.
+        // The first one may take longer to start, if the machine is busy. Later ones are tried
+        // again by the supervisor.
         let start = || Supervisor::spawn(agent, config.clone(), Vmm(record.clone())).ok();
         let (client, supervisor) = wait_for("the first agent", SOON, start).unwrap();
         Self::of(client, record, Some(supervisor), None)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that has moved by postcopy finds its memory, although its agents are killed before all of
-//! it is there: at the destination, where they are also frozen, or at both ends. The model is that
-//! of restores ([`loading`]).
+//! A guest that has moved by postcopy finds its memory, although its agents are killed before all
+//! of it is there: at the destination, where they are also frozen, or at both ends. The model is
+//! that of restores ([`loading`]).
 //!
 //! The source's VMM recovers the migration whenever it is paused, with another agent if it has lost
 //! its own.

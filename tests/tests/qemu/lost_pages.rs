@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Processes that are killed while memory of a guest is missing: the next agent brings the rest, and
-//! a guest never reads zeroes in place of its memory.
+//! Processes that are killed while memory of a guest is missing: the next agent brings the rest,
+//! and a guest never reads zeroes in place of its memory.
 
 use crate::busy::{MIB, Moment, Stage, goes_on_well};
 use crate::moves::POSTCOPY;
