@@ -189,6 +189,7 @@ mod blocks;
 mod child;
 mod client;
 mod config;
+mod continuation;
 mod control;
 mod deadline;
 mod devices;

@@ -46,6 +46,7 @@
 //!   for a missing page would never hear that, so the heartbeat also looks at the status of the
 //!   job.
 
+use crate::continuation::{Attempts, Replacer};
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
@@ -57,16 +58,13 @@ use crate::registration::Registration;
 use crate::stop::StopToken;
 use crate::sync::lock;
 use crate::tracking::active::ActiveTrackers;
-use crate::wakeup::Wakeup;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Time that the VMM has to stop its guest before accesses to missing pages become errors.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest pause between two attempts to attach the next agent.
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The registration, if there is one. A client and its hook channels share it.
 #[derive(Debug, Default)]
@@ -74,22 +72,7 @@ pub(crate) struct MissingPages {
     state: Mutex<State>,
     /// Gets the next agent. Set once by a supervisor.
     replacer: OnceLock<Replacer>,
-}
-
-/// How a supervisor replaces an agent that was lost while memory is missing.
-pub(crate) struct Replacer {
-    /// Attaches an agent in place of the one of this connection.
-    pub(crate) replace: Box<dyn Fn(u64) -> Result<(), String> + Send + Sync>,
-    /// Wakes the supervisor.
-    pub(crate) wakeup: Arc<Wakeup>,
-    /// How long the guest waits for the next agent.
-    pub(crate) limit: Duration,
-}
-
-impl std::fmt::Debug for Replacer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Replacer").field("limit", &self.limit).finish_non_exhaustive()
-    }
+    attempts: Mutex<Attempts>,
 }
 
 #[derive(Debug, Default)]
@@ -155,6 +138,7 @@ impl MissingPages {
         let id = link.id;
         let heartbeat = self.watch(link, ownership, probe)?;
         let (journal, is_given_up) = (Vec::new(), false);
+        *lock(&self.attempts) = Attempts::default();
         *state =
             State::Pending { registered, _heartbeat: heartbeat, link: id, journal, is_given_up };
         Ok(for_agent)
@@ -214,37 +198,52 @@ impl MissingPages {
         // The thread of the heartbeat before may be the one that runs this. It ends after it.
         *_heartbeat = self.watch(next, ownership, probe)?;
         *link = id;
+        lock(&self.attempts).attached(Instant::now());
         Ok(())
     }
 
     /// Attaches one agent after the other until one continues in place of that of connection `of`.
     /// True if there is nothing more to do for the memory.
-    fn continue_with_next(&self, of: u64, stopped: &StopToken) -> bool {
-        let Some(Replacer { replace, wakeup, limit }) = self.replacer.get() else { return false };
-        let (lost, mut pause) = (Instant::now(), Duration::from_millis(10));
-        while self.is_continued_without(of) {
-            match replace(of) {
-                Ok(()) if !self.is_continued_without(of) => break,
-                // The VMM has decided otherwise meanwhile.
-                Ok(()) => log::warn!("no agent was attached: memory of the guest stays missing"),
-                Err(why) => log::warn!("no agent continues to bring memory yet: {why}"),
-            }
-            if lost.elapsed() >= *limit {
-                if let State::Pending { link, is_given_up, .. } = &mut *self.state()
-                    && *link == of
-                {
-                    *is_given_up = true;
-                }
-                log::error!("no agent has come within {limit:?}: memory of the guest is lost");
-                wakeup.wake();
-                return false;
-            }
-            if stopped.is_stopped_within(pause) {
-                break;
-            }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+    ///
+    /// It holds `weak` only for moments, so that the last client can be dropped meanwhile.
+    fn continue_with_next(weak: &Weak<Self>, of: u64, stopped: &StopToken) -> bool {
+        if !weak.upgrade().is_some_and(|pages| pages.is_continued_without(of)) {
+            return false;
         }
-        true
+        loop {
+            let Some(pages) = weak.upgrade().filter(|pages| pages.is_continued_without(of)) else {
+                return true;
+            };
+            let Some(replacer) = pages.replacer.get() else { return false };
+            let mut attempts = lock(&pages.attempts);
+            attempts.lost(Instant::now());
+            let next = attempts.next(Instant::now(), replacer.limit);
+            drop(attempts);
+            let Some(pause) = next else {
+                pages.give_up(of);
+                log::error!("no agent brings the memory of the guest, which is lost");
+                replacer.wakeup.wake();
+                return false;
+            };
+            drop(pages);
+            if stopped.is_stopped_within(pause) {
+                return true;
+            }
+            let Some(pages) = weak.upgrade() else { return true };
+            let Some(Err(why)) = pages.replacer.get().map(|replacer| (replacer.replace)(of)) else {
+                continue;
+            };
+            log::warn!("no agent continues to bring memory yet: {why}");
+        }
+    }
+
+    /// No other agent continues in place of that of connection `of`.
+    fn give_up(&self, of: u64) {
+        if let State::Pending { link, is_given_up, .. } = &mut *self.state()
+            && *link == of
+        {
+            *is_given_up = true;
+        }
     }
 
     /// Watches the agent until the result is dropped.
@@ -260,7 +259,8 @@ impl MissingPages {
                 // one would fail, too.
                 let is_lost = watched.end_in_words().is_some();
                 let is_ours = ownership.lock().ownership() == Ownership::Ours;
-                if is_lost && is_ours && faults.continue_with_next(id, &stopped) {
+                drop(faults);
+                if is_lost && is_ours && Self::continue_with_next(&weak, id, &stopped) {
                     return;
                 }
             }

@@ -112,7 +112,7 @@ fn run_case(seed: u64, at_both_ends: bool) {
 }
 
 proptest! {
-    #![proptest_config(seeds::cases(30))]
+    #![proptest_config(seeds::cases(15))]
 
     #[test]
     fn a_guest_survives_the_agents_of_its_destination(seed in any::<u64>()) {
