@@ -3,8 +3,8 @@
 //! How the next agent is had for a guest whose memory is missing, and when that is given up.
 //!
 //! The first attempt is made at once, because the guest may be waiting. The pauses between further
-//! ones grow. An agent that is lost again within a second counts as an attempt that failed: one that
-//! always dies as it continues must not be started for ever while the guest waits.
+//! ones grow. An agent that is lost again within a second counts as an attempt that failed: one
+//! that always dies as it continues must not be started for ever while the guest waits.
 
 use crate::wakeup::Wakeup;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 /// How a supervisor replaces an agent that was lost while memory is missing.
 pub(crate) struct Replacer {
-    /// Attaches an agent in place of the one of this connection. Does nothing if the VMM has decided
-    /// otherwise.
+    /// Attaches an agent in place of the one of this connection. Does nothing if the VMM has
+    /// decided otherwise.
     pub(crate) replace: Box<dyn Fn(u64) -> Result<(), String> + Send + Sync>,
     /// Wakes the supervisor.
     pub(crate) wakeup: Arc<Wakeup>,

@@ -202,16 +202,18 @@ pub trait Hooks: Send {
     /// migration failed before the guest was resumed here.
     fn memory_complete(&mut self) {}
 
-    /// The guest runs, and its missing memory never arrives: the agent died or hangs, or it found
-    /// its image damaged. The guest is lost and can be neither sent nor saved. Stop it: interrupt
-    /// vCPUs that wait for a page in KVM_RUN by a signal, as for a pause (on x86). Do not wait for
-    /// other threads, which cannot be interrupted.
+    /// The guest runs, and its missing memory never arrives: the agent found its image damaged, or
+    /// it died or hangs and no other continues. The guest is lost and can be neither sent nor
+    /// saved. Stop it: interrupt vCPUs that wait for a page in KVM_RUN by a signal, as for a pause
+    /// (on x86). Do not wait for other threads, which cannot be interrupted.
     ///
     /// When this has returned, an access to a missing page gets SIGBUS, or EFAULT from the kernel.
-    /// Until then it waits, but five seconds at most. This is called at once when the agent dies or
-    /// finds damage, and within [`Config::request_timeout`](crate::Config::request_timeout) and
-    /// half a second if it hangs. If another hook waits for a missing page itself, the five seconds
-    /// end its wait, and this comes after it.
+    /// Until then it waits, but five seconds at most. This is called at once when the agent finds
+    /// damage or dies, and within [`Config::request_timeout`](crate::Config::request_timeout) and
+    /// half a second if it hangs. With a [`Supervisor`](crate::Supervisor) it is called only if no
+    /// other agent continues within [`Config::continue_within`](crate::Config::continue_within),
+    /// and `agent_lost` may come before it. If another hook waits for a missing page itself, the
+    /// five seconds end its wait, and this comes after it.
     fn memory_lost(&mut self) {
         log::error!("memory of the guest is missing and will not come: it cannot go on");
     }
@@ -282,9 +284,10 @@ pub trait Hooks: Send {
 
     /// A [`Supervisor`](crate::Supervisor) has attached another agent after `agent_lost`, and the
     /// hooks that follow are from that one. It has the same blocks and trackers. A VMM needs this
-    /// only if it wants to start something again: a job of the lost agent is not continued. A VMM
-    /// that awaits a guest has to start the incoming migration or the restore again. The hook may
-    /// do that by a [`WeakClient`](crate::WeakClient).
+    /// only if it wants to start something again: a job of the lost agent is not continued, except
+    /// one that brings the memory of a guest which runs already. A VMM that awaits a guest has to
+    /// start the incoming migration or the restore again. The hook may do that by a
+    /// [`WeakClient`](crate::WeakClient).
     fn agent_attached(&mut self) {}
 }
 
