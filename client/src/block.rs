@@ -77,7 +77,9 @@ impl Block {
         let discarded = MappedBitmap::shared(discarded_fd.as_fd(), pages)
             .map_err(|source| Error::Mapping { what: "bitmap of discarded pages", source })?;
         let owed_fd = sealed_memfd("pageferry-owed", bitmap_bytes(pages))?;
-        let owed = MappedBitmap::shared(owed_fd.as_fd(), pages)
+        // Nearly always all holes, which a walk must not fill.
+        let walked = owed_fd.try_clone().map_err(Error::io("duplicate a memfd"))?;
+        let owed = MappedBitmap::shared_sparse(walked, pages)
             .map_err(|source| Error::Mapping { what: "bitmap of owed pages", source })?;
         if spec.discarded {
             discarded.set(discarded.all());

@@ -28,6 +28,7 @@ use super::host_page_set::{BlockHostPages, HostPageSet};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The owed pages of a block, one bit for each.
 #[derive(Debug)]
@@ -35,16 +36,22 @@ pub struct OwedPages {
     // Before the bitmap, so that the guard is dropped first.
     guard: GuardedRange,
     bits: MappedBitmap,
+    /// False as long as no page was ever owed: then discards do not look at the bitmap, which is
+    /// all holes.
+    any: AtomicBool,
 }
 
 impl OwedPages {
     /// Guards the bitmap, which the VMM shares.
     pub fn new(bits: MappedBitmap) -> Self {
-        Self { guard: GuardedRange::of(bits.storage()), bits }
+        // Set from the start if a lost agent owes pages: discards may come before the job goes on.
+        let any = AtomicBool::new(bits.next_set(bits.all()).is_some());
+        Self { guard: GuardedRange::of(bits.storage()), bits, any }
     }
 
     /// All pages that are `missing` are owed now.
     fn add(&self, missing: &BlockHostPages) {
+        self.any.store(true, Ordering::SeqCst);
         for run in missing.bits().runs(missing.bits().all()) {
             self.bits.set(missing.pages(run));
         }
@@ -52,7 +59,9 @@ impl OwedPages {
 
     /// These pages are discarded or freed.
     pub(super) fn forget(&self, pages: PageRange) {
-        self.bits.clear(pages);
+        if self.any.load(Ordering::SeqCst) {
+            self.bits.clear(pages);
+        }
     }
 
     /// Those of the host pages `bits` of word `word` in which a page is owed.
