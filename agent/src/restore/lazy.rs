@@ -18,7 +18,7 @@
 //! is told that memory is lost, as in a postcopy that can never complete.
 //!
 //! If the agent is lost while the guest runs, the next one continues with the pages that are still
-//! owed ([`LazyRestoreOrder`]).
+//! owed ([`ContinuedRestore`]).
 //!
 //! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
 //! memory is placed, and then the job fails.
@@ -66,15 +66,7 @@ pub fn restore(
     // Freeing the huge pages has dropped their reservation.
     pool::reserve(job.memory.blocks(), &missing)?;
     job.memory.owe(&missing);
-    let missing_pages = Arc::new(MissingPages::new(
-        job.memory.blocks(),
-        Arc::new(missing),
-        uffd,
-        false,
-        job.live.clone(),
-    )?);
-    job.set_remaining(missing_pages.missing());
-    job.memory.set_missing_pages(Some(missing_pages.clone()));
+    let missing_pages = announce(job, missing, uffd)?;
     missing_pages.drop_discarded();
     missing_pages.drop_recorded(guard.discards.since());
     keep_journal(job, source, path, options);
@@ -117,6 +109,16 @@ pub fn restore(
     outcome
 }
 
+/// From now on discards and the job's progress know of the pages that are missing.
+fn announce(job: &Job, missing: HostPageSet, uffd: OwnedFd) -> Result<Arc<MissingPages>, JobError> {
+    let (blocks, missing) = (job.memory.blocks(), Arc::new(missing));
+    let missing_pages = MissingPages::new(blocks, missing, uffd, false, job.live.clone())?;
+    let missing_pages = Arc::new(missing_pages);
+    job.set_remaining(missing_pages.missing());
+    job.memory.set_missing_pages(Some(missing_pages.clone()));
+    Ok(missing_pages)
+}
+
 fn workers(options: &RestoreOptions) -> usize {
     usize::from(options.workers).min(MAX_READERS - FAULT_WORKERS)
 }
@@ -130,7 +132,7 @@ fn keep_journal(job: &Job, source: &Source, path: &Path, options: &RestoreOption
 
 /// The rest of a lazy restore that a lost agent began, and whose guest runs.
 #[derive(Debug)]
-pub struct LazyRestoreOrder {
+pub struct ContinuedRestore {
     source: Source,
     missing: HostPageSet,
     uffd: OwnedFd,
@@ -138,7 +140,7 @@ pub struct LazyRestoreOrder {
     pub options: RestoreOptions,
 }
 
-impl LazyRestoreOrder {
+impl ContinuedRestore {
     /// Opens the image and looks which pages are owed. Changes nothing, so it can be tried again.
     ///
     /// # Errors
@@ -169,15 +171,7 @@ impl LazyRestoreOrder {
         let mut registered = FaultRegistration::new(job);
         job.placing.uses(Placing::Pages);
         let unread = missing.try_clone()?;
-        let missing_pages = Arc::new(MissingPages::new(
-            job.memory.blocks(),
-            Arc::new(missing),
-            uffd,
-            false,
-            job.live.clone(),
-        )?);
-        job.set_remaining(missing_pages.missing());
-        job.memory.set_missing_pages(Some(missing_pages.clone()));
+        let missing_pages = announce(job, missing, uffd)?;
         missing_pages.drop_settled();
         if !missing_pages.finish_load() {
             return Err(JobError::Stuck("the job was cancelled".into()));
@@ -185,10 +179,9 @@ impl LazyRestoreOrder {
         // The lost agent may have read faults, and not answered them.
         missing_pages.retry_all();
         if !options.working_set.is_empty() {
-            job.warn(
-                "the agent was lost that knew the working set: it is neither read ahead nor recorded"
-                    .into(),
-            );
+            let what = "the agent that knew the working set was lost: the working set is neither \
+                        read ahead nor recorded";
+            job.warn(what.into());
         }
         let pages = ImagePages::new(job, &source, &missing_pages, unread);
         let lazy_restore = LazyRestore::new(pages, Vec::new(), false);

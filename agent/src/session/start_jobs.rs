@@ -21,7 +21,7 @@ use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
 use crate::outgoing::connect::Target;
 use crate::outgoing::job::OutgoingJob;
 use crate::restore::RestorePlan;
-use crate::restore::lazy::LazyRestoreOrder;
+use crate::restore::lazy::ContinuedRestore;
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
@@ -400,13 +400,13 @@ impl SharedSession {
             Journal::Restore { path, image, options } => {
                 check_path("path", &path)?;
                 may_wait("open an image");
-                let order = LazyRestoreOrder::new(&path, image, options, uffd, &memory)
+                let rest = ContinuedRestore::new(&path, image, options, uffd, &memory)
                     .map_err(|error| invalid(&error))?;
                 let mut session = self.lock();
                 session.check_can_start()?;
-                let job = session.new_job(JobKind::Restore, (&order.options).into())?;
+                let job = session.new_job(JobKind::Restore, (&rest.options).into())?;
                 cannot_be_cancelled(&job)?;
-                session.run_job(SessionJob::Restore(job.clone()), move || order.run(&job))?;
+                session.run_job(SessionJob::Restore(job.clone()), move || rest.run(&job))?;
                 path
             }
             Journal::Incoming { session: number, address, acknowledge, options } => {

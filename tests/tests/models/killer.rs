@@ -48,7 +48,8 @@ impl Killer {
             let mut chance = Random::new(seed);
             let micros = deaths.apart.as_micros() as u64;
             while died.load(Ordering::Relaxed) < deaths.count && !stop.load(Ordering::Relaxed) {
-                // Sometimes twice in a row: the next one may be just being attached.
+                // The moment is chance, and nothing is waited for. Sometimes two die in a row: the
+                // next one may be just being attached.
                 if !chance.one_in(4) {
                     std::thread::sleep(Duration::from_micros(chance.below(micros)));
                 }

@@ -90,6 +90,7 @@ fn run_case(seed: u64, at_both_ends: bool) {
     let touched = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !is_set(&ended) {
+                // It looks from time to time, as an operator does.
                 see_to_the_source(&source, &address, &options, &killers);
                 std::thread::sleep(Duration::from_millis(5));
             }

@@ -16,7 +16,7 @@ use pageferry_tests::scenario::{
 };
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -118,6 +118,17 @@ fn is_gone(process: u32) -> bool {
 
 fn save_to(image: &Path, mode: SnapshotMode, bandwidth: u64) -> (&Path, SnapshotOptions) {
     (image, SnapshotOptions { mode, bandwidth, replace: true, ..SnapshotOptions::default() })
+}
+
+/// A guest and its image, in a folder.
+fn saved() -> (tempfile::TempDir, PathBuf, Side) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("image");
+    let source = Side::new(Ram::odd(PAGES).stamped());
+    let (path, options) = save_to(&image, SnapshotMode::Paused, 0);
+    let job = source.client.start_snapshot(path, &options).unwrap().job;
+    assert_eq!(source.wait(job).phase, Phase::Completed);
+    (folder, image, source)
 }
 
 #[test]
@@ -342,12 +353,7 @@ fn after_lost_memory_an_agent_comes_when_another_guest_is_awaited() {
     if !require::uffd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let image = folder.path().join("image");
-    let source = Side::new(Ram::odd(PAGES).stamped());
-    let (path, options) = save_to(&image, SnapshotMode::Paused, 0);
-    let job = source.client.start_snapshot(path, &options).unwrap().job;
-    assert_eq!(source.wait(job).phase, Phase::Completed);
+    let (folder, image, source) = saved();
 
     // An agent that cannot be started for a while, longer than the guest is to wait.
     let starts = Arc::new(AtomicBool::new(true));
@@ -387,12 +393,7 @@ fn a_hook_that_waits_for_a_page_gets_it_from_the_next_agent() {
     if !require::uffd() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let image = folder.path().join("image");
-    let source = Side::new(Ram::odd(PAGES).stamped());
-    let (path, options) = save_to(&image, SnapshotMode::Paused, 0);
-    let job = source.client.start_snapshot(path, &options).unwrap().job;
-    assert_eq!(source.wait(job).phase, Phase::Completed);
+    let (_folder, image, _) = saved();
 
     let guest = Supervised::new(Ram::odd(PAGES).mapped());
     let (client, ram) = (guest.attached.client.downgrade(), Arc::clone(&guest.attached.ram));
