@@ -130,34 +130,51 @@ fn keep_journal(job: &Job, source: &Source, path: &Path, options: &RestoreOption
     job.keep_journal(&Journal::Restore { path, image, options: options.clone() });
 }
 
-/// The rest of a lazy restore that a lost agent began, and whose guest runs.
+/// The image of a lazy restore that a lost agent began, and the pages that are owed from it.
 #[derive(Debug)]
-pub struct ContinuedRestore {
+pub struct OwedImage {
     source: Source,
     missing: HostPageSet,
-    uffd: OwnedFd,
-    /// The options of the job.
-    pub options: RestoreOptions,
 }
 
-impl ContinuedRestore {
+impl OwedImage {
     /// Opens the image and looks which pages are owed. Changes nothing, so it can be tried again.
     ///
     /// # Errors
     /// If the image cannot be opened, is another one, or does not fit; or if it is not known which
     /// pages are owed.
-    pub fn new(
-        path: &str, image: ImageId, options: RestoreOptions, uffd: OwnedFd,
-        memory: &Arc<GuestMemory>,
-    ) -> Result<Self, JobError> {
+    pub fn open(path: &str, image: ImageId, memory: &GuestMemory) -> Result<Self, JobError> {
         let source = Source::open(Path::new(path), memory)?;
         let found = source.newest().header().id;
         if found != image {
             let path = path.to_owned();
             return Err(RestoreError::OtherImage { path, found, expected: image }.into());
         }
-        let missing = memory.owed_pages()?;
-        Ok(Self { source, missing, uffd, options })
+        Ok(Self { source, missing: memory.owed_pages()? })
+    }
+}
+
+/// The rest of a lazy restore that a lost agent began, and whose guest runs.
+#[derive(Debug)]
+pub struct ContinuedRestore {
+    source: Source,
+    unread: HostPageSet,
+    missing_pages: Arc<MissingPages>,
+    options: RestoreOptions,
+}
+
+impl ContinuedRestore {
+    /// From now on discards know of the pages that are missing. `uffd` is that of the mappings.
+    ///
+    /// # Errors
+    /// If there is no memory for it. It can be tried again then, which is why this is not left to
+    /// the job: a job that fails loses the guest.
+    pub fn new(
+        job: &Job, image: OwedImage, uffd: OwnedFd, options: RestoreOptions,
+    ) -> Result<Self, JobError> {
+        let OwedImage { source, missing } = image;
+        let unread = missing.try_clone()?;
+        Ok(Self { source, unread, missing_pages: announce(job, missing, uffd)?, options })
     }
 
     /// Places all that is owed, and ends the job.
@@ -167,14 +184,12 @@ impl ContinuedRestore {
     }
 
     fn place(self, job: &Arc<Job>) -> Result<(), JobError> {
-        let Self { source, missing, uffd, options } = self;
+        let Self { source, unread, missing_pages, options } = self;
         let mut registered = FaultRegistration::new(job);
         job.placing.uses(Placing::Pages);
-        let unread = missing.try_clone()?;
-        let missing_pages = announce(job, missing, uffd)?;
         missing_pages.drop_settled();
         if !missing_pages.finish_load() {
-            return Err(JobError::Stuck("the job was cancelled".into()));
+            return Err(JobError::Cancelled);
         }
         // The lost agent may have read faults, and not answered them.
         missing_pages.retry_all();

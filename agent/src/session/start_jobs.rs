@@ -21,7 +21,7 @@ use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
 use crate::outgoing::connect::Target;
 use crate::outgoing::job::OutgoingJob;
 use crate::restore::RestorePlan;
-use crate::restore::lazy::ContinuedRestore;
+use crate::restore::lazy::{ContinuedRestore, OwedImage};
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
@@ -400,25 +400,28 @@ impl SharedSession {
             Journal::Restore { path, image, options } => {
                 check_path("path", &path)?;
                 may_wait("open an image");
-                let rest = ContinuedRestore::new(&path, image, options, uffd, &memory)
-                    .map_err(|error| invalid(&error))?;
+                let image = OwedImage::open(&path, image, &memory);
+                let image = image.map_err(|error| invalid(&error))?;
                 let mut session = self.lock();
                 session.check_can_start()?;
-                let job = session.new_job(JobKind::Restore, (&rest.options).into())?;
+                let job = session.new_job(JobKind::Restore, (&options).into())?;
                 cannot_be_cancelled(&job)?;
+                let rest = ContinuedRestore::new(&job, image, uffd, options);
+                let rest = rest.map_err(|error| invalid(&error))?;
                 session.run_job(SessionJob::Restore(job.clone()), move || rest.run(&job))?;
                 path
             }
             Journal::Incoming { session: number, address, acknowledge, options } => {
                 let missing = memory.owed_pages().map_err(|error| invalid(&error))?;
                 let listener = listen_at(&parse(&address)?)?;
-                let rest =
-                    ContinuedPostcopy { session: number, listener, acknowledge, missing, uffd };
                 let mut session = self.lock();
                 session.check_can_start()?;
                 let job = session.new_job(JobKind::Incoming, (&options).into())?;
                 cannot_be_cancelled(&job)?;
                 let job = Arc::new(IncomingJob::new(job, options).map_err(no_job)?);
+                let rest =
+                    ContinuedPostcopy::new(&job, (number, acknowledge), listener, missing, uffd)
+                        .map_err(|error| invalid(&error))?;
                 session.run_job(SessionJob::Incoming(job.clone()), move || rest.run(&job))?;
                 address
             }

@@ -93,21 +93,30 @@ pub fn receive_guest_first(
 }
 
 /// The rest of a postcopy whose agent was lost here. The guest runs.
-#[derive(Debug)]
-pub struct ContinuedPostcopy {
-    /// The random number of the migration.
-    pub session: [u8; 16],
-    /// Where the source connects again.
-    pub listener: Listener,
-    /// The source wants to be told which pages are placed.
-    pub acknowledge: bool,
-    /// The pages that are still to come.
-    pub missing: HostPageSet,
-    /// The userfaultfd with which the mappings are registered.
-    pub uffd: OwnedFd,
-}
+pub struct ContinuedPostcopy(PostcopyGuest);
 
 impl ContinuedPostcopy {
+    /// From now on discards know of the pages that are `missing`. The source of the migration with
+    /// this random number connects to `listener`, and may want to be told which pages are placed.
+    /// `uffd` is that of the mappings.
+    ///
+    /// # Errors
+    /// If there is no memory for it. It can be tried again then, which is why this is not left to
+    /// the job: a job that fails loses the guest.
+    pub fn new(
+        job: &Arc<IncomingJob>, (session, acknowledge): ([u8; 16], bool), listener: Listener,
+        missing: HostPageSet, uffd: OwnedFd,
+    ) -> Result<Self, JobError> {
+        let (blocks, live) = (job.memory.blocks(), job.live.clone());
+        let missing_pages = MissingPages::new(blocks, Arc::new(missing), uffd, acknowledge, live)?;
+        let missing_pages = Arc::new(missing_pages);
+        job.set_remaining(missing_pages.missing());
+        job.memory.set_missing_pages(Some(missing_pages.clone()));
+        let mut guest = PostcopyGuest::new(job, missing_pages, session, Some(listener));
+        guest.ours = true;
+        Ok(Self(guest))
+    }
+
     /// Waits for the source, receives all that is owed, and ends the job.
     pub fn run(self, job: &Arc<IncomingJob>) {
         let outcome = self.receive(job);
@@ -115,27 +124,15 @@ impl ContinuedPostcopy {
     }
 
     fn receive(self, job: &Arc<IncomingJob>) -> Result<(), JobError> {
+        let Self(guest) = self;
         let registered = FaultRegistration::new(job.common());
         job.guest_arrived();
-        let missing_pages = MissingPages::new(
-            job.memory.blocks(),
-            Arc::new(self.missing),
-            self.uffd,
-            self.acknowledge,
-            job.live.clone(),
-        );
-        let missing_pages = Arc::new(missing_pages?);
-        job.set_remaining(missing_pages.missing());
-        job.memory.set_missing_pages(Some(missing_pages.clone()));
-        missing_pages.drop_settled();
-        if !missing_pages.finish_load() {
+        guest.missing_pages.drop_settled();
+        if !guest.missing_pages.finish_load() {
             return Err(JobError::Cancelled);
         }
         // The lost agent may have read faults, and not answered them.
-        missing_pages.retry_all();
-        let listener = Some(self.listener);
-        let mut guest = PostcopyGuest::new(job, missing_pages, self.session, listener);
-        guest.ours = true;
+        guest.missing_pages.retry_all();
         let mut accepted = None;
         guest.arrive(registered, |guest| Ok(accepted.insert(guest.wait_for_source()?)))
     }
