@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The process of an agent, and making sure that it has exited.
+//! The process of an agent, and making sure that its program is gone.
 //!
 //! Shutting a connection down ends no process. An agent that hangs keeps its descriptors of the
 //! guest memory and continues when it wakes up. So an agent hands over a pidfd of itself when it is
 //! attached. The client kills it by that pidfd before another agent gets what it had.
+//!
+//! An agent that is upgraded executes another program in its process. The process stays, and serves
+//! this VMM again. The kernel ends all threads and mappings of the old program, and closes its
+//! descriptors. One of them is the writing end of a pipe whose reading end came with the pidfd: by
+//! that the client sees that the old program is gone, and does not kill the new one. Until then an
+//! agent counts as *gone* only when its process has exited.
 //!
 //! An agent may lie (`vmm-survives`), and the client must not kill whatever process a liar names.
 //! The kernel tells which process sent the answer with the pidfd. The client kills only if that is
@@ -16,7 +22,8 @@
 
 use crate::deadline::deadline;
 use pageferry_protocol::control::socket::wait;
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FileType;
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
@@ -47,6 +54,8 @@ enum Owner {
 #[derive(Debug)]
 pub(crate) struct AgentProcess {
     pidfd: OwnedFd,
+    /// Hangs up when the program that sent it is gone. Older agents send none.
+    program: Option<OwnedFd>,
     /// The process that sent the answer, if the kernel does not confirm that it is the same. It may
     /// have the guest memory, too.
     sender: Option<OwnedFd>,
@@ -60,11 +69,17 @@ pub(crate) struct AgentProcess {
 
 impl AgentProcess {
     /// The process of `pidfd`. The process `sender` has sent it and claims to be number `claimed`.
+    /// The pipe `program` hangs up when its program is gone.
     ///
     /// # Errors
-    /// A sentence, if the descriptor is no pidfd. Most other descriptors are readable at once,
-    /// which of a pidfd would mean that the process has exited.
-    pub(crate) fn new(pidfd: OwnedFd, sender: Option<i32>, claimed: u32) -> Result<Self, String> {
+    /// A sentence, if a descriptor is not of that kind. Most other descriptors are readable at
+    /// once, which of a pidfd would mean that the process has exited.
+    pub(crate) fn new(
+        (pidfd, program): (OwnedFd, Option<OwnedFd>), sender: Option<i32>, claimed: u32,
+    ) -> Result<Self, String> {
+        if program.as_ref().is_some_and(|program| !is_pipe(program) || has_hung_up(program)) {
+            return Err("its second file descriptor is no pipe that its program has open".into());
+        }
         if pidfd_inode(&pidfd).is_none() && fdinfo_pid(&pidfd).is_none() {
             return Err("its file descriptor is no pidfd".to_owned());
         }
@@ -86,7 +101,10 @@ impl AgentProcess {
         // This process cannot wait for its own exit.
         let other = other.filter(|pid| *pid != getpid());
         let sender = other.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Ok(Self { pidfd, sender, pid, owner, killed: AtomicBool::new(false), end: OnceLock::new() })
+        // Another process than the agent's would say nothing about the agent.
+        let program = program.filter(|_| owner == Owner::Agent);
+        let (killed, end) = (AtomicBool::new(false), OnceLock::new());
+        Ok(Self { pidfd, program, sender, pid, owner, killed, end })
     }
 
     /// The process id.
@@ -124,6 +142,9 @@ impl AgentProcess {
             }
             Owner::Agent => {}
         }
+        if self.is_gone() {
+            return Ok(());
+        }
         match pidfd_send_signal(&self.pidfd, Signal::KILL) {
             Ok(()) => {
                 if !self.killed.swap(true, Ordering::AcqRel) {
@@ -140,15 +161,15 @@ impl AgentProcess {
         }
     }
 
-    /// Waits until `deadline` for the process to exit. Then all its descriptors are closed. True at
-    /// once for the own process.
-    pub(crate) fn wait_for_exit(&self, deadline: Instant) -> bool {
-        self.is_own_process() || self.exits_before(deadline)
+    /// Waits until `deadline` for the agent to be gone. Then all its descriptors are closed. True
+    /// at once for the own process.
+    pub(crate) fn wait_until_gone(&self, deadline: Instant) -> bool {
+        self.is_own_process() || self.is_gone_before(deadline)
     }
 
-    /// True if the process has exited.
-    pub(crate) fn has_exited(&self) -> bool {
-        self.exits_before(Instant::now())
+    /// True if the process has exited, or executes another program.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.is_gone_before(Instant::now())
     }
 
     /// What became of the agent whose connection has ended, in words. Waits for a moment: the
@@ -157,8 +178,11 @@ impl AgentProcess {
         if self.is_own_process() {
             return "it closed the connection".to_owned();
         }
-        if wait(self.pidfd.as_fd(), PollFlags::IN, deadline(EXIT_DELAY)) != Ok(true) {
+        if !self.is_gone_before(deadline(EXIT_DELAY)) {
             return format!("its process {} closed the connection", self.pid);
+        }
+        if wait(self.pidfd.as_fd(), PollFlags::IN, Instant::now()) != Ok(true) {
+            return format!("its process {} executed another program", self.pid);
         }
         self.end.get_or_init(|| self.exit_in_words()).clone()
     }
@@ -178,28 +202,57 @@ impl AgentProcess {
         }
     }
 
-    fn exits_before(&self, deadline: Instant) -> bool {
-        // Readable when all threads are gone, also before the process is reaped.
+    fn is_gone_before(&self, deadline: Instant) -> bool {
         let mut processes = std::iter::once(&self.pidfd).chain(&self.sender);
-        processes.all(|process| wait(process.as_fd(), PollFlags::IN, deadline) == Ok(true))
+        processes.all(|process| {
+            // Readable when all threads are gone, also before the process is reaped.
+            let mut polled = vec![PollFd::new(process, PollFlags::IN)];
+            // Without flags, poll reports only that the pipe hangs up.
+            polled.extend(self.program.iter().map(|pipe| PollFd::new(pipe, PollFlags::empty())));
+            poll_until(&mut polled, deadline)
+        })
     }
 
-    /// Kills the process and waits for its exit. Waits also if the process cannot be killed.
+    /// Kills the process and waits until it is gone. Waits also if the process cannot be killed.
     ///
     /// # Errors
     /// Why it still lives after `timeout`, and what to do, in words.
     pub(crate) fn kill_and_wait(&self, timeout: Duration) -> Result<(), String> {
-        if self.is_own_process() || self.has_exited() {
+        if self.is_own_process() || self.is_gone() {
             return Ok(());
         }
         let killed = self.kill();
-        if self.wait_for_exit(deadline(timeout)) {
+        if self.wait_until_gone(deadline(timeout)) {
             return Ok(());
         }
         Err(match killed {
             Ok(()) => "it was killed, and the kernel has not ended it yet: try again".to_owned(),
             Err(why) => format!("{why}; end it (kill -KILL {}) and try again", self.pid),
         })
+    }
+}
+
+fn is_pipe(fd: &OwnedFd) -> bool {
+    let stat = rustix::fs::fstat(fd);
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo)
+}
+
+/// True if nobody has the other end of a pipe any more.
+fn has_hung_up(pipe: &OwnedFd) -> bool {
+    poll_until(&mut [PollFd::new(pipe, PollFlags::empty())], Instant::now())
+}
+
+/// Waits until poll reports something. False at the deadline, or if the kernel refuses.
+fn poll_until(polled: &mut [PollFd<'_>], deadline: Instant) -> bool {
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        // Fails only above 292 billion years, which is as good as no deadline.
+        let left = Timespec::try_from(left).ok();
+        match poll(polled, left.as_ref()) {
+            Ok(count) => return count > 0,
+            Err(Errno::INTR) => {}
+            Err(_) => return false,
+        }
     }
 }
 
@@ -246,7 +299,7 @@ mod tests {
     }
 
     fn sent_by(child: &Child, sender: &Child) -> AgentProcess {
-        AgentProcess::new(pidfd(child), Some(sender.id() as i32), 1).unwrap()
+        AgentProcess::new((pidfd(child), None), Some(sender.id() as i32), 1).unwrap()
     }
 
     #[test]
@@ -254,10 +307,10 @@ mod tests {
         let mut child = sleeper();
         rustix::process::kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
         let process = sent_by(&child, &child);
-        assert_eq!((process.pid(), process.has_exited()), (child.id(), false));
+        assert_eq!((process.pid(), process.is_gone()), (child.id(), false));
         // Nobody has waited for the child: it is gone for us all the same.
         process.kill_and_wait(Duration::from_secs(60)).unwrap();
-        assert!(process.has_exited());
+        assert!(process.is_gone());
         assert!(!child.wait().unwrap().success());
         process.kill_and_wait(Duration::ZERO).unwrap();
     }
@@ -266,7 +319,7 @@ mod tests {
     fn a_process_that_did_not_send_the_answer_is_not_killed_but_waited_for() {
         let (mut victim, mut liar) = (sleeper(), sleeper());
         for sender in [Some(liar.id() as i32), Some(0), None] {
-            let process = AgentProcess::new(pidfd(&victim), sender, 7).unwrap();
+            let process = AgentProcess::new((pidfd(&victim), None), sender, 7).unwrap();
             assert_eq!(process.pid(), 7);
             let error = process.kill_and_wait(Duration::ZERO).unwrap_err();
             assert!(error.contains("does not confirm"), "{error}");
@@ -275,7 +328,7 @@ mod tests {
         let process = sent_by(&victim, &liar);
         victim.kill().unwrap();
         victim.wait().unwrap();
-        assert!(!process.has_exited(), "whoever sent the answer lives, and may have the memory");
+        assert!(!process.is_gone(), "whoever sent the answer lives, and may have the memory");
         liar.kill().unwrap();
         process.kill_and_wait(Duration::from_secs(60)).unwrap();
         liar.wait().unwrap();
@@ -304,6 +357,38 @@ mod tests {
     }
 
     #[test]
+    fn a_process_that_executes_another_program_is_gone_and_is_not_killed() {
+        let mut child = sleeper();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let fds = (pidfd(&child), Some(reader.into()));
+        let process = AgentProcess::new(fds, Some(child.id() as i32), 1).unwrap();
+        assert!(!process.is_gone());
+        // As the kernel does it when the process executes the next program.
+        drop(writer);
+        assert!(process.is_gone());
+        process.kill().unwrap();
+        process.kill_and_wait(Duration::from_secs(60)).unwrap();
+        let ended = format!("its process {} executed another program", child.id());
+        assert_eq!(process.how_it_ended(), ended);
+        assert!(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_pipe_that_tells_nothing_is_refused() {
+        let mut child = sleeper();
+        let closed = OwnedFd::from(std::io::pipe().unwrap().0);
+        for fd in [closed, std::fs::File::open("/dev/null").unwrap().into()] {
+            let fds = (pidfd(&child), Some(fd));
+            let error = AgentProcess::new(fds, Some(child.id() as i32), 1).unwrap_err();
+            assert!(error.contains("no pipe that its program has open"), "{error}");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
     fn what_is_no_pidfd_is_refused() {
         let files = [
             std::fs::File::open("/dev/null").unwrap(),
@@ -311,7 +396,7 @@ mod tests {
         ];
         let (pipe, _other_end) = rustix::pipe::pipe().unwrap();
         for fd in files.map(OwnedFd::from).into_iter().chain([pipe]) {
-            let error = AgentProcess::new(fd, Some(getpid().as_raw_pid()), 1).unwrap_err();
+            let error = AgentProcess::new((fd, None), Some(getpid().as_raw_pid()), 1).unwrap_err();
             assert_eq!(error, "its file descriptor is no pidfd");
         }
     }
@@ -319,7 +404,7 @@ mod tests {
     #[test]
     fn the_own_process_is_never_killed_and_needs_no_waiting() {
         let own = || pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
-        let this = || AgentProcess::new(own(), Some(getpid().as_raw_pid()), 1).unwrap();
+        let this = || AgentProcess::new((own(), None), Some(getpid().as_raw_pid()), 1).unwrap();
         let process = this();
         assert!(process.is_own_process());
         process.kill().unwrap();

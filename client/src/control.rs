@@ -20,7 +20,8 @@ use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, JobStarted, decode_reply};
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, FEATURE_OWED, FEATURES, MAX_RANGES, Request, code, name,
+    CONTROL_VERSION, FEATURE_FENCE, FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES,
+    Request, code, name,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::{chain, rounded};
@@ -120,14 +121,15 @@ impl Control {
             )));
         }
         self.knows_owed = reply.features & FEATURE_OWED != 0;
-        let pidfd = <[OwnedFd; 1]>::try_from(frame.fds).map_err(|fds| {
-            self.give_up(format!(
-                "the answer to hello has {} file descriptors, expected is 1, a pidfd",
-                fds.len()
-            ))
-        })?;
-        let [pidfd] = pidfd;
-        let process = AgentProcess::new(pidfd, self.socket.sender(), reply.pid);
+        let expected = 1 + usize::from(reply.features & FEATURE_PROGRAM_PIPE != 0);
+        let (count, mut fds) = (frame.fds.len(), frame.fds.into_iter());
+        let (true, Some(pidfd), pipe) = (count == expected, fds.next(), fds.next()) else {
+            let expected = if expected == 1 { "1, a pidfd" } else { "2, a pidfd and a pipe" };
+            return Err(self.give_up(format!(
+                "the answer to hello has {count} file descriptors, expected is {expected}"
+            )));
+        };
+        let process = AgentProcess::new((pidfd, pipe), self.socket.sender(), reply.pid);
         let process = process.map_err(|why| self.give_up(format!("the answer to hello: {why}")))?;
         self.link.set_process(process);
         self.max_ranges = MAX_RANGES.min(reply.max_ranges as usize);

@@ -86,7 +86,7 @@ enum State {
         _heartbeat: Heartbeat,
         /// The connection of that agent.
         link: u64,
-        /// How the next agent continues its job. Empty if none can.
+        /// How the next agent continues its job. Empty if none can, or no supervisor gets one.
         journal: Vec<u8>,
         /// No other agent has come in time, and none is awaited any more.
         is_given_up: bool,
@@ -144,14 +144,20 @@ impl MissingPages {
         Ok(for_agent)
     }
 
-    /// Keeps the journal of the agent of connection `of`. False if no page is missing for it.
-    pub(crate) fn keep_journal(&self, of: u64, kept: Vec<u8>) -> bool {
+    /// Keeps the journal of the agent of connection `of`.
+    ///
+    /// # Errors
+    /// Why it would be of no use.
+    pub(crate) fn keep_journal(&self, of: u64, kept: Vec<u8>) -> Result<(), &'static str> {
+        if self.replacer.get().is_none() {
+            return Err("no supervisor replaces a lost agent");
+        }
         match &mut *self.state() {
             State::Pending { link, journal, .. } if *link == of => {
                 *journal = kept;
-                true
+                Ok(())
             }
-            _ => false,
+            _ => Err("no mappings are registered for missing pages"),
         }
     }
 
@@ -164,9 +170,8 @@ impl MissingPages {
     /// True if the agent of connection `of` was to place the missing pages, and another agent could
     /// and may continue in its place. A thread then sees to that.
     pub(crate) fn is_continued_without(&self, of: u64) -> bool {
-        self.replacer.get().is_some()
-            && matches!(&*self.state(), State::Pending { link, journal, is_given_up: false, .. }
-                if *link == of && !journal.is_empty())
+        matches!(&*self.state(), State::Pending { link, journal, is_given_up: false, .. }
+            if *link == of && !journal.is_empty())
     }
 
     /// What the next agent gets to continue, if pages are missing and it can: the journal and the
@@ -175,7 +180,7 @@ impl MissingPages {
     pub(crate) fn to_continue(&self) -> Result<Option<(Vec<u8>, OwnedFd)>, Error> {
         match &*self.state() {
             State::Pending { registered, journal, is_given_up: false, .. }
-                if !journal.is_empty() && self.replacer.get().is_some() =>
+                if !journal.is_empty() =>
             {
                 Ok(Some((journal.clone(), registered.duplicate()?)))
             }

@@ -87,7 +87,7 @@ impl Session {
     /// [`Error::AgentStillRunning`] if it still lives: the VMM may not kill it, or the kernel does
     /// not end it yet. Calls after the first do not wait again.
     pub(crate) fn end_lost_agent(&mut self) -> Result<LostAgent, Error> {
-        self.processes.retain(|process| !process.has_exited());
+        self.processes.retain(|process| !process.is_gone());
         if self.processes.is_empty() {
             return Ok(LostAgent::Ended);
         }
@@ -100,7 +100,7 @@ impl Session {
         self.has_waited = true;
         let timeout = self.control.longest_timeout();
         let good_end = deadline(EXIT_TIMEOUT.min(timeout));
-        self.processes.retain(|process| !process.wait_for_exit(good_end));
+        self.processes.retain(|process| !process.wait_until_gone(good_end));
         let ended = self.end_processes(None, timeout);
         // Logged once: there may be many discards.
         ended.inspect_err(|error| log::warn!("{error}"))?;
@@ -148,7 +148,7 @@ impl Session {
         let mut outcome = Ok(());
         let mut processes = Vec::new();
         for process in std::mem::take(&mut self.processes) {
-            if next.is_some_and(|next| !process.has_exited() && next.is_same(&process)) {
+            if next.is_some_and(|next| !process.is_gone() && next.is_same(&process)) {
                 processes.push(process);
             } else if let Err(why) =
                 process.kill_and_wait(deadline.saturating_duration_since(Instant::now()))

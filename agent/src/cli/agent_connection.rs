@@ -66,24 +66,23 @@ impl AgentConnection {
         &self.path
     }
 
-    /// The process that listens on the path. That is systemd, if the agent was activated by it.
-    pub fn listener(&self) -> Option<u32> {
-        let peer = rustix::net::sockopt::socket_peercred(self.socket.as_fd()).ok()?;
-        u32::try_from(peer.pid.as_raw_nonzero().get()).ok()
-    }
-
-    /// Waits until the agent closes the connection, however long that takes.
+    /// Waits until the agent closes the connection. False if that takes longer than `timeout`.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn wait_for_end(mut self) -> Result<(), Box<dyn Error>> {
+    pub fn ends_within(&mut self, timeout: Duration) -> Result<bool, Box<dyn Error>> {
+        let deadline = Instant::now() + timeout;
         loop {
             match self.socket.try_recv() {
                 Ok(Some(_)) => {}
                 Ok(None) => {
-                    readable(None, self.socket.as_fd(), EVENT_TIMEOUT)?;
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(false);
+                    }
+                    readable(None, self.socket.as_fd(), left)?;
                 }
-                Err(_) => return Ok(()),
+                Err(_) => return Ok(true),
             }
         }
     }

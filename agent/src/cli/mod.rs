@@ -103,8 +103,9 @@ enum Command {
     /// hand-over was never confirmed.
     Resume(ResumeArgs),
     /// Have the agent execute its program again, which may be a newer version by now. Its process
-    /// and its socket stay, and its VMM connects again. A job that runs ends first.
-    Upgrade(OperatorArgs),
+    /// and its socket stay, and its VMM connects again. A job that runs ends first, except one that
+    /// brings the memory of a guest which runs here already: the next program continues that.
+    Upgrade(upgrade::UpgradeArgs),
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]
     Qemu(qemu::QemuCommand),

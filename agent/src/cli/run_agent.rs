@@ -11,14 +11,15 @@ use super::AgentArgs;
 use super::exit::Exit;
 use super::log_writer::LogEnd;
 use super::open_files;
-use super::signals::{self, Disposition};
+use super::signals;
 use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
-use crate::upgrade::{self, Program, handed_over};
+use crate::upgrade::program::Program;
+use crate::upgrade::{self, handed_over};
 use crate::vm_name::VmName;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::error::Error;
@@ -103,7 +104,7 @@ pub fn run(
     let (signals, wake) = UnixStream::pair()?;
     let ends = [SIGINT, SIGTERM, SIGHUP];
     // As `nohup` starts it.
-    let ignores_hangup = signals::is(Disposition::Ignored, SIGHUP, "self");
+    let ignores_hangup = signals::is_ignored(SIGHUP);
     for signal in ends.into_iter().filter(|signal| *signal != SIGHUP || !ignores_hangup) {
         signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
     }
@@ -114,7 +115,7 @@ pub fn run(
     } else {
         let (upgrades, wake) = UnixStream::pair()?;
         signal_hook::low_level::pipe::register(SIGUSR2, wake)?;
-        server.upgrade_on(upgrades)?;
+        server.upgrade_on(upgrades, program)?;
     }
     if let Some(handed_over) = handed_over {
         log::info!("upgraded to version {}", env!("CARGO_PKG_VERSION"));
@@ -152,9 +153,14 @@ pub fn run(
         notifier.ready();
         server.report_to(notifier);
     }
-    let Some(handed_over) = server.run()? else { return Ok(Exit::Done) };
-    // Its paths are bound again by the next program.
-    drop(server);
-    log::info!("executing {}", program.path().display());
-    Err(program.execute(&handed_over, || log.iter().for_each(|log| log.finish())).into())
+    let Some(upgrade) = server.run()? else { return Ok(Exit::Done) };
+    if upgrade.job_continues {
+        std::mem::forget(server);
+    } else {
+        // Its paths are bound again by the next program.
+        drop(server);
+    }
+    log::info!("executing {}", upgrade.program.path().display());
+    let write_log = || log.iter().for_each(|log| log.finish());
+    Err(upgrade.control.execute(&upgrade.program, write_log).into())
 }

@@ -5,47 +5,50 @@
 use super::OperatorArgs;
 use super::agent_connection::AgentConnection;
 use super::exit::Exit;
-use super::signals::{self, Disposition};
+use clap::Args;
 use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::request::Request;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::json;
-use signal_hook::consts::SIGUSR2;
 use std::error::Error;
 use std::io::{Write, stdout};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long the agent may take before it is said what it waits for.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+/// The program that the agent is to execute.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    #[command(flatten)]
+    operator: OperatorArgs,
+    /// Execute this program instead of the one that the agent was started with. It must belong to
+    /// root or to the owner of that one, and nobody else may write to it. Later upgrades execute it
+    /// again.
+    #[arg(long, value_name = "BINARY")]
+    to: Option<PathBuf>,
+}
 
 /// `pageferry upgrade`
 ///
 /// # Errors
 /// If the agent does not answer, before or afterwards, or cannot be upgraded.
-pub fn upgrade(args: &OperatorArgs) -> Result<Exit, Box<dyn Error>> {
+pub fn upgrade(args: &UpgradeArgs) -> Result<Exit, Box<dyn Error>> {
+    let UpgradeArgs { operator: args, to } = args;
+    let program = to.as_deref().map(absolute).transpose()?.unwrap_or_default();
     let mut agent = AgentConnection::open(&args.socket)?;
     let before = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
     let status = agent.ask(&Request::QueryStatus, JobStatus::decode)?;
-    let path = args.socket.display();
-    let process = agent.listener().ok_or("the kernel does not tell the agent's process")?;
-    let pid = i32::try_from(process).ok().and_then(Pid::from_raw).ok_or("no such process")?;
-    // It stays the same process also if that ends now and its number is used again.
-    let agent_process = pidfd_open(pid, PidfdFlags::empty())?;
-    // The signal would end a process without a handler.
-    if !signals::is(Disposition::Caught, SIGUSR2, process) {
-        return Err(format!(
-            "the agent on {path} cannot be upgraded so: process {process}, which listens there, \
-             has no handler for SIGUSR2; if it is systemd, use systemctl reload; if it is an agent \
-             with --stdin, its VMM starts the next one"
-        )
-        .into());
-    }
-    if !status.phase.is_final() {
+    agent.ask(&Request::Upgrade { program }, |_| Ok(()))?;
+    if !agent.ends_within(PATIENCE)? {
         eprintln!(
             "pageferry: the agent is upgraded when job {} ({}) has ended",
             status.job,
             status.kind.name()
         );
+        while !agent.ends_within(PATIENCE)? {}
     }
-    pidfd_send_signal(&agent_process, Signal::USR2)?;
-    agent.wait_for_end()?;
     // The socket listens all the time: this waits in its queue until the next program accepts.
     let mut agent = AgentConnection::open(&args.socket)?;
     let after = agent.ask(&Request::QueryAgent, AgentInfo::decode)?;
@@ -59,4 +62,11 @@ pub fn upgrade(args: &OperatorArgs) -> Result<Exit, Box<dyn Error>> {
         writeln!(stdout().lock(), "{text}")?;
     }
     Ok(Exit::Done)
+}
+
+/// The path for the agent, which may have another working directory.
+fn absolute(path: &Path) -> Result<String, Box<dyn Error>> {
+    let whole = std::path::absolute(path)?;
+    let text = whole.to_str().ok_or_else(|| format!("--to {path:?} is no UTF-8"))?;
+    Ok(text.to_owned())
 }

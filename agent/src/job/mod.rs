@@ -99,6 +99,8 @@ struct State {
     is_guest_uncertain: bool,
     /// An operator has resumed the guest that this job has brought.
     resumed: bool,
+    /// The VMM keeps what another agent needs to continue this job.
+    is_kept: bool,
     /// The phase in which the job ended. A resume by force changes the phase afterwards.
     ended_as: Option<Phase>,
 }
@@ -134,6 +136,7 @@ impl Job {
                 own_guest: OwnGuest::default(),
                 is_guest_uncertain: false,
                 resumed: false,
+                is_kept: false,
                 ended_as: None,
             }),
             entered: Condvar::new(),
@@ -349,10 +352,33 @@ impl Job {
             return;
         }
         let hook = Hook::KeepJournal { journal: journal.encode() };
-        if let Err(error) = self.hooks.ask(&hook, self.hook_timeout) {
-            let why = crate::error::chain(&error);
-            log::warn!("job {}: no other agent can continue it: {why}", self.id);
+        match self.hooks.ask(&hook, self.hook_timeout) {
+            Ok(_) => self.set_kept(true),
+            Err(error) => {
+                let why = crate::error::chain(&error);
+                log::info!("job {}: no other agent can continue it: {why}", self.id);
+            }
         }
+    }
+
+    /// Sets whether the VMM keeps what another agent needs to continue this job.
+    pub fn set_kept(&self, is_kept: bool) {
+        self.state().is_kept = is_kept;
+    }
+
+    /// True if this agent may end now, and the next one continues the job: the guest runs, and the
+    /// VMM keeps what that needs.
+    pub fn is_continued_by_next(&self) -> bool {
+        let state = self.state();
+        let guest_runs = match self.kind {
+            JobKind::Restore => state.status.phase == Phase::Prefetching,
+            JobKind::Incoming => matches!(
+                state.status.phase,
+                Phase::Postcopy | Phase::PostcopyPaused | Phase::Recovering
+            ),
+            JobKind::Outgoing | JobKind::Snapshot | JobKind::None => false,
+        };
+        state.is_kept && guest_runs && !self.cancel.is_cancelled()
     }
 
     /// Continues a postcopy whose connections are back.

@@ -13,6 +13,7 @@
 use super::hub::Hub;
 use crate::event::Event;
 use crate::session::vhost_user::ExpectedReply;
+use crate::upgrade::program::ProgramError;
 use pageferry_protocol::control::codec::Encoder;
 use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::reply::{self, ErrorCode, RemoteError};
@@ -156,6 +157,8 @@ pub(super) struct Connection {
     subscription: Option<Subscription>,
     /// When the incomplete frame began; `None` if there is none.
     frame_began: Option<Instant>,
+    /// The client has asked for an upgrade, which begins when it has its answer.
+    wants_upgrade: bool,
 }
 
 /// A subscription of the client to events.
@@ -169,7 +172,7 @@ struct Subscription {
 impl Connection {
     pub(super) fn new(hub: Arc<Hub>, state: Arc<ConnectionState>) -> Self {
         let socket = FrameSocket::from(state.socket.clone());
-        Self { hub, state, socket, subscription: None, frame_began: None }
+        Self { hub, state, socket, subscription: None, frame_began: None, wants_upgrade: false }
     }
 
     /// Serves until the connection ends.
@@ -208,7 +211,11 @@ impl Connection {
     fn serve_request(&mut self, frame: Frame) -> Result<(), SocketError> {
         self.state.begin_request();
         let reply = self.answer(frame);
-        self.send_answer(reply)
+        let sent = self.send_answer(reply);
+        if std::mem::take(&mut self.wants_upgrade) {
+            self.hub.want_upgrade();
+        }
+        sent
     }
 
     /// Answers a request whose descriptors did not arrive.
@@ -265,6 +272,14 @@ impl Connection {
             && let Err(error) = self.subscribe(*interval)
         {
             return refused_subscription(code, &error);
+        }
+        if let Some(Ok(Request::Upgrade { program })) = &request
+            && fds.is_empty()
+        {
+            if let Err(error) = self.hub.upgrade.check(program) {
+                return refused(code, refused_program(&error));
+            }
+            self.wants_upgrade = true;
         }
         // A hello that lacks the fence word is refused, and must not take the memory from the VMM.
         let claims = match &request {
@@ -399,6 +414,15 @@ fn refused_subscription(request: u32, error: &std::io::Error) -> Frame {
         request,
         RemoteError::new(ErrorCode::System, format!("cannot create an event descriptor: {error}")),
     )
+}
+
+/// Why there is no upgrade to this program.
+fn refused_program(error: &ProgramError) -> RemoteError {
+    let code = match error {
+        ProgramError::NotUpgradable => ErrorCode::State,
+        _ => ErrorCode::Invalid,
+    };
+    RemoteError::new(code, crate::error::chain(error))
 }
 
 /// The answer to a native request that is refused.

@@ -8,6 +8,7 @@ use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::metrics::Sample;
 use crate::session::shared::SharedSession;
+use crate::upgrade::wish::UpgradeWish;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -18,6 +19,8 @@ pub(super) struct Hub {
     pub(super) session: SharedSession,
     /// Wakes the reactor.
     pub(super) notify: Arc<Event>,
+    /// An upgrade that an operator asks for.
+    pub(super) upgrade: UpgradeWish,
     /// Tokens of connections whose threads have ended.
     ended: Mutex<Vec<u64>>,
     /// Number of connections.
@@ -40,12 +43,19 @@ impl SessionMemory for HubMemory {
 
 impl Hub {
     pub(super) fn new(session: SharedSession, notify: Arc<Event>) -> Self {
-        Self { session, notify, ended: Mutex::default(), connections: AtomicUsize::new(0) }
+        let (upgrade, ended, connections) = Default::default();
+        Self { session, notify, upgrade, ended, connections }
     }
 
     /// Reports to the reactor that the thread of a connection ends.
     pub(super) fn connection_ended(&self, token: u64) {
         lock(&self.ended).push(token);
+        self.notify.signal();
+    }
+
+    /// The upgrade that was checked is to be made.
+    pub(super) fn want_upgrade(&self) {
+        self.upgrade.want();
         self.notify.signal();
     }
 

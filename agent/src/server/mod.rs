@@ -39,6 +39,7 @@ use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
 use crate::upgrade::HandedOver;
+use crate::upgrade::program::Program;
 use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
@@ -100,6 +101,18 @@ pub struct Server {
     metrics: Option<MetricsServer>,
     /// Tells the service manager what this process does.
     notifier: Option<Notifier>,
+}
+
+/// What the next program of this process gets.
+#[derive(Debug)]
+pub struct Upgrade {
+    /// The control socket.
+    pub control: HandedOver,
+    /// The program.
+    pub program: Program,
+    /// A job runs that the next program continues, as if this process had died. Its threads use
+    /// what the server has until the program is executed.
+    pub job_continues: bool,
 }
 
 impl Drop for Server {
@@ -224,12 +237,14 @@ impl Server {
         Ok(())
     }
 
-    /// Ends for an upgrade when `upgrades` becomes readable and no job runs. For a server that
-    /// listens.
+    /// Ends for an upgrade when `upgrades` becomes readable or an operator asks for it, and no job
+    /// runs that the next program could not continue. For a server that listens. `program` is the
+    /// one that runs.
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn upgrade_on(&mut self, upgrades: UnixStream) -> io::Result<()> {
+    pub fn upgrade_on(&mut self, upgrades: UnixStream, program: Program) -> io::Result<()> {
+        self.hub.upgrade.allow(program);
         upgrades.set_nonblocking(true)?;
         self.reactor.add(upgrades.as_fd(), UPGRADE)?;
         self.upgrades = Some(upgrades);
@@ -239,24 +254,44 @@ impl Server {
     /// Serves until a signal is received or the inherited connection ends. Before this returns, a
     /// running job is cancelled and undone. A postcopy is completed instead, unless it is paused.
     ///
-    /// Ends also for an upgrade, and then returns the control socket for the next program.
+    /// Ends also for an upgrade, and then returns what the next program gets.
     ///
     /// # Errors
     /// If the reactor fails.
-    pub fn run(&mut self) -> io::Result<Option<HandedOver>> {
+    pub fn run(&mut self) -> io::Result<Option<Upgrade>> {
         let outcome = self.serve();
+        let job_continues = self.upgrading && !self.stopping && !self.hub.session.lock().is_idle();
+        if outcome.is_ok() && job_continues {
+            // Nothing is undone, since the guest needs what the job does.
+            self.fall_silent();
+            return self.hand_over(job_continues);
+        }
         self.hub.session.stop_and_join();
         self.hub.session.devices().stop();
         self.metrics = None;
         self.end_connections();
         outcome?;
-        match self.listener.take() {
-            Some(listener) if self.upgrading && !self.stopping => listener.hand_over().map(Some),
-            listener => {
-                self.listener = listener;
-                Ok(None)
-            }
+        self.hand_over(job_continues)
+    }
+
+    /// Ends all connections before this program is replaced in the middle of a job. From here on
+    /// the job may fail, since the kernel refuses threads to a process that executes a program
+    /// (EAGAIN). Nobody may hear of that: its VMM would give the memory up.
+    fn fall_silent(&self) {
+        // Locked, so that nobody asks for the status in between.
+        let session = self.hub.session.lock();
+        session.close_hooks();
+        self.connections.values().for_each(|(connection, _)| connection.close());
+    }
+
+    /// What the next program gets, if this server ends for an upgrade.
+    fn hand_over(&mut self, job_continues: bool) -> io::Result<Option<Upgrade>> {
+        if !self.upgrading || self.stopping {
+            return Ok(None);
         }
+        let (listener, program) = (self.listener.take(), self.hub.upgrade.program());
+        let Some((listener, program)) = listener.zip(program) else { return Ok(None) };
+        Ok(Some(Upgrade { control: listener.hand_over()?, program, job_continues }))
     }
 
     /// The loop of the reactor's thread.
@@ -280,8 +315,14 @@ impl Server {
             if is_left && !self.stopping {
                 self.stop();
             }
-            let ends = self.stopping || self.upgrading;
-            if ends && self.hub.session.lock().is_idle() {
+            let session = self.hub.session.lock();
+            let ends = match (self.stopping, self.upgrading) {
+                (true, _) => session.is_idle(),
+                (_, true) => session.survives_agent(),
+                (false, false) => false,
+            };
+            drop(session);
+            if ends {
                 return Ok(());
             }
         }
@@ -302,7 +343,8 @@ impl Server {
         }
     }
 
-    /// Reacts to a request for an upgrade. A job that runs goes on, and no other is started.
+    /// Reacts to a request for an upgrade. A job that runs goes on, and no other is started: one
+    /// whose guest needs memory would end with this program, and the next one continues it.
     fn prepare_upgrade(&mut self) {
         // However many requests there were.
         if let Some(upgrades) = &mut self.upgrades {
@@ -311,7 +353,7 @@ impl Server {
         if !std::mem::replace(&mut self.upgrading, true) {
             let mut session = self.hub.session.lock();
             session.prepare_upgrade();
-            let waits = if session.is_idle() { "" } else { " when its job has ended" };
+            let waits = if session.survives_agent() { "" } else { " when its job has ended" };
             log::info!("the agent is upgraded{waits}");
         }
     }
@@ -486,6 +528,9 @@ impl Server {
     /// of all subscribed connections to send an event.
     fn announce(&mut self) {
         self.hub.notify.reset();
+        if self.hub.upgrade.is_wanted() {
+            self.prepare_upgrade();
+        }
         self.hub.session.lock().job_changed();
         self.hub.session.devices().wake();
         self.report();

@@ -25,6 +25,7 @@
 mod agent_info;
 pub mod devices;
 pub mod native_requests;
+mod program_pipe;
 pub mod registry;
 pub mod resume;
 pub mod sample;
@@ -336,6 +337,11 @@ impl Session {
                 }
             }
         }
+        self.close_hooks();
+    }
+
+    /// Ends the channel of the hooks. A job that waits for a hook is woken.
+    pub fn close_hooks(&self) {
         if let Some(socket) = &self.hook_socket {
             self.hooks.close(socket.as_fd());
         }
@@ -367,6 +373,13 @@ impl Session {
     /// True if no job runs, also none of a previous VMM.
     pub fn is_idle(&self) -> bool {
         self.running().is_none() && self.previous.job().is_none_or(|job| job.phase().is_final())
+    }
+
+    /// True if nothing is lost when this agent ends now: no job runs, or one that the next agent
+    /// continues.
+    pub fn survives_agent(&self) -> bool {
+        self.running().is_none_or(|job| job.is_continued_by_next())
+            && self.previous.job().is_none_or(|job| job.phase().is_final())
     }
 
     /// Takes the threads of the jobs, to wait for them. The jobs stay, so their status can still be

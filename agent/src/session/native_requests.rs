@@ -3,6 +3,7 @@
 //! Native requests of pageferry: decoded and answered, except those that start jobs or resume a
 //! guest by force, which have files of their own.
 
+use super::program_pipe;
 use super::registry::NewBlock;
 use super::session_job::SessionJob;
 use super::shared::SharedSession;
@@ -24,7 +25,7 @@ use pageferry_protocol::control::reply::{
 };
 use pageferry_protocol::control::request::{
     BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, FEATURE_OWED,
-    FEATURES, MAX_RANGES, Request,
+    FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request,
 };
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::{AgentInfo, Trackers};
@@ -162,6 +163,11 @@ impl SharedSession {
         let features = if features & FEATURE_FENCE == 0 { 0 } else { features & FEATURES };
         if let Some(fence) = fds.into_iter().next() {
             sent.push(self.set_fence(&fence, number)?);
+            if features & FEATURE_PROGRAM_PIPE != 0 {
+                sent.push(program_pipe::reading_end().map_err(|error| {
+                    RemoteError::new(ErrorCode::System, format!("cannot make a pipe: {error}"))
+                })?);
+            }
             self.lock().owed = features & FEATURE_OWED != 0;
         }
         let reply = HelloReply {
@@ -246,8 +252,8 @@ impl SharedSession {
             Request::PluggedMemory { requested } => self.plugged_memory(requested),
             Request::ConnectDevice { device } => self.connect_device(device, fds),
             Request::Continue { journal } => self.continue_job(&journal, fds),
-            // The server keeps the subscription; there is nothing for the session to do.
-            Request::Subscribe { .. } => Ok(Success::Done),
+            // The server does what they ask for; there is nothing for the session to do.
+            Request::Subscribe { .. } | Request::Upgrade { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.lock().start_postcopy(),
             Request::StartSnapshot { path, options } => {
@@ -471,6 +477,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         Request::Subscribe { .. } => "subscribe",
         Request::Resume { .. } => "resume",
         Request::StartPostcopy => "start postcopy",
+        Request::Upgrade { .. } => "upgrade",
         Request::Recover { .. } => "recover",
         Request::Hello { .. }
         | Request::AddBlock { .. }

@@ -56,10 +56,10 @@ pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> R
 
 /// Keeps the journal for the next agent.
 pub(super) fn keep_journal(context: &HookContext, journal: Vec<u8>) -> Reply<()> {
-    if context.missing.keep_journal(context.link.id, journal) {
-        return Ok(());
-    }
-    Err(RemoteError::new(ErrorCode::State, "no mappings are registered for missing pages"))
+    context
+        .missing
+        .keep_journal(context.link.id, journal)
+        .map_err(|why| RemoteError::new(ErrorCode::State, why))
 }
 
 /// Takes the registration for missing pages back: all memory is here, or the rest never comes.

@@ -51,6 +51,7 @@ pub mod code {
     pub const PLUGGED_MEMORY: u32 = 0x101d;
     pub const CONNECT_DEVICE: u32 = 0x101e;
     pub const CONTINUE: u32 = 0x101f;
+    pub const UPGRADE: u32 = 0x1020;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -71,8 +72,13 @@ pub const FEATURE_FENCE: u64 = 1 << 0;
 /// [`Journal`](super::journal::Journal) of the job, and hands both to the next agent.
 pub const FEATURE_OWED: u64 = 1 << 1;
 
+/// Feature: the answer to the hello carries, after the pidfd, the reading end of a pipe whose other
+/// end only the agent's program has. The pipe hangs up when that program is gone: its process has
+/// exited, or has executed another program, such as a newer version of the agent.
+pub const FEATURE_PROGRAM_PIPE: u64 = 1 << 2;
+
 /// All features that this crate knows.
-pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED;
+pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED | FEATURE_PROGRAM_PIPE;
 
 /// Longest name of a VM in bytes.
 pub const MAX_VM_NAME: usize = 128;
@@ -82,13 +88,14 @@ pub const MAX_VM_NAME: usize = 128;
 pub enum Request {
     /// Opens pageferry's part of the protocol. Answered by
     /// [`HelloReply`](super::reply::HelloReply), and with [`FEATURE_FENCE`] by a pidfd of the
-    /// agent.
+    /// agent. With [`FEATURE_PROGRAM_PIPE`] a pipe follows.
     Hello {
         /// Lowest version the sender speaks.
         version_min: u16,
         /// Highest version the sender speaks.
         version_max: u16,
-        /// Feature bits the sender offers: [`FEATURE_FENCE`], [`FEATURE_OWED`].
+        /// Feature bits the sender offers: [`FEATURE_FENCE`], [`FEATURE_OWED`],
+        /// [`FEATURE_PROGRAM_PIPE`].
         features: u64,
         /// With [`FEATURE_FENCE`], which only a VMM sets: the number that the fence word holds
         /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
@@ -231,6 +238,12 @@ pub enum Request {
         /// [`Hook::KeepJournal`](super::hook::Hook::KeepJournal).
         journal: Vec<u8>,
     },
+    /// Has the agent execute its program again, or another one, in the same process. It does so as
+    /// soon as no job runs that the next program could not continue.
+    Upgrade {
+        /// Absolute path of the program as the agent sees it; empty for its own.
+        program: String,
+    },
     /// Starts to save the guest into an image. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
@@ -277,6 +290,7 @@ pub fn name(request: u32) -> &'static str {
         code::PLUGGED_MEMORY => "PLUGGED_MEMORY",
         code::CONNECT_DEVICE => "CONNECT_DEVICE",
         code::CONTINUE => "CONTINUE",
+        code::UPGRADE => "UPGRADE",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -303,6 +317,7 @@ impl Request {
             Self::PluggedMemory { .. } => code::PLUGGED_MEMORY,
             Self::ConnectDevice { .. } => code::CONNECT_DEVICE,
             Self::Continue { .. } => code::CONTINUE,
+            Self::Upgrade { .. } => code::UPGRADE,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -342,6 +357,7 @@ impl Request {
             | Self::QueryAgent
             | Self::Balloon { .. }
             | Self::PluggedMemory { .. }
+            | Self::Upgrade { .. }
             | Self::Subscribe { .. }
             | Self::Resume { .. }
             | Self::StartPostcopy
@@ -402,6 +418,7 @@ impl Request {
             }
             Self::ConnectDevice { device } => device.encode(encoder),
             Self::Continue { journal } => encode_journal(encoder, journal),
+            Self::Upgrade { program } => encoder.text(program),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -457,6 +474,9 @@ impl Request {
                 DeviceSpec::decode(decoder).map(|device| Self::ConnectDevice { device })
             }
             code::CONTINUE => decode_journal(decoder).map(|journal| Self::Continue { journal }),
+            code::UPGRADE => decoder
+                .text("program", MAX_ADDRESS)
+                .map(|program| Self::Upgrade { program: program.to_owned() }),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })

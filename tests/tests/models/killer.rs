@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Kills and freezes agents at random moments, one after the other.
+//! Ends agents at random moments, one after the other.
 
 use pageferry_client::WeakClient;
 use pageferry_tests::process::program;
@@ -19,15 +19,24 @@ pub fn agent() -> Command {
     command
 }
 
-/// How the agents of a client die.
+/// How the agents of a client end.
 #[derive(Debug, Clone, Copy)]
 pub struct Deaths {
-    /// How many of them die.
+    /// How many of them end.
     pub count: u64,
-    /// Longest time between two deaths.
+    /// Longest time between two ends.
     pub apart: Duration,
-    /// Some are frozen instead of killed.
-    pub freezes: bool,
+    pub by: By,
+}
+
+/// What ends an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum By {
+    Kill,
+    /// Some are frozen. The client finds that, and kills them.
+    KillOrFreeze,
+    /// The process executes the program again, and is the next agent.
+    Upgrade,
 }
 
 /// A thread that kills agents. On drop it stops.
@@ -53,9 +62,11 @@ impl Killer {
                 if !chance.one_in(4) {
                     std::thread::sleep(Duration::from_micros(chance.below(micros)));
                 }
-                // One that is frozen is found by its client, which kills it.
-                let freezes = deaths.freezes && chance.one_in(10);
-                let signal = if freezes { Signal::STOP } else { Signal::KILL };
+                let signal = match deaths.by {
+                    By::KillOrFreeze if chance.one_in(10) => Signal::STOP,
+                    By::Kill | By::KillOrFreeze => Signal::KILL,
+                    By::Upgrade => Signal::USR2,
+                };
                 let Some(client) = client.upgrade() else { return };
                 let process = client.agent_pid();
                 drop(client);

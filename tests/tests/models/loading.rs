@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A guest that works while its memory is loaded, by a restore or a postcopy. The model is a map.
+//! A guest that works while its memory is loaded, by a restore or a postcopy. The model is a map
+//! from a page to what it holds. Where the memory is made of huge pages, these are the pages.
 
 use crate::blocks::{self, LOG_COVERS, Page};
 use crate::killer::agent;
@@ -9,10 +10,12 @@ use pageferry_client::{
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_for;
+use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
 use pageferry_tests::random::Random;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -28,25 +31,81 @@ pub enum Is {
 
 pub type Model = BTreeMap<Page, Is>;
 
-pub fn layouts() -> Vec<BlockLayout> {
-    blocks::layouts(1177)
+/// Of what pages the memory is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    Small,
+    /// Of hugetlbfs.
+    Huge,
 }
 
-pub fn some_pages(chance: &mut Random) -> (u32, PageRange) {
-    let layouts = layouts();
-    let layout = &layouts[chance.below(layouts.len() as u64) as usize];
-    let pages = layout.length / PAGE_SIZE;
-    let first = chance.below(pages);
-    let longest = (pages - first).min(1 + chance.below(120));
-    (layout.id, PageRange::new(first, 1 + chance.below(longest)))
+impl Pages {
+    pub fn layouts(self) -> Vec<BlockLayout> {
+        let mut layouts = blocks::layouts(1177);
+        if self == Self::Huge {
+            for (layout, (gpa, length)) in layouts.iter_mut().zip([(64, 3), (128, 1), (8, 9)]) {
+                layout.backing = Backing::HugePages;
+                layout.granularity = HUGE_PAGE;
+                layout.gpa = gpa * HUGE_PAGE;
+                layout.length = length * HUGE_PAGE;
+                layout.fd_offset = layout.fd_offset.next_multiple_of(HUGE_PAGE);
+            }
+        }
+        layouts
+    }
+
+    /// Size of a page of the model, in bytes.
+    fn size(self) -> u64 {
+        match self {
+            Self::Small => PAGE_SIZE,
+            Self::Huge => HUGE_PAGE,
+        }
+    }
+
+    /// The huge pages that a VMM needs of the pool.
+    pub fn of_pool(self) -> u64 {
+        match self {
+            Self::Small => 0,
+            Self::Huge => {
+                self.layouts().iter().map(|one| one.fd_offset + one.length).sum::<u64>() / HUGE_PAGE
+            }
+        }
+    }
+
+    /// Pages of this block.
+    fn count(self, layout: &BlockLayout) -> u64 {
+        layout.length / self.size()
+    }
+
+    pub fn some(self, chance: &mut Random) -> (u32, PageRange) {
+        let layouts = self.layouts();
+        let layout = &layouts[chance.below(layouts.len() as u64) as usize];
+        let pages = self.count(layout);
+        let first = chance.below(pages);
+        let longest = (pages - first).min(1 + chance.below(120));
+        (layout.id, PageRange::new(first, 1 + chance.below(longest)))
+    }
+
+    /// A page of the largest block.
+    pub fn one(self, chance: &mut Random) -> Page {
+        let layouts = self.layouts();
+        let largest = layouts.iter().max_by_key(|layout| layout.length).unwrap();
+        (largest.id, chance.below(self.count(largest)))
+    }
+
+    pub fn bytes(self, (id, range): (u32, PageRange)) -> [BlockRange; 1] {
+        let size = self.size();
+        [BlockRange { block: id, offset: range.first * size, length: range.count * size }]
+    }
+
+    fn all(self) -> impl Iterator<Item = Page> {
+        let layouts = self.layouts().into_iter();
+        layouts.flat_map(move |one| pages_of((one.id, PageRange::new(0, self.count(&one)))))
+    }
 }
 
 pub fn pages_of((id, range): (u32, PageRange)) -> impl Iterator<Item = Page> {
     (range.first..range.end()).map(move |page| (id, page))
-}
-
-pub fn range_of((id, range): (u32, PageRange)) -> [BlockRange; 1] {
-    [BlockRange { block: id, offset: range.offset(), length: range.bytes() }]
 }
 
 #[derive(Default)]
@@ -94,6 +153,7 @@ impl Hooks for Vmm {
 /// A VMM with its agent. Fields drop in order, so the connection is closed before the drop waits
 /// for the agent.
 pub struct Side {
+    pub pages: Pages,
     pub memory: TestMemory,
     pub client: Client,
     pub record: Arc<Record>,
@@ -103,17 +163,17 @@ pub struct Side {
 }
 
 impl Side {
-    pub fn new() -> Self {
+    pub fn new(pages: Pages) -> Self {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let config = Config { log_covers: LOG_COVERS, ..Config::default() };
         let (client, channel) = Client::from_socket(socket, config).unwrap();
         let record = Arc::new(Record::default());
         channel.spawn(Vmm(record.clone())).unwrap();
-        Self::of(client, record, None, Some(agent))
+        Self::of(pages, client, record, None, Some(agent))
     }
 
     /// With agents that can die.
-    pub fn supervised() -> Self {
+    pub fn supervised(pages: Pages) -> Self {
         // Short, because a frozen agent is found after it.
         let request_timeout = Duration::from_secs(2);
         let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
@@ -122,56 +182,76 @@ impl Side {
         // again by the supervisor.
         let start = || Supervisor::spawn(agent, config.clone(), Vmm(record.clone())).ok();
         let (client, supervisor) = wait_for("the first agent", SOON, start).unwrap();
-        Self::of(client, record, Some(supervisor), None)
+        Self::of(pages, client, record, Some(supervisor), None)
+    }
+
+    /// With an agent that listens at this path, and can be upgraded.
+    pub fn connected(pages: Pages, path: &Path) -> Self {
+        let config = Config { log_covers: LOG_COVERS, ..Config::default() };
+        let record = Arc::new(Record::default());
+        let (client, supervisor) = Supervisor::connect(path, config, Vmm(record.clone())).unwrap();
+        Self::of(pages, client, record, Some(supervisor), None)
     }
 
     fn of(
-        client: Client, record: Arc<Record>, supervisor: Option<Supervisor<Vmm>>,
+        pages: Pages, client: Client, record: Arc<Record>, supervisor: Option<Supervisor<Vmm>>,
         agent: Option<InProcessAgent>,
     ) -> Self {
-        let memory = TestMemory::new(layouts()).unwrap();
+        let memory = TestMemory::new(pages.layouts()).unwrap();
         memory.add_to(&client).unwrap();
         client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
-        Self { memory, client, record, supervisor, _agent: agent }
+        Self { pages, memory, client, record, supervisor, _agent: agent }
+    }
+
+    /// Where the content of this page is.
+    fn at(&self, page: u64) -> u64 {
+        // In a huge page, not at its start.
+        page * self.pages.size() + self.pages.size() / 2 + 16
     }
 
     fn load(&self, (id, page): Page) -> u64 {
-        self.memory.block(id).unwrap().load(page * PAGE_SIZE + 16).unwrap()
+        self.memory.block(id).unwrap().load(self.at(page)).unwrap()
     }
 
     pub fn store(&self, (id, page): Page, value: u64) {
         let block = self.memory.block(id).unwrap();
-        block.store(page * PAGE_SIZE + 16, value).unwrap();
-        block.mark(PageRange::new(page, 1));
+        let at = self.at(page);
+        block.store(at, value).unwrap();
+        block.mark(PageRange::new(at / PAGE_SIZE, 1));
     }
 
     /// Frees pages. Discarded pages stay discarded, and the others are zero until they are written.
     pub fn free(&self, pages: (u32, PageRange), model: &mut Model) {
         let discarded = |page: &Page| model.get(page) == Some(&Is::Discarded);
         let freed: Vec<_> = pages_of(pages).filter(|page| !discarded(page)).collect();
-        assert_eq!(self.client.free(&range_of(pages)).unwrap(), freed.len() as u64);
+        let small = freed.len() as u64 * (self.pages.size() / PAGE_SIZE);
+        assert_eq!(self.client.free(&self.pages.bytes(pages)).unwrap(), small);
         model.extend(freed.into_iter().map(|page| (page, Is::Holds(0))));
     }
 
-    fn is_hole(&self, (id, page): Page) -> bool {
+    /// Huge pages do not tell: see [`check`].
+    fn may_be_hole(&self, (id, page): Page) -> bool {
+        if self.pages == Pages::Huge {
+            return true;
+        }
         self.memory.block(id).unwrap().is_hole(PageRange::new(page, 1)).unwrap()
     }
 
     pub fn allocated(&self) -> BTreeSet<Page> {
-        let all = layouts()
-            .into_iter()
-            .flat_map(|layout| pages_of((layout.id, PageRange::new(0, layout.length / PAGE_SIZE))));
-        all.filter(|page| !self.is_hole(*page)).collect()
+        self.pages.all().filter(|page| !self.may_be_hole(*page)).collect()
     }
 }
 
 /// Pages of a huge page.
 const HUGE: u64 = 512;
 
-/// The guest uses all of a huge page of the largest block.
+/// The guest uses all of a transparent huge page of the largest block.
 pub fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
+    if side.pages == Pages::Huge {
+        return;
+    }
     let pages = (9, PageRange::new(chance.below(2) * HUGE, HUGE));
-    side.client.populate(&range_of(pages)).unwrap();
+    side.client.populate(&side.pages.bytes(pages)).unwrap();
     for page in pages_of(pages) {
         let value = 1 + chance.below(1 << 40);
         side.store(page, value);
@@ -182,15 +262,15 @@ pub fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
 /// A guest with random memory.
 pub fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
     for _ in 0..30 {
-        let pages = some_pages(chance);
+        let pages = side.pages.some(chance);
         match chance.below(5) {
             0 => {
-                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+                side.client.discard(&side.pages.bytes(pages), Punch::Yes).unwrap();
                 model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
             }
             4 => side.free(pages, model),
             1 => {
-                side.client.populate(&range_of(pages)).unwrap();
+                side.client.populate(&side.pages.bytes(pages)).unwrap();
                 let gained = pages_of(pages).filter(|page| model.get(page) == Some(&Is::Discarded));
                 let gained: Vec<_> = gained.map(|page| (page, Is::Holds(0))).collect();
                 model.extend(gained);
@@ -213,31 +293,31 @@ pub fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
 pub fn work(chance: &mut Random, side: &Side, model: &mut Model) -> BTreeSet<Page> {
     let mut touched = BTreeSet::new();
     for _ in 0..60 {
-        let pages = some_pages(chance);
+        let pages = side.pages.some(chance);
         match chance.below(9) {
             8 => {
                 side.free(pages, model);
                 for page in pages_of(pages) {
                     touched.remove(&page);
                     assert!(
-                        side.is_hole(page),
+                        side.may_be_hole(page),
                         "an acknowledged discard or free has freed {page:?}"
                     );
                 }
             }
             0 => {
-                side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+                side.client.discard(&side.pages.bytes(pages), Punch::Yes).unwrap();
                 for page in pages_of(pages) {
                     model.insert(page, Is::Discarded);
                     touched.remove(&page);
                     assert!(
-                        side.is_hole(page),
+                        side.may_be_hole(page),
                         "an acknowledged discard or free has freed {page:?}"
                     );
                 }
             }
             1 => {
-                side.client.populate(&range_of(pages)).unwrap();
+                side.client.populate(&side.pages.bytes(pages)).unwrap();
                 for page in pages_of(pages)
                     .filter(|page| model.get(page) == Some(&Is::Discarded))
                     .collect::<Vec<_>>()
@@ -276,27 +356,36 @@ pub fn work(chance: &mut Random, side: &Side, model: &mut Model) -> BTreeSet<Pag
 /// Checks the memory of a guest that has worked. In the guest that was saved or sent, the pages
 /// `allocated` were.
 pub fn check(side: &Side, model: &Model, allocated: &BTreeSet<Page>, touched: &BTreeSet<Page>) {
-    for layout in layouts() {
-        let block = side.memory.block(layout.id).unwrap();
-        let discarded = side.client.discarded(layout.id).unwrap();
-        for page in pages_of((layout.id, block.all())) {
-            let is = model.get(&page).copied().unwrap_or(Is::Holds(0));
-            assert_eq!(discarded.contains(page.1), is == Is::Discarded, "page {page:?}: discarded");
-            match is {
-                Is::Discarded => {
-                    assert!(side.is_hole(page), "discarded page {page:?} is not a hole")
-                }
-                Is::Holds(value) => {
-                    assert_eq!(
-                        block.read_word(page.1 * PAGE_SIZE + 16).unwrap(),
-                        value,
-                        "page {page:?}"
-                    );
-                }
+    let layouts = side.pages.layouts();
+    let discarded: BTreeMap<u32, _> = layouts
+        .iter()
+        .map(|layout| (layout.id, side.client.discarded(layout.id).unwrap()))
+        .collect();
+    let small = side.pages.size() / PAGE_SIZE;
+    for page in side.pages.all() {
+        let is = model.get(&page).copied().unwrap_or(Is::Holds(0));
+        for small in page.1 * small..(page.1 + 1) * small {
+            let is_discarded = discarded[&page.0].contains(small);
+            assert_eq!(is_discarded, is == Is::Discarded, "page {page:?}: discarded");
+        }
+        match is {
+            Is::Discarded => {
+                assert!(side.may_be_hole(page), "discarded page {page:?} is not a hole")
+            }
+            Is::Holds(value) => {
+                let block = side.memory.block(page.0).unwrap();
+                assert_eq!(block.read_word(side.at(page.1)).unwrap(), value, "page {page:?}");
             }
         }
     }
     // `never-populate`.
+    if side.pages == Pages::Huge {
+        // The file tells only how many there are.
+        let held = model.values().filter(|is| matches!(is, Is::Holds(_))).count() as u64;
+        let allocated = side.memory.allocated().unwrap() / HUGE_PAGE;
+        assert!(allocated <= held, "{allocated} huge pages are allocated, {held} hold something");
+        return;
+    }
     let more: Vec<_> = side
         .allocated()
         .into_iter()

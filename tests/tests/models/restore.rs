@@ -8,20 +8,19 @@
 //! random things as soon as they run. Only pages are allocated that were allocated in the saved
 //! guest or touched since (`never-populate`). Discarded pages are holes (`same-memory`).
 //!
-//! In one of the tests the agents are killed or frozen as soon as a guest runs whose memory is not
-//! here yet, and others continue.
+//! In some of the tests the agents are killed, frozen or upgraded as soon as a guest runs whose
+//! memory is not here yet, and others continue.
 
 use crate::blocks::Page;
-use crate::killer::{Deaths, Killer};
-use crate::loading::{
-    Is, Model, SOON, Side, check, fill, fill_huge_page, pages_of, range_of, some_pages, work,
-};
+use crate::killer::{By, Deaths, Killer};
+use crate::loading::{Is, Model, Pages, SOON, Side, check, fill, fill_huge_page, pages_of, work};
 use crate::seeds;
 use pageferry_client::{
     Parameters, Phase, Punch, RestoreMode, RestoreOptions, SnapshotMode, SnapshotOptions,
     StatePiece,
 };
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use proptest::prelude::*;
@@ -34,7 +33,7 @@ use std::time::Duration;
 const VMMS: u64 = 3;
 
 /// How the agents of a case die.
-const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40), freezes: true };
+const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(40), by: By::KillOrFreeze };
 
 /// Saves the guest, perhaps several times. Returns the name of the last image.
 fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> String {
@@ -58,23 +57,37 @@ fn save(chance: &mut Random, side: &Side, folder: &Path, model: &mut Model) -> S
 fn restore(
     seed: u64, image: &str, saved: &Model, allocated: &BTreeSet<Page>, how: How, working_set: &str,
 ) {
-    let mode = if how == How::Eager { RestoreMode::Eager } else { RestoreMode::Lazy };
-    let dies = how == How::LazyWithDeaths;
-    let side = if dies { Side::supervised() } else { Side::new() };
+    let How { mode, ends, pages } = how;
+    let dies = ends.is_some();
+    // Dropped after the side.
+    let folder = tempfile::tempdir().unwrap();
+    let mut service = None;
+    let side = match ends {
+        Some(By::Upgrade) => {
+            let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+            Side::connected(pages, service.insert(agent).socket())
+        }
+        Some(_) => Side::supervised(pages),
+        None => Side::new(pages),
+    };
     let (mut chance, mut model) = (Random::new(seed), saved.clone());
     // Memory that an earlier guest left.
-    (0..50).for_each(|_| side.store((9, chance.below(1177)), u64::MAX));
+    (0..50).for_each(|_| side.store(pages.one(&mut chance), u64::MAX));
     // Discards of that guest do not count for the new one, unless the pages are discarded once
     // more.
-    let before: Vec<_> = (0..chance.below(4)).map(|_| some_pages(&mut chance)).collect();
+    let before: Vec<_> = (0..chance.below(4)).map(|_| pages.some(&mut chance)).collect();
     for pages in &before {
-        side.client.discard(&range_of(*pages), Punch::Yes).unwrap();
+        side.client.discard(&side.pages.bytes(*pages), Punch::Yes).unwrap();
     }
     let options = RestoreOptions {
         mode,
         workers: 1 + chance.below(3) as u16,
         // So slow that the guest works before all memory is here.
-        bandwidth: if chance.one_in(2) && !dies { 0 } else { 4 << 20 },
+        bandwidth: match pages {
+            _ if chance.one_in(2) && !dies => 0,
+            Pages::Small => 4 << 20,
+            Pages::Huge => 32 << 20,
+        },
         working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
         ..RestoreOptions::default()
     };
@@ -93,15 +106,15 @@ fn restore(
     let started = side.client.start_restore(Path::new(image), &options).unwrap();
     // Discards since the request count, whatever the image says of these pages.
     let again = before.into_iter().filter(|_| chance.one_in(2)).collect::<Vec<_>>();
-    for pages in (0..chance.below(4)).map(|_| some_pages(&mut chance)).chain(again) {
-        side.client.discard(&range_of(pages), Punch::Yes).unwrap();
+    for pages in (0..chance.below(4)).map(|_| pages.some(&mut chance)).chain(again) {
+        side.client.discard(&side.pages.bytes(pages), Punch::Yes).unwrap();
         model.extend(pages_of(pages).map(|page| (page, Is::Discarded)));
     }
     // Pages that are freed meanwhile are not loaded. They are ordinary memory, even if the earlier
     // guest had discarded them, unless the image or a discard meanwhile says that they are
     // discarded.
-    for pages in (0..chance.below(6)).map(|_| some_pages(&mut chance)) {
-        side.client.free(&range_of(pages)).unwrap();
+    for pages in (0..chance.below(6)).map(|_| pages.some(&mut chance)) {
+        side.client.free(&side.pages.bytes(pages)).unwrap();
         for page in pages_of(pages)
             .filter(|page| model.get(page) != Some(&Is::Discarded))
             .collect::<Vec<_>>()
@@ -115,7 +128,8 @@ fn restore(
     })
     .unwrap();
     assert!(runs(), "{:?}", side.client.status());
-    let killer = dies.then(|| Killer::start(side.client.downgrade(), DEATHS, seed));
+    let deaths = ends.map(|by| Deaths { by, ..DEATHS });
+    let killer = deaths.map(|deaths| Killer::start(side.client.downgrade(), deaths, seed));
     let touched = work(&mut chance, &side, &mut model);
     if let Some(killer) = killer {
         let is_set = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
@@ -141,13 +155,15 @@ fn restore(
 }
 
 /// How a case restores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum How {
-    Eager,
-    Lazy,
-    /// Its agents are killed and frozen.
-    LazyWithDeaths,
+#[derive(Debug, Clone, Copy)]
+struct How {
+    mode: RestoreMode,
+    /// What ends its agents, if they end.
+    ends: Option<By>,
+    pages: Pages,
 }
+
+const LAZY: How = How { mode: RestoreMode::Lazy, ends: None, pages: Pages::Small };
 
 /// How many agents have died in all cases.
 static KILLED: AtomicU64 = AtomicU64::new(0);
@@ -155,7 +171,7 @@ static KILLED: AtomicU64 = AtomicU64::new(0);
 fn run_case(seed: u64, how: How) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
-    let (side, mut model) = (Side::new(), Model::new());
+    let (side, mut model) = (Side::new(how.pages), Model::new());
     let image = save(&mut chance, &side, folder.path(), &mut model);
     let allocated = side.allocated();
     drop(side);
@@ -187,20 +203,41 @@ proptest! {
     #[test]
     fn a_guest_that_is_restored_lazily_finds_what_was_saved(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(seeds::repeated(seed), How::Lazy);
+            run_case(seeds::repeated(seed), LAZY);
         }
     }
 
     #[test]
     fn a_guest_that_is_restored_lazily_survives_its_agents(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(seeds::repeated(seed), How::LazyWithDeaths);
+            run_case(seeds::repeated(seed), How { ends: Some(By::KillOrFreeze), ..LAZY });
             eprintln!("{} agents have died so far", KILLED.load(Ordering::Relaxed));
         }
     }
 
     #[test]
     fn a_guest_that_is_restored_eagerly_finds_what_was_saved(seed in any::<u64>()) {
-        run_case(seeds::repeated(seed), How::Eager);
+        run_case(seeds::repeated(seed), How { mode: RestoreMode::Eager, ..LAZY });
+    }
+}
+
+proptest! {
+    #![proptest_config(seeds::cases(CASES / 3))]
+
+    #[test]
+    fn a_guest_that_is_restored_lazily_survives_upgrades(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), How { ends: Some(By::Upgrade), ..LAZY });
+        }
+    }
+
+    #[test]
+    fn a_guest_of_huge_pages_survives_its_agents(seed in any::<u64>()) {
+        let pages = Pages::Huge;
+        let pool = require::hugetlb(pages.of_pool() * (VMMS + 1));
+        if require::uffd() && pool.is_some() {
+            let how = How { ends: Some(By::KillOrFreeze), pages, ..LAZY };
+            run_case(seeds::repeated(seed), how);
+        }
     }
 }

@@ -121,7 +121,7 @@ fn save_to(image: &Path, mode: SnapshotMode, bandwidth: u64) -> (&Path, Snapshot
 }
 
 /// A guest and its image, in a folder.
-fn saved() -> (tempfile::TempDir, PathBuf, Side) {
+pub fn saved() -> (tempfile::TempDir, PathBuf, Side) {
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
     let source = Side::new(Ram::odd(PAGES).stamped());

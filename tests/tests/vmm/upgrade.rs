@@ -2,19 +2,23 @@
 
 //! Agents that are upgraded: the process executes its program again, and the guest does not notice.
 
-use super::supervisor::{PAGES, SLOW, Supervised, pid};
+use super::supervisor::{PAGES, SLOW, Supervised, pid, saved};
 use pageferry_client::{
-    IncomingOptions, OutgoingOptions, Ownership, Phase, Punch, Supervisor, Target,
+    Client, IncomingOptions, OutgoingOptions, Ownership, Parameters, Phase, Punch, RestoreMode,
+    RestoreOptions, Supervisor, Target,
 };
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, Process, program};
+use pageferry_tests::require;
 use pageferry_tests::scenario::{
-    Listening, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, moves_to,
+    Listening, Ram, SOON, ScriptedHooks, ScriptedVmm, Side, config, lock, moves_to,
 };
 use rustix::process::{Signal, kill_process};
-use std::os::unix::fs::MetadataExt;
+use std::fs::Permissions;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 fn agent(folder: &tempfile::TempDir) -> AgentProcess {
     AgentProcess::spawn(program(), folder.path(), "agent").unwrap()
@@ -155,21 +159,63 @@ fn however_many_requests_come_the_agent_lives() {
     source.end();
 }
 
-/// The signal would end a process that does not know it.
+/// What `pageferry upgrade` says as it fails.
+#[track_caller]
+fn refused(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
 #[test]
-fn only_an_agent_that_can_be_upgraded_gets_the_signal() {
-    let refused = |path: &Path| {
-        let command = Command::new(program()).args(["upgrade", "--socket"]).arg(path).output();
-        let output = command.unwrap();
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
-        String::from_utf8(output.stderr).unwrap()
+fn another_program_is_executed_if_nobody_else_may_write_it() {
+    let program = program();
+    let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
+    let (service, source) = served(agent(&folder));
+    let to = |path: &Path| {
+        let mut command = upgrade(&service);
+        command.arg("--to").arg(path).current_dir(folder.path());
+        command
     };
+    let said = refused(&mut to(Path::new("nothing")));
+    let nothing = folder.path().join("nothing");
+    assert!(said.contains(&format!("cannot open program {nothing:?}: No such file")), "{said}");
+    let said = refused(&mut to(Path::new("/bin/true")));
+    assert!(said.contains("but must say the version of a pageferry"), "{said}");
+    let copy = folder.path().join("newer");
+    std::fs::copy(program, &copy).unwrap();
+    std::fs::set_permissions(&copy, Permissions::from_mode(0o775)).unwrap();
+    let said = refused(&mut to(&copy));
+    assert!(said.contains("has mode 775, but only its owner may write to it"), "{said}");
+    // All that has changed nothing.
+    source.attached.client.status().unwrap();
+    assert_eq!(source.agents_attached(), 0);
+
+    // Another name of the same file, as above.
+    std::fs::remove_file(&copy).unwrap();
+    std::fs::hard_link(program, &copy).unwrap();
+    let executed =
+        |pid: &serde_json::Value| std::fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    let said = done(&to(Path::new("newer")).output().unwrap());
+    assert_eq!(executed(&said["pid"]), copy);
+    source.wait_for_agent(1);
+    // It is the agent's own from now on.
+    let said = done(&upgrade(&service).output().unwrap());
+    assert_eq!(executed(&said["pid"]), copy);
+    source.wait_for_agent(2);
+    source.end();
+}
+
+#[test]
+fn what_cannot_be_upgraded_says_so() {
+    let refused =
+        |path: &Path| refused(Command::new(program()).args(["upgrade", "--socket"]).arg(path));
     let folder = tempfile::tempdir().unwrap();
     let said = refused(&folder.path().join("nobody"));
     assert!(said.contains("no agent answers on"), "{said}");
-    // An agent on a thread of this process, which has no handler.
+    // An agent on a thread of this process.
     let said = refused(&Listening::start().path);
-    assert!(said.contains(&format!("process {}, which", std::process::id())), "{said}");
+    assert!(said.contains("cannot be upgraded"), "{said}");
     // An agent that ends with its VMM, and listens for operators, too.
     let path = folder.path().join("agent");
     let command = {
@@ -184,7 +230,8 @@ fn only_an_agent_that_can_be_upgraded_gets_the_signal() {
     let (client, supervisor) = Supervisor::spawn(command, config(), hooks).unwrap();
     let process = client.agent_pid();
     let said = refused(&path);
-    assert!(said.contains("its VMM starts the next one"), "{said}");
+    assert!(said.contains("a part of its VMM (--stdin), which starts the next"), "{said}");
+    // Nor does the signal end it.
     for _ in 0..3 {
         kill_process(pid(process), Signal::USR2).unwrap();
         client.status().unwrap();
@@ -192,4 +239,96 @@ fn only_an_agent_that_can_be_upgraded_gets_the_signal() {
     assert_eq!(client.agent_pid(), process);
     drop(client);
     supervisor.join();
+}
+
+/// The next program brings the rest of the memory, whoever is waiting for it.
+#[test]
+fn a_lazy_restore_continues_in_the_next_program() {
+    if !require::uffd() {
+        return;
+    }
+    let (_images, image, _) = saved();
+    let folder = tempfile::tempdir().unwrap();
+    let mut service = agent(&folder);
+    let guest = Supervised::connected(Ram::odd(PAGES).mapped(), service.socket());
+    let slow =
+        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
+    guest.attached.client.start_restore(&image, &slow).unwrap();
+    wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
+    let open_files = |service: &mut AgentProcess| {
+        std::fs::read_dir(format!("/proc/{}/fd", service.process().id())).unwrap().count()
+    };
+    let mut counts = Vec::new();
+    for attached in 1..5 {
+        let process = service.process().id();
+        let said = done(&upgrade(&service).output().unwrap());
+        assert_eq!(said["pid"], process);
+        assert_eq!(guest.attached.ram.touch(90 + attached).found().unwrap(), 1090 + attached);
+        guest.wait_for_agent(attached);
+        counts.push(open_files(&mut service));
+    }
+    // Nothing stays open from one program to the next.
+    assert!(counts.iter().all(|count| count.abs_diff(counts[0]) < 8), "{counts:?}");
+    guest.attached.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
+    let complete = || lock(&guest.attached.vmm.asked).complete == 1;
+    wait_until("the memory to be complete", SOON, complete).unwrap();
+    assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    guest.end();
+}
+
+/// Memory that the guest gives back meanwhile waits for the old program, not for its process, and
+/// nobody kills the new one.
+#[test]
+fn a_guest_that_gives_back_memory_meanwhile_keeps_its_agent() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut service, source) = served(agent(&folder));
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut page = 0;
+            while !ended.load(Ordering::SeqCst) {
+                page = (page + 1) % 30;
+                let range = [source.attached.ram.range(page, 1)];
+                source.attached.client.discard(&range, Punch::Yes).unwrap();
+            }
+        });
+        for attached in 1..20 {
+            done(&upgrade(&service).output().unwrap());
+            source.wait_for_agent(attached);
+        }
+        ended.store(true, Ordering::SeqCst);
+    });
+    assert!(!service.process().has_ended());
+    let destination = Side::new(Ram::odd(PAGES));
+    moves_to(&source.attached, &destination);
+    source.end();
+}
+
+/// Without a supervisor nobody attaches the next program: the job ends first.
+#[test]
+fn a_lazy_restore_that_nobody_continues_ends_first() {
+    if !require::uffd() {
+        return;
+    }
+    let (_images, image, _) = saved();
+    let folder = tempfile::tempdir().unwrap();
+    let service = agent(&folder);
+    let hooks = ScriptedVmm::new();
+    let (client, channel) = Client::connect(service.socket(), config()).unwrap();
+    channel.spawn(ScriptedHooks(hooks.clone())).unwrap();
+    let ram = Ram::odd(PAGES).mapped();
+    ram.add_to(&client);
+    let slow =
+        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
+    client.start_restore(&image, &slow).unwrap();
+    wait_until("the guest to run", SOON, || hooks.resumes() == 1).unwrap();
+    let mut upgrading = Process::spawn("upgrade", &mut upgrade(&service)).unwrap();
+    upgrading.wait_for_line("is upgraded when job 1 (restore) has ended", SOON).unwrap();
+    assert_eq!(ram.touch(77).found().unwrap(), 1077);
+    assert_eq!(lock(&hooks.asked).complete, 0);
+    client.set_parameters(&Parameters::bandwidth(0)).unwrap();
+    wait_until("the memory to be complete", SOON, || lock(&hooks.asked).complete == 1).unwrap();
+    assert!(upgrading.wait(SOON).unwrap().success());
+    assert_eq!(ram.touch(9).found().unwrap(), 1009);
+    assert_eq!(lock(&hooks.asked).lost, 0);
 }

@@ -89,7 +89,9 @@ pub fn receive_guest_first(
         });
     }
     let guest = PostcopyGuest::new(job, missing_pages, accepted.session, listener);
-    guest.arrive(registered, |guest| guest.run(accepted, received, guest_is).map(|()| accepted))
+    guest.arrive(registered, |guest| {
+        guest.run(accepted, received, guest_is).map(|()| Some(accepted))
+    })
 }
 
 /// The rest of a postcopy whose agent was lost here. The guest runs.
@@ -134,7 +136,14 @@ impl ContinuedPostcopy {
         // The lost agent may have read faults, and not answered them.
         guest.missing_pages.retry_all();
         let mut accepted = None;
-        guest.arrive(registered, |guest| Ok(accepted.insert(guest.wait_for_source()?)))
+        guest.arrive(registered, |guest| {
+            if guest.missing_pages.missing().remaining_pages() == 0 {
+                // The lost agent has brought the last page.
+                job.enter(Phase::Postcopy);
+                return Ok(None);
+            }
+            Ok(Some(accepted.insert(guest.wait_for_source()?)))
+        })
     }
 }
 
@@ -153,10 +162,11 @@ impl PostcopyGuest {
         }
     }
 
-    /// Answers faults while `receive` receives all that is missing, and then tells the source.
+    /// Answers faults while `receive` receives all that is missing, and then tells the source, on
+    /// the connections that it returns, or when the source connects.
     fn arrive<'a>(
         mut self, mut registered: FaultRegistration<'_>,
-        receive: impl FnOnce(&mut Self) -> Result<&'a mut Accepted, JobError>,
+        receive: impl FnOnce(&mut Self) -> Result<Option<&'a mut Accepted>, JobError>,
     ) -> Result<(), JobError> {
         let (job, missing_pages) = (self.job.clone(), self.missing_pages.clone());
         let stop = StopEvent::new()?;
@@ -182,6 +192,8 @@ impl PostcopyGuest {
             arrived
         })?;
         drop(registered);
+        // From here on only the source is waited for.
+        job.set_kept(false);
         self.finish_with_source(accepted);
         Ok(())
     }

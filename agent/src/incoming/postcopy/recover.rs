@@ -131,9 +131,12 @@ impl PostcopyGuest {
 
     /// Tells the source that all memory is here: the guest does not need it any more. If the source
     /// cannot be told, it has `peer_timeout` to connect again and ask.
-    pub(super) fn finish_with_source(&self, accepted: &mut Accepted) {
+    pub(super) fn finish_with_source(&self, accepted: Option<&mut Accepted>) {
         let until = Instant::now() + self.job.options.peer_timeout;
-        let mut outcome = send_complete(&self.job, accepted);
+        let mut outcome = match accepted {
+            Some(accepted) => send_complete(&self.job, accepted),
+            None => Err(JobError::Stuck("the agent that was connected to it was lost".into())),
+        };
         while let Err(error) = outcome {
             log::warn!(
                 "job {}: all is here, and the source may not know: {}",
@@ -142,11 +145,11 @@ impl PostcopyGuest {
             );
             self.job.cancel.clear_sockets();
             let listeners: Vec<_> = self.listeners.iter().collect();
-            match accept_again(&self.job, &listeners, self.session, None, Some(until)) {
-                Ok(Some(again)) => *accepted = again,
-                Ok(None) | Err(_) => return,
-            }
-            outcome = self.continue_on(accepted).and_then(|()| send_complete(&self.job, accepted));
+            let accepted = accept_again(&self.job, &listeners, self.session, None, Some(until));
+            let Ok(Some(mut accepted)) = accepted else { return };
+            outcome = self
+                .continue_on(&mut accepted)
+                .and_then(|()| send_complete(&self.job, &mut accepted));
         }
     }
 }

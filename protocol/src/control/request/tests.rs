@@ -171,6 +171,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         Just(Request::ConnectDevice { device: DeviceSpec::Balloon }),
         proptest::collection::vec(any::<u8>(), 0..200)
             .prop_map(|journal| Request::Continue { journal }),
+        ".{0,60}".prop_map(|program| Request::Upgrade { program }),
         (".{1,60}", 12u32..64).prop_map(|(block, order)| Request::ConnectDevice {
             device: DeviceSpec::Mem { block, block_size: 1 << order }
         }),
@@ -235,6 +236,7 @@ fn the_least_role_of_every_request_is_known() {
         Request::QueryAgent,
         Request::Balloon { target: None, ask_stats: true },
         Request::PluggedMemory { requested: None },
+        Request::Upgrade { program: String::new() },
         Request::Subscribe { interval: Duration::from_secs(1) },
         Request::Resume { force: true },
         Request::StartPostcopy,

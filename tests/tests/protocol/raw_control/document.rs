@@ -94,6 +94,7 @@ fn it_has_every_request_and_every_hook() {
         ("PLUGGED_MEMORY", PLUGGED_MEMORY),
         ("CONNECT_DEVICE", CONNECT_DEVICE),
         ("CONTINUE", CONTINUE),
+        ("UPGRADE", UPGRADE),
     ];
     assert_eq!(documented, named.into_iter().map(|(name, code)| (code, name)).collect());
     assert!(section("### SUBSCRIBE, 0x1015").contains(&format!("EVENT, {EVENT:#x}")));

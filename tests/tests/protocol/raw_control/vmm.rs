@@ -50,6 +50,7 @@ pub mod code {
     pub const PLUGGED_MEMORY: u32 = 0x101d;
     pub const CONNECT_DEVICE: u32 = 0x101e;
     pub const CONTINUE: u32 = 0x101f;
+    pub const UPGRADE: u32 = 0x1020;
     pub const EVENT: u32 = 0x1100;
 }
 

@@ -227,6 +227,8 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::PluggedMemory { requested: Some(0) },
             Request::ConnectDevice { device: DeviceSpec::Balloon },
             Request::Continue { journal: journal.encode() },
+            Request::Upgrade { program: String::new() },
+            Request::Upgrade { program: "/bin/true".into() },
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {

@@ -10,19 +10,22 @@
 //!
 //! The program that is executed finds the socket by a variable, which names the process: a program
 //! that inherits the variable has no such socket.
+//!
+//! - [`program`]: the program that is executed, and whether it may be and can be;
+//! - [`wish`]: the request for an upgrade, until the reactor's thread takes it;
+//! - this file: the hand-over of the control socket.
 #![allow(unsafe_code)]
+
+pub mod program;
+pub mod wish;
 
 use crate::systemd::descriptor::duplicate;
 use crate::transport::unix_path::Inode;
 use crate::transport::unix_socket::not_listening;
+use program::Program;
 use rustix::io::{FdFlags, fcntl_setfd};
-use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 /// The variable: the process, the descriptor, and the device and number of the socket's path, or
 /// zeroes if the path is somebody else's.
@@ -75,6 +78,29 @@ pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
     Ok(Some(HandedOver { socket, file }))
 }
 
+impl HandedOver {
+    /// Executes `program` in this process, which gets the socket. If that fails, executes the
+    /// program that runs now once more: an agent with a listening socket goes on in any case.
+    /// Returns only if that fails, too.
+    /// `write_log` waits until the log is written.
+    pub fn execute(&self, program: &Program, write_log: impl Fn()) -> io::Error {
+        if let Err(errno) = fcntl_setfd(&self.socket, FdFlags::empty()) {
+            return errno.into();
+        }
+        // A handler ends with its program. Another request must not end the process until the next
+        // program has its own: what is ignored stays ignored.
+        ignore_requests();
+        let (device, inode) = self.file.map_or((0, 0), |file| (file.device, file.number));
+        let process = std::process::id();
+        let value = format!("{process}:{}:{device}:{inode}", self.socket.as_raw_fd());
+        write_log();
+        let error = program.execute(VARIABLE, &value);
+        log::error!("cannot execute {}: {error}; this version goes on", program.path().display());
+        write_log();
+        Program::running().execute(VARIABLE, &value)
+    }
+}
+
 /// Ignores SIGUSR2 from now on, which would end a process without a handler.
 pub fn ignore_requests() {
     // SAFETY: this replaces the handler of the signal by none. No memory is touched.
@@ -85,60 +111,6 @@ pub fn ignore_requests() {
 fn numbers(text: &str) -> Option<[u64; 4]> {
     let numbers: Result<Vec<u64>, _> = text.split(':').map(str::parse).collect();
     numbers.ok()?.try_into().ok()
-}
-
-/// A program and its arguments.
-#[derive(Debug)]
-pub struct Program {
-    path: PathBuf,
-    arguments: Vec<OsString>,
-}
-
-impl Program {
-    /// The program of this process. To be called before its file can be replaced: later, the kernel
-    /// tells no path any more.
-    ///
-    /// # Errors
-    /// If the kernel does not tell its path.
-    pub fn of_this_process() -> io::Result<Self> {
-        let arguments = std::env::args_os().skip(1).collect();
-        let mut path = std::env::current_exe()?;
-        // The kernel's mark of a program whose file is gone. Another may be put there.
-        let marked = path.as_os_str().as_bytes().strip_suffix(b" (deleted)");
-        if let Some(file) = marked.filter(|_| !path.exists()) {
-            path = OsStr::from_bytes(file).into();
-        }
-        Ok(Self { path, arguments })
-    }
-
-    /// Its file.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Executes the program in this process, which gets the socket. If that fails, executes the
-    /// program that runs now once more: an agent with a listening socket goes on in any case.
-    /// Returns only if that fails, too.
-    /// `write_log` waits until the log is written.
-    pub fn execute(&self, handed_over: &HandedOver, write_log: impl Fn()) -> io::Error {
-        let HandedOver { socket, file } = handed_over;
-        if let Err(errno) = fcntl_setfd(socket, FdFlags::empty()) {
-            return errno.into();
-        }
-        // A handler ends with its program. Another request must not end the process until the next
-        // program has its own: what is ignored stays ignored.
-        ignore_requests();
-        let (device, inode) = file.map_or((0, 0), |file| (file.device, file.number));
-        let process = std::process::id();
-        let value = format!("{process}:{}:{device}:{inode}", socket.as_raw_fd());
-        let execute =
-            |path: &Path| Command::new(path).args(&self.arguments).env(VARIABLE, &value).exec();
-        write_log();
-        let error = execute(&self.path);
-        log::error!("cannot execute {}: {error}; this version goes on", self.path.display());
-        write_log();
-        execute(Path::new("/proc/self/exe"))
-    }
 }
 
 #[cfg(test)]
