@@ -178,13 +178,21 @@ impl AgentProcess {
         if self.is_own_process() {
             return "it closed the connection".to_owned();
         }
-        if !self.is_gone_before(deadline(EXIT_DELAY)) {
-            return format!("its process {} closed the connection", self.pid);
-        }
-        if wait(self.pidfd.as_fd(), PollFlags::IN, Instant::now()) != Ok(true) {
+        let exits_before = |deadline| wait(self.pidfd.as_fd(), PollFlags::IN, deadline) == Ok(true);
+        let is_gone = self.is_gone_before(deadline(EXIT_DELAY));
+        if is_gone && !exits_before(Instant::now()) && self.has_program() {
             return format!("its process {} executed another program", self.pid);
         }
+        if !is_gone || !exits_before(deadline(EXIT_DELAY)) {
+            return format!("its process {} closed the connection", self.pid);
+        }
         self.end.get_or_init(|| self.exit_in_words()).clone()
+    }
+
+    /// True if the process executes a program. One that is exiting has none any more when its
+    /// descriptors are closed. False if this process may not know.
+    fn has_program(&self) -> bool {
+        std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_ok()
     }
 
     /// How the process has exited. The kernel says that only of a child of the VMM that was not

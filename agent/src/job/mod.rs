@@ -353,7 +353,7 @@ impl Job {
         }
         let hook = Hook::KeepJournal { journal: journal.encode() };
         match self.hooks.ask(&hook, self.hook_timeout) {
-            Ok(_) => self.set_kept(true),
+            Ok(_) => self.set_kept(),
             Err(error) => {
                 let why = crate::error::chain(&error);
                 log::info!("job {}: no other agent can continue it: {why}", self.id);
@@ -361,9 +361,9 @@ impl Job {
         }
     }
 
-    /// Sets whether the VMM keeps what another agent needs to continue this job.
-    pub fn set_kept(&self, is_kept: bool) {
-        self.state().is_kept = is_kept;
+    /// The VMM keeps what another agent needs to continue this job.
+    pub fn set_kept(&self) {
+        self.state().is_kept = true;
     }
 
     /// True if this agent may end now, and the next one continues the job: the guest runs, and the

@@ -432,7 +432,7 @@ impl SharedSession {
 
 /// The guest of this job runs already, and nobody else has its memory.
 fn cannot_be_cancelled(job: &Job) -> Result<(), RemoteError> {
-    job.set_kept(true);
+    job.set_kept();
     let refused = |error| RemoteError::new(ErrorCode::State, crate::error::chain(&error));
     job.cancel.commit_point().map_err(refused)
 }

@@ -163,14 +163,16 @@ impl PostcopyGuest {
     }
 
     /// Answers faults while `receive` receives all that is missing, and then tells the source, on
-    /// the connections that it returns, or when the source connects.
+    /// the connections that it returns, or when the source connects. The mappings are unregistered
+    /// only after that. If this agent is lost before, the next one continues, and tells the source:
+    /// otherwise the source would keep the memory of its guest, and wait for ever.
     fn arrive<'a>(
         mut self, mut registered: FaultRegistration<'_>,
         receive: impl FnOnce(&mut Self) -> Result<Option<&'a mut Accepted>, JobError>,
     ) -> Result<(), JobError> {
         let (job, missing_pages) = (self.job.clone(), self.missing_pages.clone());
         let stop = StopEvent::new()?;
-        let accepted = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let mut forwarder = FaultForwarder::new(&job, &missing_pages, self.requests.clone());
             let (job, missing_pages) = (&job, &*missing_pages);
             let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
@@ -179,7 +181,7 @@ impl PostcopyGuest {
                 let give_up = |_| job.cancel.force_cancel(CancelledBy::FaultsLost);
                 handle_faults(job, missing_pages, &mut forwarder, stop, give_up);
             });
-            let arrived = receive(&mut self);
+            let arrived = receive(&mut self).map(|accepted| self.finish_with_source(accepted));
             registered.complete = arrived.is_ok();
             // If all pages are placed, or no guest will ever run here, the holes stay zero. Wake
             // all threads that wait for a page before the next hook: the VMM's thread that answers
@@ -192,9 +194,6 @@ impl PostcopyGuest {
             arrived
         })?;
         drop(registered);
-        // From here on only the source is waited for.
-        job.set_kept(false);
-        self.finish_with_source(accepted);
         Ok(())
     }
 
