@@ -35,13 +35,15 @@ pub type Model = BTreeMap<Page, Is>;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
     Small,
+    /// So many that the guest does not touch all of them for minutes.
+    Many,
     /// Of hugetlbfs.
     Huge,
 }
 
 impl Pages {
     pub fn layouts(self) -> Vec<BlockLayout> {
-        let mut layouts = blocks::layouts(1177);
+        let mut layouts = blocks::layouts(if self == Self::Many { 50_000 } else { 1177 });
         if self == Self::Huge {
             for (layout, (gpa, length)) in layouts.iter_mut().zip([(64, 3), (128, 1), (8, 9)]) {
                 layout.backing = Backing::HugePages;
@@ -57,7 +59,7 @@ impl Pages {
     /// Size of a page of the model, in bytes.
     fn size(self) -> u64 {
         match self {
-            Self::Small => PAGE_SIZE,
+            Self::Small | Self::Many => PAGE_SIZE,
             Self::Huge => HUGE_PAGE,
         }
     }
@@ -65,7 +67,7 @@ impl Pages {
     /// The huge pages that a VMM needs of the pool.
     pub fn of_pool(self) -> u64 {
         match self {
-            Self::Small => 0,
+            Self::Small | Self::Many => 0,
             Self::Huge => {
                 self.layouts().iter().map(|one| one.fd_offset + one.length).sum::<u64>() / HUGE_PAGE
             }
@@ -259,6 +261,16 @@ pub fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
     }
 }
 
+/// The guest uses all of its largest block.
+pub fn fill_largest_block(side: &Side, model: &mut Model) {
+    let layouts = side.pages.layouts();
+    let largest = layouts.iter().max_by_key(|layout| layout.length).unwrap();
+    for page in pages_of((largest.id, PageRange::new(0, side.pages.count(largest)))) {
+        side.store(page, 1 + page.1);
+        model.insert(page, Is::Holds(1 + page.1));
+    }
+}
+
 /// A guest with random memory.
 pub fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
     for _ in 0..30 {
@@ -292,65 +304,68 @@ pub fn fill(chance: &mut Random, side: &Side, model: &mut Model) {
 /// The guest reads, writes, discards, frees and populates. Returns the pages that it touched.
 pub fn work(chance: &mut Random, side: &Side, model: &mut Model) -> BTreeSet<Page> {
     let mut touched = BTreeSet::new();
-    for _ in 0..60 {
-        let pages = side.pages.some(chance);
-        match chance.below(9) {
-            8 => {
-                side.free(pages, model);
-                for page in pages_of(pages) {
-                    touched.remove(&page);
-                    assert!(
-                        side.may_be_hole(page),
-                        "an acknowledged discard or free has freed {page:?}"
-                    );
-                }
+    (0..60).for_each(|_| step(chance, side, model, &mut touched));
+    touched
+}
+
+/// One thing that the guest does. Adds the pages that it touches to `touched`.
+pub fn step(chance: &mut Random, side: &Side, model: &mut Model, touched: &mut BTreeSet<Page>) {
+    let pages = side.pages.some(chance);
+    match chance.below(9) {
+        8 => {
+            side.free(pages, model);
+            for page in pages_of(pages) {
+                touched.remove(&page);
+                assert!(
+                    side.may_be_hole(page),
+                    "an acknowledged discard or free has freed {page:?}"
+                );
             }
-            0 => {
-                side.client.discard(&side.pages.bytes(pages), Punch::Yes).unwrap();
-                for page in pages_of(pages) {
-                    model.insert(page, Is::Discarded);
-                    touched.remove(&page);
-                    assert!(
-                        side.may_be_hole(page),
-                        "an acknowledged discard or free has freed {page:?}"
-                    );
-                }
+        }
+        0 => {
+            side.client.discard(&side.pages.bytes(pages), Punch::Yes).unwrap();
+            for page in pages_of(pages) {
+                model.insert(page, Is::Discarded);
+                touched.remove(&page);
+                assert!(
+                    side.may_be_hole(page),
+                    "an acknowledged discard or free has freed {page:?}"
+                );
             }
-            1 => {
-                side.client.populate(&side.pages.bytes(pages)).unwrap();
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) == Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    model.insert(page, Is::Holds(0));
-                }
+        }
+        1 => {
+            side.client.populate(&side.pages.bytes(pages)).unwrap();
+            for page in pages_of(pages)
+                .filter(|page| model.get(page) == Some(&Is::Discarded))
+                .collect::<Vec<_>>()
+            {
+                model.insert(page, Is::Holds(0));
             }
-            2..5 => {
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) != Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    let value = chance.below(u64::MAX);
-                    side.store(page, value);
-                    model.insert(page, Is::Holds(value));
-                    touched.insert(page);
-                }
+        }
+        2..5 => {
+            for page in pages_of(pages)
+                .filter(|page| model.get(page) != Some(&Is::Discarded))
+                .collect::<Vec<_>>()
+            {
+                let value = chance.below(u64::MAX);
+                side.store(page, value);
+                model.insert(page, Is::Holds(value));
+                touched.insert(page);
             }
-            _ => {
-                for page in pages_of(pages)
-                    .filter(|page| model.get(page) != Some(&Is::Discarded))
-                    .collect::<Vec<_>>()
-                {
-                    let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
-                        continue;
-                    };
-                    assert_eq!(side.load(page), *expected, "page {page:?} when it is touched");
-                    touched.insert(page);
-                }
+        }
+        _ => {
+            for page in pages_of(pages)
+                .filter(|page| model.get(page) != Some(&Is::Discarded))
+                .collect::<Vec<_>>()
+            {
+                let Some(Is::Holds(expected)) = model.get(&page).or(Some(&Is::Holds(0))) else {
+                    continue;
+                };
+                assert_eq!(side.load(page), *expected, "page {page:?} when it is touched");
+                touched.insert(page);
             }
         }
     }
-    touched
 }
 
 /// Checks the memory of a guest that has worked. In the guest that was saved or sent, the pages

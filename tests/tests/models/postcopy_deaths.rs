@@ -5,6 +5,8 @@
 //! Meanwhile the connections between the agents are cut. The model is that of restores
 //! ([`loading`]).
 //!
+//! One of the tests is a soak of minutes, which CI does not run: `PAGEFERRY_SOAK=1`.
+//!
 //! The source's VMM recovers the migration whenever it is paused, with another agent if it has lost
 //! its own.
 //!
@@ -12,7 +14,9 @@
 
 use crate::blocks::Page;
 use crate::killer::{By, Deaths, Killer};
-use crate::loading::{Model, Pages, SOON, Side, check, fill, fill_huge_page, work};
+use crate::loading::{
+    Model, Pages, SOON, Side, check, fill, fill_huge_page, fill_largest_block, step,
+};
 use crate::seeds;
 use pageferry_client::{
     IncomingOptions, Mode, OutgoingOptions, Ownership, Parameters, Phase, Target,
@@ -26,12 +30,6 @@ use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-
-const DEATHS: Deaths = Deaths { count: 12, apart: Duration::from_millis(60), by: By::KillOrFreeze };
-/// At the source. A frozen agent is not found there: the guest may depend on it.
-const AT_SOURCE: Deaths = Deaths { count: 6, apart: Duration::from_millis(120), by: By::Kill };
-/// How often the connections are cut, if they are, and the longest time between two cuts.
-const CUTS: (u64, Duration) = (8, Duration::from_millis(80));
 
 /// How many agents have died in all cases.
 static KILLED: AtomicU64 = AtomicU64::new(0);
@@ -59,10 +57,9 @@ fn see_to_the_source(source: &Side, address: &str, options: &OutgoingOptions, ki
     }
 }
 
-/// Cuts the connections from time to time.
-fn cut(proxy: &Proxy, seed: u64) {
+/// Cuts the connections so often, with at most this time between two cuts.
+fn cut(proxy: &Proxy, (cuts, apart): (u64, Duration), seed: u64) {
     let mut chance = Random::new(seed);
-    let (cuts, apart) = CUTS;
     for _ in 0..cuts {
         // The moment is chance, and nothing is waited for.
         std::thread::sleep(Duration::from_micros(chance.below(apart.as_micros() as u64)));
@@ -77,22 +74,72 @@ fn cut(proxy: &Proxy, seed: u64) {
 /// What a case does.
 #[derive(Debug, Clone, Copy)]
 struct How {
-    /// What ends the agents of the destination.
-    by: By,
-    /// Those of the source are killed.
-    at_source: bool,
     pages: Pages,
+    /// So slow that the guest works before all memory is here.
+    bandwidth: u64,
+    /// How the agents of the destination end.
+    there: Deaths,
+    /// How those of the source end, if they do. A frozen one is not found there: the guest may
+    /// depend on it.
+    here: Option<Deaths>,
+    /// How often the connections are cut, in some of the cases, and the longest time between two
+    /// cuts.
+    cuts: (u64, Duration),
+    /// The guest works for as long as agents end, with this pause after each step. Otherwise it
+    /// does a number of steps.
+    pace: Option<Duration>,
 }
 
-const KILLED_THERE: How = How { by: By::KillOrFreeze, at_source: false, pages: Pages::Small };
+const fn millis(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}
+
+const KILLED_THERE: How = How {
+    pages: Pages::Small,
+    bandwidth: 2 << 20,
+    there: Deaths { count: 12, apart: millis(60), by: By::KillOrFreeze },
+    here: None,
+    cuts: (8, millis(80)),
+    pace: None,
+};
+
+const KILLED_AT_BOTH_ENDS: How =
+    How { here: Some(Deaths { count: 6, apart: millis(120), by: By::Kill }), ..KILLED_THERE };
+
+/// About three minutes.
+const SOAK: How = How {
+    pages: Pages::Many,
+    bandwidth: 1 << 20,
+    there: Deaths { count: 200, apart: millis(2000), by: By::KillOrFreeze },
+    here: Some(Deaths { count: 200, apart: millis(2000), by: By::Kill }),
+    cuts: (150, millis(2000)),
+    pace: Some(millis(200)),
+};
+
+/// The guest at the destination works while its agents end.
+fn work(
+    how: How, chance: &mut Random, side: &Side, model: &mut Model, killers: &[&Killer],
+) -> BTreeSet<Page> {
+    let mut touched = BTreeSet::new();
+    for _ in 0..60 {
+        step(chance, side, model, &mut touched);
+    }
+    while let Some(pace) = how.pace
+        && !killers.iter().all(|killer| killer.has_ended())
+    {
+        step(chance, side, model, &mut touched);
+        std::thread::sleep(pace);
+    }
+    touched
+}
 
 fn run_case(seed: u64, how: How) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
-    let How { by, at_source, pages } = how;
-    let source = if at_source { Side::supervised(pages) } else { Side::new(pages) };
+    let pages = how.pages;
+    let source = if how.here.is_some() { Side::supervised(pages) } else { Side::new(pages) };
     let mut service = None;
-    let destination = match by {
+    let destination = match how.there.by {
         By::Upgrade => {
             let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
             Side::connected(pages, service.insert(agent).socket())
@@ -101,11 +148,14 @@ fn run_case(seed: u64, how: How) {
     };
     let mut model = Model::new();
     fill(&mut chance, &source, &mut model);
-    fill_huge_page(&mut chance, &source, &mut model);
+    match pages {
+        Pages::Many => fill_largest_block(&source, &mut model),
+        Pages::Small | Pages::Huge => fill_huge_page(&mut chance, &source, &mut model),
+    }
     // Memory that an earlier guest left.
     (0..50).for_each(|_| destination.store(pages.one(&mut chance), u64::MAX));
     let allocated: BTreeSet<Page> = source.allocated();
-    let is_cut = chance.one_in(2);
+    let is_cut = chance.one_in(2) || how.pace.is_some();
     let listen = match is_cut || chance.one_in(2) {
         true => "tcp:127.0.0.1:0".to_owned(),
         false => format!("unix:{}", folder.path().join("guest").display()),
@@ -115,8 +165,7 @@ fn run_case(seed: u64, how: How) {
     let options = OutgoingOptions {
         mode: Mode::Postcopy,
         streams: 1 + chance.below(2) as u16,
-        // So slow that the guest works before all memory is here.
-        bandwidth: if pages == Pages::Huge { 8 << 20 } else { 2 << 20 },
+        bandwidth: how.bandwidth,
         release: chance.one_in(2),
         ..OutgoingOptions::default()
     };
@@ -128,9 +177,8 @@ fn run_case(seed: u64, how: How) {
     source.client.start_outgoing(Target::Address(address.clone()), &options).unwrap();
     let is_set = |flag: &AtomicBool| flag.load(Ordering::SeqCst);
     wait_until("the guest to run", SOON, || is_set(&destination.record.runs)).unwrap();
-    let deaths = Deaths { by, ..DEATHS };
-    let killer = Killer::start(destination.client.downgrade(), deaths, seed);
-    let other = at_source.then(|| Killer::start(source.client.downgrade(), AT_SOURCE, !seed));
+    let killer = Killer::start(destination.client.downgrade(), how.there, seed);
+    let other = how.here.map(|deaths| Killer::start(source.client.downgrade(), deaths, !seed));
     let killers: Vec<&Killer> = other.iter().chain([&killer]).collect();
     let ended = AtomicBool::new(false);
     let touched = std::thread::scope(|scope| {
@@ -141,8 +189,8 @@ fn run_case(seed: u64, how: How) {
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        scope.spawn(|| proxy.iter().for_each(|proxy| cut(proxy, seed)));
-        let touched = work(&mut chance, &destination, &mut model);
+        scope.spawn(|| proxy.iter().for_each(|proxy| cut(proxy, how.cuts, seed)));
+        let touched = work(how, &mut chance, &destination, &mut model, &killers);
         wait_until("the memory to be complete", SOON, || {
             is_set(&destination.record.complete) || is_set(&destination.record.lost)
         })
@@ -173,7 +221,7 @@ proptest! {
     #[test]
     fn a_guest_survives_the_agents_of_both_ends(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(seeds::repeated(seed), How { at_source: true, ..KILLED_THERE });
+            run_case(seeds::repeated(seed), KILLED_AT_BOTH_ENDS);
             eprintln!("{} agents have died so far", KILLED.load(Ordering::Relaxed));
         }
     }
@@ -185,7 +233,8 @@ proptest! {
     #[test]
     fn a_guest_survives_upgrades_at_its_destination(seed in any::<u64>()) {
         if require::uffd() {
-            run_case(seeds::repeated(seed), How { by: By::Upgrade, ..KILLED_THERE });
+            let there = Deaths { by: By::Upgrade, ..KILLED_THERE.there };
+            run_case(seeds::repeated(seed), How { there, ..KILLED_THERE });
         }
     }
 
@@ -194,7 +243,20 @@ proptest! {
         let pages = Pages::Huge;
         let pool = require::hugetlb(2 * pages.of_pool());
         if require::uffd() && pool.is_some() {
-            run_case(seeds::repeated(seed), How { at_source: true, pages, ..KILLED_THERE });
+            let how = How { pages, bandwidth: 8 << 20, ..KILLED_AT_BOTH_ENDS };
+            run_case(seeds::repeated(seed), how);
         }
+    }
+}
+
+#[test]
+fn a_guest_survives_minutes_in_which_agents_at_both_ends_die() {
+    if std::env::var_os("PAGEFERRY_SOAK").is_none() {
+        eprintln!("skipped: a long scenario, which PAGEFERRY_SOAK=1 runs");
+    } else if require::uffd() {
+        let seed = seeds::given().unwrap_or_else(|| u64::from(std::process::id()));
+        eprintln!("PAGEFERRY_SEED={seed}");
+        run_case(seed, SOAK);
+        eprintln!("{} agents have died", KILLED.load(Ordering::Relaxed));
     }
 }

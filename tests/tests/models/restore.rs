@@ -85,7 +85,7 @@ fn restore(
         // So slow that the guest works before all memory is here.
         bandwidth: match pages {
             _ if chance.one_in(2) && !dies => 0,
-            Pages::Small => 4 << 20,
+            Pages::Small | Pages::Many => 4 << 20,
             Pages::Huge => 32 << 20,
         },
         working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
