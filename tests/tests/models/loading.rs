@@ -265,7 +265,9 @@ pub fn fill_huge_page(chance: &mut Random, side: &Side, model: &mut Model) {
 pub fn fill_largest_block(side: &Side, model: &mut Model) {
     let layouts = side.pages.layouts();
     let largest = layouts.iter().max_by_key(|layout| layout.length).unwrap();
-    for page in pages_of((largest.id, PageRange::new(0, side.pages.count(largest)))) {
+    let pages = (largest.id, PageRange::new(0, side.pages.count(largest)));
+    side.client.populate(&side.pages.bytes(pages)).unwrap();
+    for page in pages_of(pages) {
         side.store(page, 1 + page.1);
         model.insert(page, Is::Holds(1 + page.1));
     }

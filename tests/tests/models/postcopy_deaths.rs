@@ -106,7 +106,7 @@ const KILLED_THERE: How = How {
 const KILLED_AT_BOTH_ENDS: How =
     How { here: Some(Deaths { count: 6, apart: millis(120), by: By::Kill }), ..KILLED_THERE };
 
-/// About three minutes.
+/// Several minutes.
 const SOAK: How = How {
     pages: Pages::Many,
     bandwidth: 1 << 20,
