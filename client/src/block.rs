@@ -141,6 +141,16 @@ impl Block {
         changed
     }
 
+    /// True if a page is owed.
+    pub(crate) fn owes(&self) -> bool {
+        self.owed.next_set(self.owed.all()).is_some()
+    }
+
+    /// Number of pages that are owed.
+    pub(crate) fn owed_pages(&self) -> u64 {
+        self.owed.count(self.owed.all())
+    }
+
     /// No page is owed.
     pub(crate) fn owe_nothing(&self) {
         self.owed.clear(self.owed.all());

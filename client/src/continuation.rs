@@ -3,15 +3,14 @@
 //! How the next agent is had for a guest whose memory is missing, and when that is given up.
 //!
 //! The first attempt is made at once, because the guest may be waiting. The pauses between further
-//! ones grow. An agent that is lost again within a second counts as an attempt that failed: one
-//! that always dies as it continues must not be started for ever while the guest waits.
+//! ones grow. An agent that is lost again without having brought a page counts as an attempt that
+//! failed, unless it has answered for as long as all attempts may take: one that always dies or
+//! hangs as it continues must not be started for ever while the guest waits.
 
 use crate::wakeup::Wakeup;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// An agent that served for this long was a good one.
-const SERVED: Duration = Duration::from_secs(1);
 /// By how much each pause is longer than the one before.
 const STEP: Duration = Duration::from_millis(5);
 /// The longest pause.
@@ -34,21 +33,34 @@ impl std::fmt::Debug for Replacer {
     }
 }
 
-/// The attempts since an agent has served for a while.
+/// The attempts since an agent has brought a page.
 #[derive(Debug, Default)]
 pub(crate) struct Attempts {
     count: u32,
     lost_at: Option<Instant>,
     attached_at: Option<Instant>,
+    /// When the last agent has answered.
+    answered_at: Option<Instant>,
+    /// Pages that were owed when the agent before was lost.
+    owed: u64,
 }
 
 impl Attempts {
-    /// An agent was lost.
-    pub(crate) fn lost(&mut self, now: Instant) {
-        if self.attached_at.is_some_and(|at| now.duration_since(at) >= SERVED) {
+    /// An agent was lost, and so many pages are owed.
+    pub(crate) fn lost(&mut self, now: Instant, owed: u64, limit: Duration) {
+        let served = self.answered_at.zip(self.attached_at);
+        let served =
+            served.map(|(answered, attached)| answered.saturating_duration_since(attached));
+        if owed < self.owed || served.is_some_and(|served| served >= limit) {
             *self = Self::default();
         }
+        self.owed = owed;
         self.lost_at.get_or_insert(now);
+    }
+
+    /// The agent has answered.
+    pub(crate) fn answered(&mut self, now: Instant) {
+        self.answered_at = Some(now);
     }
 
     /// The pause before the next attempt. `None` if there is no other within `limit`.
@@ -64,7 +76,7 @@ impl Attempts {
 
     /// An agent continues.
     pub(crate) fn attached(&mut self, now: Instant) {
-        self.attached_at = Some(now);
+        (self.attached_at, self.answered_at) = (Some(now), None);
     }
 }
 
@@ -75,31 +87,46 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(30);
 
     #[test]
-    fn agents_that_die_at_once_are_attempts_until_the_time_is_over() {
-        let (start, mut attempts) = (Instant::now(), Attempts::default());
-        let mut now = start;
-        let mut count = 0;
-        attempts.lost(now);
-        while let Some(pause) = attempts.next(now, LIMIT) {
-            assert_eq!(pause, (STEP * count).min(LONGEST));
-            count += 1;
-            now += pause;
-            attempts.attached(now);
-            now += Duration::from_millis(100);
-            attempts.lost(now);
+    fn agents_that_bring_nothing_are_attempts_until_the_time_is_over() {
+        // Dead at once, and frozen: such an agent is found after a while.
+        for found_after in [Duration::from_millis(100), Duration::from_secs(10)] {
+            let (start, mut attempts) = (Instant::now(), Attempts::default());
+            let (mut now, mut count) = (start, 0);
+            attempts.lost(now, 5, LIMIT);
+            while let Some(pause) = attempts.next(now, LIMIT) {
+                assert_eq!(pause, (STEP * count).min(LONGEST));
+                count += 1;
+                now += pause;
+                attempts.attached(now);
+                now += found_after;
+                attempts.lost(now, 5, LIMIT);
+            }
+            let over = now - start;
+            assert!(over >= LIMIT && over < LIMIT + LONGEST + found_after, "{over:?}");
         }
-        assert!(now - start >= LIMIT && now - start < LIMIT + 2 * LONGEST, "{:?}", now - start);
-        assert!(count > 60, "{count}");
-        // One that has served for a while begins anew.
+    }
+
+    #[test]
+    fn an_agent_that_brings_a_page_or_answers_for_long_begins_anew() {
+        let (now, mut attempts) = (Instant::now(), Attempts::default());
+        let late = now + LIMIT;
+        attempts.lost(now, 5, LIMIT);
+        assert_eq!(attempts.next(now, LIMIT), Some(Duration::ZERO));
         attempts.attached(now);
-        attempts.lost(now + SERVED);
-        assert_eq!(attempts.next(now + SERVED, LIMIT), Some(Duration::ZERO));
+        attempts.lost(late, 5, LIMIT);
+        assert_eq!(attempts.next(late, LIMIT), None, "it has neither");
+        attempts.lost(late, 4, LIMIT);
+        assert_eq!(attempts.next(late, LIMIT), Some(Duration::ZERO));
+        attempts.attached(late);
+        attempts.answered(late + LIMIT);
+        attempts.lost(late + LIMIT, 4, LIMIT);
+        assert_eq!(attempts.next(late + LIMIT, LIMIT), Some(Duration::ZERO));
     }
 
     #[test]
     fn without_time_there_is_one_attempt() {
         let (now, mut attempts) = (Instant::now(), Attempts::default());
-        attempts.lost(now);
+        attempts.lost(now, 5, Duration::ZERO);
         assert_eq!(attempts.next(now, Duration::ZERO), Some(Duration::ZERO));
         assert_eq!(attempts.next(now, Duration::ZERO), None);
     }

@@ -46,6 +46,7 @@
 //!   for a missing page would never hear that, so the heartbeat also looks at the status of the
 //!   job.
 
+use crate::block::Block;
 use crate::continuation::{Attempts, Replacer};
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
@@ -60,6 +61,7 @@ use crate::sync::lock;
 use crate::tracking::active::ActiveTrackers;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -73,6 +75,8 @@ pub(crate) struct MissingPages {
     /// Gets the next agent. Set once by a supervisor.
     replacer: OnceLock<Replacer>,
     attempts: Mutex<Attempts>,
+    /// All memory is here, and the VMM was not told: the thread that would is busy.
+    complete_untold: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -88,6 +92,10 @@ enum State {
         link: u64,
         /// How the next agent continues its job. Empty if none can, or no supervisor gets one.
         journal: Vec<u8>,
+        /// The bitmaps of owed pages are those of these blocks.
+        blocks: Vec<Arc<Block>>,
+        /// The agent keeps these bitmaps.
+        knows_owed: bool,
         /// No other agent has come in time, and none is awaited any more.
         is_given_up: bool,
     },
@@ -130,17 +138,25 @@ impl MissingPages {
         probe: Probe,
     ) -> Result<OwnedFd, Error> {
         self.forget_lost();
-        memory.all().iter().for_each(|block| block.owe_nothing());
+        let blocks = memory.all();
+        blocks.iter().for_each(|block| block.owe_nothing());
+        self.complete_untold.store(false, Ordering::SeqCst);
         let registered = Registration::register_all(memory, UserfaultPurpose::MissingPages)?;
         let for_agent = registered.duplicate()?;
         // Locked first: the heartbeat may find the agent dead at once, and then needs the state.
         let mut state = self.state();
         let id = link.id;
         let heartbeat = self.watch(link, ownership, probe)?;
-        let (journal, is_given_up) = (Vec::new(), false);
         *lock(&self.attempts) = Attempts::default();
-        *state =
-            State::Pending { registered, _heartbeat: heartbeat, link: id, journal, is_given_up };
+        *state = State::Pending {
+            registered,
+            _heartbeat: heartbeat,
+            link: id,
+            journal: Vec::new(),
+            blocks,
+            knows_owed: false,
+            is_given_up: false,
+        };
         Ok(for_agent)
     }
 
@@ -149,11 +165,12 @@ impl MissingPages {
     /// # Errors
     /// Why it would be of no use.
     pub(crate) fn keep_journal(&self, of: u64, kept: Vec<u8>) -> Result<(), &'static str> {
-        if self.replacer.get().is_none() {
-            return Err("no supervisor replaces a lost agent");
-        }
         match &mut *self.state() {
-            State::Pending { link, journal, .. } if *link == of => {
+            State::Pending { link, journal, knows_owed, .. } if *link == of => {
+                *knows_owed = true;
+                if self.replacer.get().is_none() {
+                    return Err("no supervisor replaces a lost agent");
+                }
                 *journal = kept;
                 Ok(())
             }
@@ -221,7 +238,7 @@ impl MissingPages {
             };
             let Some(replacer) = pages.replacer.get() else { return false };
             let mut attempts = lock(&pages.attempts);
-            attempts.lost(Instant::now());
+            attempts.lost(Instant::now(), pages.owed_pages(), replacer.limit);
             let next = attempts.next(Instant::now(), replacer.limit);
             drop(attempts);
             let Some(pause) = next else {
@@ -240,6 +257,32 @@ impl MissingPages {
             };
             log::warn!("no agent continues to bring memory yet: {why}");
         }
+    }
+
+    /// Number of pages that are owed.
+    fn owed_pages(&self) -> u64 {
+        match &*self.state() {
+            State::Pending { blocks, .. } => blocks.iter().map(|block| block.owed_pages()).sum(),
+            _ => 0,
+        }
+    }
+
+    /// If the agent of connection `of` has brought all pages, and was lost before it could say so,
+    /// unregisters the mappings. True then: all memory is here.
+    pub(crate) fn complete_without(&self, of: u64) -> bool {
+        let mut state = self.state();
+        let is_complete = matches!(&*state, State::Pending { link, blocks, knows_owed: true, .. }
+            if *link == of && !blocks.iter().any(|block| block.owes()));
+        let before = if is_complete { std::mem::take(&mut *state) } else { State::Complete };
+        drop(state);
+        // Outside the lock: dropping wakes threads and may wait for one.
+        drop(before);
+        is_complete
+    }
+
+    /// True once if all memory is here and the VMM was not told.
+    pub(crate) fn take_complete_untold(&self) -> bool {
+        self.complete_untold.swap(false, Ordering::SeqCst)
     }
 
     /// No other agent continues in place of that of connection `of`.
@@ -274,22 +317,26 @@ impl MissingPages {
                 && ownership.lock().ownership() == Ownership::Ours
                 && let Some(faults) = weak.upgrade()
             {
+                if faults.complete_without(id) {
+                    faults.complete_untold.store(true, Ordering::SeqCst);
+                    return;
+                }
                 log::error!(
                     "memory is lost, and the VMM has not stopped its guest in time: accesses to missing pages get SIGBUS"
                 );
                 faults.set_lost(id, false);
             }
         };
+        let weak = Arc::downgrade(self);
+        let has_failed = move |status: &JobStatus| {
+            let faults = weak.upgrade();
+            faults.iter().for_each(|faults| lock(&faults.attempts).answered(Instant::now()));
+            failed_incomplete(status)
+        };
         // Only the control channel: a VMM without a hook channel may still have an agent that
         // places pages.
-        Heartbeat::start(
-            probe,
-            link,
-            BUSY_INTERVAL,
-            WatchedSockets::Control,
-            failed_incomplete,
-            lost,
-        )
+        let watched = WatchedSockets::Control;
+        Heartbeat::start(probe, link, BUSY_INTERVAL, watched, has_failed, lost)
     }
 
     /// True while the guest may access pages that are still missing.

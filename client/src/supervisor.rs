@@ -240,7 +240,9 @@ impl Shared {
         let mut source = lock(&self.source);
         let Some(client) = self.client.upgrade() else { return Ok(()) };
         let is_wanted = matches!(client.after_loss(link), AfterLoss::Replace | AfterLoss::Await);
-        if lock(&self.next).is_some() || !is_wanted {
+        // The thread may not have come to the agent that is lost now: it may wait for a page.
+        let is_other = |agent: &Agent| agent.channel.link().id != link;
+        if lock(&self.next).as_ref().is_some_and(is_other) || !is_wanted {
             return Ok(());
         }
         self.attach(&client, &mut source)

@@ -11,7 +11,7 @@ use crate::memory::TestMemory;
 use crate::usage::Usage;
 use pageferry_client::{
     ClearPages, Client, Config, DirtyLog, GuestOrigin, HookChannel, HookError, HookThread, Hooks,
-    JobStatus, Ownership, Phase, StatePiece, Target, Trackers,
+    JobStatus, Ownership, Phase, StatePiece, Supervisor, Target, Trackers,
 };
 use pageferry_client::{
     IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions,
@@ -127,6 +127,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Parts {
+    fn new(usage: Arc<Usage>) -> Arc<Self> {
+        Arc::new(Self {
+            usage,
+            guest: Mutex::new(Box::new(IdleGuest)),
+            devices: Mutex::default(),
+            tracker: Mutex::new(Tracker::Log),
+            faults: Mutex::default(),
+            fault_changed: Condvar::new(),
+            before_pause: Mutex::default(),
+            run_state: Mutex::default(),
+            record: Mutex::default(),
+        })
+    }
+
     fn called(&self, name: HookName) -> Result<(), HookError> {
         lock(&self.record).calls.push(name);
         let fault = lock(&self.faults).get(&name).cloned();
@@ -315,7 +329,15 @@ impl pageferry_client::Tracker for VmmHooks {
 pub struct MockVmm {
     client: Client,
     parts: Arc<Parts>,
-    hooks: Option<HookThread<VmmHooks>>,
+    hooks: Option<Served>,
+}
+
+/// Who answers the hooks of a mock VMM. Held, so that it is not detached.
+#[allow(dead_code)]
+enum Served {
+    Thread(HookThread<VmmHooks>),
+    /// Gets another agent when one is lost.
+    Supervisor(Supervisor<VmmHooks>),
 }
 
 impl MockVmm {
@@ -327,19 +349,15 @@ impl MockVmm {
     pub fn new(
         client: Client, channel: HookChannel, usage: Arc<Usage>, tracker: Tracker,
     ) -> Result<Self, Error> {
-        let parts = Arc::new(Parts {
-            usage,
-            guest: Mutex::new(Box::new(IdleGuest)),
-            devices: Mutex::default(),
-            tracker: Mutex::new(Tracker::Log),
-            faults: Mutex::default(),
-            fault_changed: Condvar::new(),
-            before_pause: Mutex::default(),
-            run_state: Mutex::default(),
-            record: Mutex::default(),
-        });
-        let hooks = Some(channel.spawn(VmmHooks(parts.clone()))?);
-        let vmm = Self { client, parts, hooks };
+        let parts = Parts::new(usage);
+        let hooks = Served::Thread(channel.spawn(VmmHooks(parts.clone()))?);
+        Self::of(client, parts, hooks, tracker)
+    }
+
+    fn of(
+        client: Client, parts: Arc<Parts>, hooks: Served, tracker: Tracker,
+    ) -> Result<Self, Error> {
+        let vmm = Self { client, parts, hooks: Some(hooks) };
         vmm.memory().add_to(&vmm.client)?;
         vmm.set_tracker(tracker)?;
         Ok(vmm)
@@ -365,8 +383,27 @@ impl MockVmm {
     /// If there is none at `socket`, or it refuses.
     pub fn reattach(&mut self, socket: &Path) -> Result<(), Error> {
         let channel = self.client.reattach(socket)?;
-        self.hooks = Some(channel.spawn(VmmHooks(self.parts.clone()))?);
+        self.hooks = Some(Served::Thread(channel.spawn(VmmHooks(self.parts.clone()))?));
         Ok(())
+    }
+
+    /// Like [`MockVmm::connect`]. When the agent is lost, connects to the next one there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn supervised(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
+        let parts = Parts::new(usage);
+        let hooks = VmmHooks(parts.clone());
+        let (client, supervisor) = Supervisor::connect(socket, Config::default(), hooks)?;
+        Self::of(client, parts, Served::Supervisor(supervisor), tracker)
+    }
+
+    /// True if memory of the guest is missing, and the next agent would bring it if this one were
+    /// lost.
+    pub fn awaits_memory_of_next_agent(&self) -> bool {
+        let record = lock(&self.parts.record);
+        let is_awaited = record.memory_pending && record.memory_lost.is_none();
+        is_awaited && matches!(self.hooks, Some(Served::Supervisor(_)))
     }
 
     /// Declares another tracker.

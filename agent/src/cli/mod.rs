@@ -103,8 +103,9 @@ enum Command {
     /// hand-over was never confirmed.
     Resume(ResumeArgs),
     /// Have the agent execute its program again, which may be a newer version by now. Its process
-    /// and its socket stay, and its VMM connects again. A job that runs ends first, except one that
-    /// brings the memory of a guest which runs here already: the next program continues that.
+    /// and its socket stay. Its VMM loses the agent for a moment, and connects again if it has a
+    /// supervisor. A job that runs ends first, except one that brings the memory of a guest which
+    /// runs here already: the next program continues that for a VMM that has a supervisor.
     Upgrade(upgrade::UpgradeArgs),
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]

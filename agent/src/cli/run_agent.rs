@@ -99,14 +99,28 @@ pub fn run(
     let notifier = if args.stdin { None } else { notifier() };
     open_files::raise_limit();
     open_files::check_limit()?;
-    let metrics = args.metrics.as_ref().map(listen_for_metrics).transpose()?;
+    let is_upgraded = handed_over.is_some();
+    // The guest may need this agent, and can do without what else it serves.
+    let unless_upgraded = |failed: String| match is_upgraded {
+        true => {
+            log::error!("{failed}; the agent goes on without it");
+            Ok(())
+        }
+        false => Err(failed),
+    };
+    let metrics = match args.metrics.as_ref().map(listen_for_metrics) {
+        Some(Err(failed)) => unless_upgraded(failed).map(|()| None)?,
+        listening => listening.transpose()?,
+    };
     let mut server = Server::new(vm_name)?;
     let (signals, wake) = UnixStream::pair()?;
-    let ends = [SIGINT, SIGTERM, SIGHUP];
+    let mut ends = vec![SIGINT, SIGTERM];
     // As `nohup` starts it.
-    let ignores_hangup = signals::is_ignored(SIGHUP);
-    for signal in ends.into_iter().filter(|signal| *signal != SIGHUP || !ignores_hangup) {
-        signal_hook::low_level::pipe::register(signal, wake.try_clone()?)?;
+    if !signals::is_ignored(SIGHUP) {
+        ends.push(SIGHUP);
+    }
+    for signal in &ends {
+        signal_hook::low_level::pipe::register(*signal, wake.try_clone()?)?;
     }
     server.stop_on(signals.into())?;
     if args.stdin {
@@ -140,20 +154,32 @@ pub fn run(
     if let Some(path) = &args.balloon {
         let failed =
             |error| format!("--balloon {}: {}", path.display(), crate::error::chain(&error));
-        server.serve_device(NewDevice::Balloon, path).map_err(failed)?;
-        log::info!("balloon on {}", path.display());
+        let served = server.serve_device(NewDevice::Balloon, path).map_err(failed);
+        match served {
+            Ok(()) => log::info!("balloon on {}", path.display()),
+            Err(failed) => unless_upgraded(failed)?,
+        }
     }
     if let Some((path, block)) = args.mem.as_ref().zip(args.mem_block.clone()) {
         let failed = |error| format!("--mem {}: {}", path.display(), crate::error::chain(&error));
         let options = MemOptions { block, block_size: args.mem_block_size };
-        server.serve_device(NewDevice::Mem(options), path).map_err(failed)?;
-        log::info!("virtio-mem on {}", path.display());
+        let served = server.serve_device(NewDevice::Mem(options), path).map_err(failed);
+        match served {
+            Ok(()) => log::info!("virtio-mem on {}", path.display()),
+            Err(failed) => unless_upgraded(failed)?,
+        }
     }
     if let Some(notifier) = notifier {
         notifier.ready();
         server.report_to(notifier);
     }
     let Some(upgrade) = server.run()? else { return Ok(Exit::Done) };
+    // From here on a signal ends the process, which then has no handler any more.
+    upgrade::default_signals(&ends);
+    if server.was_asked_to_end() {
+        upgrade.control.forget(args.socket.as_deref());
+        return Ok(Exit::Done);
+    }
     if upgrade.job_continues {
         std::mem::forget(server);
     } else {

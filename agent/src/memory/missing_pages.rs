@@ -65,6 +65,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word, word_mask};
 use pageferry_protocol::shm::{MappedBitmap, MappingError};
 use pageferry_protocol::userfault::Userfaultfd;
+use rustix::fs::OFlags;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -149,6 +150,9 @@ impl MissingPages {
         blocks: &[Arc<Block>], missing: Arc<HostPageSet>, uffd: OwnedFd, acknowledge: bool,
         live: Arc<LiveCounters>,
     ) -> Result<Self, PlaceError> {
+        // A thread that reads faults waits only in poll, whatever the VMM has handed over.
+        let flags = rustix::fs::fcntl_getfl(&uffd).map_err(PlaceError::Read)?;
+        rustix::fs::fcntl_setfl(&uffd, flags | OFlags::NONBLOCK).map_err(PlaceError::Read)?;
         let bitmaps = || -> Result<Vec<_>, MappingError> {
             let bitmap = |at: usize| MappedBitmap::private(missing.block(at).bits().pages());
             (0..blocks.len()).map(bitmap).collect()

@@ -420,6 +420,7 @@ fn refused_subscription(request: u32, error: &std::io::Error) -> Frame {
 fn refused_program(error: &ProgramError) -> RemoteError {
     let code = match error {
         ProgramError::NotUpgradable => ErrorCode::State,
+        ProgramError::UnderWay(_) => ErrorCode::Busy,
         _ => ErrorCode::Invalid,
     };
     RemoteError::new(code, crate::error::chain(error))

@@ -30,9 +30,9 @@ impl ControlListener {
         Ok(match self {
             Self::Bound(listener) => {
                 let (socket, inode) = listener.leave()?;
-                HandedOver { socket, file: Some(inode) }
+                HandedOver { socket, file: Some(inode), last_job: None }
             }
-            Self::Inherited(socket) => HandedOver { socket, file: None },
+            Self::Inherited(socket) => HandedOver { socket, file: None, last_job: None },
         })
     }
 

@@ -39,12 +39,14 @@ use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
 use crate::upgrade::HandedOver;
-use crate::upgrade::program::Program;
+use crate::upgrade::last_job::LastJob;
+use crate::upgrade::program::{Program, ProgramError};
 use crate::vm_name::VmName;
 use crate::waiting::{NoWait, may_wait};
 use connection::{Connection, ConnectionState};
 use hub::{Hub, HubMemory};
 use listener::ControlListener;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, getrlimit};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
@@ -184,7 +186,10 @@ impl Server {
     /// # Errors
     /// If the kernel refuses.
     pub fn listen_again(&mut self, handed_over: HandedOver, path: Option<&Path>) -> io::Result<()> {
-        let HandedOver { socket, file } = handed_over;
+        let HandedOver { socket, file, last_job } = handed_over;
+        if let Some(status) = last_job.and_then(LastJob::read) {
+            self.hub.session.lock().remember_job(status);
+        }
         self.listen_on(match path.zip(file) {
             Some((path, file)) => {
                 ControlListener::Bound(UnixPathListener::adopt(socket, path, file))
@@ -289,9 +294,20 @@ impl Server {
         if !self.upgrading || self.stopping {
             return Ok(None);
         }
-        let (listener, program) = (self.listener.take(), self.hub.upgrade.program());
+        let (listener, program) = (self.listener.take(), self.hub.upgrade.wanted());
         let Some((listener, program)) = listener.zip(program) else { return Ok(None) };
-        Ok(Some(Upgrade { control: listener.hand_over()?, program, job_continues }))
+        let last_job = self.hub.session.lock().ended_job();
+        let control = listener.hand_over()?.with_last_job(last_job.as_ref());
+        Ok(Some(Upgrade { control, program, job_continues }))
+    }
+
+    /// True if a signal has asked this server to end that it has not reacted to.
+    pub fn was_asked_to_end(&self) -> bool {
+        let waits = |signals| {
+            let mut polled = [PollFd::new(signals, PollFlags::IN)];
+            poll(&mut polled, Some(&Timespec::default())).is_ok_and(|count| count > 0)
+        };
+        self.signals.as_ref().is_some_and(waits)
     }
 
     /// The loop of the reactor's thread.
@@ -303,7 +319,7 @@ impl Server {
                     LISTENER => self.accept(),
                     NOTIFY => self.announce(),
                     SIGNALS => self.stop(),
-                    UPGRADE => self.prepare_upgrade(),
+                    UPGRADE => self.check_upgrade(),
                     token => self.hub.session.connection_hung_up(token),
                 }
             }
@@ -343,13 +359,28 @@ impl Server {
         }
     }
 
-    /// Reacts to a request for an upgrade. A job that runs goes on, and no other is started: one
-    /// whose guest needs memory would end with this program, and the next one continues it.
-    fn prepare_upgrade(&mut self) {
+    /// Reacts to a signal that asks for an upgrade: a thread checks the program. If it is good, the
+    /// upgrade is prepared.
+    fn check_upgrade(&mut self) {
         // However many requests there were.
         if let Some(upgrades) = &mut self.upgrades {
             while upgrades.read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
         }
+        let hub = self.hub.clone();
+        let check = move || match hub.upgrade.check("") {
+            Ok(()) => hub.want_upgrade(),
+            Err(ProgramError::UnderWay(_)) => {}
+            Err(error) => log::error!("the agent is not upgraded: {}", crate::error::chain(&error)),
+        };
+        let thread = std::thread::Builder::new().name("upgrade".into());
+        if let Err(error) = thread.spawn(check) {
+            log::error!("the agent is not upgraded: cannot start a thread: {error}");
+        }
+    }
+
+    /// Prepares an upgrade. A job that runs goes on, and no other is started: one whose guest needs
+    /// memory would end with this program, and the next one continues it.
+    fn prepare_upgrade(&mut self) {
         if !std::mem::replace(&mut self.upgrading, true) {
             let mut session = self.hub.session.lock();
             session.prepare_upgrade();
@@ -528,7 +559,7 @@ impl Server {
     /// of all subscribed connections to send an event.
     fn announce(&mut self) {
         self.hub.notify.reset();
-        if self.hub.upgrade.is_wanted() {
+        if self.hub.upgrade.wanted().is_some() {
             self.prepare_upgrade();
         }
         self.hub.session.lock().job_changed();
@@ -560,7 +591,7 @@ impl Server {
             let left = deadline.saturating_duration_since(Instant::now());
             let waited = pageferry_protocol::control::socket::wait(
                 self.hub.notify.as_fd(),
-                rustix::event::PollFlags::IN,
+                PollFlags::IN,
                 Instant::now() + left,
             );
             if waited.is_err() {

@@ -100,6 +100,8 @@ enum PreviousJob {
     Ending(SessionJob, Option<JoinHandle<()>>),
     /// The job has ended with this status.
     Ended(Box<JobStatus>),
+    /// The same, before this agent was upgraded. The VMM that connects is the one of that job.
+    BeforeUpgrade(Box<JobStatus>),
 }
 
 impl PreviousJob {
@@ -147,7 +149,9 @@ impl Session {
     pub fn reported_status(&self) -> JobStatus {
         let status = match (&self.job, &self.previous) {
             (None, PreviousJob::Ending(job, _)) => job.status(),
-            (None, PreviousJob::Ended(status)) => (**status).clone(),
+            (None, PreviousJob::Ended(status) | PreviousJob::BeforeUpgrade(status)) => {
+                (**status).clone()
+            }
             _ => self.status(),
         };
         // The reported trackers are those that the next job would use, not those of the last job.
@@ -349,8 +353,8 @@ impl Session {
 
     /// Refuses later jobs. The one that runs goes on.
     pub fn prepare_upgrade(&mut self) {
-        let why = "the agent is to be upgraded, and starts no job before that: try again in a \
-                   moment";
+        let why = "the agent is to be upgraded when its job has ended, and starts no other before: \
+                   try again after that";
         self.refuses_jobs.get_or_insert(why);
     }
 
@@ -375,6 +379,18 @@ impl Session {
         self.running().is_none() && self.previous.job().is_none_or(|job| job.phase().is_final())
     }
 
+    /// The last job, if it has ended.
+    pub fn ended_job(&self) -> Option<JobStatus> {
+        let status = self.reported_status();
+        (status.job != 0 && status.phase.is_final()).then_some(status)
+    }
+
+    /// Remembers the last job of this agent before it was upgraded.
+    pub fn remember_job(&mut self, status: JobStatus) {
+        self.jobs = status.job;
+        self.previous = PreviousJob::BeforeUpgrade(Box::new(status));
+    }
+
     /// True if nothing is lost when this agent ends now: no job runs, or one that the next agent
     /// continues.
     pub fn survives_agent(&self) -> bool {
@@ -387,7 +403,7 @@ impl Session {
     fn take_threads(&mut self) -> Vec<(SessionJob, Option<JoinHandle<()>>)> {
         let previous = match &mut self.previous {
             PreviousJob::Ending(job, thread) => Some((&*job, thread)),
-            PreviousJob::None | PreviousJob::Ended(_) => None,
+            PreviousJob::None | PreviousJob::Ended(_) | PreviousJob::BeforeUpgrade(_) => None,
         };
         let own = self.job.as_mut().map(|(job, thread)| (&*job, thread));
         let threads = own.into_iter().chain(previous);

@@ -11,21 +11,26 @@
 //! The program that is executed finds the socket by a variable, which names the process: a program
 //! that inherits the variable has no such socket.
 //!
+//! - [`last_job`]: how the last job has ended, for operators who ask the next program;
 //! - [`program`]: the program that is executed, and whether it may be and can be;
 //! - [`wish`]: the request for an upgrade, until the reactor's thread takes it;
 //! - this file: the hand-over of the control socket.
 #![allow(unsafe_code)]
 
+pub mod last_job;
 pub mod program;
 pub mod wish;
 
 use crate::systemd::descriptor::duplicate;
-use crate::transport::unix_path::Inode;
+use crate::transport::unix_path::{Inode, UnixPathListener};
 use crate::transport::unix_socket::not_listening;
+use last_job::LastJob;
+use pageferry_protocol::control::job::JobStatus;
 use program::Program;
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 /// The variable: the process, the descriptor, and the device and number of the socket's path, or
 /// zeroes if the path is somebody else's.
@@ -38,6 +43,8 @@ pub struct HandedOver {
     pub socket: OwnedFd,
     /// The file at its path, if this agent has made it and is to remove it.
     pub file: Option<Inode>,
+    /// How the last job has ended.
+    pub last_job: Option<LastJob>,
 }
 
 /// Why the socket cannot be taken over.
@@ -75,10 +82,23 @@ pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
         return Err(not_listening_here(found.to_owned()));
     }
     let file = (inode != 0).then_some(Inode { device, number: inode });
-    Ok(Some(HandedOver { socket, file }))
+    Ok(Some(HandedOver { socket, file, last_job: LastJob::handed_over() }))
 }
 
 impl HandedOver {
+    /// The same, with the last job, if there was one.
+    #[must_use]
+    pub fn with_last_job(self, status: Option<&JobStatus>) -> Self {
+        Self { last_job: status.and_then(LastJob::new), ..self }
+    }
+
+    /// Removes the path of the socket, if it is this agent's: the agent ends after all.
+    pub fn forget(self, path: Option<&Path>) {
+        if let Some((path, file)) = path.zip(self.file) {
+            drop(UnixPathListener::adopt(self.socket, path, file));
+        }
+    }
+
     /// Executes `program` in this process, which gets the socket. If that fails, executes the
     /// program that runs now once more: an agent with a listening socket goes on in any case.
     /// Returns only if that fails, too.
@@ -93,11 +113,13 @@ impl HandedOver {
         let (device, inode) = self.file.map_or((0, 0), |file| (file.device, file.number));
         let process = std::process::id();
         let value = format!("{process}:{}:{device}:{inode}", self.socket.as_raw_fd());
+        let last_job = self.last_job.as_ref().map(LastJob::variable);
+        let variables: Vec<_> = last_job.into_iter().chain([(VARIABLE, value)]).collect();
         write_log();
-        let error = program.execute(VARIABLE, &value);
+        let error = program.execute(&variables, last_job::VARIABLE);
         log::error!("cannot execute {}: {error}; this version goes on", program.path().display());
         write_log();
-        Program::running().execute(VARIABLE, &value)
+        Program::running().execute(&variables, last_job::VARIABLE)
     }
 }
 
@@ -105,6 +127,15 @@ impl HandedOver {
 pub fn ignore_requests() {
     // SAFETY: this replaces the handler of the signal by none. No memory is touched.
     unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+}
+
+/// From now on these signals end the process at once: its handlers end with its program, and nobody
+/// would react to what they note.
+pub fn default_signals(signals: &[i32]) {
+    for signal in signals {
+        // SAFETY: this replaces the handler of the signal by none. No memory is touched.
+        unsafe { libc::signal(*signal, libc::SIG_DFL) };
+    }
 }
 
 /// The four numbers of the variable.

@@ -7,8 +7,12 @@
 //! it has written. So that program must be as hard to write as the agent's own: it belongs to root
 //! or to the owner of that one, and nobody else may write to it.
 //!
-//! Before anything ends for an upgrade, the program says its version. One that cannot be executed
-//! here, or is no agent, is refused while the agent still serves.
+//! That protects less where the agent's own program belongs to the user of its peers: they could
+//! replace that one, too.
+//!
+//! Before anything ends for an upgrade, the program says its version, and that it knows the
+//! arguments of this agent. One that cannot be executed here, or is no agent, is refused while the
+//! agent still serves.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
@@ -21,16 +25,18 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a program may take to say its version. An operator waits 10 s for the answer.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a program may take to say its version, and again to know its arguments. An operator
+/// waits 10 s for the answer.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(4);
 /// Longest version that is read, in bytes.
 const LONGEST_VERSION: u64 = 256;
-/// What `--version` of an agent says before the number.
-const NAME: &str = "pageferry ";
+/// What `--version` of an agent says before the number, and its first argument. The requester does
+/// not choose it, since some programs say it.
+const NAME: &str = "pageferry";
 /// The program that this process runs, also if its file is gone.
 const RUNNING: &str = "/proc/self/exe";
 
@@ -42,6 +48,9 @@ pub enum ProgramError {
         "this agent cannot be upgraded: it is a part of its VMM (--stdin), which starts the next one"
     )]
     NotUpgradable,
+    /// Another request was first.
+    #[error("another upgrade is under way{}", in_words(.0.as_deref()))]
+    UnderWay(Option<PathBuf>),
     /// The path is relative.
     #[error("program {0:?} must be an absolute path")]
     Relative(PathBuf),
@@ -49,7 +58,7 @@ pub enum ProgramError {
     #[error("cannot open program {0:?}")]
     Open(PathBuf, #[source] io::Error),
     /// It is a directory or something else.
-    #[error("program {0:?} is no regular file")]
+    #[error("program {0:?} is no regular file with a name")]
     NoFile(PathBuf),
     /// Somebody may have put it there who may not decide what this agent executes.
     #[error(
@@ -64,9 +73,12 @@ pub enum ProgramError {
         /// The owner of the program that runs.
         expected: u32,
     },
-    /// The same.
-    #[error("program {path:?} has mode {mode:03o}, but only its owner may write to it")]
-    Writable {
+    /// The same, or it would run with the rights of another user.
+    #[error(
+        "program {path:?} has mode {mode:03o}, but only its owner may write to it, and it may not \
+         have a setuid or setgid bit"
+    )]
+    Mode {
         /// The program.
         path: PathBuf,
         /// Its permissions.
@@ -76,13 +88,27 @@ pub enum ProgramError {
     #[error("cannot execute {0:?}")]
     Execute(PathBuf, #[source] io::Error),
     /// It is another program, or one that does not work.
-    #[error("{path:?} --version {found}, but must say the version of a pageferry")]
+    #[error("program {path:?} is no pageferry, or a script: with --version it {found}")]
     Version {
         /// The program.
         path: PathBuf,
         /// What it did.
         found: String,
     },
+    /// It is an agent, and would end at once.
+    #[error("program {path:?} does not take the arguments of this agent ({found}): {arguments:?}")]
+    Arguments {
+        /// The program.
+        path: PathBuf,
+        /// How it ended.
+        found: String,
+        /// The arguments.
+        arguments: Vec<OsString>,
+    },
+}
+
+fn in_words(path: Option<&Path>) -> String {
+    path.map_or_else(String::new, |path| format!(", to {}", path.display()))
 }
 
 /// A program, and the arguments of this process.
@@ -119,11 +145,15 @@ impl Program {
         Self { path, arguments: std::env::args_os().skip(1).collect(), file: None }
     }
 
-    /// The program at `path` in place of this one, if it is as hard to write as the one that runs.
+    /// The program at `path`, if it is as hard to write as the one that runs. This one if the path
+    /// is empty.
     ///
     /// # Errors
     /// If it is not, or cannot be opened.
-    pub fn replaced_by(&self, path: &Path) -> Result<Self, ProgramError> {
+    pub fn at_path(&self, path: &Path) -> Result<Self, ProgramError> {
+        if path.as_os_str().is_empty() {
+            return Ok(self.clone());
+        }
         let named = || path.to_owned();
         if !path.is_absolute() {
             return Err(ProgramError::Relative(named()));
@@ -143,41 +173,74 @@ impl Program {
     }
 
     fn command(&self) -> Command {
-        let Some(file) = &self.file else { return Command::new(&self.path) };
-        // The kernel opens it before the descriptor closes.
-        let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        command.arg0(&self.path);
+        let mut command = match &self.file {
+            None => Command::new(&self.path),
+            // The kernel opens it before the descriptor closes.
+            Some(file) => Command::new(format!("/proc/self/fd/{}", file.as_raw_fd())),
+        };
+        command.arg0(NAME);
         command
     }
 
-    /// Executes it in this process, with this variable. Returns only if that fails.
-    pub(super) fn execute(&self, variable: &str, value: &str) -> io::Error {
-        self.command().args(&self.arguments).env(variable, value).exec()
+    /// Executes it in this process, with these variables and without `removed`, unless that is one
+    /// of them. Returns only if that fails.
+    pub(super) fn execute(&self, variables: &[(&str, String)], removed: &str) -> io::Error {
+        let mut command = self.command();
+        command.args(&self.arguments).env_remove(removed).envs(variables.iter().cloned()).exec()
     }
 
-    /// Checks that it can be executed here, and is an agent: executes it in a child, to say its
-    /// version. Waits for it, at most [`VERSION_TIMEOUT`].
+    /// Checks that it can be executed here, and is an agent that takes the arguments of this one:
+    /// executes it in a child, to say its version and its help. Waits for it, at most twice
+    /// [`CHECK_TIMEOUT`].
     ///
     /// # Errors
     /// If it cannot be executed, or says something else.
-    pub fn check_version(&self) -> Result<(), ProgramError> {
+    pub fn check(&self) -> Result<(), ProgramError> {
+        let wrong = |found| ProgramError::Version { path: self.path.clone(), found };
+        let (status, said) = self.ask(&["--version".into()], Stdio::piped())?.map_err(wrong)?;
+        if !status.success() {
+            return Err(wrong(format!("ends with {status}")));
+        }
+        if !is_version(&said) {
+            return Err(wrong(format!("says {said:?}")));
+        }
+        // An argument that is not known is an error before the help is reached.
+        let mut arguments = self.arguments.clone();
+        arguments.push("--help".into());
+        let refused = |found| {
+            let (path, arguments) = (self.path.clone(), self.arguments.clone());
+            ProgramError::Arguments { path, found, arguments }
+        };
+        let (status, _) = self.ask(&arguments, Stdio::null())?.map_err(refused)?;
+        if status.success() { Ok(()) } else { Err(refused(format!("ends with {status}"))) }
+    }
+
+    /// Executes it in a child with these arguments. Returns how it ended and what it said, or in
+    /// words what it did instead.
+    fn ask(
+        &self, arguments: &[OsString], stdout: Stdio,
+    ) -> Result<Result<(ExitStatus, String), String>, ProgramError> {
         let mut command = self.command();
-        command.arg("--version");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.args(arguments).stdin(Stdio::null()).stdout(stdout).stderr(Stdio::null());
         let failed = |error| ProgramError::Execute(self.path.clone(), error);
         let mut child = command.spawn().map_err(failed)?;
-        let said = wait_for_version(&mut child);
+        let said = wait_for_end(&mut child);
         // Fails if it has ended.
         let _ = child.kill();
         let status = child.wait();
-        let found = match (said, status) {
-            (Err(error), _) | (_, Err(error)) => error.to_string(),
-            (Ok(said), Ok(status)) if status.success() && said.starts_with(NAME) => return Ok(()),
-            (Ok(_), Ok(status)) if !status.success() => format!("ended with {status}"),
-            (Ok(said), Ok(_)) => format!("says {said:?}"),
-        };
-        Err(ProgramError::Version { path: self.path.clone(), found })
+        let in_words = |error: io::Error| error.to_string();
+        Ok(said.and_then(|said| status.map(|status| (status, said))).map_err(in_words))
     }
+}
+
+/// True for what an agent says with `--version`.
+fn is_version(said: &str) -> bool {
+    let Some(number) = said.strip_prefix(NAME).and_then(|rest| rest.strip_prefix(' ')) else {
+        return false;
+    };
+    let (numbers, _) = number.split_once('-').unwrap_or((number, ""));
+    let parts: Vec<_> = numbers.split('.').map(str::parse::<u32>).collect();
+    parts.len() == 3 && parts.iter().all(Result::is_ok)
 }
 
 /// Refuses a file that somebody else than root and `expected` may have written.
@@ -190,16 +253,20 @@ fn check_file(path: &Path, stat: &Stat, expected: u32) -> Result<(), ProgramErro
     if owner != 0 && owner != expected {
         return Err(ProgramError::Owner { path, owner, expected });
     }
-    let mode = stat.st_mode & 0o777;
-    if mode & 0o022 != 0 {
-        return Err(ProgramError::Writable { path, mode });
+    let mode = stat.st_mode & 0o7777;
+    if mode & 0o6022 != 0 {
+        return Err(ProgramError::Mode { path, mode });
+    }
+    // A file without a name, such as a memfd, was made by a process and not installed.
+    if stat.st_nlink == 0 {
+        return Err(ProgramError::NoFile(path));
     }
     Ok(())
 }
 
 /// Reads what it says until it ends.
-fn wait_for_version(child: &mut Child) -> io::Result<String> {
-    let deadline = Instant::now() + VERSION_TIMEOUT;
+fn wait_for_end(child: &mut Child) -> io::Result<String> {
+    let deadline = Instant::now() + CHECK_TIMEOUT;
     let mut said = Vec::new();
     if let Some(mut stdout) = child.stdout.take() {
         read_until(&mut stdout, &mut said, deadline)?;
@@ -231,8 +298,8 @@ fn wait_readable(fd: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
         let left = Timespec::try_from(left).map_err(io::Error::other)?;
         match poll(&mut polled, Some(&left)) {
             Ok(0) => {
-                let waited = VERSION_TIMEOUT.as_secs();
-                return Err(io::Error::other(format!("has not ended within {waited} s")));
+                let waited = CHECK_TIMEOUT.as_secs();
+                return Err(io::Error::other(format!("does not end within {waited} s")));
             }
             Ok(_) => return Ok(()),
             Err(Errno::INTR) => {}
@@ -264,7 +331,7 @@ mod tests {
         }
         let said = refusal(with(0o100755, 1001));
         assert!(said.contains("belongs to user 1001, but must belong to root"), "{said}");
-        for mode in [0o100775, 0o100757, 0o100722] {
+        for mode in [0o100775, 0o100757, 0o100722, 0o104755, 0o102755] {
             let said = refusal(with(mode, 0));
             assert!(said.contains("only its owner may write"), "{said}");
         }
@@ -274,24 +341,32 @@ mod tests {
     #[test]
     fn what_is_no_program_is_refused_by_name() {
         let own = Program::of_this_process().unwrap();
-        let said = refusal(own.replaced_by(Path::new("bin/pageferry")));
+        let said = refusal(own.at_path(Path::new("bin/pageferry")));
         assert_eq!(said, "program \"bin/pageferry\" must be an absolute path");
-        let said = refusal(own.replaced_by(Path::new("/nowhere/pageferry")));
+        let said = refusal(own.at_path(Path::new("/nowhere/pageferry")));
         assert!(said.starts_with("cannot open program \"/nowhere/pageferry\": No such"), "{said}");
-        let said = refusal(own.replaced_by(Path::new("/dev/null")));
-        assert_eq!(said, "program \"/dev/null\" is no regular file");
+        let said = refusal(own.at_path(Path::new("/dev/null")));
+        assert_eq!(said, "program \"/dev/null\" is no regular file with a name");
+    }
+
+    #[test]
+    fn only_the_name_and_a_number_are_a_version() {
+        assert!(is_version("pageferry 0.1.0") && is_version("pageferry 1.20.3-rc.1"));
+        for wrong in ["pageferry", "pageferry 1", "pageferry from util-linux 2.38.1", "sh 1.2.3"] {
+            assert!(!is_version(wrong), "{wrong}");
+        }
     }
 
     #[test]
     fn another_program_and_one_that_does_not_end_are_found_out() {
-        let run = |path: &str| Program::at(path.into()).check_version();
-        assert!(refusal(run("/bin/true")).contains("--version "));
-        assert!(refusal(run("/bin/false")).contains("--version "));
+        let run = |path: &str| Program::at(path.into()).check();
+        assert!(refusal(run("/bin/true")).contains("is no pageferry"));
+        assert!(refusal(run("/bin/false")).contains("is no pageferry"));
         assert!(refusal(run("/nowhere")).starts_with("cannot execute \"/nowhere\": No such"));
         // `yes --version` ends at once; without an argument it does not.
         let mut endless = Command::new("yes");
         let mut child = endless.stdout(Stdio::piped()).spawn().unwrap();
-        let said = wait_for_version(&mut child).unwrap_err().to_string();
+        let said = wait_for_end(&mut child).unwrap_err().to_string();
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(said, "says more than 256 bytes");

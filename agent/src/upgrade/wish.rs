@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The request of an operator for an upgrade, until the reactor's thread takes it.
+//! The request for an upgrade, from its check until the reactor's thread takes it.
 
 use super::program::{Program, ProgramError};
 use crate::lock::lock;
@@ -16,10 +16,16 @@ pub struct UpgradeWish {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// The program that the last request named.
-    named: Option<Program>,
-    is_wanted: bool,
+enum State {
+    /// Nobody has asked.
+    #[default]
+    None,
+    /// A program says its version.
+    Checking,
+    /// The program is good. Whoever asked does not know that yet.
+    Checked(Program),
+    /// It is to be executed.
+    Wanted(Program),
 }
 
 impl UpgradeWish {
@@ -30,35 +36,49 @@ impl UpgradeWish {
     }
 
     /// Checks that `path`, or the agent's own program if that is empty, may be and can be executed.
-    /// It is the one of the next upgrade.
+    /// If so, it is the one of the next upgrade, and [`UpgradeWish::want`] must follow.
     ///
     /// Waits for the program, which says its version.
     ///
     /// # Errors
-    /// If this agent cannot be upgraded, or the program is refused.
+    /// If this agent cannot be upgraded, another upgrade is under way, or the program is refused.
     pub fn check(&self, path: &str) -> Result<(), ProgramError> {
         let own = self.own.get().ok_or(ProgramError::NotUpgradable)?;
-        let named = match path {
-            "" => None,
-            path => Some(own.replaced_by(Path::new(path))?),
+        let mut state = lock(&self.state);
+        match &*state {
+            State::None => *state = State::Checking,
+            State::Checking => return Err(ProgramError::UnderWay(None)),
+            State::Checked(program) | State::Wanted(program) => {
+                return Err(ProgramError::UnderWay(Some(program.path().to_owned())));
+            }
+        }
+        drop(state);
+        let checked = own.at_path(Path::new(path)).and_then(|program| {
+            program.check()?;
+            Ok(program)
+        });
+        let (checked, outcome) = match checked {
+            Ok(program) => (State::Checked(program), Ok(())),
+            Err(error) => (State::None, Err(error)),
         };
-        named.as_ref().unwrap_or(own).check_version()?;
-        lock(&self.state).named = named;
-        Ok(())
+        *lock(&self.state) = checked;
+        outcome
     }
 
     /// The upgrade that was checked is to be made.
     pub fn want(&self) {
-        lock(&self.state).is_wanted = true;
+        let mut state = lock(&self.state);
+        *state = match std::mem::take(&mut *state) {
+            State::Checked(program) => State::Wanted(program),
+            state => state,
+        };
     }
 
-    /// True once an upgrade was asked for.
-    pub fn is_wanted(&self) -> bool {
-        lock(&self.state).is_wanted
-    }
-
-    /// The program of the upgrade.
-    pub fn program(&self) -> Option<Program> {
-        lock(&self.state).named.clone().or_else(|| self.own.get().cloned())
+    /// The program that is to be executed.
+    pub fn wanted(&self) -> Option<Program> {
+        match &*lock(&self.state) {
+            State::Wanted(program) => Some(program.clone()),
+            State::None | State::Checking | State::Checked(_) => None,
+        }
     }
 }

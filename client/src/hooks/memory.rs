@@ -85,6 +85,11 @@ pub(super) fn tell_loss(
     link: &Link, ownership: &SharedOwnership, missing: &MissingPages, hooks: &mut dyn Hooks,
 ) {
     let turn = ownership.lock_guest_hooks();
+    // The agent may have brought the last page, and was lost before it could say so.
+    if missing.complete_without(link.id) || missing.take_complete_untold() {
+        hooks.memory_complete();
+        return;
+    }
     if !missing.is_lost_unreported(link.id) {
         return;
     }

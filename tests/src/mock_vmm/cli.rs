@@ -46,6 +46,10 @@ pub struct Common {
     /// Print one JSON object at the end.
     #[arg(long)]
     pub json: bool,
+    /// Connect again when the agent is lost, and go on if no memory of the guest is lost by that.
+    /// Without this the VMM ends then.
+    #[arg(long)]
+    pub supervise: bool,
 }
 
 /// Options of the source.

@@ -67,7 +67,8 @@ fn connect(
 ) -> Result<MockVmm, Error> {
     let until = Instant::now() + AGENT_STARTS;
     loop {
-        match MockVmm::connect(&common.socket, usage.clone(), tracker()) {
+        let connect = if common.supervise { MockVmm::supervised } else { MockVmm::connect };
+        match connect(&common.socket, usage.clone(), tracker()) {
             Err(Error::Client(pageferry_client::Error::Connect { .. }))
                 if Instant::now() < until =>
             {

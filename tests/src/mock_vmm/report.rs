@@ -162,13 +162,25 @@ impl std::fmt::Display for Report {
 /// with each status.
 ///
 /// # Errors
-/// If the agent is lost, or if `seen` fails.
+/// If the agent is lost and no other continues the job, or if `seen` fails.
 pub fn watch(
-    vmm: &MockVmm, job: u64, bar: bool, mut seen: impl FnMut(&JobStatus) -> Result<(), Error>,
+    vmm: &MockVmm, mut job: u64, bar: bool, mut seen: impl FnMut(&JobStatus) -> Result<(), Error>,
 ) -> Result<JobStatus, Error> {
     let bar = if bar { progress_bar() } else { ProgressBar::hidden() };
     loop {
-        let status = vmm.client().status()?;
+        let status = match vmm.client().status() {
+            // The next agent counts its jobs anew.
+            Ok(status) if vmm.awaits_memory_of_next_agent() && status.job != 0 => {
+                job = status.job;
+                status
+            }
+            Ok(status) => status,
+            Err(_) if vmm.awaits_memory_of_next_agent() => {
+                std::thread::sleep(LOOK);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         if status.job != job {
             return Err(Error::Mismatch(format!("job {job} was followed by job {}", status.job)));
         }

@@ -29,6 +29,7 @@ pub enum At {
     MemoryLost,
     /// Refused, unless there is a script.
     AcceptGuest,
+    AgentLost,
     Event(u32),
 }
 
@@ -236,6 +237,8 @@ impl Hooks for ScriptedHooks {
 
     fn agent_lost(&mut self, _: Ownership) {
         lock(&self.0.asked).losses.push("agent");
+        // Nobody hears whether it fails.
+        let _ = self.0.run(At::AgentLost);
     }
 
     fn event(&mut self, status: &JobStatus) {

@@ -386,6 +386,45 @@ fn after_lost_memory_an_agent_comes_when_another_guest_is_awaited() {
     guest.end();
 }
 
+/// The thread of the hooks is busy with the loss of the first agent, and does not come to the
+/// second one, which is lost, too.
+#[test]
+fn a_hook_that_waits_for_a_page_outlives_several_agents() {
+    if !require::uffd() {
+        return;
+    }
+    let (_folder, image, _) = saved();
+    let guest = Supervised::new(Ram::odd(PAGES).mapped());
+    let (client, ram) = (guest.attached.client.downgrade(), Arc::clone(&guest.attached.ram));
+    let agent = move || client.upgrade().unwrap().agent_pid();
+    let options = RestoreOptions {
+        mode: RestoreMode::Lazy,
+        bandwidth: SLOW,
+        hook_timeout: SOON,
+        ..RestoreOptions::default()
+    };
+    let kills = agent.clone();
+    guest.attached.vmm.on(At::AgentLost, move || {
+        for _ in 0..3 {
+            let lost = kills();
+            let is_next = || (kills() != lost).then_some(());
+            pageferry_tests::deadline::wait_for("the next agent", SOON, is_next).unwrap();
+            kill_process(pid(kills()), Signal::KILL).unwrap();
+        }
+        assert_eq!(ram.touch(77).found().unwrap(), 1077);
+        Ok(())
+    });
+    guest.attached.client.start_restore(&image, &options).unwrap();
+    wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
+    kill_process(pid(agent()), Signal::KILL).unwrap();
+    wait_until("the next agent", SOON, || guest.agents_attached() >= 1).unwrap();
+    guest.attached.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
+    let complete = || lock(&guest.attached.vmm.asked).complete == 1;
+    wait_until("the memory to be complete", SOON, complete).unwrap();
+    assert_eq!(lock(&guest.attached.vmm.asked).lost, 0);
+    guest.end();
+}
+
 /// The thread of the hooks cannot attach the next agent: it waits for a page that only that one
 /// brings.
 #[test]

@@ -15,7 +15,7 @@ use pageferry_tests::scenario::{
 };
 use rustix::process::{Signal, kill_process};
 use std::fs::Permissions;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -86,6 +86,9 @@ fn a_job_ends_first_and_no_other_begins() {
     let job = source.attached.send(&path, &options);
     let mut upgrading = Process::spawn("upgrade", &mut upgrade(&service)).unwrap();
     upgrading.wait_for_line("is upgraded when job 1 (outgoing) has ended", SOON).unwrap();
+    // The first request holds.
+    let said = refused(upgrade(&service).args(["--to", "/bin/true"]));
+    assert!(said.contains("another upgrade is under way, to /"), "{said}");
     let refused = || {
         let started = source.attached.client.start_snapshot(folder.path(), &Default::default());
         started.unwrap_err().to_string()
@@ -99,6 +102,9 @@ fn a_job_ends_first_and_no_other_begins() {
     assert!(ended.is_err() || ended.is_ok_and(|status| status.phase == Phase::Cancelled));
     assert!(upgrading.wait(SOON).unwrap().success());
     source.wait_for_agent(1);
+    // How it ended, the next program knows, too.
+    let status = source.attached.client.status().unwrap();
+    assert_eq!((status.job, status.phase), (job, Phase::Cancelled));
     let destination = Side::new(Ram::odd(PAGES));
     moves_to(&source.attached, &destination);
     source.end();
@@ -113,16 +119,27 @@ fn an_agent_whose_program_is_gone_goes_on() {
     let copy = folder.path().join("program");
     std::fs::hard_link(program, &copy).unwrap();
     let (mut service, source) = served(AgentProcess::spawn(&copy, folder.path(), "agent").unwrap());
-    std::fs::remove_file(&copy).unwrap();
-    request(&mut service);
-    source.wait_for_agent(1);
-    service.process().wait_for_line("cannot execute", SOON).unwrap();
+    // No program, and one that is no agent and would end at once.
+    for (count, wrong) in [(1, None), (2, Some("/bin/true"))] {
+        let _ = std::fs::remove_file(&copy);
+        wrong.into_iter().for_each(|wrong| symlink(wrong, &copy).unwrap());
+        request(&mut service);
+        wait_until("the refusal", SOON, || {
+            let lines = service.process().lines();
+            lines.iter().filter(|line| line.contains("the agent is not upgraded")).count() == count
+        })
+        .unwrap();
+        let said = refused(&mut upgrade(&service));
+        assert!(said.contains(wrong.map_or("No such file", |_| "is no pageferry")), "{said}");
+        // Its VMM does not notice.
+        source.attached.client.status().unwrap();
+        assert_eq!(source.agents_attached(), 0);
+    }
     // An operator can put a program there, and try again.
+    std::fs::remove_file(&copy).unwrap();
     std::fs::hard_link(program, &copy).unwrap();
     request(&mut service);
-    source.wait_for_agent(2);
-    let lines = service.process().lines();
-    assert_eq!(lines.iter().filter(|line| line.contains("cannot execute")).count(), 1, "{lines:?}");
+    source.wait_for_agent(1);
     let destination = Side::new(Ram::odd(PAGES));
     moves_to(&source.attached, &destination);
     source.end();
@@ -181,7 +198,7 @@ fn another_program_is_executed_if_nobody_else_may_write_it() {
     let nothing = folder.path().join("nothing");
     assert!(said.contains(&format!("cannot open program {nothing:?}: No such file")), "{said}");
     let said = refused(&mut to(Path::new("/bin/true")));
-    assert!(said.contains("but must say the version of a pageferry"), "{said}");
+    assert!(said.contains("is no pageferry, or a script"), "{said}");
     let copy = folder.path().join("newer");
     std::fs::copy(program, &copy).unwrap();
     std::fs::set_permissions(&copy, Permissions::from_mode(0o775)).unwrap();
