@@ -160,6 +160,30 @@ fn assert_forgotten(attached: &mut Attached, ram: &Ram) {
     assert_eq!(touch.found(), Some(0x0101_0101_0101_0101));
 }
 
+/// The last page came, and the agent died before it could say so.
+#[test]
+fn memory_of_which_nothing_is_owed_is_complete_without_its_agent() {
+    if uffd().is_none() {
+        return;
+    }
+    for is_kept in [true, false] {
+        let mut attached = Attached::new(Vmm::default());
+        let ram = Ram::new();
+        add_block(&attached.client, &mut attached.agent, &ram);
+        attached.start_incoming();
+        drop(register(&mut attached.agent));
+        if is_kept {
+            // Nobody here replaces the agent, but from now on the bitmaps count.
+            let refused = attached.hook(&Hook::KeepJournal { journal: vec![1] }).unwrap_err();
+            assert!(refused.sentence.contains("no supervisor"), "{refused}");
+        }
+        assert_eq!(attached.hook(&RESUME), Ok(()));
+        let (client, _vmm) = attached.lose_agent();
+        assert_eq!(ram.found(3), is_kept.then_some(0));
+        assert_eq!(client.ownership(), Ownership::Ours);
+    }
+}
+
 #[test]
 fn awaited_guest_finds_no_lost_page_of_the_one_before() {
     let Some((mut attached, ram)) = lost() else { return };
