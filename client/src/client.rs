@@ -108,7 +108,7 @@ impl Client {
         let fence = Arc::new(Fence::new()?);
         let ownership = Arc::new(SharedOwnership::new());
         let (missing, writes, tracking) = (Arc::default(), Arc::default(), Arc::default());
-        let timeouts = Timeouts::new(&config, &ownership, &writes);
+        let timeouts = Timeouts::new(&config, &ownership, &writes, &missing);
         let (mut control, hooks) =
             Control::open(socket, &config.name, &fence, &ownership, timeouts.clone())?;
         control.hand_over(memory.log_fd.as_fd(), memory.log_bytes(), &hooks.agents)?;

@@ -40,8 +40,9 @@ pub struct Config {
     /// its jobs are; this has to cover a machine that gives the agent no processor for a while. A
     /// false alarm costs the job.
     ///
-    /// A guest whose memory is still missing (postcopy, lazy restore) cannot continue without an
-    /// agent, and a false alarm could cost the guest. There `request_timeout` applies.
+    /// The same while memory is missing (postcopy, lazy restore) that the next agent would bring,
+    /// since a [`Supervisor`](crate::Supervisor) gets it. Without one, the guest cannot continue
+    /// without its agent, and a false alarm could cost it: there `request_timeout` applies.
     pub stall_timeout: Duration,
     /// How long a guest waits whose agent was lost before all of its memory is here, until another
     /// agent brings the rest: after a lazy restore or a postcopy, if a

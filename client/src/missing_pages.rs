@@ -191,6 +191,12 @@ impl MissingPages {
             if *link == of && !journal.is_empty())
     }
 
+    /// True if pages are missing, and another agent could continue to bring them.
+    pub(crate) fn is_continuable(&self) -> bool {
+        matches!(&*self.state(), State::Pending { journal, is_given_up: false, .. }
+            if !journal.is_empty())
+    }
+
     /// What the next agent gets to continue, if pages are missing and it can: the journal and the
     /// userfaultfd. Nothing without a supervisor: then the VMM may have been told already that the
     /// memory is lost.

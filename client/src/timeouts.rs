@@ -4,12 +4,13 @@
 //!
 //! | while | timeout |
 //! | --- | --- |
-//! | memory is protected, or the guest is paused for the agent | the shorter of [`Config::stall_timeout`] and [`Config::request_timeout`] |
-//! | memory is missing, and otherwise | [`Config::request_timeout`] |
+//! | memory is protected, the guest is paused for the agent, or memory is missing that the next agent would bring | the shorter of [`Config::stall_timeout`] and [`Config::request_timeout`] |
+//! | memory is missing that no other agent can bring, and otherwise | [`Config::request_timeout`] |
 //!
-//! A guest that is paused, or that waits to write, continues when its agent is given up. So a short
-//! timeout costs at most a job. A guest whose memory is missing is lost with its agent, so there a
-//! false alarm is worse than a longer wait.
+//! A guest that is paused, or that waits to write, continues when its agent is given up, and one
+//! that waits for a page when the next agent has come. So a short timeout costs at most a job. A
+//! guest whose memory is missing and that no other agent can help is lost with its agent, so there
+//! a false alarm is worse than a longer wait.
 //!
 //! The timeout is read again while a request waits for its answer: the guest may be paused, or its
 //! memory protected, after the request was sent.
@@ -18,6 +19,7 @@
 //! [`Config::request_timeout`]: crate::Config::request_timeout
 
 use crate::config::Config;
+use crate::missing_pages::MissingPages;
 use crate::ownership::SharedOwnership;
 use crate::watched_writes::WatchedWrites;
 use std::sync::Arc;
@@ -30,23 +32,28 @@ pub(crate) struct Timeouts {
     shortest: Duration,
     ownership: Arc<SharedOwnership>,
     writes: Arc<WatchedWrites>,
+    missing: Arc<MissingPages>,
 }
 
 impl Timeouts {
     pub(crate) fn new(
         config: &Config, ownership: &Arc<SharedOwnership>, writes: &Arc<WatchedWrites>,
+        missing: &Arc<MissingPages>,
     ) -> Self {
         Self {
             request_timeout: config.request_timeout,
             shortest: config.request_timeout.min(config.stall_timeout),
             ownership: Arc::clone(ownership),
             writes: Arc::clone(writes),
+            missing: Arc::clone(missing),
         }
     }
 
     /// The timeout at this moment.
     pub(crate) fn current(&self) -> Duration {
-        let held_up = self.writes.are_watched() || self.ownership.lock().is_paused_for_agent();
+        let held_up = self.writes.are_watched()
+            || self.missing.is_continuable()
+            || self.ownership.lock().is_paused_for_agent();
         if held_up { self.shortest } else { self.request_timeout }
     }
 

@@ -449,7 +449,10 @@ fn a_lost_agent_is_told_with_the_request_and_the_time() {
     let (silent, _channel, agent) = client_with(impatient(), MAX_RANGES, |agent| agent);
     let kept = agent.join().unwrap();
     let reason = lost_because(silent.status().unwrap_err());
-    assert_eq!(reason, "it has not answered QUERY_STATUS within 500 ms");
+    let waited = reason.strip_prefix("it has not answered QUERY_STATUS within ");
+    let waited = waited.and_then(|rest| rest.strip_suffix(" ms")).map(str::parse::<u64>);
+    // The time that it waited, which a busy machine makes longer.
+    assert!(matches!(waited, Some(Ok(500..))), "{reason}");
     assert_eq!(lost_because(silent.cancel().unwrap_err()), reason, "for every later request");
     drop(kept);
 

@@ -12,7 +12,8 @@
 //!   acknowledged, also if discards do not know of missing pages yet. Otherwise this agent or the
 //!   next one would place stale content ([`never-read`](crate::invariants#never-read)).
 //! - The next agent makes the owed pages missing, has discards know of them, and then looks again:
-//!   what is not owed any more by then is not missing either.
+//!   what is not owed any more by then is not missing either. A model checks these steps against
+//!   those of a discard in every order.
 //!
 //! Bits are only cleared while the guest runs, and the next agent looks at them when the process of
 //! the last one has ended. So a clear needs no order with the page that it is about.

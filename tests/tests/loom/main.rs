@@ -10,6 +10,7 @@ mod capture;
 mod fault_ordering;
 mod fence;
 mod marking;
+mod owed;
 mod protect_ordering;
 
 #[path = "../../../protocol/src/shm"]
