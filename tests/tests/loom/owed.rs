@@ -90,10 +90,10 @@ fn leaves_content(looks_again: bool) -> bool {
         page.give_back();
         agent.join().unwrap();
         if page.held.load(Ordering::Acquire) == CONTENT {
-            seen.store(true, std::sync::atomic::Ordering::SeqCst);
+            seen.store(true, Ordering::SeqCst);
         }
     });
-    found.load(std::sync::atomic::Ordering::SeqCst)
+    found.load(Ordering::SeqCst)
 }
 
 #[test]
