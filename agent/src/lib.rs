@@ -58,6 +58,7 @@ pub mod stats;
 pub mod systemd;
 pub mod tracking;
 pub mod transport;
+pub mod trust;
 pub mod upgrade;
 pub mod vm_name;
 pub mod waiting;

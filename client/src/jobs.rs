@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 /// The other end of a migration.
 #[derive(Debug)]
 pub enum Target {
-    /// `tcp:HOST:PORT` or `unix:PATH`: the address to connect to, or to listen at. A path has at
-    /// most 107 bytes. To listen, the path may name a socket at which nobody listens, but no other
-    /// existing file.
+    /// `tcp:HOST:PORT`, `tls:HOST:PORT` or `unix:PATH`: the address to connect to, or to listen at.
+    /// A path has at most 107 bytes. To listen, the path may name a socket at which nobody listens,
+    /// but no other existing file.
     Address(String),
     /// A connected stream socket, such as the one of [`PageStream::pair`](crate::PageStream::pair).
     Socket(OwnedFd),

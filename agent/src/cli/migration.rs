@@ -28,7 +28,7 @@ pub struct MigrateArgs {
     pub(super) detach: DetachArgs,
     #[command(flatten)]
     pub(super) pause: PauseArgs,
-    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH.
+    /// Where the destination's agent listens: tcp:HOST:PORT, tls:HOST:PORT or unix:PATH.
     #[arg(long, value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) to: String,
     #[command(flatten)]
@@ -165,8 +165,8 @@ pub struct ListenArgs {
     pub(super) detach: DetachArgs,
     #[command(flatten)]
     pub(super) pause: PauseArgs,
-    /// Where to listen: tcp:HOST:PORT or unix:PATH. Port 0 lets the kernel choose; the command says
-    /// which port it is.
+    /// Where to listen: tcp:HOST:PORT, tls:HOST:PORT or unix:PATH. Port 0 lets the kernel choose;
+    /// the command says which port it is.
     #[arg(value_name = "ADDRESS", value_parser = parse_address)]
     pub(super) address: String,
     #[command(flatten)]

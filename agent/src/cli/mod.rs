@@ -137,6 +137,14 @@ pub struct AgentArgs {
     /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
     #[arg(long)]
     pub stdin: bool,
+    /// Folder of the certificates for tls:HOST:PORT addresses: ca-cert.pem, and server-cert.pem and
+    /// server-key.pem for a destination, client-cert.pem and client-key.pem for a source. What is
+    /// in ca-crl.pem is revoked. Files that change are read again. docs/tls.md explains it.
+    #[arg(long, value_name = "FOLDER")]
+    pub tls: Option<PathBuf>,
+    /// Serve only peers whose certificate has this name. May be given more than once.
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    pub tls_peer: Vec<String>,
     /// Serve metrics over HTTP at this address, under /metrics, for Prometheus. A UNIX socket gets
     /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]

@@ -18,6 +18,7 @@ use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener};
+use crate::trust::Trust;
 use crate::upgrade::program::Program;
 use crate::upgrade::{self, handed_over};
 use crate::vm_name::VmName;
@@ -112,7 +113,13 @@ pub fn run(
         Some(Err(failed)) => unless_upgraded(failed).map(|()| None)?,
         listening => listening.transpose()?,
     };
+    let trust = match &args.tls {
+        Some(folder) => Trust::in_folder(folder, &args.tls_peer)
+            .map_err(|error| format!("--tls: {}", crate::error::chain(&error)))?,
+        None => Trust::default(),
+    };
     let mut server = Server::new(vm_name)?;
+    server.trust(trust);
     let (signals, wake) = UnixStream::pair()?;
     let mut ends = vec![SIGINT, SIGTERM];
     // As `nohup` starts it.

@@ -22,7 +22,7 @@ use super::job::IncomingJob;
 use super::offer::{Accepted, check_session, complete_session, establish};
 use crate::job::JobError;
 use crate::transport::backoff::{Backoff, PAUSE};
-use crate::transport::{Listener, RecordWriter, StreamError};
+use crate::transport::{Listener, RecordWriter, StreamError, TransportError};
 use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::stream::answer::encode_error;
 use pageferry_protocol::stream::{Kind, RecordHeader};
@@ -59,7 +59,7 @@ pub fn accept(job: &IncomingJob, source: Source) -> Result<(Accepted, Option<Lis
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, Some(listener))))
         }
         Source::Socket(fd) => {
-            let pending = vec![Handshake::new(fd, timeout)?];
+            let pending = vec![Handshake::new(fd, timeout, None)?];
             let accepted = PendingHandshakes::new(job, &[], ExpectedSource::Guest, pending)
                 .wait(None, None)?;
             accepted.map_or(Err(JobError::Cancelled), |accepted| Ok((accepted, None)))
@@ -115,7 +115,12 @@ impl<'a> PendingHandshakes<'a> {
                     Err(error) if only_one => return Err(error),
                     Err(error) => {
                         log::warn!("a connection was dropped: {}", crate::error::chain(&error));
-                        if matches!(error, JobError::Stream(StreamError::Hello(_))) {
+                        let is_told = matches!(
+                            error,
+                            JobError::Stream(StreamError::Hello(_))
+                                | JobError::Transport(TransportError::Trust(_))
+                        );
+                        if is_told {
                             self.note(&error);
                         }
                         self.reject(connection, &error);
@@ -163,7 +168,9 @@ impl<'a> PendingHandshakes<'a> {
         };
         let payload = encode_error(&RemoteError::new(code, remote.sentence));
         let writer = RecordWriter::new(refused.reader.socket().clone());
-        if writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload).is_ok() {
+        let told = writer.write(RecordHeader::plain(Kind::Reject, 0, payload.len()), &payload);
+        // A peer that has not proved who it is was told by an alert of TLS.
+        if matches!(told, Ok(_) | Err(TransportError::Trust(_))) {
             writer.socket().end_sending();
             // The limit is more than the number of streams of one source.
             if self.leaving.len() >= MAX_PENDING {
@@ -253,7 +260,9 @@ impl<'a> PendingHandshakes<'a> {
             );
             self.pending.remove(0);
         }
-        match Handshake::new(fd, timeout) {
+        let secured = listener.is_secured().then(|| self.job.trust.accept()).transpose();
+        let secured = secured.map_err(TransportError::from)?;
+        match Handshake::new(fd, timeout, secured) {
             Ok(new) => self.pending.push(new),
             // The connection closed again.
             Err(error) => log::warn!("a connection was dropped: {}", crate::error::chain(&error)),

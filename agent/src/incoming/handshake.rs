@@ -5,6 +5,7 @@
 use super::job::IncomingJob;
 use crate::job::JobError;
 use crate::transport::{RecordReader, StreamSocket, TransportError};
+use crate::trust::Secured;
 use pageferry_protocol::stream::Hello;
 use pageferry_protocol::stream::hello::{FEATURE_POSTCOPY, HELLO_RECOVER};
 use rustix::event::PollFlags;
@@ -54,12 +55,9 @@ impl Handshake {
     ///
     /// # Errors
     /// If the kernel refuses an option of the socket.
-    pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, JobError> {
-        Ok(Self {
-            reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
-            since: Instant::now(),
-            hello: None,
-        })
+    pub fn new(fd: OwnedFd, timeout: Duration, secured: Option<Secured>) -> Result<Self, JobError> {
+        let socket = StreamSocket::new(fd, timeout)?.secured(secured);
+        Ok(Self { reader: RecordReader::new(socket), since: Instant::now(), hello: None })
     }
 
     /// Reads as much of the hello as has arrived.
@@ -182,7 +180,7 @@ mod tests {
         let job = job();
         for goes in [false, true] {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
-            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60)).unwrap();
+            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60), None).unwrap();
             let payload = hello(0, 0).encode();
             let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
             theirs.write_all(&header.to_wire()).unwrap();

@@ -111,6 +111,11 @@ pub fn check_session(
     let Some(primary) = primary.cloned() else {
         return Err(JobError::Protocol("no stream".into()));
     };
+    let peer = |stream: &Handshake| stream.reader.socket().peer();
+    if streams.iter().any(|stream| peer(stream) != streams.first().and_then(peer)) {
+        let why = "the streams come from different peers: their certificates differ";
+        return Err(JobError::Protocol(why.into()));
+    }
     compare_tables(&primary.blocks, job.memory.table())?;
     check_writable(job)?;
     check_postcopy(job, features, wanted)?;

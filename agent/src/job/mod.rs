@@ -35,6 +35,7 @@ use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::placing_report::PlacingReport;
 use crate::transport::Limiter;
+use crate::trust::Trust;
 use crate::waiting::may_wait;
 use consent::OwnGuest;
 use pageferry_protocol::control::Trackers;
@@ -76,6 +77,8 @@ pub struct Job {
     pub placing: Arc<PlacingReport>,
     /// The devices of the agent.
     pub devices: Arc<Devices>,
+    /// Whom the agent trusts on a network.
+    pub trust: Trust,
     started: Instant,
     state: Mutex<State>,
     /// Notified when the job enters a phase.
@@ -127,6 +130,7 @@ impl Job {
             live: Arc::default(),
             placing: Arc::default(),
             devices: Arc::default(),
+            trust: Trust::default(),
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
@@ -155,6 +159,12 @@ impl Job {
     #[must_use]
     pub fn with_devices(self, devices: Arc<Devices>) -> Self {
         Self { devices, ..self }
+    }
+
+    /// The same job, of an agent that trusts these.
+    #[must_use]
+    pub fn that_trusts(self, trust: Trust) -> Self {
+        Self { trust, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -16,7 +16,8 @@ pub fn parse(text: &str) -> Result<Address, String> {
         }
         parsed => parsed,
     };
-    parsed.map_err(|_| {
+    let plain = |address: &Address| address.secured_host().is_none();
+    parsed.ok().filter(plain).ok_or_else(|| {
         format!("\"{text}\": write unix:PATH, with a path of at most 107 bytes, or HOST:PORT")
     })
 }

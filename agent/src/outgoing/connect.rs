@@ -96,7 +96,12 @@ pub fn connect(job: &OutgoingJob, target: Target, session: SessionId) -> Result<
     job.enter(Phase::Connecting);
     let sockets = match target {
         Target::Socket(fd) => vec![fd],
-        Target::Address(address) => dial(job, &address)?,
+        Target::Address(address) => {
+            let sockets = prepare(job, dial(job, &address)?)?;
+            let sockets = secure(job, &address, sockets)?;
+            job.enter(Phase::Preparing);
+            return shake_hands(job, sockets, session, 0);
+        }
     };
     let sockets = prepare(job, sockets)?;
     job.enter(Phase::Preparing);
@@ -108,8 +113,27 @@ pub fn reconnect(
     job: &OutgoingJob, address: &Address, session: SessionId,
 ) -> Result<Streams, JobError> {
     job.cancel.clear_sockets();
-    let sockets = prepare(job, dial(job, address)?)?;
+    let sockets = secure(job, address, prepare(job, dial(job, address)?)?)?;
     shake_hands(job, sockets, session, HELLO_RECOVER)
+}
+
+/// Makes the handshakes of TLS, if the address says so. All connections must lead to one peer.
+fn secure(
+    job: &OutgoingJob, address: &Address, sockets: Vec<StreamSocket>,
+) -> Result<Vec<StreamSocket>, JobError> {
+    let Some(host) = address.secured_host() else { return Ok(sockets) };
+    let secure = |socket: StreamSocket| {
+        let socket = socket.secured(Some(job.trust.connect(host)?));
+        socket.shake_hands()?;
+        Ok(socket)
+    };
+    let secured: Vec<_> = sockets.into_iter().map(secure).collect::<Result<_, TransportError>>()?;
+    let peer = secured.first().and_then(StreamSocket::peer);
+    if secured.iter().any(|socket| socket.peer() != peer) {
+        let why = "the connections lead to different peers: their certificates differ";
+        return Err(JobError::Protocol(why.into()));
+    }
+    Ok(secured)
 }
 
 fn dial(job: &OutgoingJob, address: &Address) -> Result<Vec<OwnedFd>, JobError> {

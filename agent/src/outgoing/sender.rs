@@ -259,6 +259,7 @@ impl PageSender {
         let whole = if self.is_whole && data == u64::MAX { FLAG_WHOLE } else { 0 };
         self.is_whole = false;
         let flagged = [(data & !stray, whole), (data & stray, FLAG_STRAY)];
+        let socket = self.writer.socket();
         let most = pass.limiter.max_pages_per_send();
         match &mut self.compressor {
             None => {
@@ -267,7 +268,9 @@ impl PageSender {
                         let bytes = page_offset(&run);
                         let header = RecordHeader::new(Kind::Data, flags, block, run, bytes.len());
                         self.queue.push((
-                            header.with_checksum(&self.buffer[bytes.clone()]).to_wire(),
+                            header
+                                .with_checksum(socket.checked(&self.buffer[bytes.clone()]))
+                                .to_wire(),
                             bytes,
                         ));
                     }
@@ -280,7 +283,8 @@ impl PageSender {
                         let (bytes, flag) = compressor.add(&self.buffer[page_offset(&run)]);
                         let header =
                             RecordHeader::new(Kind::Data, flags | flag, block, run, bytes.len());
-                        let header = header.with_checksum(&compressor.output()[bytes.clone()]);
+                        let header = header
+                            .with_checksum(socket.checked(&compressor.output()[bytes.clone()]));
                         self.queue.push((header.to_wire(), start + bytes.start..start + bytes.end));
                     }
                 }

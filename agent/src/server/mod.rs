@@ -38,6 +38,7 @@ use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
+use crate::trust::Trust;
 use crate::upgrade::HandedOver;
 use crate::upgrade::last_job::LastJob;
 use crate::upgrade::program::{Program, ProgramError};
@@ -212,6 +213,11 @@ impl Server {
         let hub = self.hub.clone();
         self.metrics = Some(MetricsServer::start(listener, move || hub.sample())?);
         Ok(())
+    }
+
+    /// From now on jobs trust these on a network.
+    pub fn trust(&self, trust: Trust) {
+        self.hub.session.lock().trust = trust;
     }
 
     /// Makes a device for the guest, whose front-ends connect to `path`.

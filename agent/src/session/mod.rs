@@ -43,6 +43,7 @@ use crate::session::shared::DeferredDrop;
 use crate::stats::totals::JobTotals;
 use crate::tracking::TrackerChoice;
 use crate::tracking::checkpoint::SharedCheckpoint;
+use crate::trust::Trust;
 use crate::vm_name::VmName;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
@@ -79,6 +80,8 @@ pub struct Session {
     notify: Arc<Event>,
     /// The devices of the agent, for its jobs.
     devices: Arc<Devices>,
+    /// Whom the agent trusts on a network.
+    pub trust: Trust,
     vhost_user: vhost_user::Features,
     /// Why no job is started any more, once that is so.
     refuses_jobs: Option<&'static str>,
@@ -131,6 +134,7 @@ impl Session {
             totals: JobTotals::default(),
             notify,
             devices,
+            trust: Trust::default(),
             vhost_user: vhost_user::Features::default(),
             refuses_jobs: None,
             resuming: false,
@@ -202,6 +206,7 @@ impl Session {
             jobs: self.jobs,
             totals: self.totals,
             refuses_jobs: self.refuses_jobs,
+            trust: self.trust.clone(),
             ..Self::new(self.notify.clone(), self.vm_name.clone(), self.devices.clone())
         };
         next.job_changed();

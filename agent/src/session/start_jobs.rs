@@ -44,6 +44,15 @@ use std::time::Duration;
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
 
 impl SharedSession {
+    /// Listens for a source.
+    fn listen_at(&self, address: &Address) -> Result<Listener, RemoteError> {
+        let trust = self.lock().trust.clone();
+        trust.check_listen(address).map_err(|error| invalid(&error))?;
+        address
+            .listen()
+            .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
+    }
+
     /// Starts to wait for a guest.
     pub(super) fn start_incoming(
         &self, role: Role, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>,
@@ -51,7 +60,7 @@ impl SharedSession {
         self.lock().check_can_start()?;
         let source = match socket_of(listen, fds)? {
             Some(socket) => Source::Socket(socket),
-            None => Source::Listener(listen_at(&parse(listen)?)?),
+            None => Source::Listener(self.listen_at(&parse(listen)?)?),
         };
         let address = match &source {
             Source::Listener(listener) => listener.address().to_owned(),
@@ -150,7 +159,7 @@ impl SharedSession {
                 return Err(RemoteError::new(ErrorCode::State, sentence));
             }
             (SessionJob::Incoming(job), Some(address)) => {
-                let listener = listen_at(&address)?;
+                let listener = self.listen_at(&address)?;
                 listener.address().clone_into(&mut shown);
                 (&job.recovery, RecoveryRequest::Listen(listener))
             }
@@ -190,7 +199,7 @@ impl Session {
             self.notify.clone(),
         );
         let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
-        Ok(Arc::new(job.with_devices(self.devices.clone())))
+        Ok(Arc::new(job.with_devices(self.devices.clone()).that_trusts(self.trust.clone())))
     }
 
     /// Makes `job` the job of this session, and calls `run` on a new thread.
@@ -285,7 +294,11 @@ impl Session {
                 return Err(RemoteError::new(ErrorCode::Invalid, sentence));
             }
             Some(socket) => Target::Socket(socket),
-            None => Target::Address(parse(target)?),
+            None => {
+                let address = parse(target)?;
+                self.trust.check_target(&address).map_err(|error| invalid(&error))?;
+                Target::Address(address)
+            }
         };
         let job = self.new_job(JobKind::Outgoing, (&options).into())?;
         let job = Arc::new(OutgoingJob::new(job, options).map_err(no_job)?);
@@ -413,7 +426,7 @@ impl SharedSession {
             }
             Journal::Incoming { session: number, address, acknowledge, options } => {
                 let missing = memory.owed_pages().map_err(|error| invalid(&error))?;
-                let listener = listen_at(&parse(&address)?)?;
+                let listener = self.listen_at(&parse(&address)?)?;
                 let mut session = self.lock();
                 session.check_can_start()?;
                 let job = session.new_job(JobKind::Incoming, (&options).into())?;
@@ -471,12 +484,6 @@ fn no_job(error: std::io::Error) -> RemoteError {
 
 fn parse(address: &str) -> Result<Address, RemoteError> {
     Address::parse(address).map_err(|error| invalid(&error))
-}
-
-fn listen_at(address: &Address) -> Result<Listener, RemoteError> {
-    address
-        .listen()
-        .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
 }
 
 /// Refuses a relative path: it would be another file here than for the sender.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Addresses of streams: `tcp:HOST:PORT` and `unix:PATH`.
+//! Addresses of streams: `tcp:HOST:PORT`, `tls:HOST:PORT` and `unix:PATH`.
 //!
 //! [`Address::parse`] reads an address that a user wrote. [`Address::connect`] looks the name up,
 //! and connects to one socket address after the other until one answers. [`Address::listen`] binds
@@ -38,6 +38,8 @@ const FULL_QUEUE_RETRY: Duration = Duration::from_millis(10);
 pub enum Address {
     /// `tcp:HOST:PORT`
     Tcp(String),
+    /// `tls:HOST:PORT`: the same, and both sides prove who they are.
+    Tls(String),
     /// `unix:PATH`
     Unix(PathBuf),
 }
@@ -52,15 +54,17 @@ impl Address {
             address: text.to_owned(),
             reason: reason.to_owned(),
         };
-        if let Some(rest) = text.strip_prefix("tcp:") {
+        let kinds = [("tcp:", Self::Tcp as fn(String) -> Self), ("tls:", Self::Tls)];
+        for (prefix, kind) in kinds {
+            let Some(rest) = text.strip_prefix(prefix) else { continue };
             let Some((host, port)) = rest.rsplit_once(':') else {
-                return Err(wrong("no port: use tcp:HOST:PORT"));
+                return Err(wrong(&format!("no port: use {prefix}HOST:PORT")));
             };
             // Some write tcp://.
             if host.is_empty() || host.contains('/') || port.parse::<u16>().is_err() {
-                return Err(wrong("use tcp:HOST:PORT with a port of 0 to 65535"));
+                return Err(wrong(&format!("use {prefix}HOST:PORT with a port of 0 to 65535")));
             }
-            return Ok(Self::Tcp(rest.to_owned()));
+            return Ok(kind(rest.to_owned()));
         }
         match text.strip_prefix("unix:") {
             Some("") => Err(wrong("no path: use unix:PATH")),
@@ -68,7 +72,24 @@ impl Address {
                 Ok(_) => Ok(Self::Unix(PathBuf::from(path))),
                 Err(error) => Err(wrong(&error.to_string())),
             },
-            None => Err(wrong("use tcp:HOST:PORT or unix:PATH")),
+            None => Err(wrong("use tcp:HOST:PORT, tls:HOST:PORT or unix:PATH")),
+        }
+    }
+
+    /// The host whose certificate the peer must show, if it must show one.
+    pub fn secured_host(&self) -> Option<&str> {
+        match self {
+            Self::Tls(name) => name.rsplit_once(':').map(|(host, _)| host),
+            Self::Tcp(_) | Self::Unix(_) => None,
+        }
+    }
+
+    /// What an address of this kind begins with.
+    fn prefix(&self) -> &'static str {
+        match self {
+            Self::Tcp(_) => "tcp",
+            Self::Tls(_) => "tls",
+            Self::Unix(_) => "unix",
         }
     }
 
@@ -92,7 +113,7 @@ impl Address {
                 connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
                     .map_err(|error| failed(name)(error))
             }
-            Self::Tcp(name) => {
+            Self::Tcp(name) | Self::Tls(name) => {
                 let addresses = resolve_for(cancel, name, timeout)?;
                 let mut last = std::io::Error::other("the name has no address");
                 for address in addresses.map_err(unresolved(name))? {
@@ -108,7 +129,7 @@ impl Address {
                         Err(error) => last = error,
                     }
                 }
-                Err(failed(format!("tcp:{name}"))(last))
+                Err(failed(format!("{}:{name}", self.prefix()))(last))
             }
         }
     }
@@ -137,12 +158,14 @@ impl Address {
                     .map_err(|error| failed(address.clone())(error.into()))?;
                 Ok(Listener { socket: Listening::Unix(socket), address })
             }
-            Self::Tcp(name) => {
+            Self::Tcp(name) | Self::Tls(name) => {
                 let addresses = resolve(name, LISTEN_LOOKUP).map_err(unresolved(name))?;
                 let socket = TcpListener::bind(addresses.as_slice())
-                    .map_err(failed(format!("tcp:{name}")))?;
-                let bound = socket.local_addr().map_err(failed(format!("tcp:{name}")))?;
-                Ok(Listener { socket: Listening::Tcp(socket), address: format!("tcp:{bound}") })
+                    .map_err(failed(format!("{}:{name}", self.prefix())))?;
+                let bound = socket.local_addr();
+                let bound = bound.map_err(failed(format!("{}:{name}", self.prefix())))?;
+                let address = format!("{}:{bound}", self.prefix());
+                Ok(Listener { socket: Listening::Tcp(socket), address })
             }
         }
     }
@@ -205,6 +228,11 @@ impl Listener {
     /// The address on which it listens, with the port that the kernel chose.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// True if who connects must prove who it is.
+    pub fn is_secured(&self) -> bool {
+        self.address.starts_with("tls:")
     }
 
     /// Makes [`Listener::accept`] return at once if there is no connection.
@@ -298,9 +326,21 @@ mod tests {
     fn addresses_are_read_or_refused_with_the_reason() {
         assert_eq!(Address::parse("tcp:[::1]:70").unwrap(), Address::Tcp("[::1]:70".into()));
         assert_eq!(Address::parse("unix:/a b").unwrap(), Address::Unix("/a b".into()));
-        for wrong in
-            ["", "tcp:", "tcp:host", "tcp::1", "tcp:host:70000", "unix:", "fd:3", "localhost:1"]
-        {
+        let tls = Address::parse("tls:[::1]:70").unwrap();
+        assert_eq!((&tls, tls.secured_host()), (&Address::Tls("[::1]:70".into()), Some("[::1]")));
+        for wrong in [
+            "",
+            "tcp:",
+            "tls:",
+            "tls:host",
+            "tls://host:1",
+            "tcp:host",
+            "tcp::1",
+            "tcp:host:70000",
+            "unix:",
+            "fd:3",
+            "localhost:1",
+        ] {
             let error = Address::parse(wrong).unwrap_err().to_string();
             assert!(error.contains(&format!("\"{wrong}\"")) && error.contains("use "), "{error}");
         }

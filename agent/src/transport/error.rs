@@ -3,6 +3,7 @@
 //! What can go wrong with a connection.
 
 use crate::cancel::CancelError;
+use crate::trust::TrustError;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, RecordError};
 use std::time::Duration;
@@ -80,6 +81,9 @@ pub enum TransportError {
     /// A record is malformed.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The peer is not trusted, or a record was changed on its way.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// A system call on the socket failed.
     #[error("stream")]
     Kernel(#[source] std::io::Error),

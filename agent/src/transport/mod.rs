@@ -2,13 +2,15 @@
 
 //! Streams between agents: addresses, sockets, records, and the bandwidth limit.
 //!
-//! - [`address`]: `tcp:HOST:PORT` and `unix:PATH`, and how to connect and to listen there;
+//! - [`address`]: `tcp:HOST:PORT`, `tls:HOST:PORT` and `unix:PATH`, and how to connect and to
+//!   listen there;
 //! - [`resolve`]: name look-ups with a deadline;
 //! - [`unix_path`]: listening sockets with a path, and the lock that protects the path;
 //! - [`unix_socket`]: checks that a descriptor is a UNIX stream socket, connected or listening;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
 //! - [`stream_error`]: errors about well-formed records that are not allowed;
+//! - `tls`: the TLS layer of a stream;
 //! - [`socket_queue`]: how many bytes of a stream the kernel may queue in postcopy;
 //! - [`limiter`]: the bandwidth limit;
 //! - [`error`]: what can go wrong with a connection.
@@ -21,6 +23,7 @@ pub mod resolve;
 pub mod socket_queue;
 pub mod stream;
 pub mod stream_error;
+mod tls;
 pub mod unix_path;
 pub mod unix_socket;
 

@@ -19,7 +19,9 @@
 //! once (see [`crate::job::Cancel`]).
 
 use super::error::TransportError;
+use super::tls::{Shaken, TlsLayer, Written};
 use crate::job::Deadline;
+use crate::trust::Secured;
 use pageferry_protocol::control::job::MIN_BANDWIDTH;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
@@ -37,6 +39,8 @@ const MAX_PARTS: usize = 1024;
 #[derive(Debug, Clone)]
 pub struct StreamSocket {
     fd: Arc<OwnedFd>,
+    /// Seals what is written and opens what is read, if the address says so.
+    tls: Option<Arc<TlsLayer>>,
     timeout: Duration,
     stop: Deadline,
 }
@@ -49,7 +53,44 @@ impl StreamSocket {
     pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, TransportError> {
         super::address::tune(fd.as_fd(), timeout)
             .map_err(|errno| TransportError::Kernel(errno.into()))?;
-        Ok(Self { fd: Arc::new(fd), timeout, stop: Deadline::default() })
+        Ok(Self { fd: Arc::new(fd), tls: None, timeout, stop: Deadline::default() })
+    }
+
+    /// The same socket, over TLS. The handshake is made by [`StreamSocket::shake_hands`], or by the
+    /// first reads.
+    #[must_use]
+    pub fn secured(self, secured: Option<Secured>) -> Self {
+        Self { tls: secured.map(|secured| Arc::new(TlsLayer::new(secured))), ..self }
+    }
+
+    /// Waits until both sides have proved who they are, if this is a stream over TLS.
+    ///
+    /// # Errors
+    /// If the peer does not prove that it is one that is trusted, or not in time.
+    pub fn shake_hands(&self) -> Result<(), TransportError> {
+        let Some(tls) = &self.tls else { return Ok(()) };
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let events = match tls.shake_hands(self.fd.as_fd())? {
+                Shaken::Done => return Ok(()),
+                Shaken::NeedsBytes => PollFlags::IN,
+                Shaken::NeedsRoom => PollFlags::OUT,
+            };
+            if !self.wait(events, Some(deadline))? {
+                return Err(TransportError::Silent(self.timeout));
+            }
+        }
+    }
+
+    /// The certificate of the peer, once it has proved that it is its own.
+    pub fn peer(&self) -> Option<Vec<u8>> {
+        self.tls.as_ref().and_then(|tls| tls.peer())
+    }
+
+    /// The part of a payload that the checksum of its record covers: none over TLS, which proves
+    /// by itself that no byte was changed.
+    pub fn checked<'a>(&self, payload: &'a [u8]) -> &'a [u8] {
+        if self.tls.is_some() { &[] } else { payload }
     }
 
     /// As [`StreamSocket::new`]; all waits also end with `stop`.
@@ -97,14 +138,12 @@ impl StreamSocket {
     /// # Errors
     /// If the peer is gone, or has not received all bytes in time.
     pub fn write_all(&self, mut parts: &mut [IoSlice<'_>]) -> Result<(), TransportError> {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let mut deadline = None;
-        while !parts.is_empty() {
-            let batch = parts.len().min(MAX_PARTS);
-            match sendmsg(&self.fd, &parts[..batch], &mut SendAncillaryBuffer::default(), flags) {
-                Ok(count) => IoSlice::advance_slices(&mut parts, count),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
+        // What a layer has taken may be sealed and not sent yet.
+        while !parts.is_empty() || !self.is_flushed()? {
+            match self.write_some(parts)? {
+                Written::Taken(count) => IoSlice::advance_slices(&mut parts, count),
+                Written::NoRoom => {
                     let missing = parts.iter().map(|part| part.len()).sum();
                     let (deadline, timeout) = *deadline.get_or_insert_with(|| {
                         let timeout = self.time_for(missing);
@@ -114,12 +153,34 @@ impl StreamSocket {
                         return Err(TransportError::SendTimeout { timeout, missing });
                     }
                 }
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(TransportError::Closed),
-                Err(Errno::TIMEDOUT) => return Err(TransportError::Silent(self.timeout)),
-                Err(errno) => return Err(TransportError::Kernel(errno.into())),
             }
         }
         Ok(())
+    }
+
+    /// Writes as much of `parts` as there is room for.
+    fn write_some(&self, parts: &[IoSlice<'_>]) -> Result<Written, TransportError> {
+        if let Some(tls) = &self.tls {
+            return tls.write(self.fd.as_fd(), parts);
+        }
+        let batch = &parts[..parts.len().min(MAX_PARTS)];
+        match send(self.fd.as_fd(), batch) {
+            Ok(count) => Ok(Written::Taken(count)),
+            Err(Errno::AGAIN) => Ok(Written::NoRoom),
+            Err(errno) => Err(self.failed(errno)),
+        }
+    }
+
+    fn is_flushed(&self) -> Result<bool, TransportError> {
+        self.tls.as_ref().map_or(Ok(true), |tls| tls.flush(self.fd.as_fd()))
+    }
+
+    fn failed(&self, errno: Errno) -> TransportError {
+        match errno {
+            Errno::PIPE | Errno::CONNRESET => TransportError::Closed,
+            Errno::TIMEDOUT => TransportError::Silent(self.timeout),
+            errno => TransportError::Kernel(errno.into()),
+        }
     }
 
     /// How long the peer may take to send or to receive `bytes` bytes.
@@ -130,15 +191,12 @@ impl StreamSocket {
     /// Reads the bytes that are there, without waiting. `None` if there are none, and 0 if the peer
     /// has closed the connection.
     fn read(&self, buffer: &mut [u8]) -> Result<Option<usize>, TransportError> {
-        loop {
-            match recv(&self.fd, &mut *buffer, RecvFlags::DONTWAIT) {
-                Ok((_, count)) => return Ok(Some(count)),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(Errno::CONNRESET) => return Ok(Some(0)),
-                Err(Errno::TIMEDOUT) => return Err(TransportError::Silent(self.timeout)),
-                Err(errno) => return Err(TransportError::Kernel(errno.into())),
-            }
+        match &self.tls {
+            Some(tls) => tls.read(self.fd.as_fd(), buffer),
+            None => match receive(self.fd.as_fd(), buffer) {
+                Err(Errno::TIMEDOUT) => Err(TransportError::Silent(self.timeout)),
+                received => received.map_err(|errno| TransportError::Kernel(errno.into())),
+            },
         }
     }
 
@@ -162,6 +220,31 @@ impl StreamSocket {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(false);
             }
+        }
+    }
+}
+
+/// Sends as much as there is room for, and does not wait.
+pub(super) fn send(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    loop {
+        match sendmsg(socket, parts, &mut SendAncillaryBuffer::default(), flags) {
+            Err(Errno::INTR) => {}
+            sent => return sent,
+        }
+    }
+}
+
+/// Receives the bytes that are there, and does not wait. `None` if there are none, and 0 if the
+/// peer has closed the connection.
+pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
+    loop {
+        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
+            Ok((_, count)) => return Ok(Some(count)),
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::CONNRESET) => return Ok(Some(0)),
+            Err(errno) => return Err(errno),
         }
     }
 }
@@ -192,7 +275,7 @@ impl RecordWriter {
     /// # Errors
     /// If the peer is gone, or does not receive the record in time.
     pub fn write(&self, header: RecordHeader, payload: &[u8]) -> Result<u64, TransportError> {
-        let header = header.with_checksum(payload).to_wire();
+        let header = header.with_checksum(self.socket.checked(payload)).to_wire();
         self.socket.write_all(&mut [IoSlice::new(&header), IoSlice::new(payload)])?;
         Ok((RECORD_SIZE + payload.len()) as u64)
     }
@@ -379,7 +462,7 @@ impl RecordReader {
         }
         let payload = &self.buffer
             [self.start + RECORD_SIZE..self.start + RECORD_SIZE + header.payload_length()];
-        header.verify(kind, payload)?;
+        header.verify(kind, self.socket.checked(payload))?;
         Ok(Next::Record(kind, header))
     }
 
@@ -424,7 +507,7 @@ impl RecordReader {
     /// closed the connection.
     pub fn discard_some(&mut self) -> bool {
         let mut scratch = [0; 4096];
-        !matches!(self.socket.read(&mut scratch), Ok(Some(0)) | Err(_))
+        !matches!(receive(self.socket.as_fd(), &mut scratch), Ok(Some(0)) | Err(_))
     }
 
     /// Reads and drops all bytes until the peer closes the connection, or until `patience` is over.
@@ -435,7 +518,7 @@ impl RecordReader {
         let deadline = Instant::now() + patience;
         let mut scratch = vec![0; 64 << 10];
         while Instant::now() < deadline {
-            match self.socket.read(&mut scratch) {
+            match receive(self.socket.as_fd(), &mut scratch) {
                 Ok(Some(count)) if count > 0 => {}
                 Ok(None) if matches!(self.socket.wait(PollFlags::IN, Some(deadline)), Ok(true)) => {
                 }

@@ -154,14 +154,16 @@ pub enum Request {
     },
     /// Starts to send the guest. Answered by [`JobStarted`](super::reply::JobStarted).
     StartOutgoing {
-        /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
+        /// `tcp:HOST:PORT`, `tls:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the
+        /// descriptor.
         target: String,
         /// The options.
         options: OutgoingOptions,
     },
     /// Starts to wait for a guest. Answered by [`JobStarted`](super::reply::JobStarted).
     StartIncoming {
-        /// `tcp:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the descriptor.
+        /// `tcp:HOST:PORT`, `tls:HOST:PORT`, `unix:PATH`, or `fd` with a connected socket as the
+        /// descriptor.
         listen: String,
         /// The options.
         options: IncomingOptions,

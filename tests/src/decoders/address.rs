@@ -9,10 +9,11 @@ use pageferry_agent::transport::Address;
 pub fn address(data: &[u8]) -> bool {
     let Ok(text) = std::str::from_utf8(data) else { return false };
     match within(fair(data), || Address::parse(text)) {
-        Ok(Address::Tcp(rest)) => {
+        Ok(Address::Tcp(rest) | Address::Tls(rest)) => {
             let (host, port) = rest.rsplit_once(':').unwrap_or_default();
             assert!(!host.is_empty() && port.parse::<u16>().is_ok(), "{text:?}");
-            super::same(format!("tcp:{rest}"), text.to_owned());
+            let prefix = &text[..3];
+            super::same(format!("{prefix}:{rest}"), text.to_owned());
             true
         }
         Ok(Address::Unix(path)) => {

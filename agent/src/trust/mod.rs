@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Whom this agent trusts on a network, and by what it is known itself.
+//!
+//! An address `tls:HOST:PORT` needs a folder of certificates ([`folder`]). Both sides show a
+//! certificate and check that of the other one, before a byte of the stream is sent or read. The
+//! source checks also that the certificate is for the host of the address. Both can be told the
+//! names of the peers that they serve.
+//!
+//! Only TLS 1.3 is spoken. The record layer and the checks of certificates are rustls'.
+
+mod folder;
+
+pub use folder::{Folder, TrustError};
+
+use crate::transport::Address;
+use rustls::pki_types::ServerName;
+use rustls::server::ParsedCertificate;
+use rustls::{ClientConnection, Connection, ServerConnection};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Whom this agent trusts. Clones are cheap.
+#[derive(Debug, Clone, Default)]
+pub struct Trust(Option<Arc<Folder>>);
+
+/// A connection that has not begun its handshake, and the peers that may be at its other end.
+#[derive(Debug)]
+pub struct Secured {
+    /// The connection.
+    pub connection: Connection,
+    /// The names of which the peer's certificate must have one. Empty if all that the authority has
+    /// signed may be there.
+    pub allowed: Vec<ServerName<'static>>,
+}
+
+impl Trust {
+    /// Trusts whom the certificate authority of this folder has signed, and of these only peers
+    /// with one of the names `allowed`, if there are any.
+    ///
+    /// # Errors
+    /// If a file is missing, malformed, or readable by others, or a name is none.
+    pub fn in_folder(path: &Path, allowed: &[String]) -> Result<Self, TrustError> {
+        Ok(Self(Some(Arc::new(Folder::open(path, allowed)?))))
+    }
+
+    fn folder(&self) -> Result<&Folder, TrustError> {
+        self.0.as_deref().ok_or(TrustError::NoFolder)
+    }
+
+    /// Checks that this agent can connect to `address`, as far as certificates matter.
+    ///
+    /// # Errors
+    /// If the address needs some, and this agent has none or they cannot be used.
+    pub fn check_target(&self, address: &Address) -> Result<(), TrustError> {
+        let Some(host) = address.secured_host() else { return Ok(()) };
+        folder::name(host)?;
+        self.folder()?.client().map(drop)
+    }
+
+    /// Checks that this agent can listen at `address`, as far as certificates matter.
+    ///
+    /// # Errors
+    /// As [`Trust::check_target`].
+    pub fn check_listen(&self, address: &Address) -> Result<(), TrustError> {
+        if address.secured_host().is_none() {
+            return Ok(());
+        }
+        self.folder()?.server().map(drop)
+    }
+
+    /// The side of the source, whose peer must be `host`.
+    ///
+    /// # Errors
+    /// As [`Trust::check_target`].
+    pub fn connect(&self, host: &str) -> Result<Secured, TrustError> {
+        let folder = self.folder()?;
+        let name = folder::name(host)?;
+        let connection = ClientConnection::new(folder.client()?, name)?.into();
+        Ok(Secured { connection, allowed: folder.allowed().to_vec() })
+    }
+
+    /// The side of the destination.
+    ///
+    /// # Errors
+    /// As [`Trust::check_listen`].
+    pub fn accept(&self) -> Result<Secured, TrustError> {
+        let folder = self.folder()?;
+        let connection = ServerConnection::new(folder.server()?)?.into();
+        Ok(Secured { connection, allowed: folder.allowed().to_vec() })
+    }
+}
+
+impl Secured {
+    /// Checks the name of the peer, whose certificate the handshake has checked.
+    ///
+    /// # Errors
+    /// If it has none of the names that are allowed.
+    pub fn check_peer(&self) -> Result<(), TrustError> {
+        if self.allowed.is_empty() {
+            return Ok(());
+        }
+        let certificate = self.connection.peer_certificates().and_then(<[_]>::first);
+        let certificate = certificate.ok_or(TrustError::NotAllowed)?;
+        let parsed = ParsedCertificate::try_from(certificate)?;
+        let has = |name| rustls::client::verify_server_name(&parsed, name).is_ok();
+        if self.allowed.iter().any(has) { Ok(()) } else { Err(TrustError::NotAllowed) }
+    }
+}

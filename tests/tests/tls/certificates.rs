@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Authorities, and the folders of certificates that agents get.
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+};
+use std::fs::{Permissions, set_permissions, write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// A certificate authority.
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate to be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    pub name: &'a str,
+    pub serial: u64,
+    /// Its last year.
+    pub until: i32,
+}
+
+impl<'a> Wanted<'a> {
+    pub fn new(name: &'a str) -> Self {
+        Self { name, serial: 7, until: 2900 }
+    }
+}
+
+/// A certificate and its key, as files have them.
+pub struct Identity {
+    pub certificate: String,
+    pub key: String,
+}
+
+fn params(wanted: Wanted<'_>) -> CertificateParams {
+    let mut params = CertificateParams::new(vec![wanted.name.to_owned()]).unwrap();
+    params.not_before = date_time_ymd(2000, 1, 1);
+    params.not_after = date_time_ymd(wanted.until, 1, 1);
+    params.distinguished_name.push(DnType::CommonName, wanted.name);
+    params.serial_number = Some(SerialNumber::from(wanted.serial));
+    params
+}
+
+/// A certificate that nobody else has signed.
+pub fn self_signed(wanted: Wanted<'_>) -> Identity {
+    let key = KeyPair::generate().unwrap();
+    let certificate = params(wanted).self_signed(&key).unwrap().pem();
+    Identity { certificate, key: key.serialize_pem() }
+}
+
+impl Authority {
+    pub fn new(name: &str) -> Self {
+        let mut params = params(Wanted::new(name));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub fn sign(&self, wanted: Wanted<'_>) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let certificate = params(wanted).signed_by(&key, &self.0).unwrap().pem();
+        Identity { certificate, key: key.serialize_pem() }
+    }
+
+    /// Writes all files of a folder.
+    pub fn fill(&self, folder: &Path, server: &Identity, client: &Identity) {
+        write(folder.join("ca-cert.pem"), self.0.pem()).unwrap();
+        for (side, identity) in [("server", server), ("client", client)] {
+            write(folder.join(format!("{side}-cert.pem")), &identity.certificate).unwrap();
+            let key = folder.join(format!("{side}-key.pem"));
+            write(&key, &identity.key).unwrap();
+            set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+        }
+    }
+
+    /// A folder of a host with these names.
+    pub fn folder(&self, names: [&str; 2]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let [server, client] = names.map(|name| self.sign(Wanted::new(name)));
+        self.fill(folder.path(), &server, &client);
+        folder
+    }
+
+    /// Writes the list of revoked certificates.
+    pub fn revoke(&self, folder: &Path, serial: u64) {
+        let params = CertificateRevocationListParams {
+            this_update: date_time_ymd(2001, 1, 1),
+            next_update: date_time_ymd(2900, 1, 1),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![RevokedCertParams {
+                serial_number: SerialNumber::from(serial),
+                revocation_time: date_time_ymd(2001, 1, 1),
+                reason_code: None,
+                invalidity_date: None,
+            }],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        write(folder.join("ca-crl.pem"), params.signed_by(&self.0).unwrap().pem().unwrap())
+            .unwrap();
+    }
+}

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Folders of certificates that cannot be used, and files that change while an agent runs.
+
+use super::certificates::{Authority, Wanted};
+use super::scene::{Host, moves};
+use pageferry_client::{Error, IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::process::program;
+use pageferry_tests::scenario::{Ram, Side};
+use std::fs::{Permissions, remove_file, set_permissions, write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+/// What an agent says that does not start with this folder.
+#[track_caller]
+fn refused(folder: &Path) -> String {
+    let mut command = Command::new(program());
+    let socket = folder.join("agent.sock");
+    let output =
+        command.args(["agent", "--socket"]).arg(socket).arg("--tls").arg(folder).output().unwrap();
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_folder_that_cannot_be_used_is_refused_at_the_start() {
+    let authority = Authority::new("ca");
+    let folder = authority.folder(["localhost", "host-a"]);
+    let at = |name: &str| folder.path().join(name);
+    let key = at("client-key.pem");
+    set_permissions(&key, Permissions::from_mode(0o640)).unwrap();
+    let said = refused(folder.path());
+    assert!(said.contains("has mode 640, but nobody except its owner may read a key"), "{said}");
+    set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    write(at("server-cert.pem"), "nothing").unwrap();
+    let said = refused(folder.path());
+    assert!(said.contains("server-cert.pem\" has no certificate"), "{said}");
+    // A key of another certificate.
+    write(at("server-cert.pem"), authority.sign(Wanted::new("localhost")).certificate).unwrap();
+    let said = refused(folder.path());
+    assert!(said.contains("server-cert.pem") && said.contains("keys"), "{said}");
+    remove_file(at("ca-cert.pem")).unwrap();
+    let said = refused(folder.path());
+    assert!(said.contains("cannot read") && said.contains("ca-cert.pem"), "{said}");
+}
+
+#[test]
+fn an_agent_without_certificates_refuses_the_address() {
+    let side = Side::new(Ram::odd(10));
+    let sentence = |error| match error {
+        Error::Refused { sentence, .. } => sentence,
+        other => panic!("{other:?}"),
+    };
+    let address = || Target::Address("tls:localhost:1".into());
+    let refused = side.client.start_outgoing(address(), &OutgoingOptions::default()).unwrap_err();
+    assert!(sentence(refused).contains("start the agent with --tls FOLDER"));
+    let refused = side.client.start_incoming(address(), &IncomingOptions::default()).unwrap_err();
+    assert!(sentence(refused).contains("start the agent with --tls FOLDER"));
+}
+
+#[test]
+fn a_certificate_is_renewed_while_the_agent_waits() {
+    let (authority, next) = (Authority::new("ca"), Authority::new("next"));
+    let names = ["localhost", "host-a"];
+    let (theirs, ours) = (authority.folder(names), next.folder(names));
+    let (source, destination) = (Host::source(ours.path()), Host::destination(theirs.path()));
+    let waits = destination.listen();
+    let address = format!("tls:localhost:{}", waits.1);
+    let status = source.send(&address, &OutgoingOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    let [server, client] = names.map(|name| next.sign(Wanted::new(name)));
+    next.fill(theirs.path(), &server, &client);
+    moves(&source, &destination, waits, &OutgoingOptions::default());
+}
