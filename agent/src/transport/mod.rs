@@ -10,6 +10,7 @@
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
 //! - [`stream`]: a connected stream: records in and out, with deadlines;
 //! - [`stream_error`]: errors about well-formed records that are not allowed;
+//! - `socket`: bytes into a socket and out of it, without waiting;
 //! - `tls`: the TLS layer of a stream;
 //! - [`socket_queue`]: how many bytes of a stream the kernel may queue in postcopy;
 //! - [`limiter`]: the bandwidth limit;
@@ -20,6 +21,7 @@ pub mod backoff;
 pub mod error;
 pub mod limiter;
 pub mod resolve;
+mod socket;
 pub mod socket_queue;
 pub mod stream;
 pub mod stream_error;

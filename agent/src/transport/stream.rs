@@ -19,6 +19,7 @@
 //! once (see [`crate::job::Cancel`]).
 
 use super::error::TransportError;
+use super::socket::{receive, send};
 use super::tls::{Shaken, TlsLayer, Written};
 use crate::job::Deadline;
 use crate::trust::Secured;
@@ -27,7 +28,6 @@ use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice};
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, sendmsg};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -220,31 +220,6 @@ impl StreamSocket {
             if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(false);
             }
-        }
-    }
-}
-
-/// Sends as much as there is room for, and does not wait.
-pub(super) fn send(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usize, Errno> {
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    loop {
-        match sendmsg(socket, parts, &mut SendAncillaryBuffer::default(), flags) {
-            Err(Errno::INTR) => {}
-            sent => return sent,
-        }
-    }
-}
-
-/// Receives the bytes that are there, and does not wait. `None` if there are none, and 0 if the
-/// peer has closed the connection.
-pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
-    loop {
-        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
-            Ok((_, count)) => return Ok(Some(count)),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::CONNRESET) => return Ok(Some(0)),
-            Err(errno) => return Err(errno),
         }
     }
 }

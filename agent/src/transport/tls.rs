@@ -9,7 +9,7 @@
 //! [`TlsLayer::write`] takes one.
 
 use super::error::TransportError;
-use super::stream::{receive, send};
+use super::socket::{receive, send};
 use crate::lock::lock;
 use crate::trust::{Secured, TrustError};
 use rustix::io::{Errno, IoSlice};

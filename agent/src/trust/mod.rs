@@ -13,7 +13,6 @@ mod folder;
 
 pub use folder::{Folder, TrustError};
 
-use crate::transport::Address;
 use rustls::pki_types::ServerName;
 use rustls::server::ParsedCertificate;
 use rustls::{ClientConnection, Connection, ServerConnection};
@@ -48,24 +47,20 @@ impl Trust {
         self.0.as_deref().ok_or(TrustError::NoFolder)
     }
 
-    /// Checks that this agent can connect to `address`, as far as certificates matter.
+    /// Checks that this agent can connect to `host`.
     ///
     /// # Errors
-    /// If the address needs some, and this agent has none or they cannot be used.
-    pub fn check_target(&self, address: &Address) -> Result<(), TrustError> {
-        let Some(host) = address.secured_host() else { return Ok(()) };
+    /// If it has no certificates, they cannot be used, or `host` can be no name of one.
+    pub fn check_target(&self, host: &str) -> Result<(), TrustError> {
         folder::name(host)?;
         self.folder()?.client().map(drop)
     }
 
-    /// Checks that this agent can listen at `address`, as far as certificates matter.
+    /// Checks that this agent can listen.
     ///
     /// # Errors
-    /// As [`Trust::check_target`].
-    pub fn check_listen(&self, address: &Address) -> Result<(), TrustError> {
-        if address.secured_host().is_none() {
-            return Ok(());
-        }
+    /// If it has no certificates, or they cannot be used.
+    pub fn check_listen(&self) -> Result<(), TrustError> {
         self.folder()?.server().map(drop)
     }
 
