@@ -24,6 +24,7 @@
 //! - [`server`], [`reactor`]: the control socket and its connections;
 //! - [`metrics`]: metrics for Prometheus, over HTTP;
 //! - [`systemd`]: sockets from systemd, and messages to it;
+//! - [`trust`]: certificates, and the peers that are trusted on a network;
 //! - [`upgrade`]: a newer program takes over;
 //! - [`lock`]: locks that outlive a panic;
 //! - [`vm_name`]: the name of the VM, for people;
