@@ -2,7 +2,7 @@
 
 //! Whom this agent trusts on a network, and by what it is known itself.
 //!
-//! An address `tls:HOST:PORT` needs a folder of certificates ([`folder`]). Both sides show a
+//! An address `tls:HOST:PORT` needs a folder of certificates ([`Folder`]). Both sides show a
 //! certificate and check that of the other one, before a byte of the stream is sent or read. The
 //! source checks also that the certificate is for the host of the address. Both can be told the
 //! names of the peers that they serve.

@@ -190,8 +190,7 @@ impl Program {
     }
 
     /// Checks that it can be executed here, and is an agent that takes the arguments of this one:
-    /// executes it in a child, to say its version and its help. Waits for it, at most twice
-    /// [`CHECK_TIMEOUT`].
+    /// executes it in a child, to say its version and its help. Waits for it, at most 8 seconds.
     ///
     /// # Errors
     /// If it cannot be executed, or says something else.
