@@ -28,6 +28,7 @@ use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
 };
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -180,19 +181,19 @@ impl AgentProcess {
         }
         let exits_before = |deadline| wait(self.pidfd.as_fd(), PollFlags::IN, deadline) == Ok(true);
         let is_gone = self.is_gone_before(deadline(EXIT_DELAY));
-        if is_gone && !exits_before(Instant::now()) && self.has_program() {
+        if is_gone && !exits_before(Instant::now()) {
             return format!("its process {} executed another program", self.pid);
         }
-        if !is_gone || !exits_before(deadline(EXIT_DELAY)) {
+        if !is_gone {
             return format!("its process {} closed the connection", self.pid);
         }
         self.end.get_or_init(|| self.exit_in_words()).clone()
     }
 
-    /// True if the process executes a program. One that is exiting has none any more when its
-    /// descriptors are closed. False if this process may not know.
-    fn has_program(&self) -> bool {
-        std::fs::read_link(format!("/proc/{}/exe", self.pid)).is_ok()
+    /// True if the process executes no program any more: it is exiting.
+    fn has_no_program(&self) -> bool {
+        let program = std::fs::read_link(format!("/proc/{}/exe", self.pid));
+        program.is_err_and(|error| error.kind() == ErrorKind::NotFound)
     }
 
     /// How the process has exited. The kernel says that only of a child of the VMM that was not
@@ -217,7 +218,13 @@ impl AgentProcess {
             let mut polled = vec![PollFd::new(process, PollFlags::IN)];
             // Without flags, poll reports only that the pipe hangs up.
             polled.extend(self.program.iter().map(|pipe| PollFd::new(pipe, PollFlags::empty())));
-            poll_until(&mut polled, deadline)
+            if !poll_until(&mut polled, deadline) {
+                return false;
+            }
+            // The pipe of a process that exits hangs up a moment before the process has exited.
+            !polled[0].revents().is_empty()
+                || !self.has_no_program()
+                || poll_until(&mut polled[..1], deadline)
         })
     }
 
