@@ -337,13 +337,11 @@ impl Server {
             if is_left && !self.stopping {
                 self.stop();
             }
-            let session = self.hub.session.lock();
             let ends = match (self.stopping, self.upgrading) {
-                (true, _) => session.is_idle(),
-                (_, true) => session.survives_agent(),
+                (true, _) => self.hub.session.lock().is_idle(),
+                (_, true) => self.hub.session.lock().survives_agent(),
                 (false, false) => false,
             };
-            drop(session);
             if ends {
                 return Ok(());
             }
