@@ -260,12 +260,18 @@ impl<'a> PendingHandshakes<'a> {
             );
             self.pending.remove(0);
         }
+        // The connection may have closed again. The certificates may be just being renewed, and the
+        // source may try again: a guest that runs here must not be lost by that.
         let secured = listener.is_secured().then(|| self.job.trust.accept()).transpose();
-        let secured = secured.map_err(TransportError::from)?;
-        match Handshake::new(fd, timeout, secured) {
+        let new = secured.map_err(|error| JobError::from(TransportError::from(error)));
+        match new.and_then(|secured| Handshake::new(fd, timeout, secured)) {
             Ok(new) => self.pending.push(new),
-            // The connection closed again.
-            Err(error) => log::warn!("a connection was dropped: {}", crate::error::chain(&error)),
+            Err(error) => {
+                log::warn!("a connection was dropped: {}", crate::error::chain(&error));
+                if matches!(error, JobError::Transport(TransportError::Trust(_))) {
+                    self.note(&error);
+                }
+            }
         }
         Ok(())
     }

@@ -73,3 +73,25 @@ fn a_certificate_is_renewed_while_the_agent_waits() {
     next.fill(theirs.path(), &server, &client);
     moves(&source, &destination, waits, &OutgoingOptions::default());
 }
+
+/// A source that comes in the middle of a renewal is refused, and the agent waits on.
+#[test]
+fn a_folder_that_cannot_be_used_for_a_moment_ends_no_wait() {
+    let authority = Authority::new("ca");
+    let names = ["localhost", "host-a"];
+    let (theirs, ours) = (authority.folder(names), authority.folder(names));
+    let (source, destination) = (Host::source(ours.path()), Host::destination(theirs.path()));
+    let waits = destination.listen();
+    // The certificate is new, and the key is not.
+    let [server, client] = names.map(|name| authority.sign(Wanted::new(name)));
+    write(theirs.path().join("server-cert.pem"), &server.certificate).unwrap();
+    let address = format!("tls:localhost:{}", waits.1);
+    let status = source.send(&address, &OutgoingOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    source.assert_keeps_guest();
+    let waiting = destination.attached.client.status().unwrap();
+    assert_eq!(waiting.phase, Phase::Connecting, "{}", waiting.error_text());
+    assert!(waiting.error_text().contains("server-cert.pem"), "{}", waiting.error_text());
+    authority.fill(theirs.path(), &server, &client);
+    moves(&source, &destination, waits, &OutgoingOptions::default());
+}
