@@ -104,7 +104,7 @@ pub fn run(
     // The guest may need this agent, and can do without what else it serves.
     let unless_upgraded = |failed: String| match is_upgraded {
         true => {
-            log::error!("{failed}; the agent goes on without it");
+            log::error!("{failed}; the agent goes on all the same");
             Ok(())
         }
         false => Err(failed),
@@ -113,11 +113,10 @@ pub fn run(
         Some(Err(failed)) => unless_upgraded(failed).map(|()| None)?,
         listening => listening.transpose()?,
     };
-    let trust = match &args.tls {
-        Some(folder) => Trust::in_folder(folder, &args.tls_peer)
-            .map_err(|error| format!("--tls: {}", crate::error::chain(&error)))?,
-        None => Trust::default(),
-    };
+    let not_trusted = |error| format!("--tls: {}", crate::error::chain(&error));
+    let trust = args.tls.as_ref().map(|folder| Trust::in_folder(folder, &args.tls_peer));
+    let trust = trust.transpose().map_err(not_trusted)?.unwrap_or_default();
+    trust.check().map_err(not_trusted).or_else(unless_upgraded)?;
     let mut server = Server::new(vm_name)?;
     server.trust(trust);
     let (signals, wake) = UnixStream::pair()?;
@@ -161,8 +160,7 @@ pub fn run(
     if let Some(path) = &args.balloon {
         let failed =
             |error| format!("--balloon {}: {}", path.display(), crate::error::chain(&error));
-        let served = server.serve_device(NewDevice::Balloon, path).map_err(failed);
-        match served {
+        match server.serve_device(NewDevice::Balloon, path).map_err(failed) {
             Ok(()) => log::info!("balloon on {}", path.display()),
             Err(failed) => unless_upgraded(failed)?,
         }
@@ -170,8 +168,7 @@ pub fn run(
     if let Some((path, block)) = args.mem.as_ref().zip(args.mem_block.clone()) {
         let failed = |error| format!("--mem {}: {}", path.display(), crate::error::chain(&error));
         let options = MemOptions { block, block_size: args.mem_block_size };
-        let served = server.serve_device(NewDevice::Mem(options), path).map_err(failed);
-        match served {
+        match server.serve_device(NewDevice::Mem(options), path).map_err(failed) {
             Ok(()) => log::info!("virtio-mem on {}", path.display()),
             Err(failed) => unless_upgraded(failed)?,
         }

@@ -109,22 +109,29 @@ pub(super) fn name(text: &str) -> Result<ServerName<'static>, TrustError> {
 }
 
 impl Folder {
-    /// Reads the folder once, to find out whether it can be used.
+    /// A folder that is read when it is needed.
+    ///
+    /// # Errors
+    /// If one of the names can be none of a certificate.
+    pub fn new(path: &Path, allowed: &[String]) -> Result<Self, TrustError> {
+        let allowed = allowed.iter().map(|text| name(text)).collect::<Result<_, _>>()?;
+        let (client, server) = Default::default();
+        Ok(Self { path: path.to_owned(), allowed, client, server })
+    }
+
+    /// Reads the folder, to find out whether it can be used.
     ///
     /// # Errors
     /// If it cannot.
-    pub fn open(path: &Path, allowed: &[String]) -> Result<Self, TrustError> {
-        let allowed = allowed.iter().map(|text| name(text)).collect::<Result<_, _>>()?;
-        let (client, server) = Default::default();
-        let folder = Self { path: path.to_owned(), allowed, client, server };
+    pub fn check(&self) -> Result<(), TrustError> {
         // An agent may only ever be one of the two sides.
-        if folder.has(CLIENT) || !folder.has(SERVER) {
-            folder.client()?;
+        if self.has(CLIENT) || !self.has(SERVER) {
+            self.client()?;
         }
-        if folder.has(SERVER) {
-            folder.server()?;
+        if self.has(SERVER) {
+            self.server()?;
         }
-        Ok(folder)
+        Ok(())
     }
 
     /// The names of the peers that are allowed; empty for all.

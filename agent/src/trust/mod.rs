@@ -38,9 +38,17 @@ impl Trust {
     /// with one of the names `allowed`, if there are any.
     ///
     /// # Errors
-    /// If a file is missing, malformed, or readable by others, or a name is none.
+    /// If a name can be none of a certificate.
     pub fn in_folder(path: &Path, allowed: &[String]) -> Result<Self, TrustError> {
-        Ok(Self(Some(Arc::new(Folder::open(path, allowed)?))))
+        Ok(Self(Some(Arc::new(Folder::new(path, allowed)?))))
+    }
+
+    /// Checks that the folder can be used now, if there is one.
+    ///
+    /// # Errors
+    /// If a file is missing, malformed, or readable by others.
+    pub fn check(&self) -> Result<(), TrustError> {
+        self.0.as_ref().map_or(Ok(()), |folder| folder.check())
     }
 
     fn folder(&self) -> Result<&Folder, TrustError> {
