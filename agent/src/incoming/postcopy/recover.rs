@@ -129,6 +129,24 @@ impl PostcopyGuest {
         Ok(())
     }
 
+    /// Waits for a source that may not know that all is here. `None` if it does not come in time,
+    /// or the agent ends.
+    fn wait_to_tell(&self, until: Instant) -> Option<Accepted> {
+        let listeners: Vec<_> = self.listeners.iter().collect();
+        let recovery = &self.job.recovery;
+        loop {
+            let asked = Some(recovery.fd());
+            let accepted = accept_again(&self.job, &listeners, self.session, asked, Some(until));
+            if let Some(accepted) = accepted.ok()? {
+                return Some(accepted);
+            }
+            let is_abandoned = matches!(recovery.take(), Some(RecoveryRequest::Abandon));
+            if is_abandoned || Instant::now() >= until {
+                return None;
+            }
+        }
+    }
+
     /// Tells the source that all memory is here: the guest does not need it any more. If the source
     /// cannot be told, it has `peer_timeout` to connect again and ask.
     pub(super) fn finish_with_source(&self, accepted: Option<&mut Accepted>) {
@@ -144,9 +162,7 @@ impl PostcopyGuest {
                 crate::error::chain(&error)
             );
             self.job.cancel.clear_sockets();
-            let listeners: Vec<_> = self.listeners.iter().collect();
-            let accepted = accept_again(&self.job, &listeners, self.session, None, Some(until));
-            let Ok(Some(mut accepted)) = accepted else { return };
+            let Some(mut accepted) = self.wait_to_tell(until) else { return };
             outcome = self
                 .continue_on(&mut accepted)
                 .and_then(|()| send_complete(&self.job, &mut accepted));
