@@ -10,8 +10,8 @@ use crate::guest::{Guest, IdleGuest};
 use crate::memory::TestMemory;
 use crate::usage::Usage;
 use pageferry_client::{
-    ClearPages, Client, Config, DirtyLog, GuestOrigin, HookChannel, HookError, HookThread, Hooks,
-    JobStatus, Ownership, Phase, StatePiece, Supervisor, Target, Trackers,
+    ClearPages, Client, Config, DirtyLog, GuestOrigin, HookChannel, HookError, Hooks, JobStatus,
+    Ownership, Phase, StatePiece, Supervisor, Target, Trackers,
 };
 use pageferry_client::{
     IncomingOptions, OutgoingOptions, RestoreOptions, RunState, SnapshotOptions,
@@ -329,15 +329,8 @@ impl pageferry_client::Tracker for VmmHooks {
 pub struct MockVmm {
     client: Client,
     parts: Arc<Parts>,
-    hooks: Option<Served>,
-}
-
-/// Who answers the hooks of a mock VMM. Held, so that it is not detached.
-#[allow(dead_code)]
-enum Served {
-    Thread(HookThread<VmmHooks>),
-    /// Gets another agent when one is lost.
-    Supervisor(Supervisor<VmmHooks>),
+    /// Another agent comes when one is lost.
+    is_supervised: bool,
 }
 
 impl MockVmm {
@@ -350,14 +343,14 @@ impl MockVmm {
         client: Client, channel: HookChannel, usage: Arc<Usage>, tracker: Tracker,
     ) -> Result<Self, Error> {
         let parts = Parts::new(usage);
-        let hooks = Served::Thread(channel.spawn(VmmHooks(parts.clone()))?);
-        Self::of(client, parts, hooks, tracker)
+        channel.spawn(VmmHooks(parts.clone()))?;
+        Self::of(client, parts, false, tracker)
     }
 
     fn of(
-        client: Client, parts: Arc<Parts>, hooks: Served, tracker: Tracker,
+        client: Client, parts: Arc<Parts>, is_supervised: bool, tracker: Tracker,
     ) -> Result<Self, Error> {
-        let vmm = Self { client, parts, hooks: Some(hooks) };
+        let vmm = Self { client, parts, is_supervised };
         vmm.memory().add_to(&vmm.client)?;
         vmm.set_tracker(tracker)?;
         Ok(vmm)
@@ -383,7 +376,7 @@ impl MockVmm {
     /// If there is none at `socket`, or it refuses.
     pub fn reattach(&mut self, socket: &Path) -> Result<(), Error> {
         let channel = self.client.reattach(socket)?;
-        self.hooks = Some(Served::Thread(channel.spawn(VmmHooks(self.parts.clone()))?));
+        channel.spawn(VmmHooks(self.parts.clone()))?;
         Ok(())
     }
 
@@ -394,8 +387,8 @@ impl MockVmm {
     pub fn supervised(socket: &Path, usage: Arc<Usage>, tracker: Tracker) -> Result<Self, Error> {
         let parts = Parts::new(usage);
         let hooks = VmmHooks(parts.clone());
-        let (client, supervisor) = Supervisor::connect(socket, Config::default(), hooks)?;
-        Self::of(client, parts, Served::Supervisor(supervisor), tracker)
+        let (client, _) = Supervisor::connect(socket, Config::default(), hooks)?;
+        Self::of(client, parts, true, tracker)
     }
 
     /// True if memory of the guest is missing, and the next agent would bring it if this one were
@@ -403,7 +396,7 @@ impl MockVmm {
     pub fn awaits_memory_of_next_agent(&self) -> bool {
         let record = lock(&self.parts.record);
         let is_awaited = record.memory_pending && record.memory_lost.is_none();
-        is_awaited && matches!(self.hooks, Some(Served::Supervisor(_)))
+        is_awaited && self.is_supervised
     }
 
     /// Declares another tracker.

@@ -45,7 +45,8 @@ const RUNNING: &str = "/proc/self/exe";
 pub enum ProgramError {
     /// The agent has no socket of its own.
     #[error(
-        "this agent cannot be upgraded: it is a part of its VMM (--stdin), which starts the next one"
+        "this agent cannot be upgraded: it is a part of its VMM (--stdin), which starts the next \
+         one"
     )]
     NotUpgradable,
     /// Another request was first.

@@ -120,6 +120,16 @@ fn save_to(image: &Path, mode: SnapshotMode, bandwidth: u64) -> (&Path, Snapshot
     (image, SnapshotOptions { mode, bandwidth, replace: true, ..SnapshotOptions::default() })
 }
 
+/// A restore whose guest runs before its memory is there, for as long as the limit holds.
+pub fn lazily_and_slowly() -> RestoreOptions {
+    RestoreOptions {
+        mode: RestoreMode::Lazy,
+        bandwidth: SLOW,
+        hook_timeout: SOON,
+        ..RestoreOptions::default()
+    }
+}
+
 /// A guest and its image, in a folder.
 pub fn saved() -> (tempfile::TempDir, PathBuf, Side) {
     let folder = tempfile::tempdir().unwrap();
@@ -397,12 +407,6 @@ fn a_hook_that_waits_for_a_page_outlives_several_agents() {
     let guest = Supervised::new(Ram::odd(PAGES).mapped());
     let (client, ram) = (guest.attached.client.downgrade(), Arc::clone(&guest.attached.ram));
     let agent = move || client.upgrade().unwrap().agent_pid();
-    let options = RestoreOptions {
-        mode: RestoreMode::Lazy,
-        bandwidth: SLOW,
-        hook_timeout: SOON,
-        ..RestoreOptions::default()
-    };
     let kills = agent.clone();
     guest.attached.vmm.on(At::AgentLost, move || {
         for _ in 0..3 {
@@ -414,7 +418,7 @@ fn a_hook_that_waits_for_a_page_outlives_several_agents() {
         assert_eq!(ram.touch(77).found().unwrap(), 1077);
         Ok(())
     });
-    guest.attached.client.start_restore(&image, &options).unwrap();
+    guest.attached.client.start_restore(&image, &lazily_and_slowly()).unwrap();
     wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
     kill_process(pid(agent()), Signal::KILL).unwrap();
     wait_until("the next agent", SOON, || guest.agents_attached() >= 1).unwrap();
@@ -441,13 +445,7 @@ fn a_hook_that_waits_for_a_page_gets_it_from_the_next_agent() {
         assert_eq!(ram.touch(77).found().unwrap(), 1077);
         Ok(())
     });
-    let options = RestoreOptions {
-        mode: RestoreMode::Lazy,
-        bandwidth: SLOW,
-        hook_timeout: SOON,
-        ..RestoreOptions::default()
-    };
-    guest.attached.client.start_restore(&image, &options).unwrap();
+    guest.attached.client.start_restore(&image, &lazily_and_slowly()).unwrap();
     guest.wait_for_agent(1);
     guest.attached.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
     let complete = || lock(&guest.attached.vmm.asked).complete == 1;

@@ -2,10 +2,10 @@
 
 //! Agents that are upgraded: the process executes its program again, and the guest does not notice.
 
-use super::supervisor::{PAGES, SLOW, Supervised, pid, saved};
+use super::supervisor::{PAGES, SLOW, Supervised, lazily_and_slowly, pid, saved};
 use pageferry_client::{
-    Client, IncomingOptions, OutgoingOptions, Ownership, Parameters, Phase, Punch, RestoreMode,
-    RestoreOptions, Supervisor, Target,
+    Client, IncomingOptions, OutgoingOptions, Ownership, Parameters, Phase, Punch, Supervisor,
+    Target,
 };
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, Process, program};
@@ -268,9 +268,7 @@ fn a_lazy_restore_continues_in_the_next_program() {
     let folder = tempfile::tempdir().unwrap();
     let mut service = agent(&folder);
     let guest = Supervised::connected(Ram::odd(PAGES).mapped(), service.socket());
-    let slow =
-        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
-    guest.attached.client.start_restore(&image, &slow).unwrap();
+    guest.attached.client.start_restore(&image, &lazily_and_slowly()).unwrap();
     wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
     let open_files = |service: &mut AgentProcess| {
         std::fs::read_dir(format!("/proc/{}/fd", service.process().id())).unwrap().count()
@@ -335,9 +333,7 @@ fn a_lazy_restore_that_nobody_continues_ends_first() {
     channel.spawn(ScriptedHooks(hooks.clone())).unwrap();
     let ram = Ram::odd(PAGES).mapped();
     ram.add_to(&client);
-    let slow =
-        RestoreOptions { mode: RestoreMode::Lazy, bandwidth: SLOW, ..RestoreOptions::default() };
-    client.start_restore(&image, &slow).unwrap();
+    client.start_restore(&image, &lazily_and_slowly()).unwrap();
     wait_until("the guest to run", SOON, || hooks.resumes() == 1).unwrap();
     let mut upgrading = Process::spawn("upgrade", &mut upgrade(&service)).unwrap();
     upgrading.wait_for_line("is upgraded when job 1 (restore) has ended", SOON).unwrap();
