@@ -258,7 +258,8 @@ fn an_agent_killed_in_a_background_snapshot_costs_the_snapshot_only() {
     }
     let folder = tempfile::tempdir().unwrap();
     let image = folder.path().join("image");
-    let guest = Supervised::new(Ram::odd(PAGES).mapped().stamped());
+    // The first piece of an image is not held up, so there must be more than one.
+    let guest = Supervised::new(Ram::odd(20 * PAGES).mapped().stamped());
     let client = &guest.attached.client;
     let (path, options) = save_to(&image, SnapshotMode::Background, SLOW);
     client.start_snapshot(path, &options).unwrap();
