@@ -47,6 +47,18 @@ pub struct HandedOver {
     pub last_job: Option<LastJob>,
 }
 
+/// What the next program of this process gets.
+#[derive(Debug)]
+pub struct Upgrade {
+    /// The control socket.
+    pub control: HandedOver,
+    /// The program.
+    pub program: Program,
+    /// A job runs that the next program continues, as if this process had died. Its threads use
+    /// what the server has until the program is executed.
+    pub job_continues: bool,
+}
+
 /// Why the socket cannot be taken over.
 #[derive(Debug, thiserror::Error)]
 pub enum HandOverError {
