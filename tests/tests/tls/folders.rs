@@ -5,8 +5,9 @@
 use super::certificates::{Authority, Wanted};
 use super::scene::{Host, moves};
 use pageferry_client::{Error, IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::program;
-use pageferry_tests::scenario::{Ram, Side};
+use pageferry_tests::scenario::{Ram, SOON, Side};
 use std::fs::{Permissions, remove_file, set_permissions, write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -89,9 +90,12 @@ fn a_folder_that_cannot_be_used_for_a_moment_ends_no_wait() {
     let status = source.send(&address, &OutgoingOptions::default());
     assert_eq!(status.phase, Phase::Failed);
     source.assert_keeps_guest();
-    let waiting = destination.attached.client.status().unwrap();
-    assert_eq!(waiting.phase, Phase::Connecting, "{}", waiting.error_text());
-    assert!(waiting.error_text().contains("server-cert.pem"), "{}", waiting.error_text());
+    let waiting = || destination.attached.client.status().unwrap();
+    wait_until("the reason at the destination", SOON, || {
+        waiting().error_text().contains("server-cert.pem")
+    })
+    .unwrap_or_else(|_| panic!("{}", waiting().error_text()));
+    assert_eq!(waiting().phase, Phase::Connecting);
     authority.fill(theirs.path(), &server, &client);
     moves(&source, &destination, waits, &OutgoingOptions::default());
 }
