@@ -74,6 +74,7 @@ pub(crate) struct MissingPages {
     state: Mutex<State>,
     /// Gets the next agent. Set once by a supervisor.
     replacer: OnceLock<Replacer>,
+    /// Locked after the state, if both are.
     attempts: Mutex<Attempts>,
     /// All memory is here, and the VMM was not told: the thread that would is busy.
     complete_untold: AtomicBool,
@@ -243,8 +244,10 @@ impl MissingPages {
                 return true;
             };
             let Some(replacer) = pages.replacer.get() else { return false };
+            // Before the lock: others take it while they hold the state.
+            let owed = pages.owed_pages();
             let mut attempts = lock(&pages.attempts);
-            attempts.lost(Instant::now(), pages.owed_pages(), replacer.limit);
+            attempts.lost(Instant::now(), owed, replacer.limit);
             let next = attempts.next(Instant::now(), replacer.limit);
             drop(attempts);
             let Some(pause) = next else {
