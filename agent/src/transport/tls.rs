@@ -81,7 +81,9 @@ impl TlsLayer {
         &self, socket: BorrowedFd<'_>, buffer: &mut [u8],
     ) -> Result<Option<usize>, TransportError> {
         let state = &mut *lock(&self.0);
-        if state.shake_hands(socket)? != Shaken::Done {
+        // Afterwards a read has nothing to do with what waits to be sent: what was received and not
+        // opened yet wakes nobody.
+        if !state.is_proved && state.shake_hands(socket)? == Shaken::NeedsBytes {
             return Ok(None);
         }
         loop {

@@ -5,6 +5,7 @@
 
 mod certificates;
 mod folders;
+mod layer;
 mod peers;
 mod scene;
 mod wires;
