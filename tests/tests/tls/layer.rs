@@ -7,6 +7,7 @@ use pageferry_agent::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_agent::trust::Trust;
 use pageferry_protocol::stream::Kind;
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::on_drop::OnDrop;
 use pageferry_tests::scenario::SOON;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::IoSlice;
@@ -45,11 +46,11 @@ fn records_are_read_while_what_is_written_does_not_get_through() {
         let writing = destination.clone();
         // It ends when the stream does.
         scope.spawn(move || writing.write_all(&mut [IoSlice::new(&vec![0; 64 << 20])]));
+        let _ends = OnDrop(|| destination.shut_down());
         wait_until("the stream to be full", SOON, || !has_room(&destination)).unwrap();
         let mut reader = RecordReader::new(destination.clone());
         for number in 0..20 {
             assert_eq!(reader.read().unwrap().header.number(), number);
         }
-        destination.shut_down();
     });
 }
