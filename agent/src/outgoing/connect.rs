@@ -95,15 +95,9 @@ pub fn new_session() -> Result<SessionId, JobError> {
 pub fn connect(job: &OutgoingJob, target: Target, session: SessionId) -> Result<Streams, JobError> {
     job.enter(Phase::Connecting);
     let sockets = match target {
-        Target::Socket(fd) => vec![fd],
-        Target::Address(address) => {
-            let sockets = prepare(job, dial(job, &address)?)?;
-            let sockets = secure(job, &address, sockets)?;
-            job.enter(Phase::Preparing);
-            return shake_hands(job, sockets, session, 0);
-        }
+        Target::Socket(fd) => prepare(job, vec![fd])?,
+        Target::Address(address) => reach(job, &address)?,
     };
-    let sockets = prepare(job, sockets)?;
     job.enter(Phase::Preparing);
     shake_hands(job, sockets, session, 0)
 }
@@ -113,8 +107,11 @@ pub fn reconnect(
     job: &OutgoingJob, address: &Address, session: SessionId,
 ) -> Result<Streams, JobError> {
     job.cancel.clear_sockets();
-    let sockets = secure(job, address, prepare(job, dial(job, address)?)?)?;
-    shake_hands(job, sockets, session, HELLO_RECOVER)
+    shake_hands(job, reach(job, address)?, session, HELLO_RECOVER)
+}
+
+fn reach(job: &OutgoingJob, address: &Address) -> Result<Vec<StreamSocket>, JobError> {
+    secure(job, address, prepare(job, dial(job, address)?)?)
 }
 
 /// Makes the handshakes of TLS, if the address says so. All connections must lead to one peer.
