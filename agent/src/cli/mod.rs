@@ -46,6 +46,7 @@ pub mod snapshot;
 pub mod upgrade;
 pub mod watch;
 
+use crate::image::seal::KeySource;
 use crate::transport::Address;
 use crate::vm_name::VmName;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -145,6 +146,12 @@ pub struct AgentArgs {
     /// Serve only peers whose certificate has this name. May be given more than once.
     #[arg(long, value_name = "NAME", requires = "tls")]
     pub tls_peer: Vec<String>,
+    /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
+    /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
+    /// its owner may read it. fd:N reads the key from descriptor N, which the agent inherits.
+    /// docs/snapshots.md explains it.
+    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
+    pub image_key: Option<KeySource>,
     /// Serve metrics over HTTP at this address, under /metrics, for Prometheus. A UNIX socket gets
     /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]

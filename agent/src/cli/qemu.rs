@@ -8,6 +8,7 @@
 use super::exit::Exit;
 use super::migration::{IncomingArgs, UsageError};
 use super::parse::{parse_huge_pages, parse_name, parse_size};
+use crate::image::seal::KeySource;
 use crate::transport::unix_path::{UnixPathError, check_may_replace};
 use clap::{Args, Subcommand};
 use pageferry_attach::process::target::TargetProcess;
@@ -107,6 +108,10 @@ struct AgentOptions {
     /// Serve the agent's metrics over HTTP at this address, as `pageferry agent --metrics` does.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = parse_metrics)]
     metrics: Option<String>,
+    /// Seal images with the key in this file, as `pageferry agent --image-key` does. The agent that
+    /// follows one that died reads it again.
+    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
+    image_key: Option<KeySource>,
 }
 
 /// QEMU's command line.
@@ -223,6 +228,13 @@ impl AgentOptions {
         }
         if let Some(address) = &self.metrics {
             agent.extend([OsString::from("--metrics"), address.into()]);
+        }
+        if let Some(key) = &self.image_key {
+            let key = match key {
+                KeySource::File(path) => std::path::absolute(path)?.into(),
+                KeySource::Descriptor(_) => OsString::from(key.to_string()),
+            };
+            agent.extend([OsString::from("--image-key"), key]);
         }
         let mut guard = vec![program];
         guard.extend(["qemu", "guard", "--qmp"].map(OsString::from));

@@ -14,6 +14,8 @@ use super::open_files;
 use super::signals;
 use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
+use crate::image::ImageKey;
+use crate::image::seal::{KeySource, handover};
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
@@ -79,6 +81,23 @@ fn listen_for_metrics(address: &Address) -> Result<Listener, String> {
     listening.map_err(|error| format!("--metrics: {}", crate::error::chain(&error)))
 }
 
+/// The key of images. A program that was upgraded has that of the program before it.
+fn image_key(source: Option<&KeySource>, is_upgraded: bool) -> Result<Option<ImageKey>, String> {
+    if is_upgraded {
+        match handover::kept() {
+            Ok(Some(key)) => return Ok(Some(key)),
+            Ok(None) => {}
+            Err(error) => log::error!("the image key is lost: {}", crate::error::chain(&error)),
+        }
+    }
+    let Some(source) = source else { return Ok(None) };
+    let read = source.read();
+    let key =
+        read.map_err(|error| format!("--image-key {source}: {}", crate::error::chain(&error)))?;
+    log::info!("images are sealed with the key in {source}");
+    Ok(Some(key))
+}
+
 /// Runs the agent until the inherited connection ends or a signal is received.
 ///
 /// # Errors
@@ -117,8 +136,12 @@ pub fn run(
     let trust = args.tls.as_ref().map(|folder| Trust::in_folder(folder, &args.tls_peer));
     let trust = trust.transpose().map_err(not_trusted)?.unwrap_or_default();
     trust.check().map_err(not_trusted).or_else(unless_upgraded)?;
+    let image_key = image_key(args.image_key.as_ref(), is_upgraded)?;
     let mut server = Server::new(vm_name)?;
     server.trust(trust);
+    if let Some(key) = image_key.clone() {
+        server.seal_images_with(key);
+    }
     let (signals, wake) = UnixStream::pair()?;
     let mut ends = vec![SIGINT, SIGTERM];
     // As `nohup` starts it.
@@ -192,5 +215,7 @@ pub fn run(
     }
     log::info!("executing {}", upgrade.program.path().display());
     let write_log = || log.iter().for_each(|log| log.finish());
-    Err(upgrade.control.execute(&upgrade.program, write_log).into())
+    let control = upgrade.control.with_image_key(image_key.as_ref())?;
+    drop(image_key);
+    Err(control.execute(&upgrade.program, write_log).into())
 }

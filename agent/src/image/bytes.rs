@@ -5,8 +5,8 @@
 //! [`read_at`] and [`write_at`] repeat short reads and writes until all bytes are done. The error
 //! names the offset.
 
-use super::error::ImageFault;
-use rustix::fs::SeekFrom;
+use super::error::{ImageFault, kernel};
+use rustix::fs::{Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -58,6 +58,22 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
         }
     }
     Ok(())
+}
+
+/// Random bytes from the kernel.
+///
+/// # Errors
+/// If the kernel gives none.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], ImageFault> {
+    let failed = kernel("get random bytes");
+    let device = rustix::fs::open("/dev/urandom", OFlags::CLOEXEC, Mode::empty());
+    let device = device.map_err(&failed)?;
+    let mut bytes = [0; N];
+    // The kernel answers at once, and as a whole what has at most 256 bytes.
+    match rustix::io::read(&device, &mut bytes).map_err(&failed)? {
+        count if count == N => Ok(bytes),
+        _ => Err(failed(Errno::IO)),
+    }
 }
 
 /// The parts of `range` in which the file has data, in order; the rest is holes. If the file system

@@ -8,13 +8,16 @@
 //! states of the pages, which can be a gigabyte for each image. Then it decides for each page which
 //! image has its content.
 //!
+//! All images of a chain are sealed with one key, or none is sealed. Otherwise whoever has no key
+//! could make the base of an image that is sealed.
+//!
 //! A chain has at most [`MAX_IMAGES`] images. If one of them is missing, damaged, or another image
 //! than expected, the error names that image and the images that build on it.
 
 use super::blocks::compare;
 use super::error::{ImageError, ImageFault};
-use super::reader::Image;
-use super::reader::States;
+use super::reader::{Image, States};
+use super::seal::ImageKey;
 use crate::memory::runs::{NEAR, join_near_runs};
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PageRange};
@@ -50,9 +53,18 @@ impl Chain {
     /// Opens the image at `path` and all images that it builds on.
     ///
     /// # Errors
-    /// If one of them is missing, damaged, or another image than expected.
+    /// If one of them is missing, damaged, sealed, or another image than expected.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let mut images = lineage(path)?;
+        Self::open_with(path, None)
+    }
+
+    /// The same with the key with which all of them are sealed.
+    ///
+    /// # Errors
+    /// If one of them is missing, damaged, or another image than expected, or if the key does not
+    /// fit one of them.
+    pub fn open_with(path: &Path, key: Option<&ImageKey>) -> Result<Self, ImageError> {
+        let mut images = lineage(path, key)?;
         read_states(&mut images)?;
         Self::fold(images).map_err(|fault| fault.of(path))
     }
@@ -174,8 +186,8 @@ impl Chain {
 
 /// The image at `path` and the images that it builds on, the newest first. If one of them cannot be
 /// opened, returns those that build on it, and the error.
-pub fn images(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
-    let (mut images, opened) = open_all(path);
+pub fn images(path: &Path, key: Option<&ImageKey>) -> (Vec<Image>, Result<(), ImageError>) {
+    let (mut images, opened) = open_all(path, key);
     let read = read_states(&mut images);
     (images, read.and(opened))
 }
@@ -218,7 +230,7 @@ fn nonzero_words(states: &States, all: PageRange) -> impl Iterator<Item = u64> +
 }
 
 /// Opens the base of the last of `images`, if it has one, and checks its id and its blocks.
-fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
+fn next_base(images: &[Image], key: Option<&ImageKey>) -> Result<Option<Image>, ImageError> {
     let Some(last) = images.last().filter(|last| last.header().is_increment()) else {
         return Ok(None);
     };
@@ -230,7 +242,7 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
         return Err(ImageFault::ChainLoop { id }.of(last.path()));
     }
     let path = base_path(last);
-    let base = Image::open_contents(&path).map_err(|error| as_base(images, error))?;
+    let base = Image::open_contents(&path, key).map_err(|error| as_base(images, error))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {
         return Err(ImageFault::BaseReplaced { path, found, expected }.of(last.path()));
@@ -245,18 +257,18 @@ fn next_base(images: &[Image]) -> Result<Option<Image>, ImageError> {
 ///
 /// # Errors
 /// If one of them is missing, damaged, or another image than expected.
-pub fn lineage(path: &Path) -> Result<Vec<Image>, ImageError> {
-    let (images, opened) = open_all(path);
+pub fn lineage(path: &Path, key: Option<&ImageKey>) -> Result<Vec<Image>, ImageError> {
+    let (images, opened) = open_all(path, key);
     opened.map(|()| images)
 }
 
 /// Opens the chain without states. If an image cannot be opened, returns those that build on it,
 /// and the error.
-fn open_all(path: &Path) -> (Vec<Image>, Result<(), ImageError>) {
+fn open_all(path: &Path, key: Option<&ImageKey>) -> (Vec<Image>, Result<(), ImageError>) {
     let mut images = Vec::new();
     let mut open_one = || -> Result<(), ImageError> {
-        images.push(Image::open_contents(path)?);
-        while let Some(base) = next_base(&images)? {
+        images.push(Image::open_contents(path, key)?);
+        while let Some(base) = next_base(&images, key)? {
             images.push(base);
         }
         Ok(())

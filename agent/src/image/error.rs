@@ -247,6 +247,51 @@ pub enum ImageFault {
         /// The checksum of the bytes.
         computed: u32,
     },
+    /// The image is sealed, and there is no key.
+    #[error(
+        "it is sealed, and can be used only with its key: the agent takes it with --image-key, \
+         pageferry image with --key"
+    )]
+    NeedsKey,
+    /// There is a key, and the image is not sealed.
+    #[error(
+        "it is not sealed, so anybody may have made it: with a key only images are used that are \
+         sealed with it"
+    )]
+    NotSealed,
+    /// The MAC of the header is that of another key.
+    #[error(
+        "the key does not fit this image: it was sealed with another one, or its header was \
+         changed by somebody who does not have the key"
+    )]
+    WrongKey,
+    /// A page is not what was sealed for this place.
+    #[error(
+        "block {id}: page {page:#x}, at byte {at:#x}: its seal is broken: \
+         the image is damaged, or somebody has changed it"
+    )]
+    PageSeal {
+        /// The block.
+        id: u32,
+        /// The page.
+        page: u64,
+        /// Offset of the page, in bytes from the start of the file.
+        at: u64,
+    },
+    /// A piece of a section is not what was sealed for this place.
+    #[error(
+        "section {section}, from byte {at:#x} on: its seal is broken: \
+         the image is damaged, or somebody has changed it"
+    )]
+    PieceSeal {
+        /// Name of the section.
+        section: &'static str,
+        /// Offset of the piece, in bytes from the start of the file.
+        at: u64,
+    },
+    /// The library has refused to derive a key or to seal.
+    #[error("the library for cryptography refuses, which is a defect of this program")]
+    Cipher,
     /// The file has data at a page that has no content, or after the end of a block.
     #[error(
         "block {id}: page {page:#x}, at byte {at:#x}, must be a hole, \
@@ -338,6 +383,10 @@ impl ImageFault {
             Self::Kernel { .. }
             | Self::KernelAt { .. }
             | Self::NotARegularFile
+            | Self::NeedsKey
+            | Self::NotSealed
+            | Self::WrongKey
+            | Self::Cipher
             | Self::Bitmap(_) => true,
             Self::UnusableBase(base) => base.fault.is_unreadable(),
             Self::ReadPage { source, .. }

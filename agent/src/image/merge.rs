@@ -3,25 +3,25 @@
 //! Merging a chain, an increment and all images that it builds on, into one full image.
 //!
 //! [`merge()`] reads the content of each page from the image of the chain that has it, checks it,
-//! and writes it to the new image with a new checksum. Then it copies the state of the VMM from the
+//! and writes it to the new image with a new checksum or seal. Then it copies the state of the VMM from the
 //! newest image.
 //!
 //! The merged image shows the same guest at the same instant as the newest image, and gets its id
 //! and its time. So images that build on the newest image also build on the merged one, and the
 //! merged image can replace the newest.
 //!
+//! With a new key, a merge is also how images get another key, or their first one.
+//!
 //! If anything fails, nothing is left of the new image, and an existing file is unchanged.
 
-use super::bytes::write_at;
 use super::chain::Chain;
-use super::error::{ImageError, ImageFault, kernel};
-use super::reader::Image;
+use super::error::ImageError;
+use super::seal::ImageKey;
 use super::workers::{Extents, Progress, share_among_threads};
 use super::writer::{Base, ImageMetadata, ImageWriter, Totals};
 use crate::memory::PageBuffer;
 use pageferry_protocol::image::{EXTENT_SIZE, ImageId};
-use rustix::fs::MemfdFlags;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 
 /// The outcome of a merge.
@@ -33,6 +33,15 @@ pub struct Merged {
     pub images: usize,
     /// Pages and bytes of the merged image.
     pub totals: Totals,
+}
+
+/// The keys of a merge.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MergeKeys<'a> {
+    /// The key of the chain; `None` if it is in plain text.
+    pub old: Option<&'a ImageKey>,
+    /// The key of the new image. `None` for that of the chain.
+    pub new: Option<&'a ImageKey>,
 }
 
 /// Merges the image at `path` and all images that it builds on into a new image at `into`, on
@@ -48,12 +57,26 @@ pub struct Merged {
 pub fn merge(
     path: &Path, into: &Path, replace: bool, threads: usize, show: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Merged, ImageError> {
-    let chain = Chain::open(path)?;
+    merge_with(path, MergeKeys::default(), into, replace, threads, show)
+}
+
+/// As [`merge()`]. With a key the new image is sealed. So it is never in plain text if the chain is
+/// sealed.
+///
+/// # Errors
+/// As [`merge()`], or if the key does not fit the chain.
+pub fn merge_with(
+    path: &Path, keys: MergeKeys<'_>, into: &Path, replace: bool, threads: usize,
+    show: &(dyn Fn(u64, u64) + Sync),
+) -> Result<Merged, ImageError> {
+    let chain = Chain::open_with(path, keys.old)?;
     let newest = chain.newest();
     let writer =
-        ImageWriter::create(into, chain.table(), replace, false)?.with_identity_of(newest.header());
+        ImageWriter::create_with(into, chain.table(), replace, false, keys.new.or(keys.old))?
+            .with_identity_of(newest.header());
     copy_pages(&chain, &writer, threads, show)?;
-    let state = copy_state(newest)?;
+    // The writer must not get a state that is not checked.
+    let state = newest.state_file()?;
     let rest =
         ImageMetadata { guest: newest.header().guest, discarded: chain.discards(), changed: None };
     let id = writer.id();
@@ -88,22 +111,6 @@ fn copy_pages(
         progress.add(count);
         Ok(())
     })
-}
-
-/// Copies the state of the VMM to a temporary file in memory, and checks it. The writer must not
-/// get a state that is not checked.
-fn copy_state(image: &Image) -> Result<OwnedFd, ImageError> {
-    let create = rustix::fs::memfd_create("pageferry-state", MemfdFlags::CLOEXEC);
-    let state = create
-        .map_err(kernel("make a file for the state of the VMM"))
-        .map_err(|fault: ImageFault| fault.of(image.path()))?;
-    let mut end = 0;
-    image.state_parts(|part| {
-        write_at(state.as_fd(), part, end)?;
-        end += part.len() as u64;
-        Ok(())
-    })?;
-    Ok(state)
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@
 //! - [`bytes`]: reads and writes at an offset, and where a file has data;
 //! - [`new_file`]: creating a file atomically;
 //! - [`writer`]: writing a new image;
-//! - [`sums`]: the checksums of pages, collected before they are written;
+//! - [`sums`]: the checksums or seals of pages, collected before they are written;
+//! - `sections`: the parts of the file that are not pages;
+//! - [`seal`]: images that are encrypted and authenticated with the operator's key;
 //! - [`reader`]: reading an image. Each part is checked before it is used;
 //! - [`blocks`]: comparing the blocks of two tables;
 //! - [`chain`]: an increment with the images that it builds on;
@@ -24,6 +26,8 @@ pub mod map_picture;
 pub mod merge;
 pub mod new_file;
 pub mod reader;
+pub mod seal;
+mod sections;
 pub mod sums;
 pub mod verify;
 pub mod workers;
@@ -32,8 +36,11 @@ pub mod writer;
 pub use chain::Chain;
 pub use error::{ImageError, ImageFault};
 pub use reader::Image;
+pub use seal::ImageKey;
 pub use writer::ImageWriter;
 
+#[cfg(test)]
+mod sealed_tests;
 #[cfg(test)]
 pub(crate) mod test_support;
 #[cfg(test)]

@@ -3,32 +3,45 @@
 //! Reading an image.
 //!
 //! [`Image::open`] reads the header, the contents, the states of the pages, and the checksums of
-//! extents. [`Image::read_extent`] reads pages. Each part is checked before it is used: the header
-//! by its own checksum, the sections by the header, a page by its checksum, and the checksums of
-//! pages by the checksum of their extent. A fault names the part of the file and its offset.
+//! extents. [`Image::read_extent`] reads pages ([`pages`]). Each part is checked before it is used:
+//! the header by its own checksum, the sections by the header, a page by its checksum, and the
+//! checksums of pages by the checksum of their extent. A fault names the part of the file and its
+//! offset.
+//!
+//! A sealed image is opened with its key ([`Image::open_with`]). Its header has a MAC, and pages
+//! and sections have seals. Without a key it is refused, and with a key so is an image in plain
+//! text: anybody may have put it there.
 //!
 //! The file is opened read-only and read through the page cache, so guests that are restored from
 //! one image share the cached pages.
 
-use super::bytes::read_at;
+mod pages;
+
+pub(in crate::image) use pages::PageChecks;
+
+use super::bytes::{read_at, write_at};
 use super::error::{ImageError, ImageFault, kernel};
+use super::seal::{ImageKey, Opener};
+use super::sections::read_section;
 use pageferry_protocol::image::contents::MAX_CONTENTS;
-use pageferry_protocol::image::header::HEADER_SIZE;
+use pageferry_protocol::image::header::{HEADER_SIZE, MAC_COVERS};
+use pageferry_protocol::image::sealing::opened_size;
 use pageferry_protocol::image::states::states_size;
 use pageferry_protocol::image::{
-    Contents, EXTENT_PAGES, Header, Layout, Section, SectionKind, StateWord, checksum,
-    decode_states, extent_checksum,
+    Contents, Header, Layout, Section, SectionKind, StateWord, decode_states,
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use rustix::fs::{Advice, Mode, OFlags};
+use rustix::fs::{Advice, MemfdFlags, Mode, OFlags};
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-/// Most bytes of one read, except of pages. A multiple of 16, which is the size of the states of 64
-/// pages.
-const PART: usize = 1 << 20;
+/// Bytes of the states of 64 pages.
+const STATES_OF_WORD: u64 = 16;
+
+/// What fails if there is no memory for the state of the VMM.
+const KEEP_STATE: &str = "keep the state of the VMM in memory";
 
 /// An open image.
 #[derive(Debug)]
@@ -39,7 +52,10 @@ pub struct Image {
     contents: Contents,
     layout: Layout,
     states: Vec<States>,
+    /// Empty for a sealed image.
     extent_sums: Vec<u32>,
+    /// Opens what is sealed; `None` for an image in plain text.
+    opener: Option<Opener>,
 }
 
 /// The states of a block's pages in one image. A page in none of the sets is zero.
@@ -62,6 +78,13 @@ impl States {
             unchanged: self.unchanged.word(word),
         }
     }
+
+    /// Adds the states of the 64 pages of word `word`.
+    fn add(&self, word: u64, state: StateWord) {
+        self.present.or_word(word, state.present);
+        self.discarded.or_word(word, state.discarded);
+        self.unchanged.or_word(word, state.unchanged);
+    }
 }
 
 impl Image {
@@ -69,9 +92,18 @@ impl Image {
     /// state of the VMM.
     ///
     /// # Errors
-    /// If the file cannot be read, is damaged, or is not an image.
+    /// If the file cannot be read, is damaged, is not an image, or is sealed.
     pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let mut image = Self::open_contents(path)?;
+        Self::open_with(path, None)
+    }
+
+    /// The same with the key of a sealed image.
+    ///
+    /// # Errors
+    /// As [`Image::open`], or if the key does not fit. With a key, an image in plain text is
+    /// refused; without one, a sealed image is.
+    pub fn open_with(path: &Path, key: Option<&ImageKey>) -> Result<Self, ImageError> {
+        let mut image = Self::open_contents(path, key)?;
         image.read_states()?;
         Ok(image)
     }
@@ -80,56 +112,47 @@ impl Image {
     /// called, [`Image::states`] is empty.
     ///
     /// # Errors
-    /// If the file cannot be read, its header or contents are damaged, or it is not an image.
-    pub fn open_contents(path: &Path) -> Result<Self, ImageError> {
-        Self::read_contents(path).map_err(|fault| fault.of(path))
+    /// If the file cannot be read, its header or contents are damaged, it is not an image, or the
+    /// key does not fit.
+    pub fn open_contents(path: &Path, key: Option<&ImageKey>) -> Result<Self, ImageError> {
+        Self::read_contents(path, key).map_err(|fault| fault.of(path))
     }
 
-    fn read_contents(path: &Path) -> Result<Self, ImageFault> {
-        let file = rustix::fs::open(
-            path,
-            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
-            Mode::empty(),
-        );
-        let file = file.map_err(kernel("open it"))?;
-        let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
-        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(ImageFault::NotARegularFile);
-        }
-        let found = u64::try_from(stat.st_size).unwrap_or(0);
-        if found < HEADER_SIZE as u64 {
-            return Err(ImageFault::ShorterThanHeader { found });
-        }
-        let mut bytes = [0; HEADER_SIZE];
-        read_at(file.as_fd(), &mut bytes, 0)?;
-        let header = Header::from_bytes(&bytes)?;
-        if header.file_length != found {
-            return Err(ImageFault::FileLength { found, expected: header.file_length });
-        }
+    /// The header of the image at `path`, and the open file. Whatever a sealed image has in its
+    /// header is not checked without its key: anybody may have written it.
+    ///
+    /// # Errors
+    /// If the file cannot be read, its header is damaged, or it is not an image.
+    pub fn peek(path: &Path) -> Result<(Header, OwnedFd), ImageError> {
+        let opened = open_file(path).map_err(|fault| fault.of(path))?;
+        Ok((opened.header, opened.file))
+    }
+
+    fn read_contents(path: &Path, key: Option<&ImageKey>) -> Result<Self, ImageFault> {
+        let OpenedFile { file, header, bytes } = open_file(path)?;
+        let opener = opener(&header, &bytes, key)?;
         let section = header.section(SectionKind::Contents);
-        if section.length > MAX_CONTENTS {
-            return Err(ImageFault::ContentsSize { length: section.length, limit: MAX_CONTENTS });
-        }
-        let mut bytes = vec![0; section.length as usize];
-        let read = read_at(file.as_fd(), &mut bytes, section.offset);
-        read.map_err(|fault| fault.in_section(SectionKind::Contents))?;
-        check_sum(SectionKind::Contents, section, checksum(&bytes))?;
+        let length = match opener {
+            None => Some(section.length),
+            Some(_) => opened_size(section.length),
+        };
+        let length = length
+            .filter(|length| *length <= MAX_CONTENTS)
+            .ok_or(ImageFault::ContentsSize { length: section.length, limit: MAX_CONTENTS })?;
+        let mut bytes = Vec::with_capacity(length as usize);
+        read_section(file.as_fd(), opener.as_ref(), SectionKind::Contents, section, |part| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        })?;
         let contents = Contents::decode(&bytes)?;
         if header.is_increment() == contents.base_name.is_empty() {
             return Err(ImageFault::BaseName { name: contents.base_name, id: header.base });
         }
-        let layout = Layout::new(&contents.table)?;
+        let layout = Layout::new(&contents.table, opener.is_some())?;
         check_places(&header, &contents, &layout)?;
+        let (states, extent_sums) = (Vec::new(), Vec::new());
         let path = path.to_owned();
-        Ok(Self {
-            path,
-            file,
-            header,
-            contents,
-            layout,
-            states: Vec::new(),
-            extent_sums: Vec::new(),
-        })
+        Ok(Self { path, file, header, contents, layout, states, extent_sums, opener })
     }
 
     /// Reads the states of the pages and the checksums of extents, unless they were read before.
@@ -146,56 +169,60 @@ impl Image {
     }
 
     fn try_read_states(&mut self) -> Result<(), ImageFault> {
-        let section = self.header.section(SectionKind::States);
-        let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-        let mut bytes = vec![0; PART.min(section.length as usize)];
-        let mut all = Vec::with_capacity(self.contents.table.blocks().len());
-        let mut refused = None;
-        for (at, block) in self.contents.table.blocks().iter().enumerate() {
+        let blocks = self.contents.table.blocks();
+        let mut all = Vec::with_capacity(blocks.len());
+        for block in blocks {
             let bitmap = || MappedBitmap::private(block.pages());
-            let states = States { present: bitmap()?, discarded: bitmap()?, unchanged: bitmap()? };
-            let (start, size) =
-                (self.layout.states() + self.layout.states_of(at), states_size(block.pages()));
-            for offset in (0..size).step_by(PART) {
-                let bytes = &mut bytes[..PART.min((size - offset) as usize)];
-                let read = read_at(self.file.as_fd(), bytes, start + offset);
-                read.map_err(|fault| fault.in_section(SectionKind::States))?;
-                digest.update(bytes);
-                let first = offset / 16 * 64;
-                let range = PageRange::new(
-                    first,
-                    (block.pages() - first).min(bytes.len() as u64 / 16 * 64),
-                );
-                let words = match decode_states(bytes, range, self.header.is_increment()) {
-                    Ok(words) => words,
+            all.push(States { present: bitmap()?, discarded: bitmap()?, unchanged: bitmap()? });
+        }
+        // The section has the states of one block after another, and its parts end anywhere.
+        let (mut at, mut first, mut refused) = (0, 0, None);
+        self.read_section(SectionKind::States, |mut part| {
+            while !part.is_empty() {
+                // The length of the section is that of the blocks, so there is one for each part.
+                let Some((block, states)) = blocks.get(at).zip(all.get(at)) else { break };
+                let left = states_size(block.pages() - first).min(part.len() as u64);
+                let (bytes, rest) = part.split_at(left as usize);
+                let pages = (left / STATES_OF_WORD * 64).min(block.pages() - first);
+                let range = PageRange::new(first, pages);
+                match decode_states(bytes, range, self.header.is_increment()) {
+                    Ok(words) => words.for_each(|(word, state)| states.add(word, state)),
                     Err(source) => {
-                        refused = refused.or(Some(ImageFault::States { id: block.id, source }));
-                        continue;
+                        refused = refused.take().or(Some((block.id, source)));
                     }
-                };
-                for (word, state) in words {
-                    states.present.or_word(word, state.present);
-                    states.discarded.or_word(word, state.discarded);
-                    states.unchanged.or_word(word, state.unchanged);
+                }
+                (part, first) = (rest, first + pages);
+                if first == block.pages() {
+                    (at, first) = (at + 1, 0);
                 }
             }
-            all.push(states);
-        }
+            Ok(())
+        })?;
         // The checksum comes first: if it is wrong, the image is damaged, and an error about one
         // state would mislead. If it is right, a state that is not allowed is the mistake of the
         // program that wrote the image.
-        check_sum(SectionKind::States, section, digest.finalize() as u32)?;
-        if let Some(fault) = refused {
-            return Err(fault);
+        if let Some((id, source)) = refused {
+            return Err(ImageFault::States { id, source });
         }
-        let section = self.header.section(SectionKind::ExtentSums);
-        let mut sums = vec![0u32; self.layout.all_extents() as usize];
-        let bytes = zerocopy::IntoBytes::as_mut_bytes(sums.as_mut_slice());
-        let read = read_at(self.file.as_fd(), bytes, section.offset);
-        read.map_err(|fault| fault.in_section(SectionKind::ExtentSums))?;
-        check_sum(SectionKind::ExtentSums, section, checksum(bytes))?;
+        let mut sums = Vec::new();
+        if self.opener.is_none() {
+            sums.reserve_exact(self.layout.all_extents() as usize);
+            self.read_section(SectionKind::ExtentSums, |part| {
+                let each = part.as_chunks().0.iter();
+                sums.extend(each.map(|bytes| u32::from_le_bytes(*bytes)));
+                Ok(())
+            })?;
+        }
         (self.states, self.extent_sums) = (all, sums);
         Ok(())
+    }
+
+    /// Reads a section; see [`read_section`].
+    fn read_section(
+        &self, kind: SectionKind, each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
+    ) -> Result<(), ImageFault> {
+        let section = self.header.section(kind);
+        read_section(self.file.as_fd(), self.opener.as_ref(), kind, section, each)
     }
 
     /// The path as it was opened.
@@ -206,6 +233,11 @@ impl Image {
     /// The open file.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// True if the image is sealed.
+    pub fn is_sealed(&self) -> bool {
+        self.opener.is_some()
     }
 
     /// The header.
@@ -228,93 +260,6 @@ impl Image {
         &self.states
     }
 
-    /// Compares pages with their checksums.
-    fn check_pages(
-        &self, at: usize, first: u64, pages: &[u8], sums: &[u32],
-    ) -> Result<(), ImageFault> {
-        for ((page, bytes), found) in (first..).zip(pages.chunks(PAGE_SIZE as usize)).zip(sums) {
-            let (computed, found) = (checksum(bytes), *found);
-            if found != computed {
-                let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-                return Err(ImageFault::PageChecksum { id, page, at, found, computed });
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the page to a fault from reading the pages `run` of the block at index `at`. The page
-    /// follows from the offset in the fault.
-    pub(super) fn in_page(&self, at: usize, run: PageRange, source: ImageFault) -> ImageFault {
-        let start = self.layout.page(at, run.first);
-        let page = run.first + source.byte().unwrap_or(start).saturating_sub(start) / PAGE_SIZE;
-        let (id, at) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-        ImageFault::ReadPage { id, page, at, source: Box::new(source) }
-    }
-
-    /// Adds the extent to a fault from reading the checksums of its pages. The extent is number
-    /// `extent` of the block at index `at`.
-    pub(super) fn in_page_sums(&self, at: usize, extent: u64, source: ImageFault) -> ImageFault {
-        let (id, first) = (self.contents.table.blocks()[at].id, extent * EXTENT_PAGES);
-        ImageFault::ReadPageSums {
-            id,
-            first,
-            at: self.layout.page_sum(at, first),
-            source: Box::new(source),
-        }
-    }
-
-    /// Reads the checksums of the pages of an extent, and checks them.
-    fn sums_of(&self, at: usize, extent: u64) -> Result<[u32; EXTENT_PAGES as usize], ImageFault> {
-        let mut sums = [0u32; EXTENT_PAGES as usize];
-        let first = extent * EXTENT_PAGES;
-        let place = self.layout.page_sum(at, first);
-        let read = read_at(self.file.as_fd(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), place);
-        read.map_err(|fault| self.in_page_sums(at, extent, fault))?;
-        let (found, computed) = (self.extent_sum(at, extent), extent_checksum(&sums));
-        if found != computed {
-            let id = self.contents.table.blocks()[at].id;
-            return Err(ImageFault::PageSumsChecksum { id, first, at: place, found, computed });
-        }
-        Ok(sums)
-    }
-
-    /// Reads pages of one extent and checks them.
-    ///
-    /// All pages of `runs` must be present in this image and lie in extent `extent` of the block at
-    /// index `at`. `into` begins with page `first`, and each page is read to its place in it. The
-    /// checksums of the extent's pages are read and checked once for all runs.
-    ///
-    /// # Errors
-    /// If a page or a checksum cannot be read or is damaged. The error says which.
-    pub fn read_extent(
-        &self, (at, extent): (usize, u64), runs: impl IntoIterator<Item = PageRange>, first: u64,
-        into: &mut [u8],
-    ) -> Result<(), ImageError> {
-        let read = || {
-            // The disk reads the checksums while this thread waits for the pages.
-            self.will_need_bytes(self.layout.page_sum(at, extent * EXTENT_PAGES), EXTENT_PAGES * 4);
-            let mut known = None;
-            for run in runs {
-                let start = (run.first - first) as usize * PAGE_SIZE as usize;
-                let pages = &mut into[start..start + run.bytes() as usize];
-                let read = read_at(self.file.as_fd(), pages, self.layout.page(at, run.first));
-                read.map_err(|fault| self.in_page(at, run, fault))?;
-                let sums = match &known {
-                    Some(sums) => sums,
-                    None => known.insert(self.sums_of(at, extent)?),
-                };
-                self.check_pages(
-                    at,
-                    run.first,
-                    pages,
-                    &sums[(run.first % EXTENT_PAGES) as usize..],
-                )?;
-            }
-            Ok(())
-        };
-        read().map_err(|fault: ImageFault| fault.of(&self.path))
-    }
-
     /// Asks the kernel to read the pages `range`, which lie in one extent, into the page cache.
     /// Does not wait.
     pub fn will_need(&self, at: usize, range: PageRange) {
@@ -326,7 +271,7 @@ impl Image {
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
-    /// The checksum, as written in the file, of extent `extent` of the block at index `at`. It is
+    /// For an image that is not sealed: the checksum, as written in the file, of extent `extent` of the block at index `at`. It is
     /// the checksum of the checksums of the extent's pages.
     pub fn extent_sum(&self, at: usize, extent: u64) -> u32 {
         self.extent_sums[self.layout.extent(at, extent) as usize]
@@ -337,14 +282,33 @@ impl Image {
     /// # Errors
     /// If the section cannot be read, or is damaged.
     pub fn state(&self) -> Result<Vec<u8>, ImageError> {
-        // The length was compared with the contents, which allow a bounded state.
-        let mut bytes =
-            Vec::with_capacity(self.header.section(SectionKind::VmmState).length as usize);
+        let mut bytes = Vec::with_capacity(self.contents.state_size() as usize);
         self.state_parts(|part| {
             bytes.extend_from_slice(part);
             Ok(())
         })?;
         Ok(bytes)
+    }
+
+    /// A file in memory with the pieces of the VMM's state, one after another.
+    ///
+    /// # Errors
+    /// If the section cannot be read or is damaged, or there is no memory.
+    pub fn state_file(&self) -> Result<OwnedFd, ImageError> {
+        let create = rustix::fs::memfd_create("pageferry-state", MemfdFlags::CLOEXEC);
+        let state =
+            create.map_err(kernel(KEEP_STATE)).map_err(|fault: ImageFault| fault.of(&self.path))?;
+        let mut end = 0;
+        self.state_parts(|part| {
+            // The fault is not about the image.
+            write_at(state.as_fd(), part, end).map_err(|fault| match fault {
+                ImageFault::KernelAt { source, .. } => kernel(KEEP_STATE)(source),
+                other => other,
+            })?;
+            end += part.len() as u64;
+            Ok(())
+        })?;
+        Ok(state)
     }
 
     /// Calls `each` with the pieces of the VMM's state, part by part. The checksum is compared only
@@ -353,22 +317,56 @@ impl Image {
     /// # Errors
     /// If the section cannot be read, or is damaged; and the errors of `each`.
     pub fn state_parts(
-        &self, mut each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
+        &self, each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
     ) -> Result<(), ImageError> {
-        let section = self.header.section(SectionKind::VmmState);
-        let mut read = || {
-            let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
-            let mut bytes = vec![0; PART.min(section.length as usize)];
-            for offset in (0..section.length).step_by(PART) {
-                let part = &mut bytes[..PART.min((section.length - offset) as usize)];
-                let read = read_at(self.file.as_fd(), part, section.offset + offset);
-                read.map_err(|fault| fault.in_section(SectionKind::VmmState))?;
-                digest.update(part);
-                each(part)?;
+        self.read_section(SectionKind::VmmState, each).map_err(|fault| fault.of(&self.path))
+    }
+}
+
+/// A file that begins with the header of an image.
+struct OpenedFile {
+    file: OwnedFd,
+    header: Header,
+    /// The bytes of the header.
+    bytes: [u8; HEADER_SIZE],
+}
+
+fn open_file(path: &Path) -> Result<OpenedFile, ImageFault> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(kernel("open it"))?;
+    let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
+    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        return Err(ImageFault::NotARegularFile);
+    }
+    let found = u64::try_from(stat.st_size).unwrap_or(0);
+    if found < HEADER_SIZE as u64 {
+        return Err(ImageFault::ShorterThanHeader { found });
+    }
+    let mut bytes = [0; HEADER_SIZE];
+    read_at(file.as_fd(), &mut bytes, 0)?;
+    let header = Header::from_bytes(&bytes)?;
+    if header.file_length != found {
+        return Err(ImageFault::FileLength { found, expected: header.file_length });
+    }
+    Ok(OpenedFile { file, header, bytes })
+}
+
+/// What opens the image with this header, if it is sealed. The header is checked with the key.
+fn opener(
+    header: &Header, bytes: &[u8; HEADER_SIZE], key: Option<&ImageKey>,
+) -> Result<Option<Opener>, ImageFault> {
+    match (header.sealing, key) {
+        (None, None) => Ok(None),
+        (None, Some(_)) => Err(ImageFault::NotSealed),
+        (Some(_), None) => Err(ImageFault::NeedsKey),
+        (Some(sealing), Some(key)) => {
+            let opener = Opener::new(key, &sealing.salt)?;
+            if opener.has_signed(&bytes[..MAC_COVERS], &sealing.mac) {
+                Ok(Some(opener))
+            } else {
+                Err(ImageFault::WrongKey)
             }
-            check_sum(SectionKind::VmmState, section, digest.finalize() as u32)
-        };
-        read().map_err(|fault: ImageFault| fault.of(&self.path))
+        }
     }
 }
 
@@ -382,7 +380,7 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
         (layout.states(), layout.states_size()),
         (layout.extent_sums(), layout.extent_sums_size()),
         (layout.page_sums(), layout.page_sums_size()),
-        (state, contents.state_size()),
+        (state, layout.section_size(contents.state_size())),
     ];
     for ((kind, section), (expected_offset, expected_length)) in
         SectionKind::ALL.into_iter().zip(header.sections).zip(expected)
@@ -398,21 +396,6 @@ fn check_places(header: &Header, contents: &Contents, layout: &Layout) -> Result
                 expected_length,
             });
         }
-    }
-    Ok(())
-}
-
-/// Compares the checksum of a section with the computed one.
-fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), ImageFault> {
-    let Section { offset, length, checksum: found } = section;
-    if found != computed {
-        return Err(ImageFault::SectionChecksum {
-            section: kind.name(),
-            offset,
-            length,
-            found,
-            computed,
-        });
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Images for tests, and the model that they are compared with: a list with the state of each page.
 
 use super::writer::{Base, ImageMetadata};
-use super::{Chain, ImageWriter};
+use super::{Chain, ImageKey, ImageWriter};
 use crate::memory::PageBuffer;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
@@ -67,9 +67,22 @@ pub(crate) fn bitmaps(model: &[Vec<Page>], which: impl Fn(Page) -> bool) -> Vec<
     model.iter().map(of_block).collect()
 }
 
+/// A key for tests: 32 times this byte.
+pub(crate) fn key(byte: u8) -> ImageKey {
+    ImageKey::parse(&[byte; 32]).unwrap()
+}
+
 /// Writes an image of the model, in runs of `step` pages, on two threads.
 pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) -> ImageId {
-    let writer = ImageWriter::create(path, &table(&BLOCKS), false, step.is_multiple_of(2)).unwrap();
+    write_with(path, model, base, step, None)
+}
+
+/// The same, sealed if there is a key.
+pub(crate) fn write_with(
+    path: &Path, model: &[Vec<Page>], base: &Base, step: usize, key: Option<&ImageKey>,
+) -> ImageId {
+    let cached = step.is_multiple_of(2);
+    let writer = ImageWriter::create_with(path, &table(&BLOCKS), false, cached, key).unwrap();
     let put = |at: usize, odd: usize| {
         for (index, pages) in
             model[at].chunks(step).enumerate().filter(|(index, _)| index % 2 == odd)
@@ -81,7 +94,7 @@ pub(crate) fn write(path: &Path, model: &[Vec<Page>], base: &Base, step: usize) 
                 }
             }
             writer
-                .put(at, PageRange::new((index * step) as u64, pages.len() as u64), &bytes)
+                .put(at, PageRange::new((index * step) as u64, pages.len() as u64), &mut bytes)
                 .unwrap();
         }
     };

@@ -125,7 +125,7 @@ fn a_base_has_a_name_and_an_id_or_neither() {
     let path = folder.path().join("image");
     for (name, id, shown) in [("full", [0; 16], "\"full\""), ("", [7; 16], "\"\"")] {
         write(&path, &zero(), &Base { id, name: name.into() }, 64);
-        let error = sentence(&Image::open_contents(&path).unwrap_err());
+        let error = sentence(&Image::open_contents(&path, None).unwrap_err());
         assert!(error.contains(&format!("base name is {shown} and base id is ")), "{error}");
         std::fs::remove_file(&path).unwrap();
     }
@@ -264,7 +264,7 @@ fn blocks_are_compared_before_states_are_read() {
         assert!(error.contains("has other blocks"), "{error}");
     };
     blocks_differ(&Chain::open(&path("next")).unwrap_err());
-    blocks_differ(&chain::lineage(&path("next")).unwrap_err());
+    blocks_differ(&chain::lineage(&path("next"), None).unwrap_err());
     blocks_differ(&merge::merge(&path("next"), &path("merged"), false, 1, &|_, _| ()).unwrap_err());
     let report = verify::verify(&path("next"), 1, 9, &|_, _| ());
     assert_eq!(
@@ -276,8 +276,10 @@ fn blocks_are_compared_before_states_are_read() {
     // With the right blocks, the base is refused for its states.
     std::fs::remove_file(path("next")).unwrap();
     let writer = ImageWriter::create(&path("next"), &table(&[pages]), false, true).unwrap();
-    let base =
-        Base { id: Image::open_contents(&path("base")).unwrap().header().id, name: "base".into() };
+    let base = Base {
+        id: Image::open_contents(&path("base"), None).unwrap().header().id,
+        name: "base".into(),
+    };
     let rest = ImageMetadata {
         guest: RunState::Running,
         discarded: &discarded,
@@ -330,7 +332,7 @@ fn cached(skewed: usize, cached: bool) -> Option<[bool; 2]> {
     let bytes = &mut buffer[skewed..];
     bytes.chunks_exact_mut(PAGE_SIZE as usize).for_each(|page| page.copy_from_slice(&content(7)));
     for run in [LARGE, SMALL] {
-        assert_eq!(writer.put(1, run, &bytes[..run.bytes() as usize]).unwrap(), run.count);
+        assert_eq!(writer.put(1, run, &mut bytes[..run.bytes() as usize]).unwrap(), run.count);
     }
     let discarded = bitmaps(&model, |_| false);
     let state = rustix::fs::memfd_create("state", rustix::fs::MemfdFlags::CLOEXEC).unwrap();

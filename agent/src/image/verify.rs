@@ -3,7 +3,7 @@
 //! Verifying all bytes of an image and of the images that it builds on.
 //!
 //! Opening an image checks its header, contents, states and the checksums of extents. [`verify()`]
-//! checks the rest: the pages and their checksums, the state of the VMM, and the bytes that belong
+//! checks the rest: the pages with their checksums or seals, the state of the VMM, and the bytes that belong
 //! to no part of the file. Those must be holes or zero. Data there is a mistake of the writer, and
 //! a program that maps the image would give it to a guest.
 //!
@@ -14,15 +14,14 @@
 use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::error::{ImageError, ImageFault};
-use super::reader::Image;
+use super::reader::{Image, PageChecks};
+use super::seal::ImageKey;
 use super::workers::{Extents, Progress, items_per_claim, share_among_threads};
 use crate::lock::lock;
 use crate::memory::PageBuffer;
 use crate::memory::zero::is_zero;
 use pageferry_protocol::image::header::HEADER_SIZE;
-use pageferry_protocol::image::{
-    EXTENT_PAGES, EXTENT_SIZE, SectionKind, checksum, extent_checksum,
-};
+use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE, SectionKind, extent_checksum};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use pageferry_protocol::shm::bitmap::word_mask;
@@ -33,8 +32,6 @@ use std::sync::{Mutex, PoisonError};
 /// Most extents that a thread checks as one group. The file system is asked once for a group where
 /// the file has data; the answer is a word with a bit for each extent.
 const GROUP: usize = 64;
-/// Bytes of the checksums of an extent's pages.
-const SUMS_SIZE: u64 = EXTENT_PAGES * 4;
 
 /// The outcome of [`verify()`].
 #[derive(Debug)]
@@ -55,7 +52,15 @@ pub struct Report {
 pub fn verify(
     path: &Path, threads: usize, most: usize, show: &(dyn Fn(u64, u64) + Sync),
 ) -> Report {
-    let (images, opened) = images(path);
+    verify_with(path, None, threads, most, show)
+}
+
+/// As [`verify()`], with the key of sealed images.
+pub fn verify_with(
+    path: &Path, key: Option<&ImageKey>, threads: usize, most: usize,
+    show: &(dyn Fn(u64, u64) + Sync),
+) -> Report {
+    let (images, opened) = images(path, key);
     let findings = Findings { found: Mutex::default(), most: most.max(1) };
     let total = images.iter().map(pages_with_content).sum();
     let progress = Progress::new(total, show);
@@ -193,11 +198,17 @@ impl Check<'_> {
     }
 
     /// Checks consecutive extents, at most [`GROUP`]. Skips an extent if it has no present page, no
-    /// data in the file, and the checksum of an extent without content.
+    /// data in the file, and the checksum of an extent without content. A sealed image has no
+    /// checksums of extents.
     fn group(&self, buffer: &mut [u8], numbers: Range<u64>) -> Result<(), Enough> {
+        let layout = self.image.layout();
+        let sums_size = EXTENT_PAGES * layout.page_sum_size();
         let data = self.with_data(EXTENT_SIZE, EXTENT_SIZE, &numbers)
-            | self.with_data(self.image.layout().page_sums(), SUMS_SIZE, &numbers);
+            | self.with_data(layout.page_sums(), sums_size, &numbers);
         let without_content = extent_checksum(&[0; EXTENT_PAGES as usize]);
+        let is_expected = |at, extent| {
+            self.image.is_sealed() || self.image.extent_sum(at, extent) == without_content
+        };
         for number in numbers.clone() {
             let (at, extent) = self.extents.locate(number);
             let present = self.image.states()[at]
@@ -205,7 +216,7 @@ impl Check<'_> {
                 .next_set(self.extents.pages((at, extent)))
                 .is_some();
             let empty = data & (1 << (number - numbers.start)) == 0 && !present;
-            if !empty || self.image.extent_sum(at, extent) != without_content {
+            if !empty || !is_expected(at, extent) {
                 self.extent(buffer, at, extent)?;
             }
         }
@@ -227,60 +238,40 @@ impl Check<'_> {
         let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
         let id = self.image.contents().table.blocks()[at].id;
         let pages = PageRange::new(extent * EXTENT_PAGES, EXTENT_PAGES);
-        let mut sums = [0u32; EXTENT_PAGES as usize];
         let sums_at = layout.page_sum(at, pages.first);
-        if let Err(fault) =
-            read_at(self.image.file(), zerocopy::IntoBytes::as_mut_bytes(&mut sums), sums_at)
-        {
-            return self.add(sums_at, self.image.in_page_sums(at, extent, fault));
-        }
-        let (found, computed) = (self.image.extent_sum(at, extent), extent_checksum(&sums));
-        if found != computed {
-            self.add(
-                sums_at,
-                ImageFault::PageSumsChecksum {
-                    id,
-                    first: pages.first,
-                    at: sums_at,
-                    found,
-                    computed,
-                },
-            )?;
-        }
-        let sums_of = |range: &PageRange| {
-            &sums[(range.first - pages.first) as usize..][..range.count as usize]
+        let checks = match self.image.read_checks(at, pages) {
+            Ok(checks) => checks,
+            Err(fault) => return self.add(sums_at, fault),
         };
+        if let Err(fault) = self.image.check_extent((at, extent), &checks) {
+            self.add(sums_at, fault)?;
+        }
         for run in present.runs(pages) {
-            self.content(buffer, (at, id), run, sums_of(&run))?;
+            self.content(buffer, at, run, &checks)?;
             self.progress.add(run.count);
         }
         for gap in gaps(present, pages) {
-            if let Some(stray) = sums_of(&gap).iter().position(|sum| *sum != 0) {
-                let at = layout.page_sum(at, gap.first + stray as u64);
-                self.add(
-                    at,
-                    ImageFault::DataInPadding { place: "checksum of a page without content", at },
-                )?;
+            if let Some(page) = checks.stray(gap) {
+                let at = layout.page_sum(at, page);
+                let place = "checksum or seal of a page without content";
+                self.add(at, ImageFault::DataInPadding { place, at })?;
             }
         }
         self.holes(buffer, (at, id), pages)
     }
 
-    /// Compares present pages with their checksums.
+    /// Checks present pages.
     fn content(
-        &self, buffer: &mut [u8], (at, id): (usize, u32), run: PageRange, sums: &[u32],
+        &self, buffer: &mut [u8], at: usize, run: PageRange, checks: &PageChecks,
     ) -> Result<(), Enough> {
         let bytes = &mut buffer[..run.bytes() as usize];
         let start = self.image.layout().page(at, run.first);
         if let Err(fault) = read_at(self.image.file(), bytes, start) {
             return self.add(start, self.image.in_page(at, run, fault));
         }
-        for ((page, bytes), found) in (run.first..).zip(bytes.chunks(PAGE_SIZE as usize)).zip(sums)
-        {
-            let (found, computed) = (*found, checksum(bytes));
-            if found != computed {
-                let at = self.image.layout().page(at, page);
-                self.add(at, ImageFault::PageChecksum { id, page, at, found, computed })?;
+        for (page, bytes) in (run.first..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
+            if let Err(fault) = self.image.check_page(at, page, bytes, checks) {
+                self.add(self.image.layout().page(at, page), fault)?;
             }
         }
         Ok(())

@@ -30,6 +30,7 @@ pub use recovery::{Recovery, RecoveryRequest};
 use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::hooks::Hooks;
+use crate::image::ImageKey;
 use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
@@ -79,6 +80,8 @@ pub struct Job {
     pub devices: Arc<Devices>,
     /// Whom the agent trusts on a network.
     pub trust: Trust,
+    /// The key of images; `None` if they are in plain text.
+    pub image_key: Option<ImageKey>,
     started: Instant,
     state: Mutex<State>,
     /// Notified when the job enters a phase.
@@ -131,6 +134,7 @@ impl Job {
             placing: Arc::default(),
             devices: Arc::default(),
             trust: Trust::default(),
+            image_key: None,
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
@@ -165,6 +169,12 @@ impl Job {
     #[must_use]
     pub fn that_trusts(self, trust: Trust) -> Self {
         Self { trust, ..self }
+    }
+
+    /// The same job, of an agent that seals images with this key, if there is one.
+    #[must_use]
+    pub fn with_image_key(self, image_key: Option<ImageKey>) -> Self {
+        Self { image_key, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -69,11 +69,17 @@ impl Batch {
                 _ => joined.push((at, pages, start)),
             }
         }
-        let run = |(at, pages, start): (usize, PageRange, usize)| Run {
-            at,
-            pages,
-            bytes: &self.buffer[start..start + pages.bytes() as usize],
-        };
-        joined.into_iter().map(run).collect()
+        // Each run gets its part of the buffer, so they are cut from its start to its end.
+        joined.sort_unstable_by_key(|(_, _, start)| *start);
+        let (mut rest, mut cut) = (&mut self.buffer[..], 0);
+        let mut runs = Vec::with_capacity(joined.len());
+        for (at, pages, start) in joined {
+            let (_, from) = rest.split_at_mut(start - cut);
+            let (bytes, after) = from.split_at_mut(pages.bytes() as usize);
+            (rest, cut) = (after, start + pages.bytes() as usize);
+            runs.push(Run { at, pages, bytes });
+        }
+        runs.sort_unstable_by_key(|run| (run.at, run.pages.first));
+        runs
     }
 }

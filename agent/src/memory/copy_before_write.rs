@@ -120,14 +120,14 @@ pub enum CaptureError {
 }
 
 /// Pages that follow each other, and their bytes.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Run<'a> {
     /// The index of their block.
     pub at: usize,
     /// The pages.
     pub pages: PageRange,
-    /// Their bytes.
-    pub bytes: &'a [u8],
+    /// Their bytes. The sink may change them, for example encrypt them: nobody reads them after it.
+    pub bytes: &'a mut [u8],
 }
 
 /// Receives the captured pages.
@@ -137,7 +137,7 @@ pub trait Sink: std::fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// If the pages cannot be stored.
-    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError>;
+    fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError>;
 
     /// How many bytes the sink prefers to get at once: a power of two.
     fn batch(&self) -> usize {
@@ -275,8 +275,8 @@ impl CopyBeforeWrite {
         if runs.is_empty() {
             return Ok(());
         }
-        let put = self.sink.put(&runs).map_err(CaptureError::Sink)?;
         let pages: u64 = runs.iter().map(|run| run.pages.count).sum();
+        let put = self.sink.put(runs).map_err(CaptureError::Sink)?;
         add(&self.live.pages_saved, put);
         add(&self.live.zero_pages, pages - put);
         add(&self.live.image_bytes, put * PAGE_SIZE);

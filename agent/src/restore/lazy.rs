@@ -31,6 +31,7 @@ use super::reset::ResetGuard;
 use super::source::Source;
 use super::working_set::WorkingSetPlan;
 use super::{VmmState, resume_guest};
+use crate::image::ImageKey;
 use crate::job::{Job, JobError};
 use crate::memory::GuestMemory;
 use crate::memory::backing::BackingKind;
@@ -102,7 +103,7 @@ pub fn restore(
     }
     drop(registered);
     if let Some(record) = record.filter(|_| guard.handed_over && whole)
-        && let Some(not_written) = record.write(&job.memory)
+        && let Some(not_written) = record.write(&job.memory, job.image_key.as_ref())
     {
         job.warn(not_written);
     }
@@ -143,8 +144,10 @@ impl OwedImage {
     /// # Errors
     /// If the image cannot be opened, is another one, or does not fit; or if it is not known which
     /// pages are owed.
-    pub fn open(path: &str, image: ImageId, memory: &GuestMemory) -> Result<Self, JobError> {
-        let source = Source::open(Path::new(path), memory)?;
+    pub fn open(
+        path: &str, image: ImageId, memory: &GuestMemory, key: Option<&ImageKey>,
+    ) -> Result<Self, JobError> {
+        let source = Source::open(Path::new(path), memory, key)?;
         let found = source.newest().header().id;
         if found != image {
             let path = path.to_owned();
@@ -217,7 +220,8 @@ pub fn plan(
     job: &Job, source: &Source, options: &RestoreOptions,
 ) -> Result<WorkingSetPlan, JobError> {
     check(job)?;
-    let plan = WorkingSetPlan::of(&options.working_set, source, &job.memory)?;
+    let plan =
+        WorkingSetPlan::of(&options.working_set, source, &job.memory, job.image_key.as_ref())?;
     pool::check_available(job.memory.blocks(), &missing_of_image(job, source)?)?;
     job.hooks.ask(&Hook::ProbeFaults, job.hook_timeout)?;
     Ok(plan)

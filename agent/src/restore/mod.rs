@@ -33,7 +33,6 @@ pub mod source;
 pub mod working_set;
 
 use crate::devices::state_pieces;
-use crate::hooks::state_file_of;
 use crate::image::Image;
 use crate::job::consent::GivenUpGuest;
 use crate::job::{Job, JobError, micros};
@@ -76,7 +75,7 @@ pub fn run(job: &Arc<Job>, order: &RestorePlan) {
 
 fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
-    let source = Source::open(&order.path, &job.memory)?;
+    let source = Source::open(&order.path, &job.memory, job.image_key.as_ref())?;
     if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
         return Err(MemoryError::Sealed { id: block.geometry.id }.into());
     }
@@ -127,12 +126,7 @@ pub struct VmmState {
 
 impl VmmState {
     fn read(image: &Image, resume: ResumePolicy) -> Result<Self, JobError> {
-        let bytes = image.state()?;
-        let file = state_file_of([bytes.as_slice()]);
-        let file = file.map_err(|errno| JobError::Io {
-            what: "create a file for the VMM's state",
-            source: errno.into(),
-        })?;
+        let file = image.state_file()?;
         let guest = resume.apply(image.header().guest);
         Ok(Self { guest, pieces: image.contents().pieces.clone(), file })
     }

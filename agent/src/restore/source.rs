@@ -10,7 +10,7 @@
 
 use super::error::RestoreError;
 use crate::image::blocks;
-use crate::image::{Chain, Image, ImageError};
+use crate::image::{Chain, Image, ImageError, ImageKey};
 use crate::job::JobError;
 use crate::memory::GuestMemory;
 use pageferry_protocol::memory::{BlockTable, PageRange};
@@ -34,15 +34,18 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens the image at `path`, and compares its blocks with those of `memory`.
+    /// Opens the image at `path`, and compares its blocks with those of `memory`. A sealed image
+    /// needs its key. With a key, an image in plain text is refused: anybody may have made it.
     ///
     /// # Errors
-    /// If the image cannot be opened or is damaged, or if the blocks differ.
-    pub fn open(path: &Path, memory: &GuestMemory) -> Result<Self, JobError> {
+    /// If the image cannot be opened or is damaged, if the key does not fit, or if the blocks differ.
+    pub fn open(
+        path: &Path, memory: &GuestMemory, key: Option<&ImageKey>,
+    ) -> Result<Self, JobError> {
         // Compare the block table first: the page states of an image can take a gigabyte, and need
         // not be read if the blocks differ.
-        compare(memory.table(), &Image::open_contents(path)?.contents().table)?;
-        let chain = Chain::open(path)?;
+        compare(memory.table(), &Image::open_contents(path, key)?.contents().table)?;
+        let chain = Chain::open_with(path, key)?;
         compare(memory.table(), chain.table())?;
         let of = |id: u32| chain.table().blocks().iter().position(|block| block.id == id);
         // Every id is found, because the tables were just compared.

@@ -10,7 +10,8 @@
 //! - No file: it records, and writes the file when the job ends, if the guest ran. It does not
 //!   replace a file that appeared at the path in the meantime.
 //! - A working set of this image: it prefetches these pages, and never changes the file.
-//! - A working set of another image, or a damaged one: the next restore could not use it either. So
+//! - A working set of another image, or a damaged one, or one that is not sealed with the key of a
+//!   sealed image: the next restore could not use it either. So
 //!   the restore logs a warning, records, and replaces the file when the job ends.
 //! - Anything else, for example an empty file or one that cannot be read: it refuses before it
 //!   changes memory. The file would have to be ignored for ever or be overwritten, and it may be
@@ -21,14 +22,16 @@
 
 use super::error::{RestoreError, WorkingSetFileError};
 use super::source::Source;
-use crate::image::ImageFault;
 use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
 use crate::image::new_file::{FileKind, NewFile};
+use crate::image::seal::{Opener, Sealer};
+use crate::image::{ImageFault, ImageKey};
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, join_near_runs};
+use pageferry_protocol::image::working_set::SealedWorkingSet;
 use pageferry_protocol::image::working_set::{MAGIC, MAX_RUNS, MAX_SIZE, WorkingSetError};
-use pageferry_protocol::image::{ImageId, WorkingSet, id_text};
+use pageferry_protocol::image::{ImageId, Place, WorkingSet, id_text};
 use pageferry_protocol::memory::PageRange;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -47,11 +50,14 @@ pub enum WorkingSetPlan {
 }
 
 impl WorkingSetPlan {
-    /// Decides by what is at `path`. An empty path means that no working set is wanted.
+    /// Decides by what is at `path`. An empty path means that no working set is wanted. With a key,
+    /// only a working set is used that is sealed with it: it says which memory the guest uses.
     ///
     /// # Errors
     /// If the file at the path must not be used or replaced, or if none can be written.
-    pub fn of(path: &str, source: &Source, memory: &GuestMemory) -> Result<Self, RestoreError> {
+    pub fn of(
+        path: &str, source: &Source, memory: &GuestMemory, key: Option<&ImageKey>,
+    ) -> Result<Self, RestoreError> {
         if path.is_empty() {
             return Ok(Self::None);
         }
@@ -68,8 +74,8 @@ impl WorkingSetPlan {
         if !bytes.starts_with(&MAGIC) {
             return Err(refused(WorkingSetFileError::OtherKind(WorkingSetError::Magic)));
         }
-        let useless = match WorkingSet::decode(&bytes) {
-            Err(error) => crate::error::chain(&error),
+        let useless = match decode(&bytes, key) {
+            Err(useless) => useless,
             Ok(set) if set.image != image => format!("it is of image {}", id_text(&set.image)),
             Ok(set) => match pieces(&set, memory) {
                 Ok(pieces) => return Ok(Self::Read(pieces)),
@@ -121,6 +127,29 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFileError> {
     }
     bytes.truncate(done);
     Ok(Some(bytes))
+}
+
+/// The working set in these bytes. The error says why it cannot be used.
+fn decode(bytes: &[u8], key: Option<&ImageKey>) -> Result<WorkingSet, String> {
+    let decode = |bytes| WorkingSet::decode(bytes).map_err(|error| crate::error::chain(&error));
+    match (SealedWorkingSet::decode(bytes), key) {
+        (None, None) => decode(bytes),
+        (Some(_), None) => Err("it is sealed, and this agent has no key".into()),
+        (None, Some(_)) => Err("it is not sealed, and this agent has a key".into()),
+        (Some(SealedWorkingSet { salt, seal, mut bytes }), Some(key)) => {
+            let opener = Opener::new(key, &salt).map_err(|fault| crate::error::chain(&fault))?;
+            let opened = opener.open(Place::WorkingSet, seal, &mut bytes);
+            opened.map_err(|_| "the key does not fit it, or somebody has changed it".to_owned())?;
+            decode(&bytes)
+        }
+    }
+}
+
+/// The bytes of a working set, sealed.
+fn seal(mut bytes: Vec<u8>, key: &ImageKey) -> Result<Vec<u8>, ImageFault> {
+    let sealer = Sealer::new(key)?;
+    let seal = sealer.seal(Place::WorkingSet, &mut bytes)?;
+    Ok(SealedWorkingSet { salt: sealer.salt(), seal, bytes }.encode())
 }
 
 /// The pieces in which the working set is read: sorted in the order of the image, with runs near
@@ -190,23 +219,27 @@ impl WorkingSetRecorder {
     }
 
     /// Writes the file. Returns the reason if it is not written: a restore does not fail for that.
-    pub fn write(self, memory: &GuestMemory) -> Option<String> {
+    pub fn write(self, memory: &GuestMemory, key: Option<&ImageKey>) -> Option<String> {
         let why = if self.runs.is_empty() {
             // An empty working set would be of no use to the next restore.
             "the guest waited for no page".to_owned()
         } else if let Err(replaced) = memory.current.check() {
             replaced.to_string()
         } else {
-            crate::error::chain(&self.try_write(memory).err()?)
+            crate::error::chain(&self.try_write(memory, key).err()?)
         };
         Some(format!("working_set {} is not written: {why}", self.path.display()))
     }
 
-    fn try_write(&self, memory: &GuestMemory) -> Result<(), ImageFault> {
+    fn try_write(&self, memory: &GuestMemory, key: Option<&ImageKey>) -> Result<(), ImageFault> {
         let named = |(at, run): &(usize, PageRange)| (memory.blocks()[*at].geometry.id, *run);
         let set = WorkingSet { image: self.image, runs: self.runs.iter().map(named).collect() };
+        let bytes = match key {
+            Some(key) => seal(set.encode(), key)?,
+            None => set.encode(),
+        };
         let file = self.create()?;
-        write_at(file.as_fd(), &set.encode(), 0)?;
+        write_at(file.as_fd(), &bytes, 0)?;
         file.finish()
     }
 }

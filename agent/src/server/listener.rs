@@ -30,9 +30,11 @@ impl ControlListener {
         Ok(match self {
             Self::Bound(listener) => {
                 let (socket, inode) = listener.leave()?;
-                HandedOver { socket, file: Some(inode), last_job: None }
+                HandedOver { socket, file: Some(inode), last_job: None, image_key: None }
             }
-            Self::Inherited(socket) => HandedOver { socket, file: None, last_job: None },
+            Self::Inherited(socket) => {
+                HandedOver { socket, file: None, last_job: None, image_key: None }
+            }
         })
     }
 

@@ -20,6 +20,7 @@ mod listener;
 mod upgrading;
 
 use crate::devices::registry::NewDevice;
+use crate::image::ImageKey;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
 use crate::session::shared::SharedSession;
@@ -167,6 +168,11 @@ impl Server {
     /// From now on jobs trust these on a network.
     pub fn trust(&self, trust: Trust) {
         self.hub.session.lock().trust = trust;
+    }
+
+    /// From now on images are sealed with this key, and only such are restored.
+    pub fn seal_images_with(&self, key: ImageKey) {
+        self.hub.session.lock().image_key = Some(key);
     }
 
     /// Makes a device for the guest, whose front-ends connect to `path`.

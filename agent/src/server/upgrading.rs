@@ -21,7 +21,7 @@ impl Server {
     /// # Errors
     /// If the kernel refuses.
     pub fn listen_again(&mut self, handed_over: HandedOver, path: Option<&Path>) -> io::Result<()> {
-        let HandedOver { socket, file, last_job } = handed_over;
+        let HandedOver { socket, file, last_job, image_key: _ } = handed_over;
         if let Some(status) = last_job.and_then(LastJob::read) {
             self.hub.session.lock().remember_job(status);
         }

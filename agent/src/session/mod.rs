@@ -37,6 +37,7 @@ pub mod vhost_user;
 use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::hooks::Hooks;
+use crate::image::ImageKey;
 use crate::job::{CancelledBy, Job, RecoveryRequest, TooLate};
 use crate::memory::GuestMemory;
 use crate::session::shared::DeferredDrop;
@@ -82,6 +83,8 @@ pub struct Session {
     devices: Arc<Devices>,
     /// Whom the agent trusts on a network.
     pub trust: Trust,
+    /// The key of images; `None` if they are in plain text.
+    pub image_key: Option<ImageKey>,
     vhost_user: vhost_user::Features,
     /// Why no job is started any more, once that is so.
     refuses_jobs: Option<&'static str>,
@@ -135,6 +138,7 @@ impl Session {
             notify,
             devices,
             trust: Trust::default(),
+            image_key: None,
             vhost_user: vhost_user::Features::default(),
             refuses_jobs: None,
             resuming: false,
@@ -207,6 +211,7 @@ impl Session {
             totals: self.totals,
             refuses_jobs: self.refuses_jobs,
             trust: self.trust.clone(),
+            image_key: self.image_key.clone(),
             ..Self::new(self.notify.clone(), self.vm_name.clone(), self.devices.clone())
         };
         next.job_changed();

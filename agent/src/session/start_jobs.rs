@@ -201,7 +201,8 @@ impl Session {
             self.notify.clone(),
         );
         let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
-        Ok(Arc::new(job.with_devices(self.devices.clone()).that_trusts(self.trust.clone())))
+        let job = job.with_devices(self.devices.clone()).that_trusts(self.trust.clone());
+        Ok(Arc::new(job.with_image_key(self.image_key.clone())))
     }
 
     /// Makes `job` the job of this session, and calls `run` on a new thread.
@@ -412,12 +413,14 @@ impl SharedSession {
     /// Continues the job of a lost agent: the guest runs, and its memory is not all here.
     pub(super) fn continue_job(&self, journal: &[u8], fds: Vec<OwnedFd>) -> Answer {
         let [uffd] = take_fds("continue", fds)?;
-        let memory = self.lock().memory.clone();
+        let session = self.lock();
+        let (memory, image_key) = (session.memory.clone(), session.image_key.clone());
+        drop(session);
         let address = match Journal::decode(journal).map_err(|error| invalid(&error))? {
             Journal::Restore { path, image, options } => {
                 check_path("path", &path)?;
                 may_wait("open an image");
-                let image = OwedImage::open(&path, image, &memory);
+                let image = OwedImage::open(&path, image, &memory, image_key.as_ref());
                 let image = image.map_err(|error| invalid(&error))?;
                 let mut session = self.lock();
                 session.check_can_start()?;

@@ -6,8 +6,8 @@ use crate::image::ImageWriter;
 use crate::memory::copy_before_write::{BATCH, Run, Sink, SinkError};
 
 impl Sink for ImageWriter {
-    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
-        Ok(self.put_runs(runs.iter().map(|run| (run.at, run.pages, run.bytes)))?)
+    fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError> {
+        Ok(self.put_runs(runs.into_iter().map(|run| (run.at, run.pages, run.bytes)))?)
     }
 
     fn batch(&self) -> usize {

@@ -82,7 +82,9 @@ fn save(job: &Arc<Job>, plan: &SnapshotPlan) -> Result<(), JobError> {
     }
     let base = find_base(job, plan)?;
     let SnapshotOptions { track, replace, cached, .. } = plan.options;
-    let writer = Arc::new(ImageWriter::create(&plan.path, job.memory.table(), replace, cached)?);
+    let (table, key) = (job.memory.table(), job.image_key.as_ref());
+    let writer = ImageWriter::create_with(&plan.path, table, replace, cached, key)?;
+    let writer = Arc::new(writer);
     let mut changes = Changes::begin(job, &plan.checkpoint, &plan.trackers, base.id, track)?;
     let captured = capture(job, plan, &writer, &mut changes);
     // The watch of writes, if there was one, ended with it.
@@ -98,7 +100,7 @@ fn find_base(job: &Job, plan: &SnapshotPlan) -> Result<Base, JobError> {
         return Ok(Base::default());
     }
     let path = Path::new(&plan.options.base);
-    let images = lineage(path)?;
+    let images = lineage(path, job.image_key.as_ref())?;
     let refused = |fault: ImageFault| JobError::from(fault.of(&plan.path));
     if images.len() >= MAX_IMAGES {
         return Err(refused(ImageFault::ChainTooLong(MAX_IMAGES)));

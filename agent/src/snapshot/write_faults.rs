@@ -173,7 +173,7 @@ mod tests {
     struct Nowhere;
 
     impl Sink for Nowhere {
-        fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+        fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError> {
             panic!("{runs:?}")
         }
     }

@@ -21,6 +21,8 @@ pub mod last_job;
 pub mod program;
 pub mod wish;
 
+use crate::image::ImageKey;
+use crate::image::seal::handover::{self, KeptKey};
 use crate::systemd::descriptor::duplicate;
 use crate::transport::unix_path::{Inode, UnixPathListener};
 use crate::transport::unix_socket::not_listening;
@@ -45,6 +47,8 @@ pub struct HandedOver {
     pub file: Option<Inode>,
     /// How the last job has ended.
     pub last_job: Option<LastJob>,
+    /// The key of images, for the next program.
+    pub image_key: Option<KeptKey>,
 }
 
 /// What the next program of this process gets.
@@ -94,7 +98,7 @@ pub fn handed_over() -> Result<Option<HandedOver>, HandOverError> {
         return Err(not_listening_here(found.to_owned()));
     }
     let file = (inode != 0).then_some(Inode { device, number: inode });
-    Ok(Some(HandedOver { socket, file, last_job: LastJob::handed_over() }))
+    Ok(Some(HandedOver { socket, file, last_job: LastJob::handed_over(), image_key: None }))
 }
 
 impl HandedOver {
@@ -102,6 +106,14 @@ impl HandedOver {
     #[must_use]
     pub fn with_last_job(self, status: Option<&JobStatus>) -> Self {
         Self { last_job: status.and_then(LastJob::new), ..self }
+    }
+
+    /// The same, with the key of images, if there is one.
+    ///
+    /// # Errors
+    /// If the kernel has no memory for it.
+    pub fn with_image_key(self, key: Option<&ImageKey>) -> io::Result<Self> {
+        Ok(Self { image_key: key.map(KeptKey::new).transpose()?, ..self })
     }
 
     /// Removes the path of the socket, if it is this agent's: the agent ends after all.
@@ -126,12 +138,18 @@ impl HandedOver {
         let process = std::process::id();
         let value = format!("{process}:{}:{device}:{inode}", self.socket.as_raw_fd());
         let last_job = self.last_job.as_ref().map(LastJob::variable);
-        let variables: Vec<_> = last_job.into_iter().chain([(VARIABLE, value)]).collect();
+        let image_key = match self.image_key.as_ref().map(KeptKey::inherit).transpose() {
+            Ok(image_key) => image_key,
+            Err(error) => return error,
+        };
+        let variables = last_job.into_iter().chain(image_key).chain([(VARIABLE, value)]);
+        let variables: Vec<_> = variables.collect();
+        let removed = [last_job::VARIABLE, handover::VARIABLE];
         write_log();
-        let error = program.execute(&variables, last_job::VARIABLE);
+        let error = program.execute(&variables, &removed);
         log::error!("cannot execute {}: {error}; this version goes on", program.path().display());
         write_log();
-        Program::running().execute(&variables, last_job::VARIABLE)
+        Program::running().execute(&variables, &removed)
     }
 }
 

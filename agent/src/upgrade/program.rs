@@ -183,11 +183,14 @@ impl Program {
         command
     }
 
-    /// Executes it in this process, with these variables and without `removed`, unless that is one
+    /// Executes it in this process, with these variables and without those of `removed` that are none
     /// of them. Returns only if that fails.
-    pub(super) fn execute(&self, variables: &[(&str, String)], removed: &str) -> io::Error {
+    pub(super) fn execute(&self, variables: &[(&str, String)], removed: &[&str]) -> io::Error {
         let mut command = self.command();
-        command.args(&self.arguments).env_remove(removed).envs(variables.iter().cloned()).exec()
+        for name in removed {
+            command.env_remove(name);
+        }
+        command.args(&self.arguments).envs(variables.iter().cloned()).exec()
     }
 
     /// Checks that it can be executed here, and is an agent that takes the arguments of this one:

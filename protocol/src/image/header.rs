@@ -7,7 +7,7 @@
 //! | 0 | 8 | magic, `PFimage` and a zero byte |
 //! | 8 | 4 | version, 1 |
 //! | 12 | 4 | run state of the guest: 0 running, 1 paused by its operator |
-//! | 16 | 8 | features that a reader must know; none are defined |
+//! | 16 | 8 | features that a reader must know; bit 0: the image is sealed |
 //! | 24 | 16 | id |
 //! | 40 | 16 | id of the base; zeroes for a full image |
 //! | 56 | 8 | the point in time of the snapshot, in seconds since 1970 |
@@ -17,13 +17,16 @@
 //! | 120 | 24 | section: checksums of extents |
 //! | 144 | 24 | section: checksums of pages |
 //! | 168 | 24 | section: state of the VMM |
-//! | 192 | 3900 | zero |
+//! | 192 | 32 | salt of a sealed image; otherwise zero |
+//! | 224 | 3836 | zero |
+//! | 4060 | 32 | MAC of bytes 0 to 4059 of a sealed image; otherwise zero |
 //! | 4092 | 4 | CRC-32C of bytes 0 to 4091 |
 //!
 //! A section is its offset (8), its length in bytes (8), the CRC-32C of its bytes (4) and zero (4).
 //! The section of the checksums of pages has none: each part of it is checked by the checksum of
-//! its extent.
+//! its extent. In a sealed image no section has a checksum: the seals are there instead.
 
+use super::sealing::{FEATURE_SEALED, MAC_SIZE, SALT_SIZE, Sealing};
 use super::{ImageId, checksum};
 use crate::control::job::RunState;
 use zerocopy::little_endian::{U32, U64};
@@ -36,9 +39,11 @@ pub const MAGIC: [u8; 8] = *b"PFimage\0";
 /// The version that this crate reads and writes.
 pub const VERSION: u32 = 1;
 /// The features that this crate knows.
-pub const FEATURES: u64 = 0;
+pub const FEATURES: u64 = FEATURE_SEALED;
 /// Bytes before the checksum.
 const CHECKED: usize = HEADER_SIZE - 4;
+/// Bytes before the MAC, which it covers.
+pub const MAC_COVERS: usize = CHECKED - MAC_SIZE;
 
 /// The sections, in the order of the header.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +109,9 @@ struct WireHeader {
     taken: U64,
     file_length: U64,
     sections: [WireSection; 5],
-    padding: [u8; 3900],
+    salt: [u8; SALT_SIZE],
+    padding: [u8; 3836],
+    mac: [u8; MAC_SIZE],
     checksum: U32,
 }
 
@@ -180,12 +187,19 @@ pub struct Header {
     pub file_length: u64,
     /// In the order of [`SectionKind::ALL`].
     pub sections: [Section; 5],
+    /// What a sealed image has in addition; `None` for one in plain text.
+    pub sealing: Option<Sealing>,
 }
 
 impl Header {
     /// True if it builds on another image.
     pub fn is_increment(&self) -> bool {
         self.base != ImageId::default()
+    }
+
+    /// The features that a reader must know.
+    pub fn features(&self) -> u64 {
+        if self.sealing.is_some() { FEATURE_SEALED } else { 0 }
     }
 
     /// Position of a section.
@@ -201,17 +215,20 @@ impl Header {
             checksum: section.checksum.into(),
             zero: 0.into(),
         };
+        let sealing = self.sealing.unwrap_or(Sealing { salt: [0; SALT_SIZE], mac: [0; MAC_SIZE] });
         let mut wire = WireHeader {
             magic: MAGIC,
             version: VERSION.into(),
             guest: (self.guest as u32).into(),
-            features: FEATURES.into(),
+            features: self.features().into(),
             id: self.id,
             base: self.base,
             taken: self.taken.into(),
             file_length: self.file_length.into(),
             sections: self.sections.map(section),
-            padding: [0; 3900],
+            salt: sealing.salt,
+            padding: [0; 3836],
+            mac: sealing.mac,
             checksum: 0.into(),
         };
         wire.checksum = checksum(&wire.as_bytes()[..CHECKED]).into();
@@ -257,6 +274,7 @@ impl Header {
                 });
             }
         }
+        let is_sealed = wire.features.get() & FEATURE_SEALED != 0;
         Ok(Self {
             id: wire.id,
             base: wire.base,
@@ -264,6 +282,7 @@ impl Header {
             guest,
             file_length,
             sections,
+            sealing: is_sealed.then_some(Sealing { salt: wire.salt, mac: wire.mac }),
         })
     }
 }
@@ -283,17 +302,42 @@ mod tests {
             guest,
             file_length: 9000,
             sections: [section; 5],
+            sealing: None,
         }
+    }
+
+    fn sealed() -> Header {
+        let sealing = Sealing { salt: [3; SALT_SIZE], mac: [4; MAC_SIZE] };
+        Header { sealing: Some(sealing), ..header() }
     }
 
     proptest! {
         #[test]
-        fn any_byte_that_is_changed_is_found(at in 0usize..HEADER_SIZE, change in 1u8..) {
-            let mut bytes: [u8; HEADER_SIZE] = header().to_bytes().try_into().unwrap();
-            prop_assert_eq!(Header::from_bytes(&bytes).unwrap(), header());
+        fn any_byte_that_is_changed_is_found(
+            at in 0usize..HEADER_SIZE, change in 1u8.., is_sealed in any::<bool>(),
+        ) {
+            let header = if is_sealed { sealed() } else { header() };
+            let mut bytes: [u8; HEADER_SIZE] = header.to_bytes().try_into().unwrap();
+            prop_assert_eq!(Header::from_bytes(&bytes).unwrap(), header);
             bytes[at] ^= change;
             prop_assert!(Header::from_bytes(&bytes).is_err());
         }
+    }
+
+    #[test]
+    fn the_mac_is_the_last_but_the_checksum() {
+        let bytes = sealed().to_bytes();
+        assert_eq!((bytes[16], &bytes[192..224]), (1, &[3; 32][..]));
+        assert_eq!((MAC_COVERS, &bytes[MAC_COVERS..CHECKED]), (4060, &[4; 32][..]));
+    }
+
+    #[test]
+    fn a_feature_that_nobody_knows_is_refused() {
+        let mut bytes: [u8; HEADER_SIZE] = sealed().to_bytes().try_into().unwrap();
+        bytes[16] = 3;
+        let sum = checksum(&bytes[..CHECKED]);
+        bytes[CHECKED..].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(Header::from_bytes(&bytes), Err(HeaderError::Features { found: 3 }));
     }
 
     #[test]

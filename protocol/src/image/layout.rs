@@ -6,9 +6,13 @@
 //! to whole extents. Then the sections follow, each at a multiple of 4 KiB: the checksums of pages,
 //! the states, the checksums of extents, the contents, and the state of the VMM.
 //!
+//! In a sealed image the seals of pages are in the place of their checksums. There are no checksums
+//! of extents, and each other section has the seals of its pieces.
+//!
 //! All offsets but the ends of the last two sections follow from the lengths of the blocks. So
 //! images of the same blocks have each page at the same offset.
 
+use super::sealing::{SEAL_SIZE, sealed_size};
 use super::states::states_size;
 use super::{EXTENT_PAGES, EXTENT_SIZE, MAX_MEMORY};
 use crate::error::size;
@@ -18,6 +22,7 @@ use crate::memory::{BlockTable, PAGE_SIZE};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     blocks: Vec<Place>,
+    is_sealed: bool,
     /// First byte after the pages, where the checksums of pages begin.
     page_sums: u64,
     states: u64,
@@ -46,16 +51,16 @@ pub struct TooLarge {
 }
 
 impl Layout {
-    /// The offsets for these blocks.
+    /// The offsets for these blocks, in a sealed image or in one in plain text.
     ///
     /// # Errors
     /// If the blocks are too large for one image.
-    pub fn new(table: &BlockTable) -> Result<Self, TooLarge> {
+    pub fn new(table: &BlockTable, is_sealed: bool) -> Result<Self, TooLarge> {
         let bytes = table.blocks().iter().fold(0u64, |sum, block| sum.saturating_add(block.length));
         if bytes > MAX_MEMORY {
             return Err(TooLarge { bytes });
         }
-        let (mut extents, mut states) = (0, 0);
+        let (mut extents, mut states) = (0u64, 0);
         let mut blocks = Vec::with_capacity(table.blocks().len());
         for block in table.blocks() {
             let data = EXTENT_SIZE * (1 + extents);
@@ -70,10 +75,22 @@ impl Layout {
         }
         let aligned = |offset: u64| offset.next_multiple_of(PAGE_SIZE);
         let page_sums = EXTENT_SIZE * (1 + extents);
-        let first_state = aligned(page_sums + extents * EXTENT_PAGES * 4);
-        let extent_sums = aligned(first_state + states);
-        let contents = aligned(extent_sums + extents * 4);
-        Ok(Self { blocks, page_sums, states: first_state, extent_sums, contents })
+        let mut layout =
+            Self { blocks, is_sealed, page_sums, states: 0, extent_sums: 0, contents: 0 };
+        layout.states = aligned(page_sums + layout.page_sums_size());
+        layout.extent_sums = aligned(layout.states + layout.states_size());
+        layout.contents = aligned(layout.extent_sums + layout.extent_sums_size());
+        Ok(layout)
+    }
+
+    /// Bytes of a section with `length` bytes of content.
+    pub fn section_size(&self, length: u64) -> u64 {
+        if self.is_sealed { sealed_size(length) } else { length }
+    }
+
+    /// Bytes of a page's checksum, or of its seal.
+    pub fn page_sum_size(&self) -> u64 {
+        if self.is_sealed { SEAL_SIZE } else { 4 }
     }
 
     /// Byte of page `page` of the block at index `at` of the table.
@@ -97,9 +114,10 @@ impl Layout {
         self.blocks[at].extents_before + extent
     }
 
-    /// Byte of the checksum of page `page` of the block at index `at`.
+    /// Byte of the checksum, or of the seal, of page `page` of the block at index `at`.
     pub fn page_sum(&self, at: usize, page: u64) -> u64 {
-        self.page_sums + (self.blocks[at].extents_before * EXTENT_PAGES + page) * 4
+        let before = self.blocks[at].extents_before * EXTENT_PAGES;
+        self.page_sums + (before + page) * self.page_sum_size()
     }
 
     /// First byte after the pages, and of the pages' checksums.
@@ -109,7 +127,7 @@ impl Layout {
 
     /// Bytes of the pages' checksums.
     pub fn page_sums_size(&self) -> u64 {
-        self.all_extents() * EXTENT_PAGES * 4
+        self.all_extents() * EXTENT_PAGES * self.page_sum_size()
     }
 
     /// Byte of the states.
@@ -117,14 +135,17 @@ impl Layout {
         self.states
     }
 
-    /// Where the states of the block at index `at` begin, in bytes from those of the first.
+    /// Where the states of the block at index `at` begin, in bytes from those of the first. In a
+    /// sealed image, seals are between them.
     pub fn states_of(&self, at: usize) -> u64 {
         self.blocks[at].states_before
     }
 
-    /// Bytes of the states.
+    /// Bytes of the section of the states.
     pub fn states_size(&self) -> u64 {
-        self.blocks.last().map_or(0, |last| last.states_before + states_size(last.pages))
+        let states =
+            self.blocks.last().map_or(0, |last| last.states_before + states_size(last.pages));
+        self.section_size(states)
     }
 
     /// Byte of the extents' checksums.
@@ -132,9 +153,9 @@ impl Layout {
         self.extent_sums
     }
 
-    /// Bytes of the extents' checksums.
+    /// Bytes of the extents' checksums. A sealed image has none.
     pub fn extent_sums_size(&self) -> u64 {
-        self.all_extents() * 4
+        if self.is_sealed { 0 } else { self.all_extents() * 4 }
     }
 
     /// Byte of the contents.
@@ -168,7 +189,8 @@ mod tests {
     #[test]
     fn places_follow_from_the_blocks_and_do_not_overlap() {
         let layout =
-            Layout::new(&table(&[PAGE_SIZE, 3 * EXTENT_SIZE + PAGE_SIZE, EXTENT_SIZE])).unwrap();
+            Layout::new(&table(&[PAGE_SIZE, 3 * EXTENT_SIZE + PAGE_SIZE, EXTENT_SIZE]), false)
+                .unwrap();
         assert_eq!(
             (layout.page(0, 0), layout.page(1, 0), layout.page(2, 1)),
             (2 << 20, 4 << 20, (12 << 20) + 4096)
@@ -189,7 +211,7 @@ mod tests {
 
     #[test]
     fn the_example_of_the_document_is_right() {
-        let layout = Layout::new(&table(&[2 * EXTENT_SIZE, PAGE_SIZE])).unwrap();
+        let layout = Layout::new(&table(&[2 * EXTENT_SIZE, PAGE_SIZE]), false).unwrap();
         assert_eq!(
             (layout.page(0, 0), layout.page(0, 5), layout.page(1, 0)),
             (0x20_0000, 0x20_5000, 0x60_0000)
@@ -205,9 +227,25 @@ mod tests {
     }
 
     #[test]
+    fn a_sealed_image_has_larger_sections_and_pages_at_the_same_places() {
+        let table = table(&[2 * EXTENT_SIZE, PAGE_SIZE]);
+        let (plain, layout) =
+            (Layout::new(&table, false).unwrap(), Layout::new(&table, true).unwrap());
+        assert_eq!((layout.page(0, 5), layout.page(1, 0)), (plain.page(0, 5), plain.page(1, 0)));
+        assert_eq!((layout.page_sums(), layout.page_sums_size()), (0x80_0000, 0x9000));
+        assert_eq!((layout.page_sum(0, 5), layout.page_sum(1, 0)), (0x80_0078, 0x80_6000));
+        assert_eq!((layout.states(), layout.states_size()), (0x80_9000, 0x110 + 24));
+        assert_eq!((layout.extent_sums(), layout.extent_sums_size()), (0x80_a000, 0));
+        assert_eq!(layout.contents(), 0x80_a000);
+    }
+
+    #[test]
     fn what_no_file_can_hold_is_refused() {
         let bytes = MAX_MEMORY + PAGE_SIZE;
-        assert_eq!(Layout::new(&table(&[PAGE_SIZE, MAX_MEMORY])).unwrap_err(), TooLarge { bytes });
-        assert!(Layout::new(&table(&[MAX_MEMORY])).is_ok());
+        assert_eq!(
+            Layout::new(&table(&[PAGE_SIZE, MAX_MEMORY]), false).unwrap_err(),
+            TooLarge { bytes }
+        );
+        assert!(Layout::new(&table(&[MAX_MEMORY]), false).is_ok());
     }
 }

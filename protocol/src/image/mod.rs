@@ -7,6 +7,7 @@
 //! - [`layout`]: the offsets of pages and sections, which follow from the blocks alone;
 //! - [`contents`]: the blocks, the base of an increment, and the names of the pieces of state;
 //! - [`states`]: two bits for each page: content, zero, discarded, or as in the base;
+//! - [`sealing`]: what an image has that is encrypted and authenticated;
 //! - [`working_set`]: the file beside an image that lists the pages that a restored guest accessed
 //!   first.
 //!
@@ -20,12 +21,14 @@
 pub mod contents;
 pub mod header;
 pub mod layout;
+pub mod sealing;
 pub mod states;
 pub mod working_set;
 
 pub use contents::Contents;
 pub use header::{Header, HeaderError, Section, SectionKind};
 pub use layout::Layout;
+pub use sealing::{Place, Seal, Sealing};
 pub use states::{StateWord, decode_states, encode_states};
 pub use working_set::WorkingSet;
 

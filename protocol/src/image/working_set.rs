@@ -6,7 +6,12 @@
 //! Its magic, `PFwkset` and a zero byte (8 bytes); version, 1 (4); the number of runs (4); the id
 //! of the image (16); the runs in order, each a block (4), zero (4), its first page (8) and the
 //! number of pages (8); the CRC-32C of everything before it (4).
+//!
+//! A sealed one ([`SealedWorkingSet`]) has version 2. It is the magic (8); version, 2 (4); zero
+//! (4); a salt (32); a seal (24); all bytes of the above, sealed; the CRC-32C of everything before
+//! it (4). A reader of version 1 takes it for a working set of a later version, and uses none.
 
+use super::sealing::{SALT_SIZE, SEAL_SIZE, Seal};
 use super::{ImageId, checksum};
 use crate::control::codec::{DecodeError, Decoder, Encoder};
 use crate::memory::PageRange;
@@ -21,8 +26,12 @@ pub const MAX_RUNS: usize = 1 << 20;
 const HEAD: usize = 32;
 /// Bytes of a run.
 const RUN: usize = 24;
+/// The version of a sealed one.
+pub const SEALED_VERSION: u32 = 2;
+/// Bytes before the sealed ones.
+const SEALED_HEAD: usize = 16 + SALT_SIZE + SEAL_SIZE as usize;
 /// Largest length of the file in bytes.
-pub const MAX_SIZE: u64 = (HEAD + MAX_RUNS * RUN + 4) as u64;
+pub const MAX_SIZE: u64 = (SEALED_HEAD + HEAD + MAX_RUNS * RUN + 8) as u64;
 
 /// The pages that were accessed first.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -110,6 +119,44 @@ impl WorkingSet {
     }
 }
 
+/// A working set that is sealed, in its parts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedWorkingSet {
+    /// The key is derived from it and from the operator's key.
+    pub salt: [u8; SALT_SIZE],
+    /// Of all the bytes.
+    pub seal: Seal,
+    /// The bytes of a [`WorkingSet`], sealed.
+    pub bytes: Vec<u8>,
+}
+
+impl SealedWorkingSet {
+    /// The bytes of the file.
+    pub fn encode(&self) -> Vec<u8> {
+        let head = Encoder::new().bytes(&MAGIC).u32(SEALED_VERSION).u32(0).bytes(&self.salt);
+        let head = head.bytes(&self.seal.nonce).bytes(&self.seal.tag);
+        let mut bytes = head.bytes(&self.bytes).finish();
+        bytes.extend_from_slice(&checksum(&bytes).to_le_bytes());
+        bytes
+    }
+
+    /// The parts of a file; `None` if it is not a sealed working set, or is damaged.
+    /// [`WorkingSet::decode`] says what it is then.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (checked, sum) = bytes.split_last_chunk()?;
+        let mut decoder = Decoder::new(checked);
+        let magic: [u8; 8] = decoder.array("magic").ok()?;
+        let version = decoder.u32("version").ok()?;
+        decoder.u32("zero").ok()?;
+        let salt = decoder.array("salt").ok()?;
+        let seal = Seal { nonce: decoder.array("nonce").ok()?, tag: decoder.array("tag").ok()? };
+        let is_one = (magic, version) == (MAGIC, SEALED_VERSION);
+        let is_whole = u32::from_le_bytes(*sum) == checksum(checked);
+        let bytes = checked[SEALED_HEAD..].to_vec();
+        (is_one && is_whole).then_some(Self { salt, seal, bytes })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,10 +199,30 @@ mod tests {
     }
 
     #[test]
+    fn a_sealed_one_is_read_and_is_of_a_later_version_for_a_reader_without_a_key() {
+        let seal = Seal { nonce: [1; 8], tag: [2; 16] };
+        let set = SealedWorkingSet { salt: [3; 32], seal, bytes: vec![4; 100] };
+        let bytes = set.encode();
+        assert_eq!((bytes.len(), SealedWorkingSet::decode(&bytes)), (72 + 100 + 4, Some(set)));
+        let error = WorkingSet::decode(&bytes).unwrap_err();
+        assert_eq!(error.source().unwrap().to_string(), "version is 0x2, allowed: 1");
+        for at in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[at] ^= 1;
+            assert_eq!(SealedWorkingSet::decode(&changed), None, "byte {at}");
+            assert_eq!(SealedWorkingSet::decode(&bytes[..at]), None, "{at} bytes");
+        }
+        assert_eq!(SealedWorkingSet::decode(&WorkingSet::default().encode()), None);
+    }
+
+    #[test]
     fn more_runs_than_a_file_may_have_are_left_out() {
         let runs = (0..=MAX_RUNS as u64).map(|first| (0, PageRange::new(first, 1))).collect();
         let bytes = WorkingSet { image: [7; 16], runs }.encode();
-        assert_eq!(bytes.len() as u64, MAX_SIZE);
+        assert!(bytes.len() as u64 <= MAX_SIZE);
+        let seal = Seal::NONE;
+        let sealed = SealedWorkingSet { salt: [1; SALT_SIZE], seal, bytes: bytes.clone() };
+        assert_eq!(sealed.encode().len() as u64, MAX_SIZE);
         assert_eq!(
             WorkingSet::decode(&bytes).unwrap().runs.last(),
             Some(&(0, PageRange::new(MAX_RUNS as u64 - 1, 1)))

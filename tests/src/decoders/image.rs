@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Decoders of images: the header, the sections that it points to, and the file of the working set.
+//! Decoders of images: the header, the sections that it points to, the file of the working set, and
+//! the key of sealed images.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use super::heap::{fair, within};
 use super::{choice, refused, same};
+use pageferry_agent::image::ImageKey;
 use pageferry_protocol::control::Decoder;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::{MAX_PIECES, MAX_STATE, PieceSize};
 use pageferry_protocol::image::header::{HEADER_SIZE, MAGIC, VERSION};
+use pageferry_protocol::image::sealing::{MAC_SIZE, SALT_SIZE, Seal, Sealing};
 use pageferry_protocol::image::states::states_size;
-use pageferry_protocol::image::working_set::MAX_RUNS;
+use pageferry_protocol::image::working_set::{MAX_RUNS, SealedWorkingSet};
 use pageferry_protocol::image::{
     Contents, Header, Section, StateWord, WorkingSet, checksum, decode_states, encode_states,
 };
@@ -51,7 +54,7 @@ pub fn image_header(data: &[u8]) -> bool {
     let fits = bytes[..8] == MAGIC
         && number::<4>(&bytes, 8) == u128::from(VERSION)
         && number::<4>(&bytes, 12) <= 1
-        && number::<8>(&bytes, 16) == 0
+        && number::<8>(&bytes, 16) <= 1
         && number::<4>(&bytes, HEADER_SIZE - 4) == u128::from(checksum(&bytes[..HEADER_SIZE - 4]))
         && (72..192).step_by(24).all(lies_in_the_file);
     match within(fair(&[]), || Header::from_bytes(&bytes)) {
@@ -60,7 +63,11 @@ pub fn image_header(data: &[u8]) -> bool {
             assert_eq!(header.is_increment(), bytes[40..56] != [0; 16]);
             // Written as zero, and ignored when read.
             (72..192).step_by(24).for_each(|at| bytes[at + 20..at + 24].fill(0));
-            bytes[192..].fill(0);
+            assert_eq!(header.sealing.is_some(), bytes[16] == 1);
+            match header.sealing {
+                Some(_) => bytes[224..HEADER_SIZE - 4 - MAC_SIZE].fill(0),
+                None => bytes[192..].fill(0),
+            }
             seal(&mut bytes);
             same(header.to_bytes(), bytes.to_vec());
             true
@@ -72,7 +79,7 @@ pub fn image_header(data: &[u8]) -> bool {
     }
 }
 
-/// A full image, an increment, and an image with empty sections at the end.
+/// A full image, an increment, an image with empty sections at the end, and a sealed one.
 pub fn image_header_seeds() -> Vec<Vec<u8>> {
     let section = |offset, length| Section { offset, length, checksum: 0x1234_5678 };
     let sections = [
@@ -89,14 +96,18 @@ pub fn image_header_seeds() -> Vec<Vec<u8>> {
         guest: RunState::Running,
         file_length: 0x80_5005,
         sections,
+        sealing: None,
     };
     let increment = Header { id: [2; 16], base: [1; 16], guest: RunState::Paused, ..full.clone() };
     let edges =
         Header { sections: [section(u64::MAX, 0); 5], file_length: u64::MAX, ..full.clone() };
+    let sealing = Some(Sealing { salt: [3; SALT_SIZE], mac: [4; MAC_SIZE] });
+    let sealed = Header { sealing, ..full.clone() };
     // Only the fields. The padding is added again.
-    let short =
-        [&full, &increment, &edges].map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
-    let whole = [full, increment].map(|header| [&[0], header.to_bytes().as_slice()].concat());
+    let short = [&full, &increment, &edges, &sealed]
+        .map(|header| [&[SEALED], &header.to_bytes()[..192]].concat());
+    let whole =
+        [full, increment, sealed].map(|header| [&[0], header.to_bytes().as_slice()].concat());
     [short.as_slice(), &whole].concat()
 }
 
@@ -271,4 +282,63 @@ pub fn working_set_seeds() -> Vec<Vec<u8>> {
     let seeds = sets.map(|runs| WorkingSet { image: [7; 16], runs }.encode());
     let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
     seed(0).chain(seed(SEALED)).collect()
+}
+
+/// A sealed working set has the parts that its bytes have, and its encoding is the same bytes. One
+/// that is not sealed is none.
+pub fn sealed_working_set(data: &[u8]) -> bool {
+    let (how, bytes) = choice(data);
+    let mut bytes = bytes.to_vec();
+    if how & SEALED != 0 {
+        seal(&mut bytes);
+    }
+    let Some(set) = within(fair(&bytes), || SealedWorkingSet::decode(&bytes)) else {
+        return false;
+    };
+    assert!(WorkingSet::decode(&bytes).is_err(), "it is of a later version for other readers");
+    assert_eq!((set.salt.as_slice(), set.seal.nonce.as_slice()), (&bytes[16..48], &bytes[48..56]));
+    // Written as zero, and ignored when read.
+    bytes[12..16].fill(0);
+    seal(&mut bytes);
+    same(set.encode(), bytes);
+    true
+}
+
+/// Nothing, and a few bytes, that are sealed.
+pub fn sealed_working_set_seeds() -> Vec<Vec<u8>> {
+    let seal = Seal { nonce: [1, 0, 0, 0, 0, 0, 0, 0], tag: [2; 16] };
+    let set = |bytes: Vec<u8>| SealedWorkingSet { salt: [3; SALT_SIZE], seal, bytes }.encode();
+    let seeds = [set(Vec::new()), set(vec![4; 60])];
+    let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
+    seed(0).chain(seed(SEALED)).collect()
+}
+
+/// A key is taken exactly if it is 32 bytes, or 64 digits with or without a newline, and not zero.
+pub fn image_key(data: &[u8]) -> bool {
+    let digits = data.strip_suffix(b"\n").unwrap_or(data);
+    let is_hex = digits.len() == 64 && digits.iter().all(u8::is_ascii_hexdigit);
+    let is_zero = data.iter().all(|byte| *byte == 0) || digits.iter().all(|digit| *digit == b'0');
+    let fits = match data.len() {
+        32 => data.iter().any(|byte| *byte != 0),
+        _ => is_hex && !is_zero,
+    };
+    match within(fair(data), || ImageKey::parse(data)) {
+        Ok(_) => {
+            assert!(fits, "{data:?} was taken");
+            true
+        }
+        Err(error) => {
+            assert!(!fits, "{error}");
+            refused(&error)
+        }
+    }
+}
+
+/// Each form of a key.
+pub fn image_key_seeds() -> Vec<Vec<u8>> {
+    vec![vec![7; 32], vec![b'a'; 64], b"0123456789abcdef0123456789ABCDEF".repeat(2), {
+        let mut line = vec![b'0'; 63];
+        line.extend_from_slice(b"1\n");
+        line
+    }]
 }

@@ -43,7 +43,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 25] = [
+pub const TARGETS: [Target; 27] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -66,6 +66,12 @@ pub const TARGETS: [Target; 25] = [
     },
     Target { name: "image_states", run: image::image_states, seeds: image::image_states_seeds },
     Target { name: "working_set", run: image::working_set, seeds: image::working_set_seeds },
+    Target {
+        name: "sealed_working_set",
+        run: image::sealed_working_set,
+        seeds: image::sealed_working_set_seeds,
+    },
+    Target { name: "image_key", run: image::image_key, seeds: image::image_key_seeds },
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
     Target { name: "range", run: memory::range, seeds: memory::range_seeds },
     Target { name: "address", run: address::address, seeds: address::address_seeds },

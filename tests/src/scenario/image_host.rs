@@ -79,8 +79,14 @@ pub struct Host {
 impl Host {
     /// An agent of this user, and an ordinary folder.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, with `more` arguments of the agent.
+    pub fn start_with(more: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(program(), home.path(), "agent").unwrap();
+        let mut command = Command::new(program());
+        let agent = AgentProcess::start_with(&mut command, home.path(), "agent", more).unwrap();
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 

@@ -12,7 +12,9 @@ use pageferry_protocol::shm::MappedBitmap;
 use pageferry_tests::process::program;
 use pageferry_tests::scenario::images::flip;
 use serde_json::{Value, json};
+use std::fs::Permissions;
 use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -27,7 +29,7 @@ fn write(folder: &Path, name: &str, content: PageRange, base: &Base) -> ImageId 
         .insert(BlockGeometry { id: 3, name: "ram".into(), gpa: 1 << 30, length, granularity }, 512)
         .unwrap();
     let writer = ImageWriter::create(&folder.join(name), &table, false, false).unwrap();
-    writer.put(0, content, &vec![7; content.bytes() as usize]).unwrap();
+    writer.put(0, content, &mut vec![7; content.bytes() as usize]).unwrap();
     let (discarded, changed) =
         (MappedBitmap::private(PAGES).unwrap(), MappedBitmap::private(PAGES).unwrap());
     discarded.set(PageRange::new(PAGES - 24, 24));
@@ -58,6 +60,67 @@ fn chain(folder: &Path) -> [ImageId; 2] {
             &Base { id: base, name: "monday.img".into() },
         ),
     ]
+}
+
+/// Writes keys into the folder: `old.key`, `new.key`, and `open.key` that others may read.
+fn keys(folder: &Path) {
+    for (name, byte, mode) in [("old", "1f", 0o600), ("new", "2f", 0o400), ("open", "3f", 0o640)] {
+        let path = folder.join(format!("{name}.key"));
+        std::fs::write(&path, byte.repeat(32)).unwrap();
+        // Root's group may read the key of root.
+        let mode = if mode == 0o640 && rustix::process::geteuid().is_root() { 0o644 } else { mode };
+        std::fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    }
+}
+
+#[test]
+fn an_image_is_sealed_and_gets_another_key_by_a_merge() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let [_, id] = chain(folder);
+    keys(folder);
+    let tuesday = "tuesday.img";
+    let merged = good(folder, &["merge", tuesday, "--new-key", "old.key", "--into", "sealed.img"]);
+    assert!(merged.starts_with("merged 2 images into"), "{merged}");
+    let without = refused(folder, &["verify", "sealed.img"]);
+    assert!(without.contains("it is sealed, and can be used only with its key"), "{without}");
+    let said = good(folder, &["verify", "sealed.img", "--key", "old.key"]);
+    assert!(said.starts_with("no errors: 1 image, 24 pages"), "{said}");
+    let rotate = ["merge", "sealed.img", "--key", "old.key", "--new-key", "new.key", "--json"];
+    let into = [&rotate[..], &["--into", "sealed.img", "--replace"]].concat();
+    let merged = object(folder, &into);
+    assert_eq!((&merged["id"], &merged["sealed"]), (&json!(id_text(&id)), &json!(true)));
+    let wrong = refused(folder, &["map", "sealed.img", "--key", "old.key"]);
+    assert!(wrong.contains("the key does not fit this image"), "{wrong}");
+    assert!(good(folder, &["map", "sealed.img", "--key", "new.key"]).contains("block 3 ram"));
+    let shown = object(folder, &["info", "sealed.img", "--key", "new.key", "--json"]);
+    assert_eq!((&shown["sealed"], &shown["features"]), (&json!(true), &json!(1)));
+    assert_eq!(shown["present_pages"], json!(24));
+    let plain = refused(folder, &["info", tuesday, "--key", "new.key"]);
+    assert!(plain.contains("it is not sealed, so anybody may have made it"), "{plain}");
+    let open = refused(folder, &["info", "sealed.img", "--key", "open.key"]);
+    assert!(open.contains("--key open.key: it has mode 6"), "{open}");
+}
+
+#[test]
+fn the_header_of_a_sealed_image_is_shown_without_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let [_, id] = chain(folder);
+    keys(folder);
+    good(folder, &["merge", "tuesday.img", "--new-key", "old.key", "--into", "sealed.img"]);
+    let output = run(folder, &["info", "sealed.img"]);
+    let (shown, said) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said.contains("it is sealed, and can be used only with its key"), "{said}");
+    assert!(shown.contains("sealed             yes\n") && shown.contains(&id_text(&id)), "{shown}");
+    assert!(!shown.contains("block"), "{shown}");
+    let output = run(folder, &["info", "sealed.img", "--json"]);
+    let shown: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&shown["sealed"], &shown["id"]), (&json!(true), &json!(id_text(&id))));
+    assert!(shown["taken_utc"].is_string() && shown["file_bytes"].is_number());
+    assert!(shown["error"].as_str().unwrap().contains("it is sealed"), "{shown}");
+    assert_eq!(shown["blocks"], Value::Null);
 }
 
 /// Runs the command in the folder, so that the names are relative.
@@ -193,7 +256,7 @@ fn what_cannot_be_read_is_not_called_damaged() {
     for image in ["mist.img", ".", "tuesday.img"] {
         assert_eq!(status(image), json!("unreadable"), "{image}");
     }
-    let place = Image::open_contents(&folder.join("tuesday.img")).unwrap().layout().states();
+    let place = Image::open_contents(&folder.join("tuesday.img"), None).unwrap().layout().states();
     flip(&folder.join("tuesday.img"), place, 0xff);
     assert_eq!(status("tuesday.img"), json!("damaged"));
 }

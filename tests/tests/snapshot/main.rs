@@ -8,6 +8,7 @@
 //! - [`huge`]: guests on huge pages;
 //! - [`increments`]: images that can be the base of others;
 //! - [`aborts`]: snapshots that do not complete;
+//! - [`sealed`]: agents with a key;
 //! - [`refusals`]: requests that are refused, and the errors;
 //! - [`full_disk`]: a file system that is full; [`files`]: files that fail;
 //! - [`kills`]: agents and VMMs that are killed at any moment; [`hangs`]: agents that hang and are
@@ -28,3 +29,4 @@ mod kvm;
 mod operator;
 mod refusals;
 mod scene;
+mod sealed;

@@ -3,9 +3,11 @@
 //! Agents that are upgraded: the process executes its program again, and the guest does not notice.
 
 use super::supervisor::{PAGES, SLOW, Supervised, lazily_and_slowly, pid, saved};
+use pageferry_agent::image::merge::{MergeKeys, merge_with};
+use pageferry_agent::image::{Chain, ImageKey};
 use pageferry_client::{
-    Client, IncomingOptions, OutgoingOptions, Ownership, Parameters, Phase, Punch, Supervisor,
-    Target,
+    Client, IncomingOptions, OutgoingOptions, Ownership, Parameters, Phase, Punch, SnapshotMode,
+    SnapshotOptions, Supervisor, Target,
 };
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::{AgentProcess, Process, program};
@@ -288,6 +290,46 @@ fn a_lazy_restore_continues_in_the_next_program() {
     let complete = || lock(&guest.attached.vmm.asked).complete == 1;
     wait_until("the memory to be complete", SOON, complete).unwrap();
     assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    guest.end();
+}
+
+/// The next program has the key of the old one, also if its file is gone.
+#[test]
+fn a_lazy_restore_of_a_sealed_image_continues_in_the_next_program() {
+    if !require::uffd() {
+        return;
+    }
+    let (images, plain, _) = saved();
+    let (sealed, file) = (images.path().join("sealed"), images.path().join("key"));
+    let key = ImageKey::parse(&[7; 32]).unwrap();
+    let keys = MergeKeys { old: None, new: Some(&key) };
+    merge_with(&plain, keys, &sealed, false, 1, &|_, _| ()).unwrap();
+    std::fs::write(&file, [7; 32]).unwrap();
+    std::fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (mut command, arguments) =
+        (Command::new(program()), ["--image-key", file.to_str().unwrap()]);
+    let started = AgentProcess::start_with(&mut command, folder.path(), "agent", &arguments);
+    let service = started.unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let guest = Supervised::connected(Ram::odd(PAGES).mapped(), service.socket());
+    guest.attached.client.start_restore(&sealed, &lazily_and_slowly()).unwrap();
+    wait_until("the guest to run", SOON, || guest.attached.vmm.resumes() == 1).unwrap();
+    for attached in 1..3 {
+        done(&upgrade(&service).output().unwrap());
+        assert_eq!(guest.attached.ram.touch(90 + attached).found().unwrap(), 1090 + attached);
+        guest.wait_for_agent(attached);
+    }
+    guest.attached.client.set_parameters(&Parameters::bandwidth(0)).unwrap();
+    let complete = || lock(&guest.attached.vmm.asked).complete == 1;
+    wait_until("the memory to be complete", SOON, complete).unwrap();
+    assert_eq!(guest.attached.ram.touch(9).found().unwrap(), 1009);
+    // What it saves now is sealed, too.
+    let next = images.path().join("next");
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let job = guest.attached.client.start_snapshot(&next, &options).unwrap().job;
+    assert_eq!(guest.attached.client.wait(job, SOON).unwrap().phase, Phase::Completed);
+    Chain::open_with(&next, Some(&key)).unwrap();
     guest.end();
 }
 

@@ -11,39 +11,65 @@ use crate::cli::show;
 use crate::error::chain as sentence;
 use crate::image::chain::{base_path, images};
 use crate::image::map_picture::{Tally, View};
-use crate::image::{Image, ImageError};
-use pageferry_protocol::image::header::{FEATURES, VERSION};
-use pageferry_protocol::image::id_text;
+use crate::image::{Image, ImageError, ImageFault};
+use pageferry_protocol::image::header::VERSION;
+use pageferry_protocol::image::{Header, id_text};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 
 /// Shows an image and the images that it builds on. If one of those cannot be opened, the image is
-/// still shown, and the error with it.
+/// still shown, and the error with it. Of a sealed image without its key, the header is shown.
 ///
 /// # Errors
 /// If the image, or one that it builds on, cannot be opened.
 pub(super) fn run(args: &ImageArgs) -> Outcome {
-    let (images, opened) = images(&absolute(&args.path)?);
-    if let Some(newest) = images.first() {
-        let mut out = io::stdout().lock();
-        if args.json {
-            writeln!(out, "{}", Value::Object(to_json(newest, &images, opened.as_ref().err())))?;
-        } else {
-            lines(newest, &images)
-                .iter()
-                .try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))?;
+    let (path, key) = (absolute(&args.path)?, args.read_key()?);
+    let (images, opened) = images(&path, key.as_ref());
+    let error = opened.as_ref().err();
+    let (object, lines) = match images.first() {
+        Some(newest) => (to_json(newest, &images, error), lines(newest, &images)),
+        None if error.is_some_and(|error| matches!(error.fault, ImageFault::NeedsKey)) => {
+            let (header, file) = Image::peek(&path)?;
+            let mut object = Map::new();
+            header_to_json(&path, &header, disk_bytes(file.as_fd()), &mut object);
+            object.insert("error".into(), json!(error.map(|error| sentence(error))));
+            (object, header_lines(&path, &header, "", disk_bytes(file.as_fd())))
         }
+        None => return opened.map(|()| Exit::Done).map_err(Into::into),
+    };
+    let mut out = io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", Value::Object(object))?;
+    } else {
+        lines.iter().try_for_each(|(name, value)| writeln!(out, "{name:18} {value}"))?;
     }
     opened?;
     Ok(Exit::Done)
 }
 
 /// The bytes that the file takes on the disk; 0 if the kernel does not say.
-fn disk_bytes(image: &Image) -> u64 {
+fn disk_bytes(file: BorrowedFd<'_>) -> u64 {
     // This should not fail on an open file. If it does, the rest is still worth showing.
-    rustix::fs::fstat(image.file())
-        .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    rustix::fs::fstat(file).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+}
+
+/// What the header says, and whether a key is needed to see the rest.
+fn header_to_json(path: &Path, header: &Header, disk_bytes: u64, object: &mut Map<String, Value>) {
+    object.insert("path".into(), json!(text_of(path)));
+    object.insert("version".into(), json!(VERSION));
+    object.insert("features".into(), json!(header.features()));
+    object.insert("sealed".into(), json!(header.sealing.is_some()));
+    object.insert("id".into(), json!(id_text(&header.id)));
+    let base = header.is_increment().then(|| json!({ "id": id_text(&header.base) }));
+    object.insert("base".into(), json!(base));
+    object.insert("taken".into(), json!(header.taken));
+    object.insert("guest".into(), json!(header.guest.name()));
+    object.insert("taken_utc".into(), json!(utc(header.taken)));
+    object.insert("file_bytes".into(), json!(header.file_length));
+    object.insert("disk_bytes".into(), json!(disk_bytes));
 }
 
 fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<String, Value> {
@@ -67,20 +93,12 @@ fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<
         object.insert("path".into(), json!(text_of(image.path())));
         object.insert("id".into(), json!(id_text(&image.header().id)));
         object.insert("taken".into(), json!(image.header().taken));
-        object.insert("disk_bytes".into(), json!(disk_bytes(image)));
+        object.insert("disk_bytes".into(), json!(disk_bytes(image.file())));
         Value::Object(object)
     });
     let mut object = counts(view.all());
-    object.insert("path".into(), json!(text_of(newest.path())));
-    object.insert("version".into(), json!(VERSION));
-    object.insert("features".into(), json!(FEATURES));
-    object.insert("id".into(), json!(id_text(&header.id)));
+    header_to_json(newest.path(), header, disk_bytes(newest.file()), &mut object);
     object.insert("base".into(), json!(base));
-    object.insert("taken".into(), json!(header.taken));
-    object.insert("guest".into(), json!(header.guest.name()));
-    object.insert("taken_utc".into(), json!(utc(header.taken)));
-    object.insert("file_bytes".into(), json!(header.file_length));
-    object.insert("disk_bytes".into(), json!(disk_bytes(newest)));
     object.insert("blocks".into(), Value::Array(blocks.collect()));
     object.insert("state".into(), Value::Array(state.collect()));
     object.insert("state_bytes".into(), json!(contents.state_size()));
@@ -100,27 +118,32 @@ pub(super) fn counts(tally: Tally) -> Map<String, Value> {
     named.into_iter().map(|(name, count)| (name.to_owned(), json!(count))).collect()
 }
 
-/// The lines for an operator: name and value.
-fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
-    let (header, contents, view) = (newest.header(), newest.contents(), View::Image(newest));
+/// The lines of what the header says: name and value.
+fn header_lines(
+    path: &Path, header: &Header, base_name: &str, disk_bytes: u64,
+) -> Vec<(String, String)> {
     let mut lines = Vec::new();
     let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
-    line("image", text_of(newest.path()));
-    line("version", format!("{VERSION}, features {FEATURES:#x}"));
+    line("image", text_of(path));
+    line("version", format!("{VERSION}, features {:#x}", header.features()));
+    line("sealed", if header.sealing.is_some() { "yes" } else { "no" }.into());
     line("id", id_text(&header.id));
     line("taken", utc(header.taken));
     line("guest", header.guest.name().to_owned());
     if header.is_increment() {
-        line("base", format!("{} {}", id_text(&header.base), contents.base_name.escape_debug()));
+        line("base", format!("{} {}", id_text(&header.base), base_name.escape_debug()));
     }
-    line(
-        "file",
-        format!(
-            "{}, {} on the disk",
-            show::bytes(header.file_length),
-            show::bytes(disk_bytes(newest))
-        ),
-    );
+    let (length, on_disk) = (show::bytes(header.file_length), show::bytes(disk_bytes));
+    line("file", format!("{length}, {on_disk} on the disk"));
+    lines
+}
+
+/// The lines for an operator: name and value.
+fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
+    let (header, contents, view) = (newest.header(), newest.contents(), View::Image(newest));
+    let on_disk = disk_bytes(newest.file());
+    let mut lines = header_lines(newest.path(), header, &contents.base_name, on_disk);
+    let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
     tally_lines(&mut line, &view, view.all());
     for (at, block) in contents.table.blocks().iter().enumerate() {
         let (length, granularity) = (show::bytes(block.length), show::bytes(block.granularity));
@@ -161,7 +184,7 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
             format!(
                 "taken {}, content {content}, {} on the disk",
                 utc(header.taken),
-                show::bytes(disk_bytes(image))
+                show::bytes(disk_bytes(image.file()))
             ),
         );
     }

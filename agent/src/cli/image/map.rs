@@ -62,12 +62,12 @@ pub struct MapArgs {
 /// # Errors
 /// If the image cannot be opened, or the picture cannot be written.
 pub(super) fn run(args: &MapArgs) -> Outcome {
-    let path = absolute(&args.image.path)?;
+    let (path, key) = (absolute(&args.image.path)?, args.image.read_key()?);
     if args.whole {
-        let chain = Chain::open(&path)?;
+        let chain = Chain::open_with(&path, key.as_ref())?;
         draw(args, &View::Guest(&chain))
     } else {
-        let image = Image::open(&path)?;
+        let image = Image::open_with(&path, key.as_ref())?;
         draw(args, &View::Image(&image))
     }
 }
@@ -283,7 +283,7 @@ mod tests {
     use crate::image::writer::Base;
 
     fn args(width: u32, height: u32) -> MapArgs {
-        let image = ImageArgs { path: PathBuf::new(), json: false };
+        let image = ImageArgs { path: PathBuf::new(), key: None, json: false };
         MapArgs { image, whole: false, width: Some(width), height, png: None, replace: false }
     }
 

@@ -12,10 +12,11 @@ pub mod map;
 use super::exit::Exit;
 use super::show;
 use crate::error::chain as sentence;
-use crate::image::ImageError;
-use crate::image::merge::merge;
-use crate::image::verify::verify;
+use crate::image::merge::{MergeKeys, merge_with};
+use crate::image::seal::KeySource;
+use crate::image::verify::verify_with;
 use crate::image::workers::processors;
+use crate::image::{ImageError, ImageKey};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::image::id_text;
@@ -41,11 +42,13 @@ pub enum ImageCommand {
         after_help = "Examples:\n  pageferry image verify guest.img\n  pageferry image verify --all --json monday.img"
     )]
     Verify(VerifyArgs),
-    /// Merge an increment and all images that it builds on into one full image.
+    /// Merge an increment and all images that it builds on into one full image. With a key it is
+    /// sealed: so an image gets another key, or its first one.
     #[command(
         after_help = "The new image has the id of IMAGE. Images that build on IMAGE also build on the new one, if it takes its place.\n\n\
                             Examples:\n  pageferry image merge tuesday.img --into whole.img\n  \
-                            pageferry image merge tuesday.img --into tuesday.img --replace && rm sunday.img monday.img"
+                            pageferry image merge tuesday.img --into tuesday.img --replace && rm sunday.img monday.img\n  \
+                            pageferry image merge tuesday.img --key old.key --new-key new.key --into tuesday.img --replace"
     )]
     Merge(MergeArgs),
     /// Draw a map of the guest's memory: content, zero, discarded, or as in the base.
@@ -62,9 +65,28 @@ pub struct ImageArgs {
     /// The image.
     #[arg(value_name = "IMAGE")]
     path: PathBuf,
+    /// The key of a sealed image, and of all images that it builds on: a file with 32 bytes or 64
+    /// hexadecimal digits, or descriptor N that this command inherits. With a key, an image that is
+    /// not sealed is refused.
+    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
+    key: Option<KeySource>,
     /// Print JSON: one object.
     #[arg(long)]
     json: bool,
+}
+
+impl ImageArgs {
+    /// Reads the key, if one is named.
+    fn read_key(&self) -> Result<Option<ImageKey>, Box<dyn Error>> {
+        read_key("--key", self.key.as_ref())
+    }
+}
+
+/// Reads the key that the option `name` names.
+fn read_key(name: &str, source: Option<&KeySource>) -> Result<Option<ImageKey>, Box<dyn Error>> {
+    let Some(source) = source else { return Ok(None) };
+    let key = source.read();
+    Ok(Some(key.map_err(|error| format!("{name} {source}: {}", sentence(&error)))?))
 }
 
 /// A check.
@@ -87,6 +109,10 @@ pub struct MergeArgs {
     /// The new image.
     #[arg(long, value_name = "NEW")]
     into: PathBuf,
+    /// Seal the new image with this key, instead of that of --key. Without either it is in plain
+    /// text, as the old one is.
+    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
+    new_key: Option<KeySource>,
     /// Replace an existing image when the new one is complete. It may belong to the chain. A file
     /// that is not an image is refused.
     #[arg(long)]
@@ -124,9 +150,11 @@ pub fn run(command: &ImageCommand) -> Outcome {
 
 fn run_verify(args: &VerifyArgs) -> Outcome {
     let path = absolute(&args.image.path)?;
+    let key = args.image.read_key()?;
     let bar = bar("verifying");
-    let report = verify(
+    let report = verify_with(
         &path,
+        key.as_ref(),
         args.threads.count(),
         if args.all { MOST_ERRORS } else { 1 },
         &|done, all| follow(&bar, done, all),
@@ -180,10 +208,13 @@ fn status(errors: &[ImageError]) -> &'static str {
 
 fn run_merge(args: &MergeArgs) -> Outcome {
     let (path, into) = (absolute(&args.image.path)?, absolute(&args.into)?);
+    let (old, new) = (args.image.read_key()?, read_key("--new-key", args.new_key.as_ref())?);
+    let keys = MergeKeys { old: old.as_ref(), new: new.as_ref() };
     let bar = bar("merging");
-    let merged = merge(&path, &into, args.replace, args.threads.count(), &|done, all| {
-        follow(&bar, done, all)
-    });
+    let merged =
+        merge_with(&path, keys, &into, args.replace, args.threads.count(), &|done, all| {
+            follow(&bar, done, all)
+        });
     bar.finish_and_clear();
     let merged = merged?;
     let (id, totals) = (id_text(&merged.id), merged.totals);
@@ -192,6 +223,7 @@ fn run_merge(args: &MergeArgs) -> Outcome {
             "status": "merged",
             "path": text_of(&into),
             "id": id,
+            "sealed": keys.new.or(keys.old).is_some(),
             "images": merged.images,
             "present_pages": totals.present,
             "zero_pages": totals.zero,

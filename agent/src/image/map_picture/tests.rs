@@ -36,7 +36,7 @@ proptest! {
         let path = |name: &str| folder.path().join(name);
         let id = write(&path("full"), &full, &Base::default(), 64);
         write(&path("one"), &one, &Base { id, name: "full".into() }, 64);
-        let (images, opened) = images(&path("one"));
+        let (images, opened) = images(&path("one"), None);
         opened.unwrap();
         compare(&View::Image(&images[0]), &one, per_cell);
         compare(&View::Image(&images[1]), &full, per_cell);
@@ -116,7 +116,7 @@ fn a_picture_keeps_its_largest_size() {
         table.insert(block, 512).unwrap();
     }
     let writer = crate::image::ImageWriter::create(&path, &table, false, true).unwrap();
-    writer.put(2, PageRange::new(0, 1), &[1; 4096]).unwrap();
+    writer.put(2, PageRange::new(0, 1), &mut [1; 4096]).unwrap();
     let bitmaps = table
         .blocks()
         .iter()

@@ -2,8 +2,10 @@
 
 use super::*;
 use crate::error::chain as sentence;
+use crate::image::bytes::write_at;
 use crate::image::test_support::{Model, Page, check, merged, pages, write, zero};
 use crate::image::verify::verify;
+use crate::image::{Image, ImageFault};
 use pageferry_protocol::image::Header;
 use pageferry_protocol::memory::PAGE_SIZE;
 use proptest::prelude::*;

@@ -5,7 +5,7 @@ use crate::error::chain as sentence;
 use crate::image::bytes::write_at;
 use crate::image::test_support::{BLOCKS, Model, Page, pages, write, zero};
 use crate::image::writer::Base;
-use pageferry_protocol::image::Header;
+use pageferry_protocol::image::{Header, checksum};
 use proptest::prelude::*;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsFd;
@@ -108,7 +108,7 @@ fn a_changed_byte_is_reported_with_its_place() {
     assert_eq!(check(&path, 1), (101, vec![], false));
 }
 
-/// The checksum of a page without content must be zero, also if the checksum of the extent and that
+/// The checksum or seal of a page without content must be zero, also if the checksum of the extent and that
 /// of the section fit it.
 #[test]
 fn a_checksum_of_a_page_without_content_is_found() {
@@ -117,7 +117,7 @@ fn a_checksum_of_a_page_without_content_is_found() {
     let image = Image::open(&path).unwrap();
     let (layout, file) = (image.layout(), open(&path));
     flip(&path, layout.page_sum(1, 600));
-    let mut sums = [0; SUMS_SIZE as usize];
+    let mut sums = [0; EXTENT_PAGES as usize * 4];
     read_at(file.as_fd(), &mut sums, layout.page_sum(1, 512)).unwrap();
     write_at(
         file.as_fd(),
@@ -132,7 +132,7 @@ fn a_checksum_of_a_page_without_content_is_found() {
     write_at(file.as_fd(), &header.to_bytes(), 0).unwrap();
     let (_, errors, _) = check(&path, 9);
     let expected =
-        format!("byte {:#x}, checksum of a page without content", layout.page_sum(1, 600));
+        format!("byte {:#x}, checksum or seal of a page without content", layout.page_sum(1, 600));
     assert!(errors.len() == 1 && errors[0].contains(&expected), "{errors:?}");
 }
 

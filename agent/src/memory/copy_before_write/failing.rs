@@ -20,7 +20,7 @@ const ROOM: usize = 1 << 20;
 struct Broken;
 
 impl Sink for Broken {
-    fn put(&self, _: &[Run<'_>]) -> Result<u64, SinkError> {
+    fn put(&self, _: Vec<Run<'_>>) -> Result<u64, SinkError> {
         Err(ImageFault::KernelAt { what: "write", at: 0x5000, source: Errno::IO }
             .of(Path::new("/image"))
             .into())

@@ -15,7 +15,7 @@ const ROOM: usize = 1 << 20;
 struct Nowhere;
 
 impl Sink for Nowhere {
-    fn put(&self, _: &[Run<'_>]) -> Result<u64, SinkError> {
+    fn put(&self, _: Vec<Run<'_>>) -> Result<u64, SinkError> {
         Ok(0)
     }
 }
@@ -112,8 +112,8 @@ struct Notes {
 }
 
 impl Sink for Notes {
-    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
-        for run in runs {
+    fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError> {
+        for run in &runs {
             assert_eq!(run.bytes.len() as u64, run.pages.bytes());
             let pages = run.bytes.chunks(PAGE_SIZE as usize);
             for (page, bytes) in (run.pages.first..).zip(pages) {
@@ -296,7 +296,7 @@ struct Sizes {
 }
 
 impl Sink for Sizes {
-    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+    fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError> {
         let pages = runs.iter().map(|run| run.pages.count).sum();
         self.puts.lock().unwrap().push(pages);
         Ok(pages)

@@ -125,7 +125,7 @@ struct Kept {
 }
 
 impl Sink for Kept {
-    fn put(&self, runs: &[Run<'_>]) -> Result<u64, SinkError> {
+    fn put(&self, runs: Vec<Run<'_>>) -> Result<u64, SinkError> {
         self.pages.lock().unwrap().extend(runs.iter().map(|run| run.pages));
         let pages = runs.iter().flat_map(|run| run.bytes.chunks(PAGE_SIZE as usize));
         let nonzero = pages.filter(|page| page[0] != 0).count() as u64;

@@ -23,7 +23,7 @@ fn with_pages(
 ) {
     let Saved { folder: _folder, path, ram } = Saved::new(&[PAGES], page_of);
     let job = new_job(&ram, &Vmm::willing(&ram), 0);
-    let source = Source::open(&path, &ram.memory).unwrap();
+    let source = Source::open(&path, &ram.memory, None).unwrap();
     let missing = HostPageSet::empty(ram.memory.blocks(), &[unit * PAGE_SIZE]).unwrap();
     let present = source.present(0);
     present.nonzero_words(present.all()).for_each(|(word, bits)| missing.add_pages(0, word, bits));

@@ -9,8 +9,9 @@ mod working_set;
 
 use super::*;
 use crate::hooks::Hooks;
-use crate::image::ImageWriter;
+use crate::hooks::state_file_of;
 use crate::image::writer::{Base, ImageMetadata};
+use crate::image::{ImageKey, ImageWriter};
 use crate::job::CommonOptions;
 use crate::memory::PageBuffer;
 use crate::memory::test_support::has_userfaultfd;
@@ -104,7 +105,9 @@ fn write_image(
                     changed[at].set(one);
                 }
             }
-            writer.put(at, PageRange::new(first, count), &buffer[..count as usize * PAGE]).unwrap();
+            writer
+                .put(at, PageRange::new(first, count), &mut buffer[..count as usize * PAGE])
+                .unwrap();
         }
     }
     let id = writer.id();
@@ -336,6 +339,16 @@ fn plan(path: impl Into<PathBuf>, options: RestoreOptions) -> RestorePlan {
 
 fn restore_from(path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions) -> JobStatus {
     let job = new_job(ram, vmm, options.bandwidth);
+    run(&job, &plan(path, options));
+    job.status()
+}
+
+/// The same of an agent with a key.
+fn restore_sealed(
+    path: &Path, ram: &Ram, vmm: &Vmm, options: RestoreOptions, key: &ImageKey,
+) -> JobStatus {
+    let job = Arc::into_inner(new_job(ram, vmm, options.bandwidth)).unwrap();
+    let job = Arc::new(job.with_image_key(Some(key.clone())));
     run(&job, &plan(path, options));
     job.status()
 }

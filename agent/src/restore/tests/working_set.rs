@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 use super::*;
+use crate::image::merge::{MergeKeys, merge_with};
 use crate::restore::source::Source;
 use crate::restore::working_set::WorkingSetPlan;
 use pageferry_protocol::image::WorkingSet;
@@ -61,6 +62,34 @@ fn the_working_set_is_prefetched_by_the_next_restore() {
     assert_eq!((status.counters.working_set_pages, status.counters.faults), (6, 0));
     ram.check(|_, _| (Page::Content, 0));
     assert_eq!(std::fs::read(&set).unwrap(), bytes, "it is not written again");
+}
+
+#[test]
+fn the_working_set_of_a_sealed_image_is_sealed_and_used_by_the_next_restore() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let Saved { folder, path, ram } = Saved::new(&[PAGES], |_, _| Page::Content);
+    let (sealed, set) = (folder.path().join("sealed"), folder.path().join("set"));
+    let key = ImageKey::parse(&[7; 32]).unwrap();
+    let keys = MergeKeys { old: None, new: Some(&key) };
+    merge_with(&path, keys, &sealed, false, 2, &|_, _| ()).unwrap();
+    let status = restore_sealed(&sealed, &ram, &touching(&ram), options_with(&set), &key);
+    assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
+    ram.check(|_, _| (Page::Content, 0));
+    let bytes = std::fs::read(&set).unwrap();
+    assert!(WorkingSet::decode(&bytes).is_err());
+    let id = Image::open_with(&sealed, Some(&key)).unwrap().header().id;
+    assert!(!bytes.windows(16).any(|part| part == id), "not even the image is shown");
+    let vmm = Vmm::new(&ram, |_, _| Ok(()));
+    let status = restore_sealed(&sealed, &ram, &vmm, options_with(&set), &key);
+    assert_eq!((status.phase, status.counters.working_set_pages), (Phase::Completed, 6));
+    assert_eq!(std::fs::read(&set).unwrap(), bytes, "it is not written again");
+    // Another key opens neither the image nor the working set.
+    let other = ImageKey::parse(&[8; 32]).unwrap();
+    let status = restore_sealed(&sealed, &ram, &vmm, options_with(&set), &other);
+    assert!(status.error_text().contains("the key does not fit"), "{}", status.error_text());
+    ram.check(|_, _| (Page::Content, 0));
 }
 
 #[test]
@@ -189,9 +218,9 @@ fn a_set_is_read_in_the_order_of_the_image() {
         .map(|(id, page)| (id, run(page, 1)));
     let runs = [&touched[..], &[(0, run(505, 10))]].concat();
     std::fs::write(&set, WorkingSet { image, runs }.encode()).unwrap();
-    let source = Source::open(&path, &ram.memory).unwrap();
+    let source = Source::open(&path, &ram.memory, None).unwrap();
     let WorkingSetPlan::Read(pieces) =
-        WorkingSetPlan::of(set.to_str().unwrap(), &source, &ram.memory).unwrap()
+        WorkingSetPlan::of(set.to_str().unwrap(), &source, &ram.memory, None).unwrap()
     else {
         panic!()
     };
