@@ -12,6 +12,7 @@
 //! - [`cancel`]: cancelling a job wherever it waits, and the commit point after which it cannot be
 //!   cancelled;
 //! - [`job`]: what all jobs share: status, options, errors;
+//! - [`processors`]: how many processors there are;
 //! - [`priority`]: a lower priority for threads whose work is not urgent;
 //! - [`stats`]: counters and histograms;
 //! - [`outgoing`], [`incoming`]: the two sides of a live migration;
@@ -25,6 +26,8 @@
 //! - [`metrics`]: metrics for Prometheus, over HTTP;
 //! - [`systemd`]: sockets from systemd, and messages to it;
 //! - [`trust`]: certificates, and the peers that are trusted on a network;
+//! - [`opener`]: files and addresses by name, for an agent that may not open them itself;
+//! - [`sandbox`]: what an agent gives up at its start;
 //! - [`upgrade`]: a newer program takes over;
 //! - [`lock`]: locks that outlive a panic;
 //! - [`vm_name`]: the name of the VM, for people;
@@ -48,10 +51,13 @@ pub mod lock;
 pub mod memory;
 pub mod metrics;
 pub mod missing_faults;
+pub mod opener;
 pub mod outgoing;
 pub mod priority;
+pub mod processors;
 pub mod reactor;
 pub mod restore;
+pub mod sandbox;
 pub mod server;
 pub mod session;
 pub mod snapshot;

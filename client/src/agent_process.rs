@@ -28,7 +28,6 @@ use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, getpid, pidfd_open, pidfd_send_signal, waitid,
 };
-use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -192,8 +191,10 @@ impl AgentProcess {
 
     /// True if the process executes no program any more: it is exiting.
     fn has_no_program(&self) -> bool {
-        let program = std::fs::read_link(format!("/proc/{}/exe", self.pid));
-        program.is_err_and(|error| error.kind() == ErrorKind::NotFound)
+        // An agent hides itself from other processes of its user, but not this: the pages of its
+        // memory, none of which are left.
+        let size = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
+        size.is_ok_and(|size| size.starts_with("0 "))
     }
 
     /// How the process has exited. The kernel says that only of a child of the VMM that was not

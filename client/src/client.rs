@@ -244,8 +244,8 @@ impl Client {
         if self.ownership() != Ownership::Ours {
             return Ok(());
         }
-        let Some((journal, uffd)) = missing.to_continue()? else { return Ok(()) };
-        control.continue_job(journal, uffd.as_fd())?;
+        let Some((kept, uffd)) = missing.to_continue()? else { return Ok(()) };
+        control.continue_job(kept, uffd.as_fd())?;
         missing.continued_by(Arc::clone(control.link()), ownership, self.probe())
     }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! How the next agent is had for a guest whose memory is missing, and when that is given up.
+//! How the next agent is had for a guest whose memory is missing, what it needs, and when that is
+//! given up.
 //!
 //! The first attempt is made at once, because the guest may be waiting. The pauses between further
 //! ones grow. An agent that is lost again without having brought a page counts as an attempt that
@@ -8,6 +9,9 @@
 //! hangs as it continues must not be started for ever while the guest waits.
 
 use crate::wakeup::Wakeup;
+use pageferry_protocol::control::grants::MAX_GRANTS;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +19,28 @@ use std::time::{Duration, Instant};
 const STEP: Duration = Duration::from_millis(5);
 /// The longest pause.
 const LONGEST: Duration = Duration::from_secs(1);
+
+/// What the next agent needs of the job that it continues.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    /// The journal, as the agent before has encoded it. Empty if there is none.
+    pub(crate) journal: Vec<u8>,
+    /// What was granted to the agent before.
+    pub(crate) grants: Vec<OwnedFd>,
+}
+
+impl Kept {
+    /// Keeps the journal, and duplicates of these descriptors.
+    pub(crate) fn new(journal: Vec<u8>, grants: &[OwnedFd]) -> io::Result<Self> {
+        let grants = grants.iter().take(MAX_GRANTS).map(OwnedFd::try_clone);
+        Ok(Self { journal, grants: grants.collect::<Result<_, _>>()? })
+    }
+
+    /// True if no other agent can continue.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.journal.is_empty()
+    }
+}
 
 /// How a supervisor replaces an agent that was lost while memory is missing.
 pub(crate) struct Replacer {

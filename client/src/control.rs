@@ -9,6 +9,7 @@
 
 use crate::agent_process::AgentProcess;
 use crate::block::{Block, BlockAdded};
+use crate::continuation::Kept;
 use crate::deadline::deadline;
 use crate::error::Error;
 use crate::heartbeat::BUSY_INTERVAL;
@@ -20,8 +21,8 @@ use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, JobStarted, decode_reply};
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES,
-    Request, code, name,
+    CONTROL_VERSION, FEATURE_FENCE, FEATURE_GRANTS, FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES,
+    MAX_RANGES, Request, code, name,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::{chain, rounded};
@@ -60,6 +61,8 @@ pub(crate) struct Control {
     pub(crate) max_ranges: usize,
     /// The agent knows of owed pages, and can continue the job of another.
     knows_owed: bool,
+    /// The agent is in a sandbox.
+    wants_grants: bool,
     lost: Option<String>,
 }
 
@@ -80,6 +83,7 @@ impl Control {
             is_attached: false,
             max_ranges: MAX_RANGES,
             knows_owed: false,
+            wants_grants: false,
             lost: None,
         };
         control.hello(name)?;
@@ -121,6 +125,7 @@ impl Control {
             )));
         }
         self.knows_owed = reply.features & FEATURE_OWED != 0;
+        self.wants_grants = reply.features & FEATURE_GRANTS != 0;
         let expected = 1 + usize::from(reply.features & FEATURE_PROGRAM_PIPE != 0);
         let (count, mut fds) = (frame.fds.len(), frame.fds.into_iter());
         let (true, Some(pidfd), pipe) = (count == expected, fds.next(), fds.next()) else {
@@ -280,14 +285,25 @@ impl Control {
         Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
     }
 
+    /// Allows an agent in a sandbox what the descriptors stand for.
+    pub(crate) fn grant(&mut self, grants: &[OwnedFd]) -> Result<(), Error> {
+        if !self.wants_grants || grants.is_empty() {
+            return Ok(());
+        }
+        let fds: Vec<BorrowedFd<'_>> = grants.iter().map(AsFd::as_fd).collect();
+        self.request(&Request::Grant, &fds, |_| Ok(()))
+    }
+
     /// Has the agent continue the job of a lost agent: see [`Request::Continue`].
     pub(crate) fn continue_job(
-        &mut self, journal: Vec<u8>, uffd: BorrowedFd<'_>,
+        &mut self, kept: Kept, uffd: BorrowedFd<'_>,
     ) -> Result<JobStarted, Error> {
         if !self.knows_owed {
             return Err(Error::CannotContinue { why: "the agent is of an older version".into() });
         }
-        self.request(&Request::Continue { journal }, &[uffd], JobStarted::decode)
+        self.grant(&kept.grants)?;
+        let request = Request::Continue { journal: kept.journal };
+        self.request(&request, &[uffd], JobStarted::decode)
     }
 
     /// As [`Control::request`], for a standard request of vhost-user, whose answer carries no

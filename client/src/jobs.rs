@@ -5,13 +5,13 @@
 use crate::client::Client;
 use crate::error::{Error, PathError};
 use crate::ownership::{Migration, Ownership};
-use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::{
     IncomingOptions, JobStatus, MAX_ADDRESS, OutgoingOptions, Parameters, RestoreOptions,
     SnapshotOptions,
 };
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
+use pageferry_protocol::control::{AgentInfo, Grants};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -58,6 +58,7 @@ impl Client {
         self.check_guest_is_ours()?;
         let (text, socket) = target.parts()?;
         let request = Request::StartOutgoing { target: text, options: options.clone() };
+        self.grant(Grants::of(&request))?;
         self.flushed_session().control.request(&request, socket.as_slice(), JobStarted::decode)
     }
 
@@ -72,10 +73,8 @@ impl Client {
         &self, listen: Target, options: &IncomingOptions,
     ) -> Result<JobStarted, Error> {
         let (text, socket) = listen.parts()?;
-        self.start_incoming_job(
-            &Request::StartIncoming { listen: text, options: options.clone() },
-            socket.as_slice(),
-        )
+        let request = Request::StartIncoming { listen: text, options: options.clone() };
+        self.start_incoming_job(&request, socket.as_slice())
     }
 
     /// Starts to save the guest into an image. Returns at once, as [`Client::start_outgoing`] does.
@@ -99,6 +98,7 @@ impl Client {
         let base = optional_path("base", &options.base)?;
         let options = SnapshotOptions { base, ..options.clone() };
         let request = Request::StartSnapshot { path: absolute_path("image", image)?, options };
+        self.grant(Grants::of(&request))?;
         self.flushed_session().control.request(&request, &[], JobStarted::decode)
     }
 
@@ -114,10 +114,21 @@ impl Client {
     ) -> Result<JobStarted, Error> {
         let working_set = optional_path("working_set", &options.working_set)?;
         let options = RestoreOptions { working_set, ..options.clone() };
-        self.start_incoming_job(
-            &Request::StartRestore { path: absolute_path("image", image)?, options },
-            &[],
-        )
+        let request = Request::StartRestore { path: absolute_path("image", image)?, options };
+        self.start_incoming_job(&request, &[])
+    }
+
+    /// Lets an agent in a sandbox read files in `folder` and below it. Each job does that for the
+    /// folders of its own paths; this is for images in other folders on which its image builds.
+    ///
+    /// # Errors
+    /// If the agent refuses, or is lost.
+    pub fn grant_folder(&self, folder: &Path) -> Result<(), Error> {
+        self.grant(Grants::default().folder(folder))
+    }
+
+    fn grant(&self, grants: Grants) -> Result<(), Error> {
+        self.session().control.grant(&grants.into_fds())
     }
 
     fn check_guest_is_ours(&self) -> Result<(), Error> {
@@ -132,6 +143,7 @@ impl Client {
     fn start_incoming_job(
         &self, request: &Request, fds: &[BorrowedFd<'_>],
     ) -> Result<JobStarted, Error> {
+        self.grant(Grants::of(request))?;
         let mut session = self.session();
         if let Some(lost) = session.control.lost_error() {
             return Err(lost);
@@ -198,6 +210,7 @@ impl Client {
         // With release, the memory here is incomplete, whatever the options say now.
         let options = OutgoingOptions { release: options.release || release, ..options.clone() };
         let request = Request::Recover { session, address: address.to_owned(), options };
+        self.grant(Grants::of(&request))?;
         self.session().control.request(&request, &[], JobStarted::decode)
     }
 

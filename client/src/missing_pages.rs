@@ -47,7 +47,7 @@
 //!   job.
 
 use crate::block::Block;
-use crate::continuation::{Attempts, Replacer};
+use crate::continuation::{Attempts, Kept, Replacer};
 use crate::error::Error;
 use crate::heartbeat::{BUSY_INTERVAL, Heartbeat, Probe, WatchedSockets};
 use crate::link::Link;
@@ -92,7 +92,7 @@ enum State {
         /// The connection of that agent.
         link: u64,
         /// How the next agent continues its job. Empty if none can, or no supervisor gets one.
-        journal: Vec<u8>,
+        kept: Kept,
         /// The bitmaps of owed pages are those of these blocks.
         blocks: Vec<Arc<Block>>,
         /// The agent keeps these bitmaps.
@@ -153,7 +153,7 @@ impl MissingPages {
             registered,
             _heartbeat: heartbeat,
             link: id,
-            journal: Vec::new(),
+            kept: Kept::default(),
             blocks,
             knows_owed: false,
             is_given_up: false,
@@ -165,14 +165,14 @@ impl MissingPages {
     ///
     /// # Errors
     /// Why it would be of no use.
-    pub(crate) fn keep_journal(&self, of: u64, kept: Vec<u8>) -> Result<(), &'static str> {
+    pub(crate) fn keep_journal(&self, of: u64, new: Kept) -> Result<(), &'static str> {
         match &mut *self.state() {
-            State::Pending { link, journal, knows_owed, .. } if *link == of => {
+            State::Pending { link, kept, knows_owed, .. } if *link == of => {
                 *knows_owed = true;
                 if self.replacer.get().is_none() {
                     return Err("no supervisor replaces a lost agent");
                 }
-                *journal = kept;
+                *kept = new;
                 Ok(())
             }
             _ => Err("no mappings are registered for missing pages"),
@@ -188,25 +188,25 @@ impl MissingPages {
     /// True if the agent of connection `of` was to place the missing pages, and another agent could
     /// and may continue in its place. A thread then sees to that.
     pub(crate) fn is_continued_without(&self, of: u64) -> bool {
-        matches!(&*self.state(), State::Pending { link, journal, is_given_up: false, .. }
-            if *link == of && !journal.is_empty())
+        matches!(&*self.state(), State::Pending { link, kept, is_given_up: false, .. }
+            if *link == of && !kept.is_empty())
     }
 
     /// True if pages are missing, and another agent could continue to bring them.
     pub(crate) fn is_continuable(&self) -> bool {
-        matches!(&*self.state(), State::Pending { journal, is_given_up: false, .. }
-            if !journal.is_empty())
+        matches!(&*self.state(), State::Pending { kept, is_given_up: false, .. }
+            if !kept.is_empty())
     }
 
     /// What the next agent gets to continue, if pages are missing and it can: the journal and the
     /// userfaultfd. Nothing without a supervisor: then the VMM may have been told already that the
     /// memory is lost.
-    pub(crate) fn to_continue(&self) -> Result<Option<(Vec<u8>, OwnedFd)>, Error> {
+    pub(crate) fn to_continue(&self) -> Result<Option<(Kept, OwnedFd)>, Error> {
         match &*self.state() {
-            State::Pending { registered, journal, is_given_up: false, .. }
-                if !journal.is_empty() =>
-            {
-                Ok(Some((journal.clone(), registered.duplicate()?)))
+            State::Pending { registered, kept, is_given_up: false, .. } if !kept.is_empty() => {
+                let again = Kept::new(kept.journal.clone(), &kept.grants);
+                let again = again.map_err(Error::io("duplicate a descriptor"))?;
+                Ok(Some((again, registered.duplicate()?)))
             }
             _ => Ok(None),
         }

@@ -23,6 +23,7 @@
 //! - [`linux_guest`]: real Linux guests under unmodified QEMUs;
 //! - [`front_end`]: a mock front-end of the agent's devices, with drivers;
 //! - [`decoders`]: what every decoder must do with arbitrary bytes;
+//! - [`forbidden`]: what somebody who has taken an agent over would try;
 //! - [`seccomp`]: threads that may not use userfaultfd; [`memory_group`]: a limit of memory;
 //! - [`require`]: what a test needs of the machine; [`huge_pages`]: the kernel's pool of huge
 //!   pages;
@@ -40,6 +41,7 @@ pub mod decoders;
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod forbidden;
 pub mod front_end;
 pub mod gate;
 pub mod guest;

@@ -321,6 +321,11 @@ impl AgentProcess {
         &self.socket
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// The process.
     pub fn process(&mut self) -> &mut Process {
         &mut self.process

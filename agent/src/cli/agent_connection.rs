@@ -9,12 +9,11 @@
 //! the command fails and says that the agent hangs.
 
 use pageferry_protocol::control::codec::{DecodeError, Decoder};
-use pageferry_protocol::control::frame::Frame;
 use pageferry_protocol::control::job::JobStatus;
 use pageferry_protocol::control::reply::{HelloReply, decode_reply};
-use pageferry_protocol::control::request::{CONTROL_VERSION, Request, code};
+use pageferry_protocol::control::request::{CONTROL_VERSION, FEATURE_GRANTS, Request, code};
 use pageferry_protocol::control::unix_path::connect_unix;
-use pageferry_protocol::control::{FrameSocket, SocketError};
+use pageferry_protocol::control::{FrameSocket, Grants, SocketError};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use std::error::Error;
@@ -30,6 +29,8 @@ const EVENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// A connection to an agent.
 pub struct AgentConnection {
     socket: FrameSocket,
+    /// The agent is in a sandbox.
+    wants_grants: bool,
     /// The path on which the agent listens.
     path: PathBuf,
 }
@@ -53,11 +54,13 @@ impl AgentConnection {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
         let socket =
             socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
-        let mut agent = Self { socket: socket.into(), path: path.to_owned() };
+        let mut agent = Self { socket: socket.into(), wants_grants: false, path: path.to_owned() };
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
         let name = String::new();
-        let hello = Request::Hello { version_min, version_max, features: 0, agent: 0, name };
-        agent.ask(&hello, HelloReply::decode)?;
+        let features = FEATURE_GRANTS;
+        let hello = Request::Hello { version_min, version_max, features, agent: 0, name };
+        let reply = agent.ask(&hello, HelloReply::decode)?;
+        agent.wants_grants = reply.features & FEATURE_GRANTS != 0;
         Ok(agent)
     }
 
@@ -87,6 +90,17 @@ impl AgentConnection {
         }
     }
 
+    /// Allows an agent in a sandbox what the next request names.
+    ///
+    /// # Errors
+    /// If the agent refuses, or does not answer. The error names the path.
+    pub fn grant(&mut self, grants: &Grants) -> Result<(), Box<dyn Error>> {
+        if !self.wants_grants || grants.is_empty() {
+            return Ok(());
+        }
+        self.ask_with(&Request::Grant, &grants.fds(), |_| Ok(()))
+    }
+
     /// Sends a request and waits for its answer.
     ///
     /// # Errors
@@ -95,8 +109,16 @@ impl AgentConnection {
         &mut self, request: &Request,
         fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, Box<dyn Error>> {
+        self.ask_with(request, &[], fields)
+    }
+
+    fn ask_with<T>(
+        &mut self, request: &Request, fds: &[BorrowedFd<'_>],
+        fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+    ) -> Result<T, Box<dyn Error>> {
         let deadline = Instant::now() + TIMEOUT;
-        let sent = self.socket.send(&Frame::request(request.code(), request.encode()), deadline);
+        let body = request.encode();
+        let sent = self.socket.send_parts(request.code(), 0, &body, fds, deadline);
         sent.map_err(|error| self.failed(error))?;
         loop {
             let reply = self.socket.recv(deadline).map_err(|error| self.failed(error))?;

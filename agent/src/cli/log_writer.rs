@@ -8,6 +8,7 @@
 //! a [`Limit`] has left out.
 
 use super::log_limit::{Limit, WINDOW};
+use crate::sandbox::{ThreadKind, enter_thread};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,9 +47,10 @@ impl LogWriter {
         let (queue, entries) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
         let counted = dropped.clone();
-        std::thread::Builder::new()
-            .name("log".into())
-            .spawn(move || write_all(output, &entries, &counted, &limit))?;
+        std::thread::Builder::new().name("log".into()).spawn(move || {
+            enter_thread(ThreadKind::Log);
+            write_all(output, &entries, &counted, &limit);
+        })?;
         Ok((Self { queue: queue.clone(), dropped }, LogEnd(queue)))
     }
 }

@@ -13,7 +13,6 @@ use pageferry_protocol::control::job::{
     Compression, HugePages, IncomingOptions, MAX_STREAMS, Mode, NonConvergence, OutgoingOptions,
     Parameters, ResumePolicy,
 };
-use std::num::NonZero;
 use std::time::Duration;
 
 /// See [`usual_streams`].
@@ -41,7 +40,7 @@ fn usual_streams(mode: Mode) -> u16 {
     if mode.may_postcopy() {
         return 1;
     }
-    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let processors = crate::processors::count();
     u16::try_from(processors).unwrap_or(MOST_STREAMS).min(MOST_STREAMS)
 }
 

@@ -47,11 +47,15 @@ pub mod upgrade;
 pub mod watch;
 
 use crate::image::seal::KeySource;
+use crate::sandbox::{self, Sandbox};
 use crate::transport::Address;
+use crate::trust::Folder;
+use crate::upgrade::program::Program;
 use crate::vm_name::VmName;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use exit::Exit;
 use migration::{ListenArgs, MigrateArgs, RecoverArgs, ResumeArgs, SetArgs, UsageError};
+use pageferry_protocol::control::Grants;
 use parse::{parse_duration, parse_name};
 use std::ffi::OsString;
 use std::io::Write;
@@ -146,6 +150,28 @@ pub struct AgentArgs {
     /// Serve only peers whose certificate has this name. May be given more than once.
     #[arg(long, value_name = "NAME", requires = "tls")]
     pub tls_peer: Vec<String>,
+    /// Whether the agent gives up what it does not need: on; log, it only says what it would
+    /// refuse; off. In a sandbox the agent opens files only in folders that a command or its VMM
+    /// has named, or --folder. docs/sandbox.md explains it.
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value = "on",
+        value_enum,
+        hide_possible_values = true
+    )]
+    pub sandbox: sandbox::Mode,
+    /// Let the agent open files in this folder and below it, also if nobody names them: images on
+    /// which others build. May be given more than once.
+    #[arg(long, value_name = "FOLDER")]
+    pub folder: Vec<PathBuf>,
+    /// Let `upgrade --to` execute programs in this folder and below it, besides the folder of the
+    /// agent's own. May be given more than once.
+    #[arg(long, value_name = "FOLDER")]
+    pub programs: Vec<PathBuf>,
+    /// Be the opener of an agent.
+    #[arg(long, value_name = "MODE", hide = true, value_enum)]
+    pub opener: Option<sandbox::Mode>,
     /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
     /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
     /// its owner may read it. fd:N reads the key from descriptor N, which the agent inherits.
@@ -171,6 +197,26 @@ pub struct AgentArgs {
     #[arg(long, value_name = "SIZE", requires = "mem", default_value = "2M",
           value_parser = parse::parse_block_size)]
     pub mem_block_size: u64,
+}
+
+impl AgentArgs {
+    /// What the arguments name.
+    fn grants(&self) -> Vec<Grants> {
+        let metrics = match &self.metrics {
+            Some(Address::Unix(path)) => Some(path),
+            _ => None,
+        };
+        let sockets = [self.socket.as_ref(), metrics, self.balloon.as_ref(), self.mem.as_ref()];
+        let sockets = sockets.into_iter().flatten().map(|path| Grants::default().write(path));
+        let folders = self.folder.iter().map(|path| Grants::default().write(&path.join("any")));
+        let trusted = self.tls.iter().flat_map(|folder| Folder::files(folder));
+        let image_key = match &self.image_key {
+            Some(KeySource::File(path)) => Some(path.clone()),
+            _ => None,
+        };
+        let read = trusted.chain(image_key).map(|file| Grants::default().read(&file));
+        sockets.chain(folders).chain(read).collect()
+    }
 }
 
 /// The agent to talk to.
@@ -231,6 +277,26 @@ fn handle_file_size_limit() -> std::io::Result<()> {
     signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
 }
 
+fn enter_sandbox(args: &AgentArgs) -> Result<Sandbox, String> {
+    let program = Program::of_this_process();
+    let program = program.map_err(|error| format!("the program has no path: {error}"))?;
+    sandbox::enter(args.sandbox, || args.grants(), program.path(), &args.programs)
+        .map_err(|error| crate::error::chain(&error))
+}
+
+/// Serves as the opener of an agent.
+fn opener(mode: sandbox::Mode) -> ExitCode {
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+        .try_init();
+    match crate::opener::process::run(mode != sandbox::Mode::Log) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("the opener ends: {}", crate::error::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs the command line `arguments`, program name first.
 pub fn main_from<I>(arguments: I) -> ExitCode
 where
@@ -245,6 +311,20 @@ where
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    if let Command::Agent(AgentArgs { opener: Some(mode), .. }) = &cli.command {
+        return opener(*mode);
+    }
+    let mut sandbox = Sandbox::default();
+    if let Command::Agent(args) = &cli.command {
+        // Before the first thread starts.
+        match enter_sandbox(args) {
+            Ok(entered) => sandbox = entered,
+            Err(why) => {
+                eprintln!("pageferry: {why}; --sandbox off does without");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
     let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
     let mut logger =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
@@ -276,7 +356,7 @@ where
         log::warn!("a file that reaches its size limit will end this process: {error}");
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent::run(&args, vm_name, log_end.as_ref()),
+        Command::Agent(args) => run_agent::run(&args, sandbox, vm_name, log_end.as_ref()),
         Command::Status(args) => operator::status(&args.operator, args.wait),
         Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
         Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {

@@ -13,12 +13,12 @@ use super::show_agent;
 use super::snapshot::{RestoreCommand, SnapshotCommand, from_root};
 use super::watch::{Interrupts, OnInterrupt, OnPause, Watching, watch};
 use super::{DetachArgs, OperatorArgs, PauseArgs};
-use pageferry_protocol::control::AgentInfo;
 use pageferry_protocol::control::job::{IncomingOptions, JobStatus, OutgoingOptions, Parameters};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
+use pageferry_protocol::control::{AgentInfo, Grants};
 use std::error::Error;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 type Outcome = Result<Exit, Box<dyn Error>>;
@@ -152,9 +152,10 @@ pub fn set(args: &OperatorArgs, parameters: Parameters) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn snapshot(args: SnapshotCommand) -> Outcome {
-    let SnapshotCommand { operator, detach, image, options } = args;
+    let SnapshotCommand { operator, detach, image, folder, options } = args;
     let request = Request::StartSnapshot { path: from_root(&image)?, options: options.try_into()? };
-    start(&operator, &request, Watched::unless(detach))
+    let grants = with_folders(&request, &folder);
+    start_with(&operator, &request, &grants, Watched::unless(detach))
 }
 
 /// `pageferry restore`
@@ -162,16 +163,30 @@ pub fn snapshot(args: SnapshotCommand) -> Outcome {
 /// # Errors
 /// If the agent does not answer, or refuses.
 pub fn restore(args: RestoreCommand) -> Outcome {
-    let RestoreCommand { operator, detach, image, options } = args;
+    let RestoreCommand { operator, detach, image, folder, options } = args;
     let request = Request::StartRestore { path: from_root(&image)?, options: options.try_into()? };
-    start(&operator, &request, Watched::unless(detach))
+    let grants = with_folders(&request, &folder);
+    start_with(&operator, &request, &grants, Watched::unless(detach))
+}
+
+/// What the request names, and these folders.
+fn with_folders(request: &Request, folders: &[PathBuf]) -> Grants {
+    folders.iter().fold(Grants::of(request), |grants, folder| grants.folder(folder))
 }
 
 /// Starts or recovers a job, and watches it until it ends.
 fn start(args: &OperatorArgs, request: &Request, watched: Watched) -> Outcome {
+    start_with(args, request, &Grants::of(request), watched)
+}
+
+/// The same, with these grants.
+fn start_with(
+    args: &OperatorArgs, request: &Request, grants: &Grants, watched: Watched,
+) -> Outcome {
     // Before the job starts: a Ctrl-C from now on is about the job.
     let mut interrupts = Interrupts::catch()?;
     let mut agent = AgentConnection::open(&args.socket)?;
+    agent.grant(grants)?;
     let started = agent.ask(request, JobStarted::decode)?;
     let listens = matches!(request, Request::StartIncoming { .. });
     let on_pause = match watched {

@@ -16,6 +16,8 @@ use crate::devices::mem::port::MemOptions;
 use crate::devices::registry::NewDevice;
 use crate::image::ImageKey;
 use crate::image::seal::{KeySource, handover};
+use crate::memory::bus_guard;
+use crate::sandbox::Sandbox;
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
@@ -103,8 +105,12 @@ fn image_key(source: Option<&KeySource>, is_upgraded: bool) -> Result<Option<Ima
 /// # Errors
 /// If the agent cannot listen, or the kernel refuses a descriptor or a signal handler.
 pub fn run(
-    args: &AgentArgs, vm_name: VmName, log: Option<&LogEnd>,
+    args: &AgentArgs, sandbox: Sandbox, vm_name: VmName, log: Option<&LogEnd>,
 ) -> Result<Exit, Box<dyn Error>> {
+    if let Some(warning) = sandbox.warning {
+        log::warn!("{warning}");
+    }
+    bus_guard::install();
     let program = Program::of_this_process()?;
     let handed_over = handed_over()?;
     // The variables of systemd are about a socket that was taken over before.
@@ -139,6 +145,9 @@ pub fn run(
     let image_key = image_key(args.image_key.as_ref(), is_upgraded)?;
     let mut server = Server::new(vm_name)?;
     server.trust(trust);
+    if let Some(refusals) = sandbox.refusals {
+        server.log_refusals(refusals)?;
+    }
     if let Some(key) = image_key.clone() {
         server.seal_images_with(key);
     }

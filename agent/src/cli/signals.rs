@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
 //! What this process does with a signal, as the kernel tells it.
+#![allow(unsafe_code)]
 
-use std::fs::read_to_string;
+use std::mem::MaybeUninit;
 
 /// True if this process ignores the signal.
 pub fn is_ignored(signal: i32) -> bool {
-    let status = read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
-    mask >> (signal - 1) & 1 == 1
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: the call changes nothing, and writes to `action`, for which zeroes are valid, too.
+    let action = unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init()
+    };
+    action.sa_sigaction == libc::SIG_IGN
 }

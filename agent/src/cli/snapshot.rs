@@ -24,6 +24,10 @@ pub struct SnapshotCommand {
     /// The image to write. It appears when it is complete, and not before.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
+    /// Let the agent read images in this folder, too, on which the image builds. May be given more
+    /// than once. The folder of the image, and that of --base, need not be given.
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) folder: Vec<PathBuf>,
     #[command(flatten)]
     pub(super) options: SnapshotArgs,
 }
@@ -68,6 +72,10 @@ pub struct RestoreCommand {
     /// The image. The images that it builds on are found automatically.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
+    /// Let the agent read images in this folder, too, on which the image builds. May be given more
+    /// than once. The folder of the image need not be given.
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) folder: Vec<PathBuf>,
     #[command(flatten)]
     pub(super) options: RestoreArgs,
 }

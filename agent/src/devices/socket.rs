@@ -8,18 +8,17 @@ use super::port::DevicePort;
 use super::queues::Memory;
 use super::relay;
 use crate::event::Event;
+use crate::opener;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::transport::unix_path::UnixPathListener;
 use crate::transport::unix_socket::check_peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
-use std::fs::DirBuilder;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::{Builder, JoinHandle};
@@ -74,6 +73,7 @@ impl Drop for DeviceSocket {
 }
 
 fn serve(arrivals: &Arrivals) {
+    enter_thread(ThreadKind::Device);
     let (port, stop) = (&arrivals.port, arrivals.stop.as_fd());
     let name = port.device().name();
     while arrivals.wait() {
@@ -208,34 +208,8 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
 fn connect_to_library(
     daemon: &mut VhostUserDaemon<Connection>,
 ) -> Result<OwnedFd, Box<dyn std::error::Error>> {
-    // Nobody else can reach a path in a folder of mode 0700. It is gone as soon as the library has
-    // accepted.
-    let folder = PrivateFolder::make()?;
-    let path = folder.0.join("s");
-    let listening = UnixListener::bind(&path)?;
-    let mut listener = Listener::from(listening);
-    let connected = UnixStream::connect(&path)?;
+    let (listener, connected) = opener::listening_pair()?;
+    let mut listener = Listener::from(UnixListener::from(listener));
     daemon.start(&mut listener).map_err(|error| error.to_string())?;
-    Ok(connected.into())
-}
-
-/// A folder that only this user can look into. It is removed on drop.
-struct PrivateFolder(PathBuf);
-
-impl PrivateFolder {
-    fn make() -> io::Result<Self> {
-        // Seeded by the kernel, so nobody can be there before.
-        let number = RandomState::new().build_hasher().finish();
-        let folder = std::env::temp_dir().join(format!("pageferry-{number:016x}"));
-        DirBuilder::new().mode(0o700).create(&folder)?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for PrivateFolder {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            log::warn!("{} stays: {error}", self.0.display());
-        }
-    }
+    Ok(connected)
 }

@@ -6,8 +6,9 @@
 //! names the offset.
 
 use super::error::{ImageFault, kernel};
-use rustix::fs::{Mode, OFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
@@ -66,11 +67,9 @@ pub fn read_at(file: BorrowedFd<'_>, mut bytes: &mut [u8], mut at: u64) -> Resul
 /// If the kernel gives none.
 pub(super) fn random<const N: usize>() -> Result<[u8; N], ImageFault> {
     let failed = kernel("get random bytes");
-    let device = rustix::fs::open("/dev/urandom", OFlags::CLOEXEC, Mode::empty());
-    let device = device.map_err(&failed)?;
     let mut bytes = [0; N];
-    // The kernel answers at once, and as a whole what has at most 256 bytes.
-    match rustix::io::read(&device, &mut bytes).map_err(&failed)? {
+    // As a whole what has at most 256 bytes.
+    match getrandom(&mut bytes, GetRandomFlags::empty()).map_err(&failed)? {
         count if count == N => Ok(bytes),
         _ => Err(failed(Errno::IO)),
     }

@@ -19,6 +19,7 @@ use super::error::{ImageError, ImageFault};
 use super::reader::{Image, States};
 use super::seal::ImageKey;
 use crate::memory::runs::{NEAR, join_near_runs};
+use crate::opener;
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -242,6 +243,9 @@ fn next_base(images: &[Image], key: Option<&ImageKey>) -> Result<Option<Image>, 
         return Err(ImageFault::ChainLoop { id }.of(last.path()));
     }
     let path = base_path(last);
+    if opener::is_named(&path, false) == Ok(false) {
+        return Err(ImageFault::BaseNotNamed(path).of(last.path()));
+    }
     let base = Image::open_contents(&path, key).map_err(|error| as_base(images, error))?;
     let (found, expected) = (base.header().id, last.header().base);
     if found != expected {

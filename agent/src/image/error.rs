@@ -318,6 +318,12 @@ pub enum ImageFault {
     /// The base is missing, unreadable or damaged.
     #[error("its base cannot be used")]
     UnusableBase(#[source] Box<ImageError>),
+    /// The agent is in a sandbox, and may not open the base.
+    #[error(
+        "its base {} is in a folder that nobody has named to the agent, which is in a sandbox: \
+         name it by --folder", .0.display()
+    )]
+    BaseNotNamed(PathBuf),
     /// The file at the path of the base is another image than the increment builds on.
     #[error(
         "its base {} is image {}, but it builds on image {}: the file was replaced by another",

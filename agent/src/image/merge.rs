@@ -3,8 +3,8 @@
 //! Merging a chain, an increment and all images that it builds on, into one full image.
 //!
 //! [`merge()`] reads the content of each page from the image of the chain that has it, checks it,
-//! and writes it to the new image with a new checksum or seal. Then it copies the state of the VMM from the
-//! newest image.
+//! and writes it to the new image with a new checksum or seal. Then it copies the state of the VMM
+//! from the newest image.
 //!
 //! The merged image shows the same guest at the same instant as the newest image, and gets its id
 //! and its time. So images that build on the newest image also build on the merged one, and the

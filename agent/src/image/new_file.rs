@@ -13,11 +13,12 @@
 use super::bytes::write_at;
 use super::error::{ImageError, ImageFault, kernel};
 use crate::lock::lock;
+use crate::opener;
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -52,7 +53,7 @@ impl FileKind {
             |source| ImageFault::Kernel { what: "read the file that would be replaced", source };
         // Does not follow a link, and does not wait if the path is a pipe or a device.
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOFOLLOW;
-        let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        let file = match opener::open(path, flags, Mode::empty()) {
             Err(Errno::NOENT) => return Ok(()),
             file => file.map_err(failed)?,
         };
@@ -117,7 +118,7 @@ impl NewFile {
     fn unnamed(
         path: &Path, folder: &Path, replace: Option<FileKind>,
     ) -> Result<Option<Self>, ImageFault> {
-        match rustix::fs::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
+        match opener::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
             Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
             // The file system or the kernel does not support `O_TMPFILE`. An old kernel ignores the
             // flag and tries to open the folder itself.
@@ -132,7 +133,7 @@ impl NewFile {
         loop {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
-            match rustix::fs::open(&name, flags, MODE) {
+            match opener::open(&name, flags, MODE) {
                 Ok(file) => return Ok(Self::of(file, path, folder, Some(name), replace)),
                 Err(Errno::EXIST) => {}
                 Err(source) => {
@@ -157,17 +158,8 @@ impl NewFile {
 
     /// Opens the file a second time, for direct I/O; `None` if the file system does not support it.
     pub fn direct(&self) -> Option<OwnedFd> {
-        rustix::fs::open(
-            self.by_descriptor(),
-            OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .ok()
-    }
-
-    /// A path to the open file, which needs no name for that.
-    fn by_descriptor(&self) -> String {
-        format!("/proc/self/fd/{}", self.file.as_raw_fd())
+        let flags = OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
+        opener::reopen(self.file.as_fd(), flags).ok()
     }
 
     /// Syncs the file to the disk and gives it its name.
@@ -207,13 +199,14 @@ impl NewFile {
             Some(kind) => kind.check(&self.path).map(|()| RenameFlags::empty())?,
             None => RenameFlags::NOREPLACE,
         };
-        match rustix::fs::renameat_with(CWD, &temporary, CWD, &self.path, flags) {
+        match opener::rename(&temporary, &self.path, flags) {
             Ok(()) => {}
             // The file system does not support the flag. Then a check before the rename must do.
             Err(Errno::INVAL | Errno::NOSYS)
                 if self.replace.is_none() && self.path.symlink_metadata().is_err() =>
             {
-                rustix::fs::rename(&temporary, &self.path).map_err(kernel("name the file"))?;
+                opener::rename(&temporary, &self.path, RenameFlags::empty())
+                    .map_err(kernel("name the file"))?;
             }
             Err(Errno::EXIST) => return Err(ImageFault::Exists),
             Err(source) => return Err(ImageFault::Kernel { what: "name the file", source }),
@@ -225,8 +218,7 @@ impl NewFile {
     /// Syncs the folder, so that the file has its name also after a power failure. If the sync
     /// fails, the file has its name now, so this is not an error.
     fn sync_folder(&self) -> Result<(), ImageFault> {
-        let folder =
-            rustix::fs::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let folder = opener::open(&self.folder, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         if let Err(errno) = folder.and_then(rustix::fs::fsync) {
             log::warn!(
                 "{} is complete, but its folder cannot be synced: \
@@ -249,7 +241,7 @@ impl NewFile {
 
     /// Gives a file without a name the name `name`. Returns false if another file has that name.
     fn link_as(&self, name: &Path) -> Result<bool, ImageFault> {
-        match rustix::fs::linkat(CWD, self.by_descriptor(), CWD, name, AtFlags::SYMLINK_FOLLOW) {
+        match opener::link(self.file.as_fd(), name) {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) => Ok(false),
             Err(source) => Err(ImageFault::Kernel { what: "name the file", source }),
@@ -296,7 +288,7 @@ impl AsFd for NewFile {
 impl Drop for NewFile {
     fn drop(&mut self) {
         if let Some(name) = self.temporary.get_mut().unwrap_or_else(PoisonError::into_inner)
-            && let Err(errno) = rustix::fs::unlink(&*name)
+            && let Err(errno) = opener::unlink(name)
         {
             log::warn!("cannot remove the unfinished file {}: {errno}", name.display());
         }

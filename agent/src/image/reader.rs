@@ -3,10 +3,10 @@
 //! Reading an image.
 //!
 //! [`Image::open`] reads the header, the contents, the states of the pages, and the checksums of
-//! extents. [`Image::read_extent`] reads pages ([`pages`]). Each part is checked before it is used:
-//! the header by its own checksum, the sections by the header, a page by its checksum, and the
-//! checksums of pages by the checksum of their extent. A fault names the part of the file and its
-//! offset.
+//! extents. [`Image::read_extent`] reads pages (`reader/pages.rs`). Each part is checked before it
+//! is used: the header by its own checksum, the sections by the header, a page by its checksum, and
+//! the checksums of pages by the checksum of their extent. A fault names the part of the file and
+//! its offset.
 //!
 //! A sealed image is opened with its key ([`Image::open_with`]). Its header has a MAC, and pages
 //! and sections have seals. Without a key it is refused, and with a key so is an image in plain
@@ -21,8 +21,9 @@ pub(in crate::image) use pages::PageChecks;
 
 use super::bytes::{read_at, write_at};
 use super::error::{ImageError, ImageFault, kernel};
-use super::seal::{ImageKey, Opener};
+use super::seal::{ImageKey, Unsealer};
 use super::sections::read_section;
+use crate::opener;
 use pageferry_protocol::image::contents::MAX_CONTENTS;
 use pageferry_protocol::image::header::{HEADER_SIZE, MAC_COVERS};
 use pageferry_protocol::image::sealing::opened_size;
@@ -55,7 +56,7 @@ pub struct Image {
     /// Empty for a sealed image.
     extent_sums: Vec<u32>,
     /// Opens what is sealed; `None` for an image in plain text.
-    opener: Option<Opener>,
+    unsealer: Option<Unsealer>,
 }
 
 /// The states of a block's pages in one image. A page in none of the sets is zero.
@@ -130,9 +131,9 @@ impl Image {
 
     fn read_contents(path: &Path, key: Option<&ImageKey>) -> Result<Self, ImageFault> {
         let OpenedFile { file, header, bytes } = open_file(path)?;
-        let opener = opener(&header, &bytes, key)?;
+        let unsealer = unsealer(&header, &bytes, key)?;
         let section = header.section(SectionKind::Contents);
-        let length = match opener {
+        let length = match unsealer {
             None => Some(section.length),
             Some(_) => opened_size(section.length),
         };
@@ -140,7 +141,7 @@ impl Image {
             .filter(|length| *length <= MAX_CONTENTS)
             .ok_or(ImageFault::ContentsSize { length: section.length, limit: MAX_CONTENTS })?;
         let mut bytes = Vec::with_capacity(length as usize);
-        read_section(file.as_fd(), opener.as_ref(), SectionKind::Contents, section, |part| {
+        read_section(file.as_fd(), unsealer.as_ref(), SectionKind::Contents, section, |part| {
             bytes.extend_from_slice(part);
             Ok(())
         })?;
@@ -148,11 +149,11 @@ impl Image {
         if header.is_increment() == contents.base_name.is_empty() {
             return Err(ImageFault::BaseName { name: contents.base_name, id: header.base });
         }
-        let layout = Layout::new(&contents.table, opener.is_some())?;
+        let layout = Layout::new(&contents.table, unsealer.is_some())?;
         check_places(&header, &contents, &layout)?;
         let (states, extent_sums) = (Vec::new(), Vec::new());
         let path = path.to_owned();
-        Ok(Self { path, file, header, contents, layout, states, extent_sums, opener })
+        Ok(Self { path, file, header, contents, layout, states, extent_sums, unsealer })
     }
 
     /// Reads the states of the pages and the checksums of extents, unless they were read before.
@@ -205,7 +206,7 @@ impl Image {
             return Err(ImageFault::States { id, source });
         }
         let mut sums = Vec::new();
-        if self.opener.is_none() {
+        if self.unsealer.is_none() {
             sums.reserve_exact(self.layout.all_extents() as usize);
             self.read_section(SectionKind::ExtentSums, |part| {
                 let each = part.as_chunks().0.iter();
@@ -222,7 +223,7 @@ impl Image {
         &self, kind: SectionKind, each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
     ) -> Result<(), ImageFault> {
         let section = self.header.section(kind);
-        read_section(self.file.as_fd(), self.opener.as_ref(), kind, section, each)
+        read_section(self.file.as_fd(), self.unsealer.as_ref(), kind, section, each)
     }
 
     /// The path as it was opened.
@@ -237,7 +238,7 @@ impl Image {
 
     /// True if the image is sealed.
     pub fn is_sealed(&self) -> bool {
-        self.opener.is_some()
+        self.unsealer.is_some()
     }
 
     /// The header.
@@ -271,8 +272,8 @@ impl Image {
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
     }
 
-    /// For an image that is not sealed: the checksum, as written in the file, of extent `extent` of the block at index `at`. It is
-    /// the checksum of the checksums of the extent's pages.
+    /// For an image that is not sealed: the checksum, as written in the file, of extent `extent` of
+    /// the block at index `at`. It is the checksum of the checksums of the extent's pages.
     pub fn extent_sum(&self, at: usize, extent: u64) -> u32 {
         self.extent_sums[self.layout.extent(at, extent) as usize]
     }
@@ -333,7 +334,7 @@ struct OpenedFile {
 
 fn open_file(path: &Path) -> Result<OpenedFile, ImageFault> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(kernel("open it"))?;
+    let file = opener::open(path, flags, Mode::empty()).map_err(kernel("open it"))?;
     let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
     if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
         return Err(ImageFault::NotARegularFile);
@@ -352,17 +353,17 @@ fn open_file(path: &Path) -> Result<OpenedFile, ImageFault> {
 }
 
 /// What opens the image with this header, if it is sealed. The header is checked with the key.
-fn opener(
+fn unsealer(
     header: &Header, bytes: &[u8; HEADER_SIZE], key: Option<&ImageKey>,
-) -> Result<Option<Opener>, ImageFault> {
+) -> Result<Option<Unsealer>, ImageFault> {
     match (header.sealing, key) {
         (None, None) => Ok(None),
         (None, Some(_)) => Err(ImageFault::NotSealed),
         (Some(_), None) => Err(ImageFault::NeedsKey),
         (Some(sealing), Some(key)) => {
-            let opener = Opener::new(key, &sealing.salt)?;
-            if opener.has_signed(&bytes[..MAC_COVERS], &sealing.mac) {
-                Ok(Some(opener))
+            let unsealer = Unsealer::new(key, &sealing.salt)?;
+            if unsealer.has_signed(&bytes[..MAC_COVERS], &sealing.mac) {
+                Ok(Some(unsealer))
             } else {
                 Err(ImageFault::WrongKey)
             }

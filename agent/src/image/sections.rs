@@ -10,7 +10,7 @@
 
 use super::bytes::{read_at, write_at};
 use super::error::ImageFault;
-use super::seal::{Opener, Sealer};
+use super::seal::{Sealer, Unsealer};
 use pageferry_protocol::image::sealing::{PIECE, SEAL_SIZE};
 use pageferry_protocol::image::{Place, Seal, Section, SectionKind};
 use std::os::fd::BorrowedFd;
@@ -119,10 +119,10 @@ impl<'a> SectionWriter<'a> {
 /// # Errors
 /// If the section cannot be read, or is damaged; and the errors of `each`.
 pub(super) fn read_section(
-    file: BorrowedFd<'_>, opener: Option<&Opener>, kind: SectionKind, section: Section,
+    file: BorrowedFd<'_>, unsealer: Option<&Unsealer>, kind: SectionKind, section: Section,
     mut each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
 ) -> Result<(), ImageFault> {
-    let seal_size = if opener.is_some() { SEAL_SIZE } else { 0 };
+    let seal_size = if unsealer.is_some() { SEAL_SIZE } else { 0 };
     let stride = PIECE + seal_size;
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     let mut bytes = vec![0; stride.min(section.length) as usize];
@@ -130,7 +130,7 @@ pub(super) fn read_section(
         let part = &mut bytes[..stride.min(section.length - offset) as usize];
         let at = section.offset + offset;
         read_at(file, part, at).map_err(|fault| fault.in_section(kind))?;
-        let Some(opener) = opener else {
+        let Some(unsealer) = unsealer else {
             digest.update(part);
             each(part)?;
             continue;
@@ -138,10 +138,10 @@ pub(super) fn read_section(
         let broken = || ImageFault::PieceSeal { section: kind.name(), at };
         let (content, seal) = Seal::mut_from_suffix(part).map_err(|_| broken())?;
         let place = Place::Piece { section: kind, number };
-        opener.open(place, *seal, content).map_err(|_| broken())?;
+        unsealer.open(place, *seal, content).map_err(|_| broken())?;
         each(content)?;
     }
-    if opener.is_some() { Ok(()) } else { check_sum(kind, section, digest.finalize() as u32) }
+    if unsealer.is_some() { Ok(()) } else { check_sum(kind, section, digest.finalize() as u32) }
 }
 
 /// Compares the checksum of a section with the computed one.
@@ -180,20 +180,21 @@ mod tests {
                 }
                 let (section, _) = out.finish().unwrap();
                 file.set_len(section.offset + section.length).unwrap();
-                let opener = sealer.map(|sealer| Opener::new(&key, &sealer.salt()).unwrap());
+                let unsealer = sealer.map(|sealer| Unsealer::new(&key, &sealer.salt()).unwrap());
                 let mut found = Vec::new();
                 let each = |part: &[u8]| {
                     assert_eq!(found.len() % PART, 0);
                     found.extend_from_slice(part);
                     Ok(())
                 };
-                read_section(file.as_fd(), opener.as_ref(), kind, section, each).unwrap();
-                assert!(found == content, "{length} bytes, sealed: {}", opener.is_some());
+                read_section(file.as_fd(), unsealer.as_ref(), kind, section, each).unwrap();
+                assert!(found == content, "{length} bytes, sealed: {}", unsealer.is_some());
                 if length > 0
-                    && let Some(opener) = &opener
+                    && let Some(unsealer) = &unsealer
                 {
                     let other = SectionKind::States;
-                    let read = read_section(file.as_fd(), Some(opener), other, section, |_| Ok(()));
+                    let read =
+                        read_section(file.as_fd(), Some(unsealer), other, section, |_| Ok(()));
                     assert!(matches!(read, Err(ImageFault::PieceSeal { at: 4096, .. })));
                 }
             }

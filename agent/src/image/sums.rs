@@ -2,8 +2,8 @@
 
 //! Checksums or seals of the pages of a new image, collected and written in large pieces.
 //!
-//! Below, a seal counts as a checksum. The writers of pages add the checksums here. When many have been collected, or at the end, they
-//! are written to the file.
+//! Below, a seal counts as a checksum. The writers of pages add the checksums here. When many have
+//! been collected, or at the end, they are written to the file.
 //!
 //! Writing them with each run of pages, one kilobyte for each megabyte, would cost far more than
 //! their size. Large runs of pages are written with direct I/O, checksums through the page cache. A

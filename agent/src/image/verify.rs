@@ -3,9 +3,9 @@
 //! Verifying all bytes of an image and of the images that it builds on.
 //!
 //! Opening an image checks its header, contents, states and the checksums of extents. [`verify()`]
-//! checks the rest: the pages with their checksums or seals, the state of the VMM, and the bytes that belong
-//! to no part of the file. Those must be holes or zero. Data there is a mistake of the writer, and
-//! a program that maps the image would give it to a guest.
+//! checks the rest: the pages with their checksums or seals, the state of the VMM, and the bytes
+//! that belong to no part of the file. Those must be holes or zero. Data there is a mistake of the
+//! writer, and a program that maps the image would give it to a guest.
 //!
 //! The file system is asked where the file has data, so the time depends on the amount of data and
 //! not on the size of the guest. The extents are shared among threads. Verifying ends after a given

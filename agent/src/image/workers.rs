@@ -6,15 +6,11 @@
 //! none is left. The first error ends the work on all threads.
 
 use super::reader::Image;
+use crate::sandbox::{ThreadKind, enter_thread};
 use pageferry_protocol::image::EXTENT_PAGES;
 use pageferry_protocol::memory::PageRange;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::{Builder, available_parallelism};
-
-/// The default number of threads: one for each processor that this process may use.
-pub fn processors() -> usize {
-    available_parallelism().map_or(1, usize::from)
-}
+use std::thread::Builder;
 
 /// Claims for each worker, at least. With fewer claims, one worker could be left with a large last
 /// part while the others have nothing to do.
@@ -90,7 +86,11 @@ pub(super) fn share_among_threads<Own, E: Send>(
     let useful = threads.min(usize::try_from(items).unwrap_or(usize::MAX));
     std::thread::scope(|scope| {
         // If the kernel refuses a thread, the threads that exist do the work.
-        let spawn = |_| Builder::new().name("image".into()).spawn_scoped(scope, run).ok();
+        let work = || {
+            enter_thread(ThreadKind::Pages);
+            run()
+        };
+        let spawn = |_| Builder::new().name("image".into()).spawn_scoped(scope, work).ok();
         let others: Vec<_> = (1..useful).map_while(spawn).collect();
         let own = run();
         let join = |outcome: Result<(), E>, other: std::thread::ScopedJoinHandle<'_, _>| {

@@ -14,8 +14,8 @@
 //! way. A thread with many small runs would wait for each of them. So it waits once, for a lock of
 //! this program (`direct_writes`), and direct writes begin again when all its runs are written.
 //!
-//! An image with a key is sealed ([`super::seal`]). The thread that puts pages seals them in its own
-//! buffer, where it would compute their checksums otherwise.
+//! An image with a key is sealed ([`super::seal`]). The thread that puts pages seals them in its
+//! own buffer, where it would compute their checksums otherwise.
 //!
 //! If anything fails, nothing is left of the image, and a file that had its name is unchanged.
 

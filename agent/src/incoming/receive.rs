@@ -14,6 +14,7 @@ use super::offer::Accepted;
 use super::place::Placer;
 use crate::job::{Job, JobError};
 use crate::lock::lock;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::stats::worker::WorkerCounters;
 use crate::transport::StreamError;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
@@ -68,6 +69,7 @@ pub fn receive(
             .map(|(index, reader)| {
                 let (barrier, wake) = (&barrier, &wake);
                 scope.spawn(move || {
+                    enter_thread(ThreadKind::Pages);
                     let mut stream = Stream::new(job, placer, barrier, writer, index, features);
                     let outcome = stream.run(reader);
                     if outcome.is_err() {

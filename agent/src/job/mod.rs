@@ -35,6 +35,7 @@ use crate::lock::lock;
 use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::placing_report::PlacingReport;
+use crate::opener;
 use crate::transport::Limiter;
 use crate::trust::Trust;
 use crate::waiting::may_wait;
@@ -45,6 +46,7 @@ use pageferry_protocol::control::job::{Counters, JobKind, JobStatus, Phase, RunS
 use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::reply::ErrorCode;
 use rustix::io::Errno;
+use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -372,7 +374,10 @@ impl Job {
             return;
         }
         let hook = Hook::KeepJournal { journal: journal.encode() };
-        match self.hooks.ask(&hook, self.hook_timeout) {
+        // The next agent has an opener of its own, which must know what was granted to this one.
+        let granted = opener::granted().unwrap_or_default();
+        let granted: Vec<_> = granted.iter().map(AsFd::as_fd).collect();
+        match self.hooks.ask_with(&hook, &granted, self.hook_timeout) {
             Ok(_) => self.set_kept(),
             Err(error) => {
                 let why = crate::error::chain(&error);

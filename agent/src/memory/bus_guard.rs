@@ -45,6 +45,16 @@ pub struct GuardedRange {
     entry: Option<usize>,
 }
 
+/// Installs the handler, if it is not installed yet. For a process whose threads may not do that.
+pub fn install() {
+    static INSTALL: Once = Once::new();
+    INSTALL.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGBUS, on_sigbus) {
+            log::warn!("no guard against truncated files: {error}");
+        }
+    });
+}
+
 impl GuardedRange {
     /// Guards the memory of a bitmap.
     pub fn of(words: &MappedWords) -> Self {
@@ -54,12 +64,7 @@ impl GuardedRange {
     /// Guards the mapping at `addresses`. If all entries are in use, which takes thousands of
     /// mappings, the mapping stays unguarded.
     pub fn new(addresses: Range<usize>) -> Self {
-        static INSTALL: Once = Once::new();
-        INSTALL.call_once(|| {
-            if let Err(error) = register_signal_handler(SIGBUS, on_sigbus) {
-                log::warn!("no guard against truncated files: {error}");
-            }
-        });
+        install();
         let entry = ENTRIES.iter().position(|entry| !entry.taken.swap(true, Ordering::AcqRel));
         match entry {
             Some(index) => {

@@ -19,6 +19,7 @@ use super::request::Request;
 use super::sample::Sample;
 use crate::event::Event;
 use crate::priority;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::transport::Listener;
 use crate::transport::backoff::{self, Backoff, is_momentary};
 use crate::waiting::may_wait;
@@ -62,7 +63,10 @@ impl MetricsServer {
             },
         };
         let thread = std::thread::Builder::new().name("metrics".into());
-        let thread = thread.spawn(move || service.run())?;
+        let thread = thread.spawn(move || {
+            enter_thread(ThreadKind::Metrics);
+            service.run();
+        })?;
         Ok(Self { end, thread: Some(thread) })
     }
 }

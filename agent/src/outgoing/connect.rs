@@ -27,6 +27,7 @@ use pageferry_protocol::stream::hello::{
     FEATURE_POSTCOPY, FEATURE_WHOLE, HELLO_ACKNOWLEDGE, HELLO_RECOVER, feature_of,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
+use rustix::rand::{GetRandomFlags, getrandom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -82,10 +83,7 @@ pub fn new_session() -> Result<SessionId, JobError> {
     let mut session = [0; 16];
     let random =
         |errno: rustix::io::Errno| JobError::Io { what: "get random bytes", source: errno.into() };
-    let file =
-        rustix::fs::open("/dev/urandom", rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
-            .map_err(random)?;
-    rustix::io::read(file, &mut session).map_err(random)?;
+    getrandom(&mut session, GetRandomFlags::empty()).map_err(random)?;
     // All zeroes mean that there is no session.
     session[0] |= 1;
     Ok(session)

@@ -24,6 +24,7 @@ use crate::memory::MemoryError;
 use crate::memory::chunks::Chunks;
 use crate::memory::host_page_set::words_of;
 use crate::memory::{Block, GuestMemory};
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::transport::StreamError;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -153,8 +154,13 @@ fn run_workers(pass: &Pass<'_>, senders: &mut [PageSender]) -> Result<(), JobErr
     // The job's own thread is the primary's worker: with one stream no thread is started.
     let Some((primary, others)) = senders.split_first_mut() else { return Ok(()) };
     std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            others.iter_mut().map(|sender| scope.spawn(move || work(pass, sender))).collect();
+        let spawn = |sender| {
+            scope.spawn(move || {
+                enter_thread(ThreadKind::Pages);
+                work(pass, sender)
+            })
+        };
+        let threads: Vec<_> = others.iter_mut().map(spawn).collect();
         let first = work(pass, primary);
         let rest =
             threads.into_iter().map(|thread| thread.join().unwrap_or(Err(JobError::Panicked)));

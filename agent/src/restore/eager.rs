@@ -27,6 +27,7 @@ use crate::memory::huge::{self, Fill, HugeWindow};
 use crate::memory::placement::{HugePageUse, Pages, Placement};
 use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::{BackingError, Block};
+use crate::sandbox::{ThreadKind, enter_thread};
 use pageferry_protocol::control::job::{Phase, RestoreOptions};
 use pageferry_protocol::image::{EXTENT_PAGES, EXTENT_SIZE};
 use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SIZE, PageRange};
@@ -141,8 +142,12 @@ impl<'a> Filling<'a> {
     fn run(&self, workers: usize) -> Result<(), JobError> {
         let workers = workers.min(self.extents.len());
         std::thread::scope(|scope| {
-            let spawn =
-                |index| std::thread::Builder::new().spawn_scoped(scope, move || self.work(index));
+            let spawn = |index| {
+                std::thread::Builder::new().spawn_scoped(scope, move || {
+                    enter_thread(ThreadKind::Pages);
+                    self.work(index)
+                })
+            };
             let threads: Vec<_> = (0..workers).map_while(|index| spawn(index).ok()).collect();
             if threads.is_empty() && workers > 0 {
                 // The system refused every thread, so this thread does all the

@@ -18,6 +18,7 @@ use super::working_set::WorkingSetRecorder;
 use crate::job::JobError;
 use crate::lock::lock;
 use crate::missing_faults::{StopEvent, handle_faults};
+use crate::sandbox::{ThreadKind, enter_thread};
 use pageferry_protocol::memory::PageRange;
 use rustix::event::PollFlags;
 use std::os::fd::AsFd;
@@ -95,6 +96,7 @@ impl<'a> LazyRestore<'a> {
             let no_thread = |source| JobError::Io { what: "start a thread", source };
             let builder = std::thread::Builder::new;
             let faults = builder().spawn_scoped(scope, move || {
+                enter_thread(ThreadKind::Pages);
                 let fail = |error| self.fail(error);
                 handle_faults(pages.job, pages.missing_pages, &mut forwarder, stop, fail);
             });
@@ -106,6 +108,7 @@ impl<'a> LazyRestore<'a> {
             let mut refused = None;
             for index in 0..FAULT_WORKERS + workers {
                 let work = move || {
+                    enter_thread(ThreadKind::Pages);
                     self.check(|| {
                         if index < FAULT_WORKERS {
                             FaultWorker::new(pages, self.recording, index).run(queue)

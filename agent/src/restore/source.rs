@@ -38,7 +38,8 @@ impl Source {
     /// needs its key. With a key, an image in plain text is refused: anybody may have made it.
     ///
     /// # Errors
-    /// If the image cannot be opened or is damaged, if the key does not fit, or if the blocks differ.
+    /// If the image cannot be opened or is damaged, if the key does not fit, or if the blocks
+    /// differ.
     pub fn open(
         path: &Path, memory: &GuestMemory, key: Option<&ImageKey>,
     ) -> Result<Self, JobError> {

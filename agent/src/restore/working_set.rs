@@ -25,10 +25,11 @@ use super::source::Source;
 use crate::image::bytes::write_at;
 use crate::image::chain::in_extents;
 use crate::image::new_file::{FileKind, NewFile};
-use crate::image::seal::{Opener, Sealer};
+use crate::image::seal::{Sealer, Unsealer};
 use crate::image::{ImageFault, ImageKey};
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, join_near_runs};
+use crate::opener;
 use pageferry_protocol::image::working_set::SealedWorkingSet;
 use pageferry_protocol::image::working_set::{MAGIC, MAX_RUNS, MAX_SIZE, WorkingSetError};
 use pageferry_protocol::image::{ImageId, Place, WorkingSet, id_text};
@@ -100,7 +101,7 @@ impl WorkingSetPlan {
 
 /// Reads the file. Returns `None` if there is no file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFileError> {
-    let file = match rustix::fs::open(
+    let file = match opener::open(
         path,
         OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
         Mode::empty(),
@@ -137,8 +138,9 @@ fn decode(bytes: &[u8], key: Option<&ImageKey>) -> Result<WorkingSet, String> {
         (Some(_), None) => Err("it is sealed, and this agent has no key".into()),
         (None, Some(_)) => Err("it is not sealed, and this agent has a key".into()),
         (Some(SealedWorkingSet { salt, seal, mut bytes }), Some(key)) => {
-            let opener = Opener::new(key, &salt).map_err(|fault| crate::error::chain(&fault))?;
-            let opened = opener.open(Place::WorkingSet, seal, &mut bytes);
+            let unsealer =
+                Unsealer::new(key, &salt).map_err(|fault| crate::error::chain(&fault))?;
+            let opened = unsealer.open(Place::WorkingSet, seal, &mut bytes);
             opened.map_err(|_| "the key does not fit it, or somebody has changed it".to_owned())?;
             decode(&bytes)
         }

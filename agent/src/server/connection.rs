@@ -12,6 +12,7 @@
 
 use super::hub::Hub;
 use crate::event::Event;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::session::vhost_user::ExpectedReply;
 use crate::upgrade::program::ProgramError;
 use pageferry_protocol::control::codec::Encoder;
@@ -177,6 +178,7 @@ impl Connection {
 
     /// Serves until the connection ends.
     pub(super) fn run(mut self) {
+        enter_thread(ThreadKind::Control);
         let token = self.state.token;
         // This runs also if a request panics. Then the other connections continue, and the session
         // learns that the VMM's connection has ended.

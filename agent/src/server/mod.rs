@@ -23,6 +23,7 @@ use crate::devices::registry::NewDevice;
 use crate::image::ImageKey;
 use crate::metrics::MetricsServer;
 use crate::reactor::Reactor;
+use crate::sandbox::Refusals;
 use crate::session::shared::SharedSession;
 use crate::systemd::Notifier;
 use crate::transport::Listener;
@@ -53,6 +54,8 @@ const NOTIFY: u64 = 1;
 const SIGNALS: u64 = 2;
 /// Token of the socket that tells of a request for an upgrade.
 const UPGRADE: u64 = 3;
+/// Token of what the sandbox refuses.
+const REFUSALS: u64 = 4;
 /// Token of the first connection; the others follow.
 const FIRST_CONNECTION: u64 = 16;
 /// How long the agent waits at its end for requests that are not answered yet.
@@ -80,6 +83,8 @@ pub struct Server {
     upgrades: Option<UnixStream>,
     /// True once the agent is to be upgraded.
     upgrading: bool,
+    /// What the sandbox refuses.
+    refusals: Option<Refusals>,
     /// Answers scrapes of the metrics, on a thread of its own.
     metrics: Option<MetricsServer>,
     /// Tells the service manager what this process does.
@@ -120,6 +125,7 @@ impl Server {
             stopping: false,
             upgrades: None,
             upgrading: false,
+            refusals: None,
             metrics: None,
             notifier: None,
         })
@@ -168,6 +174,16 @@ impl Server {
     /// From now on jobs trust these on a network.
     pub fn trust(&self, trust: Trust) {
         self.hub.session.lock().trust = trust;
+    }
+
+    /// Logs what the sandbox refuses.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn log_refusals(&mut self, refusals: Refusals) -> io::Result<()> {
+        self.reactor.add(refusals.fd().as_fd(), REFUSALS)?;
+        self.refusals = Some(refusals);
+        Ok(())
     }
 
     /// From now on images are sealed with this key, and only such are restored.
@@ -236,6 +252,7 @@ impl Server {
                     NOTIFY => self.announce(),
                     SIGNALS => self.stop(),
                     UPGRADE => self.check_upgrade(),
+                    REFUSALS => self.refusals.iter().for_each(Refusals::log),
                     token => self.hub.session.connection_hung_up(token),
                 }
             }

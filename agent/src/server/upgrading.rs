@@ -40,7 +40,7 @@ impl Server {
     /// # Errors
     /// If the kernel refuses.
     pub fn upgrade_on(&mut self, upgrades: UnixStream, program: Program) -> io::Result<()> {
-        self.hub.upgrade.allow(program);
+        self.hub.upgrade.allow(program)?;
         upgrades.set_nonblocking(true)?;
         self.reactor.add(upgrades.as_fd(), UPGRADE)?;
         self.upgrades = Some(upgrades);

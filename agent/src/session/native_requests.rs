@@ -11,12 +11,14 @@ use super::start_jobs::check_path;
 use super::{Session, check_fds, invalid, wrong_fds};
 use crate::job::{CancelledBy, TooLate};
 use crate::memory::current::CurrentAgent;
+use crate::opener;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
 use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
+use pageferry_protocol::control::grants::MAX_GRANTS;
 use pageferry_protocol::control::job::{
     JobKind, JobStatus, Mode, NonConvergence, Parameters, Phase,
 };
@@ -24,8 +26,8 @@ use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
 use pageferry_protocol::control::request::{
-    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, FEATURE_OWED,
-    FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request,
+    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, FEATURE_GRANTS,
+    FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request,
 };
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::{AgentInfo, Trackers};
@@ -33,6 +35,7 @@ use pageferry_protocol::memory::BlockGeometry;
 use rustix::fs::OFlags;
 use rustix::process::PidfdFlags;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -160,7 +163,9 @@ impl SharedSession {
             return Err(RemoteError::new(ErrorCode::Unsupported, sentence));
         }
         // Only a VMM with a fence makes sure that there are not two agents.
-        let features = if features & FEATURE_FENCE == 0 { 0 } else { features & FEATURES };
+        let known = if features & FEATURE_FENCE == 0 { FEATURE_GRANTS } else { FEATURES };
+        let wanted = if opener::is_asked() { known } else { known & !FEATURE_GRANTS };
+        let features = features & wanted;
         if let Some(fence) = fds.into_iter().next() {
             sent.push(self.set_fence(&fence, number)?);
             if features & FEATURE_PROGRAM_PIPE != 0 {
@@ -252,11 +257,16 @@ impl SharedSession {
             Request::PluggedMemory { requested } => self.plugged_memory(requested),
             Request::ConnectDevice { device } => self.connect_device(device, fds),
             Request::Continue { journal } => self.continue_job(&journal, fds),
+            Request::Grant => grant(fds),
             // The server does what they ask for; there is nothing for the session to do.
             Request::Subscribe { .. } | Request::Upgrade { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
             Request::StartPostcopy => self.lock().start_postcopy(),
             Request::StartSnapshot { path, options } => {
+                check_named("path", &path, true)?;
+                if !options.base.is_empty() {
+                    check_named("base", &options.base, false)?;
+                }
                 self.check_guest_exists(role, options.hook_timeout)?;
                 self.lock().start_snapshot(path, options, &fds)
             }
@@ -264,6 +274,10 @@ impl SharedSession {
                 check_fds("start restore", &fds, 0)?;
                 // Before it is opened: a relative path is another file here than for the sender.
                 check_path("path", &path)?;
+                check_named("path", &path, false)?;
+                if !options.working_set.is_empty() {
+                    check_named("working_set", &options.working_set, true)?;
+                }
                 check_opens(&path)?;
                 self.lock().start_restore(role, &path, options)
             }
@@ -443,12 +457,42 @@ impl Session {
     }
 }
 
+/// Lets the opener of this agent open what the descriptors stand for.
+fn grant(fds: Vec<OwnedFd>) -> Answer {
+    if !(1..=MAX_GRANTS).contains(&fds.len()) {
+        let sentence =
+            format!("grant: {} file descriptors, expected are 1 to {MAX_GRANTS}", fds.len());
+        return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+    }
+    opener::grant(fds).map(|()| Success::Done).map_err(|errno| {
+        let what = "grant: a descriptor is neither a folder nor a connected UDP socket";
+        RemoteError::new(ErrorCode::Invalid, format!("{what}: {errno}"))
+    })
+}
+
+/// Refuses a path which the opener of this agent would not open.
+fn check_named(field: &str, path: &str, write: bool) -> Result<(), RemoteError> {
+    may_wait("ask the opener");
+    match opener::is_named(Path::new(path), write) {
+        // What else is wrong with it is found when it is used.
+        Ok(true) | Err(_) => Ok(()),
+        Ok(false) => {
+            let how = if write { "written" } else { "read" };
+            let sentence = format!(
+                "{field}: no file may be {how} in the folder of {path}: this agent is in a sandbox, \
+                 and nobody has named the folder (by GRANT, or by --folder of the agent)"
+            );
+            Err(RemoteError::new(ErrorCode::Denied, sentence))
+        }
+    }
+}
+
 /// Refuses an image that cannot be opened, before anything is given up for it.
 fn check_opens(path: &str) -> Result<(), RemoteError> {
     may_wait("open an image");
     // Does not wait for the other end of a pipe.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map(drop).map_err(|errno| {
+    opener::open(path, flags, rustix::fs::Mode::empty()).map(drop).map_err(|errno| {
         RemoteError::new(ErrorCode::Invalid, format!("path: cannot open {path}: {errno}"))
     })
 }
@@ -484,6 +528,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         | Request::SetTrackers { .. }
         | Request::ConnectDevice { .. }
         | Request::Continue { .. }
+        | Request::Grant
         | Request::StartOutgoing { .. }
         | Request::StartIncoming { .. }
         | Request::StartSnapshot { .. }

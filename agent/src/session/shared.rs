@@ -20,6 +20,7 @@ use super::Session;
 use crate::devices::registry::Devices;
 use crate::event::Event;
 use crate::lock::lock;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::session::devices::wait_for_devices;
 use crate::session::join;
 use crate::session::session_job::SessionJob;
@@ -255,7 +256,10 @@ impl fmt::Debug for DropThread {
 impl DropThread {
     fn start() -> std::io::Result<Self> {
         let (retired, next) = channel();
-        let run = move || drop_all(next);
+        let run = move || {
+            enter_thread(ThreadKind::Control);
+            drop_all(next);
+        };
         let thread = std::thread::Builder::new().name("session-drop".into()).spawn(run)?;
         Ok(Self { retired: Some(retired), thread: Some(thread) })
     }

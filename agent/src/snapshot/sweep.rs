@@ -8,6 +8,7 @@
 
 use crate::job::{Job, JobError};
 use crate::memory::copy_before_write::CopyBeforeWrite;
+use crate::sandbox::{ThreadKind, enter_thread};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, ScopedJoinHandle};
@@ -24,7 +25,11 @@ pub fn run(job: &Job, copier: &CopyBeforeWrite, workers: usize) -> Result<(), Jo
         let end = EndBatches(copier);
         // If the kernel does not start more threads, the ones that exist do all the work.
         let spawn = |worker| {
-            Builder::new().spawn_scoped(scope, move || sweep.noting(sweep.capture(worker))).ok()
+            let capture = move || {
+                enter_thread(ThreadKind::Pages);
+                sweep.noting(sweep.capture(worker))
+            };
+            Builder::new().spawn_scoped(scope, capture).ok()
         };
         let threads: Vec<_> = (1..workers).map_while(spawn).collect();
         let first = sweep.noting(sweep.capture(0));

@@ -11,15 +11,13 @@
 //! The reactor's thread sends the last three and must not wait, so a message is dropped if the
 //! manager's queue is full. A later one says the same.
 
+use crate::opener;
 use crate::waiting::may_wait;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
-};
+use rustix::net::{SendFlags, send};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant};
 
 /// Longest wait until the manager can receive `READY=1`. Without that message it would end the
@@ -70,7 +68,7 @@ impl Notifier {
     /// `timeout`.
     fn new(name: &OsStr, timeout: Option<Duration>) -> Result<Self, NotifyError> {
         let failed = |source| NotifyError { socket: name.to_string_lossy().into_owned(), source };
-        let socket = connected(name.as_bytes()).map_err(failed)?;
+        let socket = opener::connect_manager(name).map_err(failed)?;
         let watchdog = timeout.map(|timeout| Watchdog {
             interval: timeout / 2,
             // At once: the manager has waited since the start of this process.
@@ -130,18 +128,6 @@ impl Notifier {
     fn send(&self, message: &str) -> Result<(), Errno> {
         send(&self.socket, message.as_bytes(), SendFlags::DONTWAIT | SendFlags::NOSIGNAL).map(drop)
     }
-}
-
-/// A socket that is connected to the manager's. A name that begins with `@` is abstract.
-fn connected(name: &[u8]) -> Result<OwnedFd, Errno> {
-    let address = match name {
-        [b'@', rest @ ..] => SocketAddrUnix::new_abstract_name(rest)?,
-        [b'/', ..] => SocketAddrUnix::new(name)?,
-        _ => return Err(Errno::INVAL),
-    };
-    let socket = socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-    connect(&socket, &address)?;
-    Ok(socket)
 }
 
 #[cfg(test)]

@@ -14,13 +14,13 @@ use super::error::TransportError;
 use super::resolve::{resolve, resolve_for};
 use super::unix_path::{MODE_USER, UnixPathListener};
 use crate::cancel::Cancel;
+use crate::opener;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::unix_path::socket_address;
 use rustix::event::PollFlags;
 use rustix::fs::Mode;
 use rustix::io::Errno;
-use rustix::net::addr::SocketAddrArg;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::net::{SocketFlags, SocketType, sockopt};
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -109,22 +109,15 @@ impl Address {
                 let invalid = |error| {
                     failed(name.clone())(std::io::Error::new(ErrorKind::InvalidInput, error))
                 };
-                let address = socket_address(path).map_err(invalid)?;
-                connect_one(AddressFamily::UNIX, &address, |_| (), timeout, cancel)?
+                socket_address(path).map_err(invalid)?;
+                connect_one(|| opener::connect_unix(path), timeout, cancel)?
                     .map_err(|error| failed(name)(error))
             }
             Self::Tcp(name) | Self::Tls(name) => {
                 let addresses = resolve_for(cancel, name, timeout)?;
                 let mut last = std::io::Error::other("the name has no address");
                 for address in addresses.map_err(unresolved(name))? {
-                    let family =
-                        if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-                    let prepare = if address.ip().to_canonical().is_loopback() {
-                        disable_pacing
-                    } else {
-                        |_: &OwnedFd| ()
-                    };
-                    match connect_one(family, &address, prepare, timeout, cancel)? {
+                    match connect_one(|| opener::connect_tcp(address), timeout, cancel)? {
                         Ok(socket) => return Ok(socket),
                         Err(error) => last = error,
                     }
@@ -160,7 +153,7 @@ impl Address {
             }
             Self::Tcp(name) | Self::Tls(name) => {
                 let addresses = resolve(name, LISTEN_LOOKUP).map_err(unresolved(name))?;
-                let socket = TcpListener::bind(addresses.as_slice())
+                let socket = opener::listen_tcp(&addresses)
                     .map_err(failed(format!("{}:{name}", self.prefix())))?;
                 let bound = socket.local_addr();
                 let bound = bound.map_err(failed(format!("{}:{name}", self.prefix())))?;
@@ -175,38 +168,30 @@ fn unresolved(name: &str) -> impl Fn(std::io::Error) -> TransportError {
     move |source| TransportError::Connect { what: "resolve", address: name.to_owned(), source }
 }
 
-/// Connects one socket. It is non-blocking until it is connected, so that a cancel ends the wait;
-/// the returned socket blocks. The outer error is for the job: it was cancelled, or `poll` failed.
+/// Connects one socket, which `start` makes. It is non-blocking until it is connected, so that a
+/// cancel ends the wait; the returned socket blocks. The outer error is for the job: it was
+/// cancelled, or `poll` failed.
 fn connect_one(
-    family: AddressFamily, address: &impl SocketAddrArg, prepare: fn(&OwnedFd), timeout: Duration,
-    cancel: &Cancel,
+    start: impl Fn() -> Result<OwnedFd, Errno>, timeout: Duration, cancel: &Cancel,
 ) -> Result<std::io::Result<OwnedFd>, TransportError> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = match rustix::net::socket_with(family, SocketType::STREAM, flags, None) {
-        Ok(socket) => socket,
-        Err(errno) => return Ok(Err(errno.into())),
-    };
-    prepare(&socket);
     let deadline = Instant::now() + timeout;
-    let mut connected = rustix::net::connect(&socket, address);
+    let mut started = start();
     // The queue of a UNIX listener is full. The kernel does not report when there is room again.
-    while connected == Err(Errno::AGAIN) && Instant::now() < deadline {
+    while matches!(started, Err(Errno::AGAIN)) && Instant::now() < deadline {
         cancel.sleep(FULL_QUEUE_RETRY)?;
-        connected = rustix::net::connect(&socket, address);
+        started = start();
     }
-    match connected {
-        Ok(()) => {}
-        Err(Errno::INPROGRESS) => {
-            let ready = cancel.wait(&[(socket.as_fd(), PollFlags::OUT)], deadline)?;
-            if !ready.contains(&true) {
-                return Ok(Err(ErrorKind::TimedOut.into()));
-            }
-            if let Err(errno) | Ok(Err(errno)) = sockopt::socket_error(&socket) {
-                return Ok(Err(errno.into()));
-            }
-        }
+    let socket = match started {
+        Ok(socket) => socket,
         Err(Errno::AGAIN) => return Ok(Err(ErrorKind::TimedOut.into())),
         Err(errno) => return Ok(Err(errno.into())),
+    };
+    let ready = cancel.wait(&[(socket.as_fd(), PollFlags::OUT)], deadline)?;
+    if !ready.contains(&true) {
+        return Ok(Err(ErrorKind::TimedOut.into()));
+    }
+    if let Err(errno) | Ok(Err(errno)) = sockopt::socket_error(&socket) {
+        return Ok(Err(errno.into()));
     }
     Ok(rustix::io::ioctl_fionbio(&socket, false).map(|()| socket).map_err(Into::into))
 }
@@ -279,43 +264,6 @@ pub fn check_socket(fd: OwnedFd) -> Result<OwnedFd, TransportError> {
         return Err(wrong("the socket is not connected"));
     }
     Ok(fd)
-}
-
-/// Sets the options of a TCP socket; other sockets are left alone.
-///
-/// - Small records are sent at once (`TCP_NODELAY`).
-/// - A peer whose host is gone is noticed within about twice `timeout`, also while this side has
-///   nothing to send or waits for its bandwidth limit (keep-alive probes, `TCP_USER_TIMEOUT`).
-///
-/// # Errors
-/// If the kernel refuses an option.
-pub fn tune(fd: BorrowedFd<'_>, timeout: Duration) -> rustix::io::Result<()> {
-    let domain = sockopt::socket_domain(fd)?;
-    if domain == AddressFamily::INET || domain == AddressFamily::INET6 {
-        sockopt::set_tcp_nodelay(fd, true)?;
-        sockopt::set_socket_keepalive(fd, true)?;
-        // The first probe after half of the timeout, and three in the other half. The kernel takes
-        // whole seconds.
-        let seconds = |part: Duration| Duration::from_secs(part.as_secs().clamp(1, 3600));
-        sockopt::set_tcp_keepidle(fd, seconds(timeout / 2))?;
-        sockopt::set_tcp_keepintvl(fd, seconds(timeout / 6))?;
-        sockopt::set_tcp_keepcnt(fd, 3)?;
-        // While sent bytes are not acknowledged, the kernel sends no probes. Then this option ends
-        // the connection.
-        let unacknowledged = u32::try_from(2 * timeout.as_millis()).unwrap_or(u32::MAX);
-        sockopt::set_tcp_user_timeout(fd, unacknowledged.max(1000))?;
-    }
-    Ok(())
-}
-
-/// Selects a congestion control without pacing, for a connection over loopback.
-///
-/// Pacing, as in BBR, is made for network links. Between two processes of one host, as when a VMM
-/// is replaced under its guest, it only costs timers. This must be called before the socket is
-/// connected: on a connected socket the pacing would stay.
-fn disable_pacing(socket: &OwnedFd) {
-    // If the kernel does not offer "reno", the default stays.
-    let _ = sockopt::set_tcp_congestion(socket, "reno");
 }
 
 #[cfg(test)]

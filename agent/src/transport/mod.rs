@@ -5,6 +5,7 @@
 //! - [`address`]: `tcp:HOST:PORT`, `tls:HOST:PORT` and `unix:PATH`, and how to connect and to
 //!   listen there;
 //! - [`resolve`]: name look-ups with a deadline;
+//! - [`tcp_options`]: the options of TCP sockets;
 //! - [`unix_path`]: listening sockets with a path, and the lock that protects the path;
 //! - [`unix_socket`]: checks that a descriptor is a UNIX stream socket, connected or listening;
 //! - [`backoff`]: what a listener does when it cannot accept a connection;
@@ -27,6 +28,7 @@ mod socket;
 pub mod socket_queue;
 pub mod stream;
 pub mod stream_error;
+pub mod tcp_options;
 mod tls;
 pub mod unix_path;
 pub mod unix_socket;

@@ -10,12 +10,13 @@
 //! threads exist; further look-ups are refused.
 
 use crate::cancel::{Cancel, CancelError};
+use crate::opener;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use std::io;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -27,16 +28,13 @@ const MAX_LOOKUPS: usize = 16;
 static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
 
 /// The system's look-up of `HOST:PORT`.
-fn look_up(name: &str) -> io::Result<Vec<SocketAddr>> {
-    Ok(name.to_socket_addrs()?.collect())
-}
 
 /// The socket addresses of `HOST:PORT`, after at most `timeout`.
 ///
 /// # Errors
 /// If the look-up fails or takes longer than `timeout`.
 pub fn resolve(name: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
-    resolve_by(look_up, name, timeout)
+    resolve_by(opener::look_up, name, timeout)
 }
 
 fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<SocketAddr>> {
@@ -56,7 +54,7 @@ fn resolve_by(look_up: LookUp, name: &str, timeout: Duration) -> io::Result<Vec<
 pub fn resolve_for(
     cancel: &Cancel, name: &str, timeout: Duration,
 ) -> Result<io::Result<Vec<SocketAddr>>, CancelError> {
-    resolve_for_by(look_up, cancel, name, timeout)
+    resolve_for_by(opener::look_up, cancel, name, timeout)
 }
 
 fn resolve_for_by(

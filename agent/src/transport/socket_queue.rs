@@ -18,10 +18,13 @@
 //! Numbers and layouts: `linux/tcp.h`; meaning: `tcp(7)`.
 #![allow(unsafe_code)]
 
+use crate::opener;
 use rustix::net::AddressFamily;
 use rustix::net::sockopt::{set_socket_recv_buffer_size, socket_domain};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Most bytes that may be queued and not sent yet.
@@ -30,7 +33,7 @@ const NOT_SENT: libc::c_int = 128 << 10;
 const LEAST: u64 = 128 << 10;
 /// The largest receive queue that a program may request, in bytes. A queue whose size was not
 /// requested can grow beyond that.
-const LIMIT: &str = "/proc/sys/net/core/rmem_max";
+pub const LIMIT: &str = "/proc/sys/net/core/rmem_max";
 /// Highest expected bandwidth of a link, in bytes per second: no faster than one stream places
 /// pages.
 const FASTEST: u64 = 1 << 30;
@@ -62,12 +65,19 @@ pub fn limit_send_queue(socket: BorrowedFd<'_>) {
 /// than for the queue.
 pub fn limit_receive_queue(socket: BorrowedFd<'_>) {
     let Some(round_trip) = is_tcp(socket).then(|| round_trip(socket)).flatten() else { return };
-    let limit =
-        std::fs::read_to_string(LIMIT).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0);
-    let Some(size) = queue_of(round_trip, limit) else { return };
+    let Some(size) = queue_of(round_trip, limit()) else { return };
     if let Err(errno) = set_socket_recv_buffer_size(socket, size) {
         log::debug!("SO_RCVBUF: {errno}");
     }
+}
+
+/// What [`LIMIT`] says, as of the first call: the threads that need it may open no file.
+pub fn limit() -> u64 {
+    static FOUND: OnceLock<u64> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let bytes = opener::read(Path::new(LIMIT), 64).unwrap_or_default();
+        str::from_utf8(&bytes).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    })
 }
 
 /// The bytes that keep a link with this round trip busy; `None` if they are more than `limit`.

@@ -46,7 +46,7 @@ impl StreamSocket {
     /// # Errors
     /// If the kernel refuses an option of the socket.
     pub fn new(fd: OwnedFd, timeout: Duration) -> Result<Self, TransportError> {
-        super::address::tune(fd.as_fd(), timeout)
+        super::tcp_options::tune(fd.as_fd(), timeout)
             .map_err(|errno| TransportError::Kernel(errno.into()))?;
         Ok(Self { fd: Arc::new(fd), tls: None, timeout, stop: Deadline::default() })
     }

@@ -20,13 +20,13 @@
 //! `LOCK_TIMEOUT`. A dropped listener leaves its path behind after `END_TIMEOUT`, and the next
 //! start replaces it.
 
+use crate::opener;
 use crate::waiting::may_wait;
-use pageferry_protocol::control::unix_path::{is_listened_on, socket_address};
+use pageferry_protocol::control::unix_path::socket_address;
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -142,7 +142,7 @@ impl UnixPathListener {
     /// As there.
     pub fn bind_with_mode(path: &Path, mode: Mode) -> Result<Self, UnixPathError> {
         may_wait("listen on a path");
-        let address = socket_address(path)?;
+        socket_address(path)?;
         let folder = folder_of(path);
         let lock = lock(folder, Instant::now() + LOCK_TIMEOUT);
         if let Err(errno @ Errno::WOULDBLOCK) = lock {
@@ -153,15 +153,13 @@ impl UnixPathListener {
             });
         }
         for _ in 0..ATTEMPTS {
-            match bind_new(&address) {
+            match opener::bind_unix(path, mode) {
                 Ok(socket) => {
                     let made = rustix::fs::lstat(path)
                         .map_err(kernel("look at the socket that was just bound"))?;
                     let made = Self { socket, path: path.to_owned(), inode: Inode::of(&made) };
-                    let moded = if mode == MODE_USER { Ok(()) } else { set_mode(path, mode) };
-                    let listens = moded.and_then(|()| {
-                        rustix::net::listen(&made.socket, BACKLOG).map_err(kernel("listen"))
-                    });
+                    let listens =
+                        rustix::net::listen(&made.socket, BACKLOG).map_err(kernel("listen"));
                     if let Err(error) = listens {
                         // The drop of `made` removes the path. It needs the lock for that.
                         drop(lock);
@@ -179,7 +177,7 @@ impl UnixPathListener {
                 let (path, folder) = (path.to_owned(), folder.to_owned());
                 return Err(UnixPathError::Locked { path, folder, source: errno.into() });
             }
-            match rustix::fs::unlink(path) {
+            match opener::unlink(path) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => {
                     return Err(kernel("remove the stale socket")(errno));
@@ -237,7 +235,7 @@ impl Drop for UnixPathListener {
             // Removed also if this process cannot lock the folder: an agent that cannot lock it
             // does not replace a path in it.
             (Ok(_), _) => {
-                if let Err(errno) = rustix::fs::unlink(&self.path) {
+                if let Err(errno) = opener::unlink(&self.path) {
                     log::warn!("cannot remove {}: {errno}", self.path.display());
                 }
             }
@@ -249,35 +247,6 @@ impl Drop for UnixPathListener {
 
 fn kernel(what: &'static str) -> impl Fn(Errno) -> UnixPathError {
     move |errno| UnixPathError::Kernel { what, source: errno.into() }
-}
-
-/// Binds a socket to a path that does not exist. No process can connect before it listens.
-fn bind_new(address: &SocketAddrUnix) -> Result<OwnedFd, Errno> {
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
-    // The path gets the mode that the socket has when it is bound. So there is no moment at which
-    // another user may connect. The umask would have the same effect, but all threads share it.
-    rustix::fs::fchmod(&socket, MODE_USER)?;
-    rustix::net::bind(&socket, address)?;
-    Ok(socket)
-}
-
-/// Sets the mode of a socket that was just bound. The mode at the bind is cut by the umask, so it
-/// cannot let anybody else in. A link that was put at the path meanwhile is not followed.
-fn set_mode(path: &Path, mode: Mode) -> Result<(), UnixPathError> {
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let bound = rustix::fs::open(path, flags, Mode::empty());
-    let bound = bound.map_err(kernel("look at the socket that was just bound"))?;
-    let stat = rustix::fs::fstat(&bound).map_err(kernel("look at the socket"))?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
-        return Err(UnixPathError::InUse(path.to_owned()));
-    }
-    let bound = format!("/proc/self/fd/{}", bound.as_raw_fd());
-    rustix::fs::chmod(bound, mode).map_err(kernel("set the mode of the socket"))
 }
 
 /// Refuses everything except a stale socket, and a path that does not exist.
@@ -305,14 +274,20 @@ pub fn check_may_replace(path: &Path) -> Result<(), UnixPathError> {
 
 /// Refuses a socket on which a process listens.
 fn check_is_stale(path: &Path) -> Result<(), UnixPathError> {
-    socket_address(path)?;
     match is_listened_on(path) {
         Ok(false) => Ok(()),
         Ok(true) => Err(UnixPathError::InUse(path.to_owned())),
-        Err(source) => {
-            let what = "find out whether a process listens there";
-            Err(UnixPathError::Kernel { what, source })
-        }
+        Err(errno) => Err(kernel("find out whether a process listens there")(errno)),
+    }
+}
+
+/// True if a process listens on the socket at `path`. It tries to connect and does not wait: a
+/// listener whose queue is full would not answer. A socket of another kind counts as one.
+fn is_listened_on(path: &Path) -> Result<bool, Errno> {
+    match opener::connect_unix(path) {
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Ok(_) | Err(Errno::AGAIN | Errno::PROTOTYPE) => Ok(true),
+        Err(errno) => Err(errno),
     }
 }
 
@@ -325,11 +300,8 @@ fn folder_of(path: &Path) -> &Path {
 
 /// Locks the folder. The lock is held until the returned descriptor is dropped.
 fn lock(folder: &Path, deadline: Instant) -> Result<OwnedFd, Errno> {
-    let folder = rustix::fs::open(
-        folder,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?;
+    let folder =
+        opener::open(folder, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
     loop {
         match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(folder),
@@ -451,7 +423,7 @@ mod tests {
     fn a_listener_with_a_full_queue_is_in_use() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
-        let socket = bind_new(&socket_address(&path).unwrap()).unwrap();
+        let socket = opener::bind_unix(&path, MODE_USER).unwrap();
         rustix::net::listen(&socket, 0).unwrap();
         let _fills_the_queue = UnixStream::connect(&path).unwrap();
         assert!(matches!(UnixPathListener::bind(&path), Err(UnixPathError::InUse(_))));

@@ -13,6 +13,7 @@
 //! runs. A key that others than its owner may read is refused.
 
 use crate::lock::lock;
+use crate::opener;
 use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::{self, PemObject};
@@ -26,6 +27,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+/// Longest file in bytes.
+const LONGEST_FILE: usize = 16 << 20;
 const AUTHORITIES: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
 
@@ -117,6 +120,14 @@ impl Folder {
         let allowed = allowed.iter().map(|text| name(text)).collect::<Result<_, _>>()?;
         let (client, server) = Default::default();
         Ok(Self { path: path.to_owned(), allowed, client, server })
+    }
+
+    /// The files that a folder may have.
+    pub fn files(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+        let of = |identity: Identity| [identity.certificate, identity.key];
+        let names = [[AUTHORITIES, REVOKED], of(SERVER), of(CLIENT)];
+        let folder = folder.to_owned();
+        names.into_iter().flatten().map(move |name| folder.join(name))
     }
 
     /// Reads the folder, to find out whether it can be used.
@@ -240,7 +251,8 @@ impl Folder {
     /// All objects of this kind in a file, which has at least one.
     fn read<T: PemObject>(&self, file: &str, what: &'static str) -> Result<Vec<T>, TrustError> {
         let path = self.path.join(file);
-        let bytes = std::fs::read(&path).map_err(|error| TrustError::Read(path.clone(), error))?;
+        let bytes = opener::read(&path, LONGEST_FILE)
+            .map_err(|error| TrustError::Read(path.clone(), error))?;
         let found: Result<Vec<T>, _> = T::pem_slice_iter(&bytes).collect();
         match found {
             Ok(found) if !found.is_empty() => Ok(found),

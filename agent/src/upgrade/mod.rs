@@ -23,6 +23,7 @@ pub mod wish;
 
 use crate::image::ImageKey;
 use crate::image::seal::handover::{self, KeptKey};
+use crate::sandbox;
 use crate::systemd::descriptor::duplicate;
 use crate::transport::unix_path::{Inode, UnixPathListener};
 use crate::transport::unix_socket::not_listening;
@@ -138,11 +139,17 @@ impl HandedOver {
         let process = std::process::id();
         let value = format!("{process}:{}:{device}:{inode}", self.socket.as_raw_fd());
         let last_job = self.last_job.as_ref().map(LastJob::variable);
+        let opener = match sandbox::hand_over() {
+            Ok(opener) => opener,
+            Err(error) => return error,
+        };
+        let opener = opener.as_ref().map(sandbox::Inherited::variable);
         let image_key = match self.image_key.as_ref().map(KeptKey::inherit).transpose() {
             Ok(image_key) => image_key,
             Err(error) => return error,
         };
-        let variables = last_job.into_iter().chain(image_key).chain([(VARIABLE, value)]);
+        let variables =
+            last_job.into_iter().chain(opener).chain(image_key).chain([(VARIABLE, value)]);
         let variables: Vec<_> = variables.collect();
         let removed = [last_job::VARIABLE, handover::VARIABLE];
         write_log();

@@ -14,6 +14,7 @@
 //! arguments of this agent. One that cannot be executed here, or is no agent, is refused while the
 //! agent still serves.
 
+use crate::sandbox;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -58,6 +59,17 @@ pub enum ProgramError {
     /// The file cannot be opened.
     #[error("cannot open program {0:?}")]
     Open(PathBuf, #[source] io::Error),
+    /// An agent in a sandbox executes no program from there.
+    #[error(
+        "program {path:?} is in none of the folders from which this agent, which is in a sandbox, \
+         executes programs: {folders:?}; --programs FOLDER of the agent names others"
+    )]
+    Folder {
+        /// The program.
+        path: PathBuf,
+        /// Where it must be.
+        folders: &'static [PathBuf],
+    },
     /// It is a directory or something else.
     #[error("program {0:?} is no regular file with a name")]
     NoFile(PathBuf),
@@ -160,7 +172,13 @@ impl Program {
             return Err(ProgramError::Relative(named()));
         }
         let failed = |errno: Errno| ProgramError::Open(named(), errno.into());
-        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        if let Some(folders) = sandbox::programs() {
+            let found = path.canonicalize().map_err(|error| ProgramError::Open(named(), error))?;
+            if !folders.iter().any(|folder| found.starts_with(folder)) {
+                return Err(ProgramError::Folder { path: named(), folders });
+            }
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let file = rustix::fs::open(path, flags, Mode::empty()).map_err(failed)?;
         let running = rustix::fs::stat(RUNNING).map_err(failed)?;
         check_file(path, &rustix::fs::fstat(&file).map_err(failed)?, running.st_uid)?;
@@ -183,8 +201,8 @@ impl Program {
         command
     }
 
-    /// Executes it in this process, with these variables and without those of `removed` that are none
-    /// of them. Returns only if that fails.
+    /// Executes it in this process, with these variables and without those of `removed` that are
+    /// none of them. Returns only if that fails.
     pub(super) fn execute(&self, variables: &[(&str, String)], removed: &[&str]) -> io::Error {
         let mut command = self.command();
         for name in removed {

@@ -4,16 +4,21 @@
 
 use super::program::{Program, ProgramError};
 use crate::lock::lock;
-use std::path::Path;
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, OnceLock};
 
 /// Whether this agent can be upgraded, and to which program.
 #[derive(Debug, Default)]
 pub struct UpgradeWish {
-    /// The program of this process, if it can be upgraded.
-    own: OnceLock<Program>,
+    /// The thread that checks programs, if this agent can be upgraded.
+    checker: OnceLock<Sender<Check>>,
     state: Mutex<State>,
 }
+
+/// A program to check: its path, and where the outcome goes.
+type Check = (PathBuf, SyncSender<Result<Program, ProgramError>>);
 
 #[derive(Debug, Default)]
 enum State {
@@ -30,9 +35,28 @@ enum State {
 
 impl UpgradeWish {
     /// From now on this agent can be upgraded. `own` is its program.
-    pub fn allow(&self, own: Program) {
+    ///
+    /// Programs are executed and checked on a thread that the calling one starts: the threads of
+    /// connections may not execute any.
+    ///
+    /// # Errors
+    /// If the kernel refuses a thread.
+    pub fn allow(&self, own: Program) -> io::Result<()> {
+        let (checker, checks) = channel::<Check>();
+        let run = move || {
+            for (path, outcome) in checks {
+                let checked = own.at_path(&path).and_then(|program| {
+                    program.check()?;
+                    Ok(program)
+                });
+                // Fails if nobody waits any more.
+                let _ = outcome.send(checked);
+            }
+        };
+        std::thread::Builder::new().name("upgrade".into()).spawn(run)?;
         // It is called once.
-        let _ = self.own.set(own);
+        let _ = self.checker.set(checker);
+        Ok(())
     }
 
     /// Checks that `path`, or the agent's own program if that is empty, may be and can be executed.
@@ -43,7 +67,7 @@ impl UpgradeWish {
     /// # Errors
     /// If this agent cannot be upgraded, another upgrade is under way, or the program is refused.
     pub fn check(&self, path: &str) -> Result<(), ProgramError> {
-        let own = self.own.get().ok_or(ProgramError::NotUpgradable)?;
+        let checker = self.checker.get().ok_or(ProgramError::NotUpgradable)?;
         let mut state = lock(&self.state);
         match &*state {
             State::None => *state = State::Checking,
@@ -53,11 +77,11 @@ impl UpgradeWish {
             }
         }
         drop(state);
-        let checked = own.at_path(Path::new(path)).and_then(|program| {
-            program.check()?;
-            Ok(program)
-        });
-        let (checked, outcome) = match checked {
+        let (outcome, checked) = sync_channel(1);
+        let asked = checker.send((path.into(), outcome));
+        // The thread ends only by a panic.
+        let checked = asked.ok().and_then(|()| checked.recv().ok());
+        let (checked, outcome) = match checked.unwrap_or(Err(ProgramError::NotUpgradable)) {
             Ok(program) => (State::Checked(program), Ok(())),
             Err(error) => (State::None, Err(error)),
         };

@@ -262,7 +262,7 @@ impl HookChannel {
             }
             Hook::Throttle { percent } => trackers::throttle(context, percent, hooks),
             Hook::ProbeFaults => memory::probe_faults(context),
-            Hook::KeepJournal { journal } => memory::keep_journal(context, journal),
+            Hook::KeepJournal { journal } => memory::keep_journal(context, journal, fds),
             Hook::UnregisterFaults { complete } => {
                 memory::unregister_faults(context, complete, hooks);
                 Ok(())

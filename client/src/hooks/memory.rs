@@ -5,6 +5,7 @@
 
 use super::api::Hooks;
 use super::context::{HookContext, failed, forbidden};
+use crate::continuation::Kept;
 use crate::link::Link;
 use crate::missing_pages::MissingPages;
 use crate::ownership::{Ownership, SharedOwnership};
@@ -55,10 +56,14 @@ pub(super) fn register_faults(context: &HookContext, hooks: &mut dyn Hooks) -> R
 }
 
 /// Keeps the journal for the next agent.
-pub(super) fn keep_journal(context: &HookContext, journal: Vec<u8>) -> Reply<()> {
+pub(super) fn keep_journal(
+    context: &HookContext, journal: Vec<u8>, grants: &[OwnedFd],
+) -> Reply<()> {
+    let kept = Kept::new(journal, grants)
+        .map_err(|error| RemoteError::new(ErrorCode::System, format!("a descriptor: {error}")))?;
     context
         .missing
-        .keep_journal(context.link.id, journal)
+        .keep_journal(context.link.id, kept)
         .map_err(|why| RemoteError::new(ErrorCode::State, why))
 }
 

@@ -13,6 +13,7 @@
 //! From the VMM or an operator to the agent:
 //!
 //! - [`request`]: pageferry's own requests;
+//! - [`grants`]: descriptors that stand for what a request names;
 //! - [`role`]: which connections may send a request;
 //! - [`reply`]: answers to requests, and errors as they travel;
 //! - [`agent_info`]: what an agent serves;
@@ -30,6 +31,7 @@ pub mod agent_info;
 pub mod codec;
 pub mod devices;
 pub mod frame;
+pub mod grants;
 pub mod hook;
 pub mod hook_reply;
 pub mod job;
@@ -51,6 +53,7 @@ pub mod vhost_user;
 pub use agent_info::{AgentInfo, BlockInfo};
 pub use codec::{DecodeError, Decoder, Encoder};
 pub use frame::{Frame, FrameHeader};
+pub use grants::Grants;
 pub use role::Role;
 pub use socket::{FrameSocket, SocketError};
 pub use trackers::Trackers;

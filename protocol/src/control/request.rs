@@ -52,6 +52,7 @@ pub mod code {
     pub const CONNECT_DEVICE: u32 = 0x101e;
     pub const CONTINUE: u32 = 0x101f;
     pub const UPGRADE: u32 = 0x1020;
+    pub const GRANT: u32 = 0x1021;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -77,8 +78,12 @@ pub const FEATURE_OWED: u64 = 1 << 1;
 /// exited, or has executed another program, such as a newer version of the agent.
 pub const FEATURE_PROGRAM_PIPE: u64 = 1 << 2;
 
+/// Feature: the agent is in a sandbox, and opens only what was granted. So each request that names
+/// a path or an address follows a [`Request::Grant`] for it.
+pub const FEATURE_GRANTS: u64 = 1 << 3;
+
 /// All features that this crate knows.
-pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED | FEATURE_PROGRAM_PIPE;
+pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED | FEATURE_PROGRAM_PIPE | FEATURE_GRANTS;
 
 /// Longest name of a VM in bytes.
 pub const MAX_VM_NAME: usize = 128;
@@ -95,7 +100,7 @@ pub enum Request {
         /// Highest version the sender speaks.
         version_max: u16,
         /// Feature bits the sender offers: [`FEATURE_FENCE`], [`FEATURE_OWED`],
-        /// [`FEATURE_PROGRAM_PIPE`].
+        /// [`FEATURE_PROGRAM_PIPE`], [`FEATURE_GRANTS`].
         features: u64,
         /// With [`FEATURE_FENCE`], which only a VMM sets: the number that the fence word holds
         /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
@@ -246,6 +251,9 @@ pub enum Request {
         /// Absolute path of the program as the agent sees it; empty for its own.
         program: String,
     },
+    /// Allows the agent what the descriptors stand for ([`Grants`](super::grants::Grants)): 1 to
+    /// [`MAX_GRANTS`](super::grants::MAX_GRANTS) of them. An agent without a sandbox ignores them.
+    Grant,
     /// Starts to save the guest into an image. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
@@ -293,6 +301,7 @@ pub fn name(request: u32) -> &'static str {
         code::CONNECT_DEVICE => "CONNECT_DEVICE",
         code::CONTINUE => "CONTINUE",
         code::UPGRADE => "UPGRADE",
+        code::GRANT => "GRANT",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -320,6 +329,7 @@ impl Request {
             Self::ConnectDevice { .. } => code::CONNECT_DEVICE,
             Self::Continue { .. } => code::CONTINUE,
             Self::Upgrade { .. } => code::UPGRADE,
+            Self::Grant => code::GRANT,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -360,6 +370,7 @@ impl Request {
             | Self::Balloon { .. }
             | Self::PluggedMemory { .. }
             | Self::Upgrade { .. }
+            | Self::Grant
             | Self::Subscribe { .. }
             | Self::Resume { .. }
             | Self::StartPostcopy
@@ -425,7 +436,11 @@ impl Request {
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
             }
-            Self::Cancel | Self::QueryStatus | Self::QueryAgent | Self::StartPostcopy => encoder,
+            Self::Cancel
+            | Self::QueryStatus
+            | Self::QueryAgent
+            | Self::StartPostcopy
+            | Self::Grant => encoder,
         }
         .finish()
     }
@@ -479,6 +494,7 @@ impl Request {
             code::UPGRADE => decoder
                 .text("program", MAX_ADDRESS)
                 .map(|program| Self::Upgrade { program: program.to_owned() }),
+            code::GRANT => Ok(Self::Grant),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })

@@ -190,7 +190,10 @@ fn refused(command: &mut Command) -> String {
 fn another_program_is_executed_if_nobody_else_may_write_it() {
     let program = program();
     let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
-    let (service, source) = served(agent(&folder));
+    let options = ["--programs", "/usr/bin"];
+    let service =
+        AgentProcess::start_with(&mut Command::new(program), folder.path(), "agent", &options);
+    let (service, source) = served(service.unwrap());
     let to = |path: &Path| {
         let mut command = upgrade(&service);
         command.arg("--to").arg(path).current_dir(folder.path());
@@ -199,8 +202,12 @@ fn another_program_is_executed_if_nobody_else_may_write_it() {
     let said = refused(&mut to(Path::new("nothing")));
     let nothing = folder.path().join("nothing");
     assert!(said.contains(&format!("cannot open program {nothing:?}: No such file")), "{said}");
-    let said = refused(&mut to(Path::new("/bin/true")));
+    let said = refused(&mut to(Path::new("/usr/bin/true")));
     assert!(said.contains("is no pageferry, or a script"), "{said}");
+    let elsewhere = tempfile::tempdir().unwrap();
+    std::fs::copy(program, elsewhere.path().join("newer")).unwrap();
+    let said = refused(&mut to(&elsewhere.path().join("newer")));
+    assert!(said.contains("is in none of the folders from which this agent"), "{said}");
     let copy = folder.path().join("newer");
     std::fs::copy(program, &copy).unwrap();
     std::fs::set_permissions(&copy, Permissions::from_mode(0o775)).unwrap();

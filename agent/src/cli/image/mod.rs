@@ -15,7 +15,6 @@ use crate::error::chain as sentence;
 use crate::image::merge::{MergeKeys, merge_with};
 use crate::image::seal::KeySource;
 use crate::image::verify::verify_with;
-use crate::image::workers::processors;
 use crate::image::{ImageError, ImageKey};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -131,7 +130,7 @@ pub struct ThreadArgs {
 
 impl ThreadArgs {
     fn count(&self) -> usize {
-        self.threads.map_or_else(processors, usize::from)
+        self.threads.map_or_else(crate::processors::count, usize::from)
     }
 }
 

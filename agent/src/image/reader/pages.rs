@@ -39,8 +39,8 @@ fn in_extent(page: u64) -> usize {
 }
 
 impl Image {
-    /// Reads what the pages `range`, which lie in one extent of the block at index `at`, are checked
-    /// with.
+    /// Reads what the pages `range`, which lie in one extent of the block at index `at`, are
+    /// checked with.
     ///
     /// # Errors
     /// If it cannot be read.
@@ -48,7 +48,7 @@ impl Image {
         &self, at: usize, range: PageRange,
     ) -> Result<PageChecks, ImageFault> {
         let extent = range.first / EXTENT_PAGES;
-        let mut checks = match &self.opener {
+        let mut checks = match &self.unsealer {
             None => PageChecks::Sums([0; EXTENT_PAGES as usize]),
             Some(_) => PageChecks::Seals([Seal::NONE; EXTENT_PAGES as usize]),
         };
@@ -91,16 +91,16 @@ impl Image {
         &self, at: usize, page: u64, bytes: &mut [u8], checks: &PageChecks,
     ) -> Result<(), ImageFault> {
         let (id, place) = (self.contents.table.blocks()[at].id, self.layout.page(at, page));
-        match (checks, &self.opener) {
+        match (checks, &self.unsealer) {
             (PageChecks::Sums(sums), None) => {
                 let (found, computed) = (sums[in_extent(page)], checksum(bytes));
                 if found != computed {
                     return Err(ImageFault::PageChecksum { id, page, at: place, found, computed });
                 }
             }
-            (PageChecks::Seals(seals), Some(opener)) => {
+            (PageChecks::Seals(seals), Some(unsealer)) => {
                 let seal = seals[in_extent(page)];
-                let opened = opener.open(Place::Page { block: id, page }, seal, bytes);
+                let opened = unsealer.open(Place::Page { block: id, page }, seal, bytes);
                 opened.map_err(|_| ImageFault::PageSeal { id, page, at: place })?;
             }
             // The checks are those of this image, so this cannot happen. If it did, the page must
@@ -150,7 +150,7 @@ impl Image {
     }
 
     fn will_need_checks(&self, at: usize, wanted: PageRange) {
-        let range = match &self.opener {
+        let range = match &self.unsealer {
             None => PageRange::new(wanted.first / EXTENT_PAGES * EXTENT_PAGES, EXTENT_PAGES),
             Some(_) => wanted,
         };

@@ -20,5 +20,5 @@ pub mod source;
 mod wiped;
 
 pub use key::ImageKey;
-pub use sealer::{Opener, Sealer};
+pub use sealer::{Sealer, Unsealer};
 pub use source::{KeyError, KeySource};

@@ -5,7 +5,7 @@
 //! No nonce is used twice with one key ([`sealed-once`](crate::invariants#sealed-once)): a
 //! [`Sealer`] makes its own random salt, so it has keys that nobody else has, and it numbers its
 //! nonces itself. All threads that write an image share one sealer, and each takes as many numbers
-//! as it has pages. An [`Opener`] has the keys of an image that exists, and cannot seal.
+//! as it has pages. An [`Unsealer`] has the keys of an image that exists, and cannot seal.
 
 use super::key::ImageKey;
 use super::wiped::Wiped;
@@ -123,11 +123,11 @@ impl Sealer {
 }
 
 /// Opens the parts of an image.
-pub struct Opener(Keys);
+pub struct Unsealer(Keys);
 
-impl fmt::Debug for Opener {
+impl fmt::Debug for Unsealer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Opener(..)")
+        f.write_str("Unsealer(..)")
     }
 }
 
@@ -135,8 +135,8 @@ impl fmt::Debug for Opener {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BrokenSeal;
 
-impl Opener {
-    /// An opener of the image with this salt.
+impl Unsealer {
+    /// An unsealer of the image with this salt.
     ///
     /// # Errors
     /// If the library refuses.
@@ -181,26 +181,27 @@ mod tests {
         let mut sealed = *b"what the guest knows";
         let seal = sealer.seal(HERE, &mut sealed).unwrap();
         assert_ne!(&sealed, b"what the guest knows");
-        let open = |opener: &Opener, place, seal, mut bytes: [u8; 20]| {
-            opener.open(place, seal, &mut bytes).map(|()| bytes)
+        let open = |unsealer: &Unsealer, place, seal, mut bytes: [u8; 20]| {
+            unsealer.open(place, seal, &mut bytes).map(|()| bytes)
         };
-        let opener = Opener::new(&key(1), &sealer.salt()).unwrap();
-        assert_eq!(open(&opener, HERE, seal, sealed), Ok(*b"what the guest knows"));
+        let unsealer = Unsealer::new(&key(1), &sealer.salt()).unwrap();
+        assert_eq!(open(&unsealer, HERE, seal, sealed), Ok(*b"what the guest knows"));
         let elsewhere = Place::Page { block: 3, page: 8 };
-        assert_eq!(open(&opener, elsewhere, seal, sealed), Err(BrokenSeal));
+        assert_eq!(open(&unsealer, elsewhere, seal, sealed), Err(BrokenSeal));
         for bit in 0..sealed.len() * 8 {
             let mut changed = sealed;
             changed[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(open(&opener, HERE, seal, changed), Err(BrokenSeal));
+            assert_eq!(open(&unsealer, HERE, seal, changed), Err(BrokenSeal));
         }
         let mut other = seal;
         other.nonce[0] ^= 1;
-        assert_eq!(open(&opener, HERE, other, sealed), Err(BrokenSeal));
+        assert_eq!(open(&unsealer, HERE, other, sealed), Err(BrokenSeal));
         let mut other = seal;
         other.tag[15] ^= 1;
-        assert_eq!(open(&opener, HERE, other, sealed), Err(BrokenSeal));
-        assert_eq!(open(&opener, HERE, Seal::NONE, sealed), Err(BrokenSeal));
-        let others = [Opener::new(&key(2), &sealer.salt()), Opener::new(&key(1), &[0; SALT_SIZE])];
+        assert_eq!(open(&unsealer, HERE, other, sealed), Err(BrokenSeal));
+        assert_eq!(open(&unsealer, HERE, Seal::NONE, sealed), Err(BrokenSeal));
+        let others =
+            [Unsealer::new(&key(2), &sealer.salt()), Unsealer::new(&key(1), &[0; SALT_SIZE])];
         for other in others.map(Result::unwrap) {
             assert_eq!(open(&other, HERE, seal, sealed), Err(BrokenSeal));
         }
@@ -210,9 +211,9 @@ mod tests {
     fn the_mac_is_that_of_the_key_and_the_bytes() {
         let sealer = Sealer::new(&key(1)).unwrap();
         let mac = sealer.sign(b"header");
-        let opener = Opener::new(&key(1), &sealer.salt()).unwrap();
-        assert!(opener.has_signed(b"header", &mac) && !opener.has_signed(b"Header", &mac));
-        assert!(!Opener::new(&key(2), &sealer.salt()).unwrap().has_signed(b"header", &mac));
+        let unsealer = Unsealer::new(&key(1), &sealer.salt()).unwrap();
+        assert!(unsealer.has_signed(b"header", &mac) && !unsealer.has_signed(b"Header", &mac));
+        assert!(!Unsealer::new(&key(2), &sealer.salt()).unwrap().has_signed(b"header", &mac));
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! another with the same descriptor. A pipe is read until its other end is closed, and only once.
 
 use super::key::{DIGITS_TEXT, ImageKey, MAX_FILE};
+use crate::opener;
 use crate::systemd::descriptor::duplicate;
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
@@ -121,7 +122,7 @@ fn failed(what: &'static str) -> impl Fn(Errno) -> KeyError {
 fn read_file(path: &Path) -> Result<ImageKey, KeyError> {
     // Does not wait for the other end of a pipe.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(failed("open it"))?;
+    let file = opener::open(path, flags, Mode::empty()).map_err(failed("open it"))?;
     check_file(&rustix::fs::fstat(&file).map_err(failed("look at it"))?)?;
     read_open(&file)
 }

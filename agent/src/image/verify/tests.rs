@@ -108,8 +108,8 @@ fn a_changed_byte_is_reported_with_its_place() {
     assert_eq!(check(&path, 1), (101, vec![], false));
 }
 
-/// The checksum or seal of a page without content must be zero, also if the checksum of the extent and that
-/// of the section fit it.
+/// The checksum or seal of a page without content must be zero, also if the checksum of the extent
+/// and that of the section fit it.
 #[test]
 fn a_checksum_of_a_page_without_content_is_found() {
     let folder = tempfile::tempdir().unwrap();

@@ -19,6 +19,7 @@ use crate::lock::lock;
 use crate::memory::Block;
 use crate::memory::MemoryError;
 use crate::memory::missing_pages::MissingPages;
+use crate::sandbox::{ThreadKind, enter_thread};
 use crate::transport::StreamError;
 use crate::transport::socket_queue::limit_receive_queue;
 use crate::transport::{RecordReader, RecordWriter, StreamSocket};
@@ -144,6 +145,7 @@ impl<'a> PageReceiver<'a> {
             let group = &group;
             for (index, reader) in urgent.iter_mut().enumerate() {
                 scope.spawn(move || {
+                    enter_thread(ThreadKind::Pages);
                     // A page comes only if it was requested, so there is no deadline for it.
                     reader.set_no_timeout();
                     group.check(Stream::new(group, count + index, true).run(reader));
@@ -158,6 +160,7 @@ impl<'a> PageReceiver<'a> {
             } else {
                 for (index, reader) in readers.iter_mut().enumerate() {
                     scope.spawn(move || {
+                        enter_thread(ThreadKind::Pages);
                         crate::priority::lower();
                         limit_receive_queue(reader.socket().as_fd());
                         reader.set_timeout(group.job.options.peer_timeout);

@@ -237,6 +237,7 @@ fn the_least_role_of_every_request_is_known() {
         Request::Balloon { target: None, ask_stats: true },
         Request::PluggedMemory { requested: None },
         Request::Upgrade { program: String::new() },
+        Request::Grant,
         Request::Subscribe { interval: Duration::from_secs(1) },
         Request::Resume { force: true },
         Request::StartPostcopy,

@@ -56,5 +56,10 @@ pub fn u64_at(body: &[u8], offset: usize) -> u64 {
 pub fn last_text_at(body: &[u8], offset: usize) -> String {
     let length = u32_at(body, offset) as usize;
     assert_eq!(body.len(), offset + 4 + length, "something follows the text");
-    String::from_utf8(body[offset + 4..].to_vec()).unwrap()
+    text_at(body, offset)
+}
+
+pub fn text_at(body: &[u8], offset: usize) -> String {
+    let length = u32_at(body, offset) as usize;
+    String::from_utf8(body[offset + 4..][..length].to_vec()).unwrap()
 }

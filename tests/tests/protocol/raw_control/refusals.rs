@@ -63,6 +63,7 @@ pub fn proper() -> Vec<Proper> {
         (code::RECOVER, with_session(&[0; 16], "unix:/nowhere", &outgoing()), 0),
         (code::CONTINUE, Body::new().text("a journal"), 1),
         (code::UPGRADE, Body::new().text("/nowhere/pageferry"), 0),
+        (code::GRANT, Body::new(), 1),
         (code::START_SNAPSHOT, with_options("/nowhere/image", &bodies::snapshot(1)), 0),
         (code::START_RESTORE, with_options("/nowhere/image", &bodies::restore(0)), 0),
     ]

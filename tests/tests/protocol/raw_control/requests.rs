@@ -61,7 +61,7 @@ fn an_operator_may_send_what_the_document_says() {
     let hello = Body::new().u16(1).u16(3).u32(0).u64(!1);
     let answer = ask(&operator, code::HELLO, &hello, &[]).unwrap();
     assert_eq!(answer.len(), 22);
-    assert_eq!((u16_at(&answer, 0), u64_at(&answer, 2)), (1, 0), "version and features");
+    assert_eq!((u16_at(&answer, 0), u64_at(&answer, 2)), (1, 8), "version and features");
     assert_eq!((u32_at(&answer, 10), u32_at(&answer, 14)), (0x10_0000, 43_690));
     let files = [memfd(PAGES * PAGE).unwrap(), memfd(PAGE).unwrap()];
     let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();

@@ -12,10 +12,11 @@ use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::scenario::{SOON, lock};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
+use std::net::UdpSocket;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, MutexGuard};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
@@ -51,6 +52,7 @@ pub mod code {
     pub const CONNECT_DEVICE: u32 = 0x101e;
     pub const CONTINUE: u32 = 0x101f;
     pub const UPGRADE: u32 = 0x1020;
+    pub const GRANT: u32 = 0x1021;
     pub const EVENT: u32 = 0x1100;
 }
 
@@ -103,6 +105,17 @@ pub fn ask_frame(
         0 => Ok((body[4..].to_vec(), fds)),
         error => Err((error, last_text_at(&body, 4))),
     }
+}
+
+/// What an agent in a sandbox needs to connect to the address, or to use the file.
+fn grant_for(address: &str) -> Option<OwnedFd> {
+    if let Some(address) = address.strip_prefix("tcp:") {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(address).unwrap();
+        return Some(socket.into());
+    }
+    let path = Path::new(address.strip_prefix("unix:").unwrap_or(address));
+    Some(File::open(path.parent()?).ok()?.into())
 }
 
 pub fn ask(control: &Frames, code: u32, body: &Body, fds: &[BorrowedFd<'_>]) -> Answer {
@@ -287,6 +300,12 @@ impl Vmm {
 
     /// Starts a job. Returns its number, and the address in the answer.
     pub fn start(&self, code: u32, body: &Body, fds: &[BorrowedFd<'_>]) -> (u64, String) {
+        // The session comes before the address.
+        let at = if code == code::RECOVER { 16 } else { 0 };
+        let text = super::bytes::text_at(&body.0, at);
+        if let Some(grant) = grant_for(&text) {
+            self.ask(code::GRANT, &Body::new(), &[grant.as_fd()]).unwrap();
+        }
         let answer = self.ask(code, body, fds).unwrap();
         (super::bytes::u64_at(&answer, 0), last_text_at(&answer, 8))
     }

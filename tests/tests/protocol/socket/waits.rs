@@ -229,6 +229,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::Continue { journal: journal.encode() },
             Request::Upgrade { program: String::new() },
             Request::Upgrade { program: "/bin/true".into() },
+            Request::Grant,
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {

@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The process of an opener: `pageferry opener`, which an agent starts.
+//!
+//! Its standard input is the socket to the agent. One thread takes requests, and each is carried
+//! out on a thread of its own. The process ends with the agent: when the socket closes.
+
+use super::channel::Channel;
+use super::named::Named;
+use super::wire::{Op, Reply};
+use crate::lock::lock;
+use pageferry_protocol::control::frame::FLAG_REPLY;
+use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
+use rustix::event::PollFlags;
+use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// Most requests at once. The agent's threads wait for their answers, so there are few.
+const MAX_REQUESTS: usize = 256;
+/// Longest time until the agent takes an answer.
+const SEND: Duration = Duration::from_secs(10);
+/// Longest single wait for a request.
+const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+
+/// The hidden argument of an agent that is to be an opener.
+pub const ARGUMENT: &str = "--opener";
+
+/// Starts an opener for this process. With `check` it refuses what was not granted; otherwise it
+/// only logs that.
+///
+/// # Errors
+/// If the program cannot be executed.
+pub fn start(check: bool) -> io::Result<Channel> {
+    let (ours, openers) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    let mut command = Command::new("/proc/self/exe");
+    // The program may be another one that runs the agent's command line as a part of its own.
+    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match arguments.iter().position(|argument| argument == "agent") {
+        Some(at) => arguments.truncate(at + 1),
+        None => arguments = vec!["agent".into()],
+    }
+    command.arg0("pageferry").args(arguments).arg(ARGUMENT).arg(if check { "on" } else { "log" });
+    // Nobody waits for it: it ends with this process.
+    command.stdin(Stdio::from(openers)).stdout(Stdio::null()).spawn()?;
+    Ok(Channel::new(ours))
+}
+
+/// Serves the agent that has started this process as its opener.
+///
+/// # Errors
+/// If standard input is no socket of an agent.
+pub fn run(check: bool) -> io::Result<()> {
+    // These are sent to all processes of a terminal or of a service. The agent may still need files
+    // while it ends.
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::default())?;
+    }
+    let socket = io::stdin().as_fd().try_clone_to_owned()?;
+    let opener = Opener { named: Mutex::default(), check };
+    opener.serve(socket).map_err(io::Error::other)
+}
+
+/// What an opener works with.
+#[derive(Debug)]
+struct Opener {
+    named: Mutex<Named>,
+    /// Refuse what was not named. Otherwise it is only logged.
+    check: bool,
+}
+
+impl Opener {
+    /// Serves the agent at the other end of `socket` until it closes.
+    ///
+    /// # Errors
+    /// If the agent sends what is no frame, or the kernel refuses.
+    fn serve(&self, socket: OwnedFd) -> Result<(), SocketError> {
+        let mut socket = FrameSocket::from(socket);
+        let running = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            loop {
+                let frame = match socket.try_recv() {
+                    Ok(Some(frame)) => frame,
+                    Ok(None) => {
+                        let until = Instant::now() + LONGEST_WAIT;
+                        let fd = socket.as_fd();
+                        pageferry_protocol::control::socket::wait(fd, PollFlags::IN, until)?;
+                        continue;
+                    }
+                    // A thread may hang in the kernel, and nobody needs what it does any more.
+                    Err(SocketError::Closed) => std::process::exit(0),
+                    Err(error) => return Err(error),
+                };
+                if running.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
+                    self.answer(frame, |_, _| Err(Errno::AGAIN.into()));
+                    running.fetch_sub(1, Ordering::Relaxed);
+                    continue;
+                }
+                let running = &running;
+                let run = move || {
+                    self.answer(frame, |op, fds| self.carry_out(op, fds));
+                    running.fetch_sub(1, Ordering::Relaxed);
+                };
+                // If there is no thread for it, its answer's socket closes.
+                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, run) {
+                    running.fetch_sub(1, Ordering::Relaxed);
+                    log::warn!("the opener cannot start a thread: {error}");
+                }
+            }
+        })
+    }
+
+    fn answer(&self, frame: Frame, carry_out: impl FnOnce(Op, &[OwnedFd]) -> io::Result<Done>) {
+        let mut fds = frame.fds.into_iter();
+        let Some(answer) = fds.next() else { return };
+        let fds: Vec<OwnedFd> = fds.collect();
+        let done = match Op::decode(frame.request, &frame.body) {
+            Ok(Some(op)) => carry_out(op, &fds),
+            Ok(None) => Err(Errno::NOSYS.into()),
+            Err(_) => Err(Errno::PROTO.into()),
+        };
+        let mut descriptors = Vec::new();
+        let reply = match done {
+            Ok(Done::Nothing) => Reply::default(),
+            Ok(Done::Descriptor(fd)) => {
+                descriptors.push(fd);
+                Reply::default()
+            }
+            Ok(Done::Pair(fds)) => {
+                descriptors.extend(fds);
+                Reply::default()
+            }
+            Ok(Done::Addresses(addresses)) => Reply { addresses, ..Reply::default() },
+            Err(error) => Reply {
+                errno: error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()),
+                sentence: if error.raw_os_error().is_some() {
+                    String::new()
+                } else {
+                    error.to_string()
+                },
+                ..Reply::default()
+            },
+        };
+        let frame = Frame::reply(frame.request, reply.encode());
+        let fds: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        let until = Instant::now() + SEND;
+        // Fails if the agent does not wait any more.
+        let _ = FrameSocket::from(answer).send_parts(
+            frame.request,
+            FLAG_REPLY,
+            &frame.body,
+            &fds,
+            until,
+        );
+    }
+
+    /// The path without links, if it may be opened.
+    fn path(&self, path: &Path, write: bool) -> Result<PathBuf, Errno> {
+        let checked = lock(&self.named).check(path, write);
+        match checked {
+            Err(Errno::ACCESS) if !self.check => {
+                log::warn!("the sandbox would refuse {}: nobody has named it", path.display());
+                Ok(path.to_owned())
+            }
+            checked => checked,
+        }
+    }
+
+    /// The name `path`, which may be made, replaced or removed. Its last part is not followed.
+    fn name(&self, path: &Path) -> Result<PathBuf, Errno> {
+        let (folder, name) = path.parent().zip(path.file_name()).ok_or(Errno::INVAL)?;
+        Ok(self.path(folder, true)?.join(name))
+    }
+
+    fn open(&self, path: &Path, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+        let changes = OFlags::WRONLY | OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC;
+        if flags.contains(OFlags::PATH) {
+            return Err(Errno::ACCESS);
+        }
+        let checked = self.path(path, flags.intersects(changes | OFlags::TMPFILE))?;
+        // Links were followed before the check.
+        let file = rustix::fs::open(checked, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, mode)?;
+        // The descriptor of a folder names it for writing.
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
+        if kind == FileType::Directory {
+            self.path(path, true)?;
+        }
+        Ok(file)
+    }
+
+    fn carry_out(&self, op: Op, fds: &[OwnedFd]) -> io::Result<Done> {
+        let file = || fds.first().ok_or(Errno::BADF);
+        Ok(match op {
+            Op::Grant => {
+                for fd in fds {
+                    lock(&self.named).add(fd)?;
+                }
+                Done::Nothing
+            }
+            Op::IsNamed { path, write } => {
+                self.path(&path, write)?;
+                Done::Nothing
+            }
+            Op::Open { path, flags, mode } => {
+                let (flags, mode) = (OFlags::from_bits_retain(flags), Mode::from_raw_mode(mode));
+                Done::Descriptor(self.open(&path, flags, mode)?)
+            }
+            Op::Reopen { flags } => {
+                let flags = OFlags::from_bits_retain(flags);
+                Done::Descriptor(super::reopen(check_may_write(file()?)?, flags)?)
+            }
+            Op::Link { path } => {
+                let path = self.name(&path)?;
+                super::link(check_may_write(file()?)?, &path)?;
+                Done::Nothing
+            }
+            Op::Rename { from, to, flags } => {
+                let (from, to) = (self.name(&from)?, self.name(&to)?);
+                super::rename(&from, &to, RenameFlags::from_bits_retain(flags))?;
+                Done::Nothing
+            }
+            Op::Unlink { path } => {
+                super::unlink(&self.name(&path)?)?;
+                Done::Nothing
+            }
+            Op::BindUnix { path, mode } => {
+                self.name(&path)?;
+                Done::Descriptor(super::bind_unix(&path, Mode::from_raw_mode(mode))?)
+            }
+            // To connect to a program is more than to read a file.
+            Op::ConnectUnix { path } => {
+                self.path(&path, true)?;
+                Done::Descriptor(super::connect_unix(&path)?)
+            }
+            Op::ConnectTcp { address } => {
+                let named = lock(&self.named).check_address(address);
+                match named {
+                    Err(errno) if self.check => return Err(errno.into()),
+                    Err(_) => log::warn!("the sandbox would refuse {address}: nobody named it"),
+                    Ok(()) => {}
+                }
+                Done::Descriptor(super::connect_tcp(address)?)
+            }
+            Op::ListenTcp { addresses } => Done::Descriptor(super::listen_tcp(&addresses)?.into()),
+            Op::ConnectManager { name } => {
+                let own = std::env::var_os("NOTIFY_SOCKET");
+                if own.as_deref() != Some(name.as_os_str()) {
+                    return Err(Errno::ACCESS.into());
+                }
+                Done::Descriptor(super::connect_manager(name.as_os_str())?)
+            }
+            Op::ListeningPair => {
+                let (listener, connected) = super::listening_pair()?;
+                Done::Pair([listener, connected])
+            }
+            Op::LookUp { name } => Done::Addresses(super::look_up(&name)?),
+        })
+    }
+}
+
+/// What was done.
+enum Done {
+    Nothing,
+    Descriptor(OwnedFd),
+    Pair([OwnedFd; 2]),
+    Addresses(Vec<SocketAddr>),
+}
+
+/// Refuses a file that the agent may only read: by another descriptor or another name it could
+/// write to it.
+fn check_may_write(file: &OwnedFd) -> Result<BorrowedFd<'_>, Errno> {
+    let is_file =
+        FileType::from_raw_mode(rustix::fs::fstat(file)?.st_mode) == FileType::RegularFile;
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    if is_file && flags.contains(OFlags::RDWR) && !flags.contains(OFlags::PATH) {
+        Ok(file.as_fd())
+    } else {
+        Err(Errno::ACCESS)
+    }
+}

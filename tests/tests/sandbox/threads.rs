@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! The threads of a real agent are in the sandbox.
+
+use pageferry_tests::deadline::wait_for;
+use pageferry_tests::process::{AgentProcess, program};
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::Duration;
+
+/// The fields of `/proc/PID/task/TID/status` of each thread, by its name.
+fn threads(pid: u32) -> BTreeMap<String, BTreeMap<String, String>> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    // A thread may end meanwhile.
+    let status = |task: std::io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(task.ok()?.path().join("status")).ok()
+    };
+    let statuses = tasks.filter_map(status);
+    let fields = |status: String| -> BTreeMap<String, String> {
+        let fields = status.lines().filter_map(|line| line.split_once(':'));
+        fields.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+    };
+    statuses.map(fields).map(|fields| (fields["Name"].clone(), fields)).collect()
+}
+
+#[test]
+fn every_thread_has_a_filter_and_no_privilege() {
+    let folder = tempfile::tempdir().unwrap();
+    let metrics = folder.path().join("metrics");
+    let metrics = format!("unix:{}", metrics.display());
+    let options = ["--metrics", metrics.as_str()];
+    let agent =
+        AgentProcess::start_with(&mut Command::new(program()), folder.path(), "agent", &options)
+            .unwrap();
+    let _connection = std::os::unix::net::UnixStream::connect(agent.socket()).unwrap();
+    let wanted = ["log", "metrics", "session-drop", "upgrade", "connection-"];
+    let all = wait_for("its threads", Duration::from_secs(60), || {
+        let all = threads(agent.id());
+        let has = |name: &&str| all.keys().any(|found| found.starts_with(name));
+        wanted.iter().all(has).then_some(all)
+    })
+    .unwrap();
+    for (name, fields) in &all {
+        assert_eq!((&*fields["Seccomp"], &*fields["NoNewPrivs"]), ("2", "1"), "{name}");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
+            assert_eq!(fields[set].trim_start_matches('0'), "", "{name}: {set}");
+        }
+        let filters: u32 = fields["Seccomp_filters"].parse().unwrap();
+        // The first thread and the one that executes programs have two.
+        let is_wide = fields["Pid"] == fields["Tgid"] || name == "upgrade";
+        assert_eq!(filters, if is_wide { 2 } else { 3 }, "{name}");
+    }
+}
