@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 /// Most events that one wait returns.
-const BATCH: usize = 64;
+const BATCH: usize = 512;
 
 /// Waits for many descriptors.
 #[derive(Debug)]
@@ -45,6 +45,36 @@ impl Reactor {
     /// If the kernel refuses.
     pub fn add_hangup(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         self.watch(fd, epoll::Events::EPOLLRDHUP | epoll::Events::EPOLLONESHOT, token)
+    }
+
+    /// Adds the socket `fd`: it is ready once, when it is readable or closed. Then the caller asks
+    /// for the next time by [`Reactor::again`] or [`Reactor::until_hangup`].
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn add_once(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.watch(fd, epoll::Events::EPOLLIN | epoll::Events::EPOLLONESHOT, token)
+    }
+
+    /// `fd`, which was added once, is ready once more when it is readable or closed.
+    ///
+    /// # Errors
+    /// If `fd` was not added.
+    pub fn again(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.change(fd, epoll::Events::EPOLLIN | epoll::Events::EPOLLONESHOT, token)
+    }
+
+    /// `fd`, which was added once, is ready once more when the other side closes the connection.
+    ///
+    /// # Errors
+    /// If `fd` was not added.
+    pub fn until_hangup(&mut self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+        self.change(fd, epoll::Events::EPOLLRDHUP | epoll::Events::EPOLLONESHOT, token)
+    }
+
+    fn change(&mut self, fd: BorrowedFd<'_>, events: epoll::Events, token: u64) -> io::Result<()> {
+        let event = epoll::Event::new(events, token);
+        epoll::ctl(self.epoll, epoll::ControlOptions::EPOLL_CTL_MOD, fd.as_raw_fd(), event)
     }
 
     fn watch(&mut self, fd: BorrowedFd<'_>, events: epoll::Events, token: u64) -> io::Result<()> {

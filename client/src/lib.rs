@@ -39,7 +39,7 @@
 //! let hooks = channel.spawn(Vmm)?;
 //! client.add_guest_memory(&guest_memory())?;
 //! client.set_trackers(Trackers::WRITE_PROTECT)?; // see "Declare the trackers"
-//! let to = Target::Address("tcp:10.0.0.2:4444".into());
+//! let to = Target::Address("tls:host-b:4444".into());
 //! let job = client.start_outgoing(to, &OutgoingOptions::default())?.job;
 //! let status = client.wait(job, std::time::Duration::from_secs(600))?;
 //! # Ok(()) }

@@ -41,6 +41,7 @@ pub mod decoders;
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod flood;
 pub mod forbidden;
 pub mod front_end;
 pub mod gate;

@@ -178,6 +178,11 @@ pub struct AgentArgs {
     /// docs/snapshots.md explains it.
     #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
     pub image_key: Option<KeySource>,
+    /// Let guest memory cross networks in the clear: allow tcp:HOST:PORT also where HOST is not a
+    /// loopback address. Whoever is on the way can read and change the guest. Without this option
+    /// use tls:HOST:PORT, or unix:PATH.
+    #[arg(long)]
+    pub insecure: bool,
     /// Serve metrics over HTTP at this address, under /metrics, for Prometheus. A UNIX socket gets
     /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]

@@ -89,9 +89,9 @@ Example:
 
 const RECEIVE_EXAMPLE: &str = "\
 Example, a migration:
-  pageferry qemu receive --socket /run/vm1.sock --listen tcp:10.0.0.2:4444 -- \\
-      qemu-system-x86_64 -m 4G -drive ...
-  pageferry migrate --socket /run/vm1.sock --to tcp:10.0.0.2:4444        (at the source)
+  pageferry qemu receive --socket /run/vm1.sock --tls /etc/pageferry/tls \\
+      --listen tls:host-b:4444 -- qemu-system-x86_64 -m 4G -drive ...
+  pageferry migrate --socket /run/vm1.sock --to tls:host-b:4444          (at the source)
 Example, a restore:
   pageferry qemu receive --socket /run/vm1.sock -- qemu-system-x86_64 -m 4G -drive ... &
   pageferry restore --socket /run/vm1.sock /images/monday --lazy";
@@ -112,6 +112,16 @@ struct AgentOptions {
     /// follows one that died reads it again.
     #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
     image_key: Option<KeySource>,
+    /// Folder of the certificates for tls:HOST:PORT addresses, as `pageferry agent --tls` has it.
+    #[arg(long, value_name = "FOLDER")]
+    tls: Option<PathBuf>,
+    /// Serve only peers whose certificate has this name. May be given more than once.
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    tls_peer: Vec<String>,
+    /// Let guest memory cross networks in the clear: allow tcp:HOST:PORT also where HOST is not a
+    /// loopback address.
+    #[arg(long)]
+    insecure: bool,
 }
 
 /// QEMU's command line.
@@ -156,8 +166,8 @@ pub struct AttachArgs {
 pub struct ReceiveArgs {
     #[command(flatten)]
     agent: AgentOptions,
-    /// Wait at this address for a source (tcp:HOST:PORT or unix:PATH). With port 0 the kernel
-    /// chooses one, and the command prints it.
+    /// Wait at this address for a source (tls:HOST:PORT, tcp:HOST:PORT or unix:PATH). With port 0
+    /// the kernel chooses one, and the command prints it.
     #[arg(long, value_name = "ADDRESS", value_parser = super::parse::parse_address)]
     listen: Option<String>,
     #[command(flatten)]
@@ -235,6 +245,15 @@ impl AgentOptions {
                 KeySource::Descriptor(_) => OsString::from(key.to_string()),
             };
             agent.extend([OsString::from("--image-key"), key]);
+        }
+        if let Some(folder) = &self.tls {
+            agent.extend([OsString::from("--tls"), std::path::absolute(folder)?.into()]);
+        }
+        for name in &self.tls_peer {
+            agent.extend([OsString::from("--tls-peer"), name.into()]);
+        }
+        if self.insecure {
+            agent.push("--insecure".into());
         }
         let mut guard = vec![program];
         guard.extend(["qemu", "guard", "--qmp"].map(OsString::from));

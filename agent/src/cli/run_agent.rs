@@ -21,7 +21,7 @@ use crate::sandbox::Sandbox;
 use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
-use crate::transport::{Address, Listener};
+use crate::transport::{Address, Listener, PlainNetworks};
 use crate::trust::Trust;
 use crate::upgrade::program::Program;
 use crate::upgrade::{self, handed_over};
@@ -150,6 +150,9 @@ pub fn run(
     }
     if let Some(key) = image_key.clone() {
         server.seal_images_with(key);
+    }
+    if args.insecure {
+        server.plain_networks(PlainNetworks::Allowed);
     }
     let (signals, wake) = UnixStream::pair()?;
     let mut ends = vec![SIGINT, SIGTERM];

@@ -2,10 +2,10 @@
 
 //! One connection of a source until it belongs to a migration, or is refused.
 
+use super::gate::Stage;
 use super::job::IncomingJob;
 use crate::job::JobError;
-use crate::transport::{RecordReader, StreamSocket, TransportError};
-use crate::trust::Secured;
+use crate::transport::{Proof, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::stream::Hello;
 use pageferry_protocol::stream::hello::{FEATURE_POSTCOPY, HELLO_RECOVER};
 use rustix::event::PollFlags;
@@ -48,26 +48,35 @@ pub struct Handshake {
     pub since: Instant,
     /// The hello, once it has arrived.
     pub hello: Option<Hello>,
+    /// It comes over TLS, and has sent nothing. Until then it costs no more than a descriptor.
+    awaits_tls: bool,
 }
 
 impl Handshake {
-    /// A connection that was accepted just now.
+    /// A connection that was accepted just now; over TLS, if it `is_secured`.
     ///
     /// # Errors
     /// If the kernel refuses an option of the socket.
-    pub fn new(fd: OwnedFd, timeout: Duration, secured: Option<Secured>) -> Result<Self, JobError> {
-        let socket = StreamSocket::new(fd, timeout)?.secured(secured);
-        Ok(Self { reader: RecordReader::new(socket), since: Instant::now(), hello: None })
+    pub fn new(fd: OwnedFd, timeout: Duration, is_secured: bool) -> Result<Self, JobError> {
+        Ok(Self {
+            reader: RecordReader::new(StreamSocket::new(fd, timeout)?),
+            since: Instant::now(),
+            hello: None,
+            awaits_tls: is_secured,
+        })
     }
 
-    /// Reads as much of the hello as has arrived.
+    /// Reads as much of the hello as has arrived. The connection is readable, or was closed.
     ///
     /// # Errors
-    /// If the connection is of no use: it was silent for too long, closed, or is not `wanted`.
+    /// If the connection is of no use: it was closed, or is not `wanted`. Or if the certificates of
+    /// this side cannot be read.
     pub fn advance(&mut self, job: &IncomingJob, wanted: ExpectedSource) -> Result<(), JobError> {
-        let timeout = job.options.peer_timeout;
-        if self.since.elapsed() >= timeout {
-            return Err(TransportError::Silent(timeout).into());
+        if self.awaits_tls {
+            let secured = job.trust.accept().map_err(TransportError::from)?;
+            let socket = self.reader.socket().clone().secured(Some(secured));
+            self.reader = RecordReader::new(socket);
+            self.awaits_tls = false;
         }
         if self.hello.is_none()
             && let Some(payload) = self.reader.try_read_hello()?
@@ -84,6 +93,29 @@ impl Handshake {
             return if gone { Err(TransportError::Closed.into()) } else { Ok(()) };
         }
         Ok(())
+    }
+
+    /// How far the connection has got.
+    pub fn stage(&self) -> Stage {
+        match self.reader.socket().proof() {
+            Some(Proof::Given) => Stage::Known,
+            Some(Proof::Answered) => Stage::Answered,
+            None if self.hello.is_some() => Stage::Known,
+            _ => Stage::New,
+        }
+    }
+
+    /// True if the hello has arrived, and belongs to `session`.
+    pub fn is_of(&self, session: [u8; 16]) -> bool {
+        self.hello.as_ref().is_some_and(|hello| hello.session == session)
+    }
+
+    /// Where the other end can be told why it is refused. `None` if it would be told in plain text
+    /// over TLS.
+    pub fn writer(&self) -> Option<RecordWriter> {
+        // Whoever does not read is not waited for.
+        let socket = self.reader.socket().with_deadline(Duration::ZERO);
+        (!self.awaits_tls).then(|| RecordWriter::new(socket))
     }
 }
 
@@ -180,7 +212,7 @@ mod tests {
         let job = job();
         for goes in [false, true] {
             let (mut theirs, ours) = UnixStream::pair().unwrap();
-            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60), None).unwrap();
+            let mut pending = Handshake::new(ours.into(), Duration::from_secs(60), false).unwrap();
             let payload = hello(0, 0).encode();
             let header = RecordHeader::plain(Kind::Hello, 0, payload.len()).with_checksum(&payload);
             theirs.write_all(&header.to_wire()).unwrap();

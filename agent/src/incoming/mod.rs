@@ -4,6 +4,8 @@
 //!
 //! - [`job`]: the job, as the session and the threads see it;
 //! - [`accept`]: accepts connections until a source fits;
+//! - [`gate`]: who may wait for that, and who has to leave;
+//! - [`refusals`]: what the log and the status say about those who were refused;
 //! - [`handshake`]: one connection until it belongs to a migration, or is refused;
 //! - [`offer`]: whether the guest of a source fits this VMM;
 //! - [`receive`]: reads the streams, with a barrier after each pass;
@@ -21,12 +23,14 @@
 pub mod accept;
 pub mod decompress;
 pub mod error;
+pub mod gate;
 pub mod handshake;
 pub mod job;
 pub mod offer;
 pub mod place;
 pub mod postcopy;
 pub mod receive;
+pub mod refusals;
 
 pub use error::IncomingError;
 

@@ -77,17 +77,15 @@ impl Accepted {
     }
 }
 
-/// A session of which all streams are there.
-pub fn complete_session(pending: &[Handshake]) -> Option<[u8; 16]> {
-    let hellos = || pending.iter().filter_map(|one| one.hello.as_ref());
-    hellos()
-        .find(|hello| {
-            let have = |stream| {
-                hellos().any(|other| other.session == hello.session && other.stream == stream)
-            };
-            (0..hello.streams).all(have)
-        })
-        .map(|hello| hello.session)
+/// True if all streams of a session are there. `hellos` are those of one session.
+pub fn is_complete<'a>(hellos: impl Iterator<Item = &'a Hello>) -> bool {
+    // The decoder of the hello has checked that no number is beyond `MAX_STREAMS`, which is 64.
+    let (mut here, mut wanted) = (0u64, u64::MAX);
+    for hello in hellos {
+        here |= 1 << hello.stream;
+        wanted = u64::MAX >> (64 - u32::from(hello.streams));
+    }
+    here & wanted == wanted
 }
 
 /// What a source offers.
@@ -96,6 +94,16 @@ pub struct Offer {
     pub primary: Hello,
     /// The features that all streams offer.
     pub features: u64,
+}
+
+/// Checks the block table of a source whose other streams may not be here yet: of a guest that does
+/// not fit no stream waits.
+///
+/// # Errors
+/// Why the guest does not fit.
+pub fn check_primary(job: &Job, primary: &Handshake) -> Result<(), JobError> {
+    let hello = primary.hello.as_ref();
+    Ok(hello.map_or(Ok(()), |hello| compare_tables(&hello.blocks, job.memory.table()))?)
 }
 
 /// Checks whether the guest of a source fits this VMM. All streams of the source are there.
@@ -131,7 +139,6 @@ pub fn establish(
 ) -> Result<Accepted, JobError> {
     let Offer { primary, features: offered } = offer;
     streams.sort_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
-    streams.dedup_by_key(|one| one.hello.as_ref().map(|hello| hello.stream));
     let mut readers = Vec::with_capacity(streams.len());
     for stream in streams {
         job.cancel.add_socket(stream.reader.socket().as_fd())?;
@@ -197,6 +204,28 @@ fn check_postcopy(job: &Job, features: u64, wanted: ExpectedSource) -> Result<()
 mod tests {
     use super::*;
     use crate::memory::test_support::gigantic;
+    use pageferry_protocol::memory::BlockTable;
+
+    #[test]
+    fn a_session_is_complete_with_its_last_stream() {
+        for streams in [1, 2, 63, 64] {
+            let hello = |stream| Hello {
+                version_min: STREAM_VERSION,
+                version_max: STREAM_VERSION,
+                features: 0,
+                session: [7; 16],
+                stream,
+                streams,
+                urgent: 0,
+                flags: 0,
+                blocks: BlockTable::new(),
+            };
+            let hellos: Vec<_> = (0..streams).rev().map(hello).collect();
+            assert!(is_complete(hellos.iter()));
+            assert!(!is_complete(hellos[1..].iter()) && !is_complete(hellos[..1].iter().skip(1)));
+            assert!(!is_complete([].iter()));
+        }
+    }
 
     #[test]
     fn a_gigantic_host_page_is_refused_for_postcopy_only() {

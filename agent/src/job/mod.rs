@@ -36,7 +36,7 @@ use crate::memory::GuestMemory;
 use crate::memory::host_page_set::HostPageSet;
 use crate::memory::placing_report::PlacingReport;
 use crate::opener;
-use crate::transport::Limiter;
+use crate::transport::{Limiter, PlainNetworks};
 use crate::trust::Trust;
 use crate::waiting::may_wait;
 use consent::OwnGuest;
@@ -84,6 +84,8 @@ pub struct Job {
     pub trust: Trust,
     /// The key of images; `None` if they are in plain text.
     pub image_key: Option<ImageKey>,
+    /// Where plain TCP may go.
+    pub plain: PlainNetworks,
     started: Instant,
     state: Mutex<State>,
     /// Notified when the job enters a phase.
@@ -137,6 +139,7 @@ impl Job {
             devices: Arc::default(),
             trust: Trust::default(),
             image_key: None,
+            plain: PlainNetworks::default(),
             started: Instant::now(),
             state: Mutex::new(State {
                 status,
@@ -177,6 +180,12 @@ impl Job {
     #[must_use]
     pub fn with_image_key(self, image_key: Option<ImageKey>) -> Self {
         Self { image_key, ..self }
+    }
+
+    /// The same job, of an agent whose plain TCP may go there.
+    #[must_use]
+    pub fn with_plain_networks(self, plain: PlainNetworks) -> Self {
+        Self { plain, ..self }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

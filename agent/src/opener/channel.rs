@@ -90,6 +90,16 @@ impl Channel {
 
     fn exchange(&self, op: &Op, fds: &[BorrowedFd<'_>]) -> Result<(Reply, Vec<OwnedFd>), Errno> {
         may_wait("ask the opener");
+        self.send_and_wait(op, fds).inspect_err(|errno| {
+            if *errno == Errno::PIPE {
+                log::error!("the opener of this agent is gone: no other file or host is reached");
+            }
+        })
+    }
+
+    fn send_and_wait(
+        &self, op: &Op, fds: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), Errno> {
         let (ours, openers) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         let sent = [openers.as_fd()].into_iter().chain(fds.iter().copied()).collect::<Vec<_>>();

@@ -9,6 +9,7 @@ use super::channel::Channel;
 use super::named::Named;
 use super::wire::{Op, Reply};
 use crate::lock::lock;
+use crate::systemd::descriptor::close_inherited;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::event::PollFlags;
@@ -62,6 +63,8 @@ pub fn start(check: bool) -> io::Result<Channel> {
 /// # Errors
 /// If standard input is no socket of an agent.
 pub fn run(check: bool) -> io::Result<()> {
+    // The agent may have more than this process needs: sockets of its service manager, a key.
+    close_inherited()?;
     // These are sent to all processes of a terminal or of a service. The agent may still need files
     // while it ends.
     for signal in [SIGHUP, SIGINT, SIGTERM] {

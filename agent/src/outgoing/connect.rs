@@ -2,7 +2,7 @@
 
 //! The handshake of an outgoing migration.
 //!
-//! 1. The source connects all streams.
+//! 1. The source connects all streams, one after the other ([`super::reach`]).
 //! 2. It sends a hello on each. The hello on the primary has the block table.
 //! 3. The destination answers on the primary when all streams are there: it accepts the guest, or
 //!    rejects it with a reason.
@@ -13,22 +13,22 @@
 
 use super::compress::Compressor;
 use super::job::OutgoingJob;
+use super::reach::{Reached, reach, reach_on};
 use super::sender::PageSender;
 use crate::job::{Job, JobError};
 use crate::outgoing::OutgoingError;
 use crate::transport::StreamError;
-use crate::transport::stream_error::decode_remote;
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
 use pageferry_protocol::control::job::{Compression, HugePages, OutgoingOptions, Phase};
 use pageferry_protocol::control::reply::RemoteError;
 use pageferry_protocol::memory::BlockTable;
-use pageferry_protocol::stream::answer::{Accept, decode_error, encode_error};
+use pageferry_protocol::stream::answer::{decode_error, encode_error};
 use pageferry_protocol::stream::hello::{
     FEATURE_POSTCOPY, FEATURE_WHOLE, HELLO_ACKNOWLEDGE, HELLO_RECOVER, feature_of,
 };
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
 use rustix::rand::{GetRandomFlags, getrandom};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 /// How long the peer has to accept our last error, and to send its own.
@@ -92,12 +92,13 @@ pub fn new_session() -> Result<SessionId, JobError> {
 /// Connects all streams, and has the destination accept the guest.
 pub fn connect(job: &OutgoingJob, target: Target, session: SessionId) -> Result<Streams, JobError> {
     job.enter(Phase::Connecting);
-    let sockets = match target {
-        Target::Socket(fd) => prepare(job, vec![fd])?,
-        Target::Address(address) => reach(job, &address)?,
+    let options = job.options();
+    let hello = |stream| hello(job, &options, stream, session, 0);
+    let reached = match target {
+        Target::Socket(fd) => reach_on(job, fd, &hello(0)),
+        Target::Address(address) => reach(job, &address, hello),
     };
-    job.enter(Phase::Preparing);
-    shake_hands(job, sockets, session, 0)
+    streams(job, &options, reached?)
 }
 
 /// Connects all streams again, to a destination whose guest runs and whose memory is not complete.
@@ -105,54 +106,16 @@ pub fn reconnect(
     job: &OutgoingJob, address: &Address, session: SessionId,
 ) -> Result<Streams, JobError> {
     job.cancel.clear_sockets();
-    shake_hands(job, reach(job, address)?, session, HELLO_RECOVER)
-}
-
-fn reach(job: &OutgoingJob, address: &Address) -> Result<Vec<StreamSocket>, JobError> {
-    secure(job, address, prepare(job, dial(job, address)?)?)
-}
-
-/// Makes the handshakes of TLS, if the address says so. All connections must lead to one peer.
-fn secure(
-    job: &OutgoingJob, address: &Address, sockets: Vec<StreamSocket>,
-) -> Result<Vec<StreamSocket>, JobError> {
-    let Some(host) = address.secured_host() else { return Ok(sockets) };
-    let secure = |socket: StreamSocket| {
-        let socket = socket.secured(Some(job.trust.connect(host)?));
-        socket.shake_hands()?;
-        Ok(socket)
-    };
-    let secured: Vec<_> = sockets.into_iter().map(secure).collect::<Result<_, TransportError>>()?;
-    let peer = secured.first().and_then(StreamSocket::peer);
-    if secured.iter().any(|socket| socket.peer() != peer) {
-        let why = "the connections lead to different peers: their certificates differ";
-        return Err(JobError::Protocol(why.into()));
-    }
-    Ok(secured)
-}
-
-fn dial(job: &OutgoingJob, address: &Address) -> Result<Vec<OwnedFd>, JobError> {
     let options = job.options();
-    let connect = |_| address.connect(options.peer_timeout, &job.cancel);
-    Ok((0..options.connections()).map(connect).collect::<Result<_, _>>()?)
+    let hello = |stream| hello(job, &options, stream, session, HELLO_RECOVER);
+    streams(job, &options, reach(job, address, hello)?)
 }
 
-fn prepare(job: &OutgoingJob, sockets: Vec<OwnedFd>) -> Result<Vec<StreamSocket>, JobError> {
-    let timeout = job.options().peer_timeout;
-    let socket = |fd: OwnedFd| {
-        job.cancel.add_socket(fd.as_fd())?;
-        Ok(StreamSocket::with_stop(fd, timeout, &job.stop)?)
-    };
-    sockets.into_iter().map(socket).collect()
-}
-
-fn shake_hands(
-    job: &OutgoingJob, sockets: Vec<StreamSocket>, session: SessionId, flags: u16,
+/// What each stream is for.
+fn streams(
+    job: &OutgoingJob, options: &OutgoingOptions, reached: Reached,
 ) -> Result<Streams, JobError> {
-    let options = job.options();
-    send_hello(job, &options, &sockets, session, flags)?;
-    let mut reader = RecordReader::new(sockets[0].clone());
-    let accept = wait_accept(&mut reader).map_err(no_destination)?;
+    let Reached { sockets, reader, accept } = reached;
     let primary = Primary { writer: RecordWriter::new(sockets[0].clone()), reader };
     let host_pages = in_order(job, &accept.host_pages);
     let mut streams = Streams { primary, senders: Vec::new(), urgent: Vec::new(), host_pages };
@@ -169,7 +132,7 @@ fn shake_hands(
             streams.urgent.push(Urgent { reader: RecordReader::new(socket), sender });
         }
     }
-    match missing_feature(job, &options, accept.features, &streams.host_pages) {
+    match missing_feature(job, options, accept.features, &streams.host_pages) {
         Some(error) => {
             streams.send_error(&error.to_remote());
             Err(error)
@@ -216,51 +179,22 @@ fn missing_feature(
     (lacks != 0 || !complete).then(|| OutgoingError::ModeUnsupported(options.mode.name()).into())
 }
 
-fn send_hello(
-    job: &Job, options: &OutgoingOptions, streams: &[StreamSocket], session: SessionId, flags: u16,
-) -> Result<(), JobError> {
+/// The hello on the stream with this number.
+fn hello(
+    job: &Job, options: &OutgoingOptions, stream: u16, session: SessionId, flags: u16,
+) -> Hello {
     let postcopy = options.mode.may_postcopy();
     let acknowledge = if postcopy && options.release { HELLO_ACKNOWLEDGE } else { 0 };
-    for (index, socket) in streams.iter().enumerate() {
-        let hello = Hello {
-            version_min: STREAM_VERSION,
-            version_max: STREAM_VERSION,
-            features: offered_features(options),
-            session,
-            stream: index as u16,
-            streams: streams.len() as u16,
-            urgent: if postcopy { options.urgent_streams } else { 0 },
-            flags: flags | acknowledge,
-            blocks: if index == 0 { job.memory.table().clone() } else { BlockTable::new() },
-        };
-        let payload = hello.encode();
-        let header = RecordHeader::plain(Kind::Hello, 0, payload.len());
-        let bytes = RecordWriter::new(socket.clone()).write(header, &payload)?;
-        crate::job::add(&job.live.wire_bytes, bytes);
-    }
-    Ok(())
-}
-
-fn wait_accept(reader: &mut RecordReader) -> Result<Accept, JobError> {
-    let record = reader.read()?;
-    match record.kind {
-        Kind::Accept => Ok(Accept::decode(record.payload)
-            .map_err(|source| StreamError::Payload { kind: "accept", source })?),
-        Kind::Reject => Err(OutgoingError::Rejected(decode_remote(record.payload)?).into()),
-        _ => {
-            Err(StreamError::unexpected(record.kind, record.payload, "an accept or reject").into())
-        }
-    }
-}
-
-/// The error for a connection that ended before the hello was answered. Every waiting destination
-/// would answer, so the other end is something else.
-fn no_destination(error: JobError) -> JobError {
-    match error {
-        JobError::Transport(
-            source @ (TransportError::Closed | TransportError::ClosedInRecord { .. }),
-        ) => OutgoingError::NoDestination { source }.into(),
-        error => error,
+    Hello {
+        version_min: STREAM_VERSION,
+        version_max: STREAM_VERSION,
+        features: offered_features(options),
+        session,
+        stream,
+        streams: options.connections(),
+        urgent: if postcopy { options.urgent_streams } else { 0 },
+        flags: flags | acknowledge,
+        blocks: if stream == 0 { job.memory.table().clone() } else { BlockTable::new() },
     }
 }
 

@@ -6,7 +6,8 @@
 //!
 //! - [`job`]: the job, as the session and the threads see it;
 //! - [`migration`]: what a running migration owns;
-//! - [`connect`]: connects the streams, and the handshake;
+//! - [`connect`]: the handshake;
+//! - `reach`: connects the streams for it, until the destination answers;
 //! - [`fixup`]: syncs the trackers, and clears discarded pages
 //!   ([`fix-up-after-sync`](crate::invariants#fix-up-after-sync));
 //! - [`pass`]: one walk of all workers over the dirty pages;
@@ -37,6 +38,7 @@ pub mod job;
 pub mod migration;
 pub mod pass;
 pub mod postcopy;
+mod reach;
 pub mod sender;
 pub mod stop;
 pub mod unannounced_frees;

@@ -26,9 +26,9 @@ use crate::reactor::Reactor;
 use crate::sandbox::Refusals;
 use crate::session::shared::SharedSession;
 use crate::systemd::Notifier;
-use crate::transport::Listener;
 use crate::transport::backoff::Backoff;
 use crate::transport::unix_path::UnixPathListener;
+use crate::transport::{Listener, PlainNetworks};
 use crate::trust::Trust;
 use crate::upgrade::Upgrade;
 use crate::vm_name::VmName;
@@ -169,6 +169,11 @@ impl Server {
         let hub = self.hub.clone();
         self.metrics = Some(MetricsServer::start(listener, move || hub.sample())?);
         Ok(())
+    }
+
+    /// From now on plain TCP may go there.
+    pub fn plain_networks(&self, plain: PlainNetworks) {
+        self.hub.session.lock().plain = plain;
     }
 
     /// From now on jobs trust these on a network.

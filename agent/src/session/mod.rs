@@ -44,6 +44,7 @@ use crate::session::shared::DeferredDrop;
 use crate::stats::totals::JobTotals;
 use crate::tracking::TrackerChoice;
 use crate::tracking::checkpoint::SharedCheckpoint;
+use crate::transport::PlainNetworks;
 use crate::trust::Trust;
 use crate::vm_name::VmName;
 use crate::waiting::may_wait;
@@ -85,6 +86,8 @@ pub struct Session {
     pub trust: Trust,
     /// The key of images; `None` if they are in plain text.
     pub image_key: Option<ImageKey>,
+    /// Where plain TCP may go.
+    pub plain: PlainNetworks,
     vhost_user: vhost_user::Features,
     /// Why no job is started any more, once that is so.
     refuses_jobs: Option<&'static str>,
@@ -139,6 +142,7 @@ impl Session {
             devices,
             trust: Trust::default(),
             image_key: None,
+            plain: PlainNetworks::default(),
             vhost_user: vhost_user::Features::default(),
             refuses_jobs: None,
             resuming: false,
@@ -212,6 +216,7 @@ impl Session {
             refuses_jobs: self.refuses_jobs,
             trust: self.trust.clone(),
             image_key: self.image_key.clone(),
+            plain: self.plain,
             ..Self::new(self.notify.clone(), self.vm_name.clone(), self.devices.clone())
         };
         next.job_changed();

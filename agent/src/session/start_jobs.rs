@@ -25,7 +25,7 @@ use crate::restore::lazy::{ContinuedRestore, OwedImage};
 use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
-use crate::transport::{Address, Listener};
+use crate::transport::{Address, Listener, TransportError};
 use crate::waiting::may_wait;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
@@ -46,13 +46,17 @@ const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
 impl SharedSession {
     /// Listens for a source.
     fn listen_at(&self, address: &Address) -> Result<Listener, RemoteError> {
+        let (trust, plain) = {
+            let session = self.lock();
+            (session.trust.clone(), session.plain)
+        };
         if address.secured_host().is_some() {
-            let trust = self.lock().trust.clone();
             trust.check_listen().map_err(|error| invalid(&error))?;
         }
-        address
-            .listen()
-            .map_err(|error| RemoteError::new(ErrorCode::System, crate::error::chain(&error)))
+        address.listen(plain).map_err(|error| match error {
+            TransportError::PlainNetwork { .. } => invalid(&error),
+            error => RemoteError::new(ErrorCode::System, crate::error::chain(&error)),
+        })
     }
 
     /// Starts to wait for a guest.
@@ -147,7 +151,13 @@ impl SharedSession {
             "" => None,
             text => Some(parse(text)?),
         };
-        let paused = self.lock().paused();
+        let (paused, plain) = {
+            let session = self.lock();
+            (session.paused(), session.plain)
+        };
+        if let Some(address) = &given {
+            address.check_plain(plain).map_err(|error| invalid(&error))?;
+        }
         let Some(job) = paused else {
             return self.lock().adopt(role, session, given, options);
         };
@@ -202,6 +212,7 @@ impl Session {
         );
         let job = job.map_err(no_job)?.tracked_by(self.trackers.declared);
         let job = job.with_devices(self.devices.clone()).that_trusts(self.trust.clone());
+        let job = job.with_plain_networks(self.plain);
         Ok(Arc::new(job.with_image_key(self.image_key.clone())))
     }
 
@@ -299,6 +310,7 @@ impl Session {
             Some(socket) => Target::Socket(socket),
             None => {
                 let address = parse(target)?;
+                address.check_plain(self.plain).map_err(|error| invalid(&error))?;
                 if let Some(host) = address.secured_host() {
                     self.trust.check_target(host).map_err(|error| invalid(&error))?;
                 }

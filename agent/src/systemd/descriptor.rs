@@ -24,6 +24,17 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     inherited.try_clone_to_owned()
 }
 
+/// Closes all descriptors that this process inherited, but for the three that every process has.
+/// To be called before this process opens any.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn close_inherited() -> io::Result<()> {
+    // SAFETY: no value of this process owns one of these descriptors yet.
+    let closed = unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

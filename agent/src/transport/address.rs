@@ -11,8 +11,10 @@
 //! once.
 
 use super::error::TransportError;
+use super::plain::PlainNetworks;
 use super::resolve::{resolve, resolve_for};
 use super::unix_path::{MODE_USER, UnixPathListener};
+use super::unix_socket::check_peer;
 use crate::cancel::Cancel;
 use crate::opener;
 use crate::waiting::may_wait;
@@ -22,7 +24,7 @@ use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, SocketType, sockopt};
 use std::io::ErrorKind;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -30,6 +32,9 @@ use std::time::{Duration, Instant};
 /// Longest look-up of a name to listen on. The client waits 10 seconds for the agent's answer, so
 /// the look-up must end well before that.
 pub const LISTEN_LOOKUP: Duration = Duration::from_secs(5);
+/// Most connections that wait in the kernel to be accepted. The kernel has a limit of its own, by
+/// default this one (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
 /// Time between two attempts to connect to a listener whose queue is full.
 const FULL_QUEUE_RETRY: Duration = Duration::from_millis(10);
 
@@ -93,12 +98,30 @@ impl Address {
         }
     }
 
-    /// Connects. The look-up of the name may take `timeout`, and so may each attempt to connect to
-    /// one of its socket addresses.
+    /// Checks a numeric address that will be connected to, before a job begins. A name is looked up
+    /// and checked by [`Address::connect`].
     ///
     /// # Errors
-    /// If no socket address accepts the connection, or the job is cancelled meanwhile.
-    pub fn connect(&self, timeout: Duration, cancel: &Cancel) -> Result<OwnedFd, TransportError> {
+    /// If guest memory would cross a network in the clear, and `plain` does not allow that.
+    pub fn check_plain(&self, plain: PlainNetworks) -> Result<(), TransportError> {
+        match self {
+            Self::Tcp(name) if plain == PlainNetworks::Refused => {
+                let number = name.parse::<SocketAddr>().ok();
+                plain.check(&format!("tcp:{name}"), number.as_slice())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Connects. The look-up of the name may take `timeout`, and so may each attempt to connect to
+    /// one of its socket addresses. At the other end of a UNIX socket must be this user or root.
+    ///
+    /// # Errors
+    /// If no socket address accepts the connection, `plain` does not allow one of them, or the job
+    /// is cancelled meanwhile.
+    pub fn connect(
+        &self, timeout: Duration, cancel: &Cancel, plain: PlainNetworks,
+    ) -> Result<OwnedFd, TransportError> {
         may_wait("connect");
         let failed = |address: String| {
             move |source| TransportError::Connect { what: "connect to", address, source }
@@ -110,13 +133,16 @@ impl Address {
                     failed(name.clone())(std::io::Error::new(ErrorKind::InvalidInput, error))
                 };
                 socket_address(path).map_err(invalid)?;
-                connect_one(|| opener::connect_unix(path), timeout, cancel)?
-                    .map_err(|error| failed(name)(error))
+                let socket = connect_one(|| opener::connect_unix(path), timeout, cancel)?
+                    .map_err(failed(name.clone()))?;
+                check_peer(&socket).map_err(|error| failed(name)(std::io::Error::other(error)))?;
+                Ok(socket)
             }
             Self::Tcp(name) | Self::Tls(name) => {
-                let addresses = resolve_for(cancel, name, timeout)?;
+                let addresses = resolve_for(cancel, name, timeout)?.map_err(unresolved(name))?;
+                self.check_found(plain, name, &addresses)?;
                 let mut last = std::io::Error::other("the name has no address");
-                for address in addresses.map_err(unresolved(name))? {
+                for address in addresses {
                     match connect_one(|| opener::connect_tcp(address), timeout, cancel)? {
                         Ok(socket) => return Ok(socket),
                         Err(error) => last = error,
@@ -127,19 +153,34 @@ impl Address {
         }
     }
 
-    /// Listens. A name is looked up for at most [`LISTEN_LOOKUP`].
+    fn check_found(
+        &self, plain: PlainNetworks, name: &str, found: &[SocketAddr],
+    ) -> Result<(), TransportError> {
+        match self {
+            Self::Tcp(_) => plain.check(&format!("tcp:{name}"), found),
+            Self::Tls(_) | Self::Unix(_) => Ok(()),
+        }
+    }
+
+    /// Listens for guests. A name is looked up for at most [`LISTEN_LOOKUP`].
+    ///
+    /// # Errors
+    /// If the address is in use, does not belong to this host, or `plain` does not allow it.
+    pub fn listen(&self, plain: PlainNetworks) -> Result<Listener, TransportError> {
+        self.listen_with(MODE_USER, Some(plain))
+    }
+
+    /// Listens for something else than guests. The path of a UNIX socket gets this mode.
     ///
     /// # Errors
     /// If the address is in use, or does not belong to this host.
-    pub fn listen(&self) -> Result<Listener, TransportError> {
-        self.listen_with_mode(MODE_USER)
+    pub fn listen_with_mode(&self, mode: Mode) -> Result<Listener, TransportError> {
+        self.listen_with(mode, None)
     }
 
-    /// Like [`Address::listen`], with another mode of the path of a UNIX socket.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn listen_with_mode(&self, mode: Mode) -> Result<Listener, TransportError> {
+    fn listen_with(
+        &self, mode: Mode, plain: Option<PlainNetworks>,
+    ) -> Result<Listener, TransportError> {
         may_wait("listen");
         let failed = |address: String| {
             move |source| TransportError::Connect { what: "listen on", address, source }
@@ -153,8 +194,14 @@ impl Address {
             }
             Self::Tcp(name) | Self::Tls(name) => {
                 let addresses = resolve(name, LISTEN_LOOKUP).map_err(unresolved(name))?;
+                plain.map_or(Ok(()), |plain| self.check_found(plain, name, &addresses))?;
                 let socket = opener::listen_tcp(&addresses)
                     .map_err(failed(format!("{}:{name}", self.prefix())))?;
+                // The standard library's queue is too short for a crowd of strangers: the kernel
+                // drops connections for which there is no place, and a source tries again only
+                // after a second.
+                rustix::net::listen(&socket, BACKLOG)
+                    .map_err(|errno| failed(format!("{}:{name}", self.prefix()))(errno.into()))?;
                 let bound = socket.local_addr();
                 let bound = bound.map_err(failed(format!("{}:{name}", self.prefix())))?;
                 let address = format!("{}:{bound}", self.prefix());
@@ -234,6 +281,15 @@ impl Listener {
     /// If the kernel refuses, most often because the process has no free descriptor.
     pub fn accept(&self) -> std::io::Result<OwnedFd> {
         Ok(rustix::net::accept_with(self, SocketFlags::CLOEXEC)?)
+    }
+
+    /// As [`Listener::accept`]. Also returns who has connected, unless it is a UNIX socket.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn accept_from(&self) -> std::io::Result<(OwnedFd, Option<SocketAddr>)> {
+        let (socket, peer) = rustix::net::acceptfrom_with(self, SocketFlags::CLOEXEC)?;
+        Ok((socket, peer.and_then(|peer| SocketAddr::try_from(peer).ok())))
     }
 }
 

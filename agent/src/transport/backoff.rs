@@ -14,23 +14,20 @@ pub const PAUSE: Duration = Duration::from_millis(100);
 /// Least time between two lines in the log.
 const LOG_EVERY: Duration = Duration::from_secs(1);
 
-/// Limits the log lines of one listener, and counts the failures between them.
+/// Limits the log lines of one kind, and counts the failures between them.
 #[derive(Debug, Default)]
-pub struct Backoff {
+pub struct LineLimit {
     logged: Option<Instant>,
     unlogged: u64,
 }
 
-impl Backoff {
-    /// Reports that an attempt failed at `now`. Writes a log line unless there was one within the
-    /// last second.
-    pub fn failed(&mut self, error: &dyn std::error::Error, now: Instant) {
+impl LineLimit {
+    /// Writes that `what` happened at `now` because of `error`, unless there was such a line within
+    /// the last second.
+    pub fn warn(&mut self, what: &str, error: &dyn std::error::Error, now: Instant) {
         if let Some(unlogged) = self.line_is_due(now) {
             let error = crate::error::chain(error);
-            log::warn!(
-                "cannot accept a connection: {error} \
-                 ({unlogged} more failures since the last such line)"
-            );
+            log::warn!("{what}: {error} ({unlogged} more since the last such line)");
         }
     }
 
@@ -46,6 +43,18 @@ impl Backoff {
     }
 }
 
+/// Limits the log lines of one listener.
+#[derive(Debug, Default)]
+pub struct Backoff(LineLimit);
+
+impl Backoff {
+    /// Reports that an attempt failed at `now`. Writes a log line unless there was one within the
+    /// last second.
+    pub fn failed(&mut self, error: &dyn std::error::Error, now: Instant) {
+        self.0.warn("cannot accept a connection", error, now);
+    }
+}
+
 /// True if the connection was closed before it was accepted, or there was none.
 pub fn is_momentary(error: &std::io::Error) -> bool {
     use std::io::ErrorKind::{ConnectionAborted, Interrupted, WouldBlock};
@@ -58,7 +67,7 @@ mod tests {
 
     #[test]
     fn failures_of_one_second_get_one_line_and_are_counted() {
-        let (mut backoff, start) = (Backoff::default(), Instant::now());
+        let (mut backoff, start) = (LineLimit::default(), Instant::now());
         assert_eq!(backoff.line_is_due(start), Some(0));
         for millis in 1..1000 {
             assert_eq!(backoff.line_is_due(start + Duration::from_millis(millis)), None);

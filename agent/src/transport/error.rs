@@ -2,10 +2,12 @@
 
 //! What can go wrong with a connection.
 
+use super::unix_socket::UntrustedPeer;
 use crate::cancel::CancelError;
 use crate::trust::TrustError;
 use pageferry_protocol::stream::hello::MAX_HELLO;
 use pageferry_protocol::stream::{Kind, RecordError};
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// What can go wrong with a connection.
@@ -21,6 +23,18 @@ pub enum TransportError {
         address: String,
         /// What is wrong with it.
         reason: String,
+    },
+    /// Guest memory would cross a network in the clear.
+    #[error(
+        "address \"{address}\": {ip} is not a loopback address, so guest memory would cross the \
+         network in the clear; allowed are tls:HOST:PORT, unix:PATH, tcp: with a loopback address \
+         such as 127.0.0.1, and any address if the agent is started with --insecure"
+    )]
+    PlainNetwork {
+        /// The address as the user wrote it.
+        address: String,
+        /// One of its addresses, which is not loopback.
+        ip: IpAddr,
     },
     /// Connecting, listening, or the look-up of the name failed.
     #[error("cannot {what} {address}")]
@@ -78,6 +92,9 @@ pub enum TransportError {
         /// Length of its payload in bytes.
         length: usize,
     },
+    /// The other end of a UNIX socket is another user's.
+    #[error(transparent)]
+    User(#[from] UntrustedPeer),
     /// A record is malformed.
     #[error(transparent)]
     Record(#[from] RecordError),

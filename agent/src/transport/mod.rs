@@ -5,6 +5,7 @@
 //! - [`address`]: `tcp:HOST:PORT`, `tls:HOST:PORT` and `unix:PATH`, and how to connect and to
 //!   listen there;
 //! - [`resolve`]: name look-ups with a deadline;
+//! - [`plain`]: where plain TCP may go;
 //! - [`tcp_options`]: the options of TCP sockets;
 //! - [`unix_path`]: listening sockets with a path, and the lock that protects the path;
 //! - [`unix_socket`]: checks that a descriptor is a UNIX stream socket, connected or listening;
@@ -22,6 +23,7 @@ pub mod address;
 pub mod backoff;
 pub mod error;
 pub mod limiter;
+pub mod plain;
 pub mod records;
 pub mod resolve;
 mod socket;
@@ -36,6 +38,8 @@ pub mod unix_socket;
 pub use address::{Address, Listener};
 pub use error::TransportError;
 pub use limiter::Limiter;
+pub use plain::PlainNetworks;
 pub use records::{ReceivedRecord, RecordReader, RecordWriter};
 pub use stream::StreamSocket;
 pub use stream_error::StreamError;
+pub use tls::Proof;

@@ -102,6 +102,8 @@ enum Next {
 /// Size of the buffer: several records as the sender's batches make them. A larger buffer needs
 /// fewer wake-ups, but a still larger one does not stay in the cache.
 const BUFFER: usize = 1280 << 10;
+/// The first buffer of a peer that has not said hello. Almost every hello fits.
+const FIRST: usize = 4 << 10;
 
 impl RecordReader {
     /// Reads from `socket`. The buffer is allocated with the first read.
@@ -223,6 +225,11 @@ impl RecordReader {
         Ok(Next::Record(kind, header))
     }
 
+    /// Size of the buffer in bytes.
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
     /// Removes the record at the start of the buffer. [`RecordReader::poll_next`] has found it
     /// complete.
     fn take(&mut self, kind: Kind, header: RecordHeader) -> ReceivedRecord<'_> {
@@ -242,13 +249,16 @@ impl RecordReader {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let size =
-                if whose == HelloFrom::Stranger { needed.max(4096) } else { needed.max(BUFFER) };
+            // Whoever has not said hello gets no memory by a length, but as its bytes arrive.
+            let size = if whose == HelloFrom::Stranger { FIRST } else { needed.max(BUFFER) };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }
         }
         while self.end - self.start < needed {
+            if self.end == self.buffer.len() {
+                self.buffer.resize((2 * self.end).min(self.start + needed), 0);
+            }
             let missing = needed - (self.end - self.start);
             match self.socket.read(&mut self.buffer[self.end..])? {
                 None => return Ok(missing),
@@ -388,7 +398,21 @@ mod tests {
             let (mut theirs, mut reader) = pair();
             theirs.write_all(&header.to_wire()).unwrap();
             assert!(matches!(reader.try_read_hello(), Err(TransportError::HelloExpected { .. })));
-            assert!(reader.buffer.len() <= 4096);
+            assert!(reader.buffer.len() <= FIRST);
+        }
+    }
+
+    #[test]
+    fn a_stranger_gets_memory_only_for_what_it_has_sent() {
+        let (mut theirs, mut reader) = pair();
+        let claimed = RecordHeader::plain(Kind::Hello, 0, MAX_HELLO).with_checksum(&[]);
+        theirs.write_all(&claimed.to_wire()).unwrap();
+        let mut sent = RECORD_SIZE;
+        while sent < MAX_HELLO {
+            assert!(reader.try_read_hello().unwrap().is_none());
+            assert!(reader.buffered() <= (2 * sent).max(FIRST), "{} of {sent}", reader.buffered());
+            theirs.write_all(&[0; 1000]).unwrap();
+            sent += 1000;
         }
     }
 

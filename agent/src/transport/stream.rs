@@ -17,7 +17,7 @@
 
 use super::error::TransportError;
 use super::socket::{receive, send};
-use super::tls::{Shaken, TlsLayer, Written};
+use super::tls::{Proof, Shaken, TlsLayer, Written};
 use crate::job::Deadline;
 use crate::trust::Secured;
 use pageferry_protocol::control::job::MIN_BANDWIDTH;
@@ -75,6 +75,11 @@ impl StreamSocket {
                 return Err(TransportError::Silent(self.timeout));
             }
         }
+    }
+
+    /// How far the peer has got with the proof of who it is; `None` if this is no stream over TLS.
+    pub fn proof(&self) -> Option<Proof> {
+        self.tls.as_ref().map(|tls| tls.proof())
     }
 
     /// The certificate of the peer, once it has proved that it is its own.

@@ -39,6 +39,17 @@ struct State {
     end: usize,
 }
 
+/// How far a peer has got with the proof of who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// It has not begun, or not far enough for an answer.
+    Missing,
+    /// This side has answered with its certificate.
+    Answered,
+    /// The peer has proved who it is.
+    Given,
+}
+
 /// What a write of the layer needs next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Written {
@@ -134,6 +145,18 @@ impl TlsLayer {
     /// If the peer is gone.
     pub(super) fn flush(&self, socket: BorrowedFd<'_>) -> Result<bool, TransportError> {
         lock(&self.0).send(socket)
+    }
+
+    /// How far the peer has got with its proof.
+    pub(super) fn proof(&self) -> Proof {
+        let state = lock(&self.0);
+        // It is chosen together with the answer to the peer's first message.
+        let is_answered = state.secured.connection.negotiated_cipher_suite().is_some();
+        match state.is_proved {
+            true => Proof::Given,
+            false if is_answered => Proof::Answered,
+            false => Proof::Missing,
+        }
     }
 
     /// The peer's certificate, once it has proved that it is its own.

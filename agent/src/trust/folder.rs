@@ -90,6 +90,27 @@ pub enum TrustError {
     Tls(#[from] rustls::Error),
 }
 
+impl TrustError {
+    /// True if this says something about a certificate, of the peer or of this side. False for what
+    /// anybody can cause who sends some bytes.
+    pub fn is_about_certificates(&self) -> bool {
+        use rustls::Error::{
+            AlertReceived, InvalidCertificate, NoCertificatesPresented, PeerIncompatible,
+        };
+        match self {
+            Self::NotProved => false,
+            Self::Tls(error) => matches!(
+                error,
+                AlertReceived(_)
+                    | InvalidCertificate(_)
+                    | NoCertificatesPresented
+                    | PeerIncompatible(_)
+            ),
+            _ => true,
+        }
+    }
+}
+
 /// Identifies the content of files, by what the kernel says of each: device, inode, size, change.
 type Stamp = Vec<Option<(u64, u64, u64, i64, i64)>>;
 

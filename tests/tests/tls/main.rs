@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Migrations over TLS: what arrives, and which peers are refused, at both ends by name.
+//! Migrations over TLS: what arrives, and which peers are refused, at both ends by name. And what
+//! strangers at the port can do, over TLS and in plain text.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+mod attacks;
 mod certificates;
 mod folders;
 mod layer;
+mod middle;
 mod peers;
 mod scene;
+mod strangers;
 mod wires;

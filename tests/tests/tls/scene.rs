@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hosts with an agent that has certificates.
+//! Hosts with an agent that has certificates, and guests that move between them.
 
 use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target};
+use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::scenario::{Attached, Ram, SOON};
 use std::path::Path;
@@ -14,7 +15,7 @@ pub const PAGES: u64 = 300;
 pub struct Host {
     // Dropped first, so that the agent can end.
     pub attached: Attached,
-    _agent: AgentProcess,
+    pub agent: AgentProcess,
     _folder: tempfile::TempDir,
 }
 
@@ -30,7 +31,7 @@ impl Host {
         );
         let agent = agent.unwrap();
         let attached = Attached::new(agent.socket(), ram);
-        Self { attached, _agent: agent, _folder: folder }
+        Self { attached, agent, _folder: folder }
     }
 
     pub fn source(certificates: &Path) -> Self {
@@ -43,11 +44,37 @@ impl Host {
 
     /// Waits for a guest. Returns the job and the port.
     pub fn listen(&self) -> (u64, u16) {
-        let listen = Target::Address("tls:127.0.0.1:0".into());
+        self.listen_over("tls")
+    }
+
+    /// The same, over `tls` or `tcp`.
+    pub fn listen_over(&self, kind: &str) -> (u64, u16) {
+        let listen = Target::Address(format!("{kind}:127.0.0.1:0"));
         let started =
             self.attached.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
-        assert!(started.address.starts_with("tls:127.0.0.1:"), "{}", started.address);
+        assert!(started.address.starts_with(&format!("{kind}:127.0.0.1:")), "{}", started.address);
         (started.job, started.address.rsplit_once(':').unwrap().1.parse().unwrap())
+    }
+
+    /// Waits until its job is in this phase.
+    #[track_caller]
+    pub fn reaches(&self, phase: Phase) -> JobStatus {
+        let client = &self.attached.client;
+        let seen = || {
+            let status = client.status().ok();
+            status.filter(|status| status.phase == phase || status.phase.is_final())
+        };
+        let status = wait_for(phase.name(), SOON, seen);
+        let status = status.unwrap_or_else(|error| panic!("{error}: {:?}", client.status()));
+        assert_eq!(status.phase, phase, "{}", status.error_text());
+        status
+    }
+
+    /// Checks that its job ends well.
+    #[track_caller]
+    pub fn completes(&self, job: u64) {
+        let status = self.attached.client.wait(job, SOON).unwrap();
+        assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
     }
 
     /// Sends the guest there, and returns how that ended.
@@ -70,10 +97,17 @@ impl Host {
 pub fn moves(
     source: &Host, destination: &Host, (job, port): (u64, u16), options: &OutgoingOptions,
 ) {
-    let status = source.send(&format!("tls:localhost:{port}"), options);
+    moves_to(source, destination, job, &format!("tls:localhost:{port}"), options);
+}
+
+/// The same, to this address.
+#[track_caller]
+pub fn moves_to(
+    source: &Host, destination: &Host, job: u64, address: &str, options: &OutgoingOptions,
+) {
+    let status = source.send(address, options);
     assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
-    let status = destination.attached.client.wait(job, SOON).unwrap();
-    assert_eq!(status.phase, Phase::Completed, "{}", status.error_text());
+    destination.completes(job);
     assert_eq!(destination.attached.vmm.resumes(), 1);
     pageferry_tests::scenario::assert_same(&source.attached.ram, &destination.attached.ram);
 }

@@ -8,11 +8,15 @@
 //!   answered;
 //! - [`descriptors`]: a process that is out of descriptors;
 //! - [`frames`]: requests without their descriptors, or without their end;
+//! - [`networks`]: plain TCP beyond this host;
+//! - [`users`]: streams between agents of two users;
 //! - [`log`]: the number of refused requests in the log.
 
 mod crowd;
 mod descriptors;
 mod frames;
 mod log;
+mod networks;
 mod paths;
+mod users;
 mod waits;

@@ -1,0 +1,405 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Who may wait at the migration port, and who has to leave for that.
+//!
+//! Everybody who can reach the port may connect, as often as they like. A new connection always
+//! gets a place: if there is none, another connection is closed. This file decides which one, and
+//! whose bytes are looked at next. There are three kinds of connections, each with its own places
+//! ([`Limits`]), so that none of a kind takes the place of one of the next:
+//!
+//! - *Newcomers* have sent nothing, or a part of a hello or of a handshake.
+//! - *Answered strangers* have begun a proper handshake of TLS, and this side has answered.
+//! - *Known peers* have proved something: over `tls:` a certificate, over `tcp:` and `unix:` a
+//!   hello. They wait for the other streams of their session.
+//!
+//! Whoever is no known peer is a *stranger*. If a stranger has to leave, it is one from the origin
+//! with the most strangers of its kind ([`Origin`]: an IPv4 address, or a network of IPv6), and of
+//! these the one that is here for longest. If a known peer has to leave, it is a stream without its
+//! primary, or else the one that is here for longest. (A source connects its primary first, and
+//! says hello on it.)
+//!
+//! A handshake of TLS costs the processor as much as a hundred connections. So the bytes of
+//! strangers are looked at one connection after the other, between looks at the listener:
+//!
+//! 1. those of known peers,
+//! 2. those of answered strangers,
+//! 3. those of newcomers from the origin with the fewest of them,
+//! 4. and of these those of the newest: a crowd that came before does not delay a new connection.
+//!
+//! A source sends its first bytes together with the connection. So it gets in however many others
+//! wait. Only a flood from the very address of the source, or from hundreds of addresses at once,
+//! of connections that begin a proper handshake faster than this processor answers them, can push a
+//! source out. The source then connects again at once, for some seconds (`outgoing/reach.rs`). That
+//! newcomers have few places is good for it: it learns soon that it has to.
+//!
+//! Strangers also have a time limit, whether their place is needed or not ([`HELLO_TIME`]).
+
+use rustix::process::{Resource, getrlimit};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+/// How long a stranger may take for its whole hello, with the handshake of TLS. If `peer_timeout`
+/// is shorter, that is the limit. The largest hello takes 3 seconds on the slowest link that is
+/// supported.
+pub const HELLO_TIME: Duration = Duration::from_secs(10);
+
+/// Most newcomers: those of 50 ms, if five new ones come every millisecond.
+const MAX_NEWCOMERS: usize = 256;
+/// Most answered strangers: those of a second, if this side answers one every millisecond. A source
+/// on a slow link needs a round trip for its part.
+const MAX_ANSWERED: usize = 1024;
+/// Most known peers: the streams of four sources, if each has as many as allowed.
+const MAX_KNOWN: usize = 256;
+
+/// Most connections of each kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Most newcomers.
+    pub newcomers: usize,
+    /// Most answered strangers.
+    pub answered: usize,
+    /// Most known peers.
+    pub known: usize,
+}
+
+impl Limits {
+    /// The limits of this process. Each kind uses at most an eighth of the descriptors; the rest is
+    /// for the VMM's memory, for operators and for the migration itself.
+    pub fn of_this_process() -> Self {
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let share = usize::try_from(descriptors / 8).unwrap_or(usize::MAX);
+        Self {
+            newcomers: share.clamp(8, MAX_NEWCOMERS),
+            answered: share.clamp(8, MAX_ANSWERED),
+            known: share.clamp(8, MAX_KNOWN),
+        }
+    }
+}
+
+/// Where a connection comes from. Connections of one origin share what there is for strangers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// This host, over a UNIX socket; or the VMM handed the socket over.
+    Local,
+    /// An IPv4 address.
+    V4([u8; 4]),
+    /// The first 64 bits of an IPv6 address: one host may use all addresses of such a network.
+    V6([u8; 8]),
+}
+
+impl From<SocketAddr> for Origin {
+    fn from(address: SocketAddr) -> Self {
+        match address.ip().to_canonical() {
+            IpAddr::V4(address) => Self::V4(address.octets()),
+            IpAddr::V6(address) => {
+                let mut network = [0; 8];
+                network.copy_from_slice(&address.octets()[..8]);
+                Self::V6(network)
+            }
+        }
+    }
+}
+
+/// How far a connection has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// It has sent nothing, or not enough for an answer.
+    New,
+    /// This side has answered its handshake of TLS.
+    Answered,
+    /// It is no stranger any more.
+    Known,
+}
+
+/// The strangers of one origin.
+#[derive(Debug, Default)]
+struct Crowd {
+    all: BTreeSet<u64>,
+    /// Those which have sent something that was not looked at.
+    ready: BTreeSet<u64>,
+}
+
+/// The strangers of one kind.
+#[derive(Debug, Default)]
+struct Strangers {
+    crowds: BTreeMap<Origin, Crowd>,
+    count: usize,
+}
+
+impl Strangers {
+    fn add(&mut self, origin: Origin, number: u64) {
+        self.crowds.entry(origin).or_default().all.insert(number);
+        self.count += 1;
+    }
+
+    fn remove(&mut self, origin: Origin, number: u64) {
+        let Some(crowd) = self.crowds.get_mut(&origin) else { return };
+        crowd.all.remove(&number);
+        crowd.ready.remove(&number);
+        if crowd.all.is_empty() {
+            self.crowds.remove(&origin);
+        }
+        self.count -= 1;
+    }
+
+    fn set_ready(&mut self, origin: Origin, number: u64) {
+        if let Some(crowd) = self.crowds.get_mut(&origin) {
+            crowd.ready.insert(number);
+        }
+    }
+
+    /// The one that leaves first.
+    fn first_to_leave(&self) -> Option<u64> {
+        let crowd =
+            self.crowds.values().max_by_key(|crowd| (crowd.all.len(), Reverse(crowd.all.first())));
+        crowd?.all.first().copied()
+    }
+
+    /// The one whose bytes are looked at first. It is not ready any more.
+    fn next_ready(&mut self) -> Option<u64> {
+        let crowds = self.crowds.values_mut().filter(|crowd| !crowd.ready.is_empty());
+        let first = |crowd: &&mut Crowd| (Reverse(crowd.all.len()), crowd.ready.last().copied());
+        crowds.max_by_key(first)?.ready.pop_last()
+    }
+
+    fn has_ready(&self) -> bool {
+        self.crowds.values().any(|crowd| !crowd.ready.is_empty())
+    }
+}
+
+#[derive(Debug)]
+struct Entry<T> {
+    origin: Origin,
+    stage: Stage,
+    connection: T,
+}
+
+/// The connections that are not part of a migration yet. Each has a number; those of later
+/// connections are higher.
+#[derive(Debug)]
+pub struct Gate<T> {
+    limits: Limits,
+    entries: BTreeMap<u64, Entry<T>>,
+    newcomers: Strangers,
+    answered: Strangers,
+    known: usize,
+    ready_known: BTreeSet<u64>,
+    next: u64,
+}
+
+impl<T> Gate<T> {
+    /// No connections. Their numbers begin with `first`.
+    pub fn new(limits: Limits, first: u64) -> Self {
+        let (entries, newcomers, answered, ready_known) = Default::default();
+        Self { limits, entries, newcomers, answered, known: 0, ready_known, next: first }
+    }
+
+    /// Adds a newcomer. Returns its number, and the connection that has to leave for it.
+    pub fn admit(&mut self, origin: Origin, connection: T) -> (u64, Option<T>) {
+        let is_full = self.newcomers.count >= self.limits.newcomers;
+        let leaves = if is_full { self.newcomers.first_to_leave() } else { None };
+        let leaves = leaves.and_then(|number| self.remove(number));
+        let number = self.next;
+        self.next += 1;
+        self.entries.insert(number, Entry { origin, stage: Stage::New, connection });
+        self.newcomers.add(origin, number);
+        (number, leaves)
+    }
+
+    /// Removes the stranger that can best be done without.
+    pub fn evict_stranger(&mut self) -> Option<T> {
+        let newcomer = self.newcomers.first_to_leave();
+        let leaves = newcomer.or_else(|| self.answered.first_to_leave())?;
+        self.remove(leaves)
+    }
+
+    /// Removes a connection. `None` if it has left before.
+    pub fn remove(&mut self, number: u64) -> Option<T> {
+        let Entry { origin, stage, connection } = self.entries.remove(&number)?;
+        self.forget(origin, stage, number);
+        Some(connection)
+    }
+
+    fn forget(&mut self, origin: Origin, stage: Stage, number: u64) {
+        match stage {
+            Stage::New => self.newcomers.remove(origin, number),
+            Stage::Answered => self.answered.remove(origin, number),
+            Stage::Known => {
+                self.known -= 1;
+                self.ready_known.remove(&number);
+            }
+        }
+    }
+
+    /// Notes that a connection has sent something, or was closed.
+    pub fn set_ready(&mut self, number: u64) {
+        let Some(Entry { origin, stage, .. }) = self.entries.get(&number) else { return };
+        match stage {
+            Stage::New => self.newcomers.set_ready(*origin, number),
+            Stage::Answered => self.answered.set_ready(*origin, number),
+            Stage::Known => drop(self.ready_known.insert(number)),
+        }
+    }
+
+    /// The connection to look at next. It is not ready any more.
+    pub fn next_ready(&mut self) -> Option<u64> {
+        let known = self.ready_known.pop_first();
+        let strangers = || self.answered.next_ready().or_else(|| self.newcomers.next_ready());
+        known.or_else(strangers)
+    }
+
+    /// True if there is a connection to look at.
+    pub fn has_ready(&self) -> bool {
+        !self.ready_known.is_empty() || self.answered.has_ready() || self.newcomers.has_ready()
+    }
+
+    /// Notes how far a connection has got. Returns the one that has to leave for it, if there is no
+    /// place for one more; of known peers first one for which `is_spare` is true.
+    pub fn reach(
+        &mut self, number: u64, stage: Stage, is_spare: impl Fn(&Self, &T) -> bool,
+    ) -> Option<T> {
+        let entry = self.entries.get_mut(&number)?;
+        let (origin, before) = (entry.origin, std::mem::replace(&mut entry.stage, stage));
+        if before == stage {
+            return None;
+        }
+        self.forget(origin, before, number);
+        let leaves = match stage {
+            Stage::New => {
+                self.newcomers.add(origin, number);
+                None
+            }
+            Stage::Answered => {
+                let is_full = self.answered.count >= self.limits.answered;
+                let leaves = if is_full { self.answered.first_to_leave() } else { None };
+                self.answered.add(origin, number);
+                leaves
+            }
+            Stage::Known => {
+                let is_full = self.known >= self.limits.known;
+                let leaves = if is_full { self.known_to_leave(number, is_spare) } else { None };
+                self.known += 1;
+                leaves
+            }
+        };
+        self.remove(leaves?)
+    }
+
+    /// The known peer that leaves for the one with this number.
+    fn known_to_leave(&self, number: u64, is_spare: impl Fn(&Self, &T) -> bool) -> Option<u64> {
+        let known = || {
+            let others = self.entries.iter().filter(|(other, _)| **other != number);
+            others.filter(|(_, entry)| entry.stage == Stage::Known)
+        };
+        let spare = known().find(|(_, entry)| is_spare(self, &entry.connection));
+        spare.or_else(|| known().next()).map(|(number, _)| *number)
+    }
+
+    /// A connection.
+    pub fn get_mut(&mut self, number: u64) -> Option<&mut T> {
+        Some(&mut self.entries.get_mut(&number)?.connection)
+    }
+
+    /// All connections and their numbers, the oldest first.
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (u64, Stage, &T)> {
+        self.entries.iter().map(|(number, entry)| (*number, entry.stage, &entry.connection))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits { newcomers: 4, answered: 2, known: 2 };
+    const CROWD: Origin = Origin::V4([10, 0, 0, 9]);
+    const SOURCE: Origin = Origin::V4([10, 0, 0, 1]);
+
+    fn gate() -> Gate<&'static str> {
+        Gate::new(LIMITS, 100)
+    }
+
+    fn never(_: &Gate<&'static str>, _: &&'static str) -> bool {
+        false
+    }
+
+    #[test]
+    fn the_oldest_of_the_largest_crowd_leaves_first() {
+        let mut gate = gate();
+        assert_eq!(gate.admit(SOURCE, "source"), (100, None));
+        for name in ["a", "b", "c"] {
+            assert_eq!(gate.admit(CROWD, name).1, None);
+        }
+        assert_eq!(gate.admit(CROWD, "d").1, Some("a"));
+        assert_eq!(gate.admit(SOURCE, "source, too").1, Some("b"));
+        // Now both crowds are equal.
+        assert_eq!(gate.admit(CROWD, "e").1, Some("source"));
+        assert_eq!(gate.evict_stranger(), Some("c"));
+    }
+
+    #[test]
+    fn newcomers_do_not_take_the_place_of_answered_strangers() {
+        let mut gate = gate();
+        let (source, _) = gate.admit(SOURCE, "source");
+        assert_eq!(gate.reach(source, Stage::Answered, never), None);
+        for number in 0..100 {
+            assert_ne!(gate.admit(SOURCE, "stranger").1, Some("source"));
+            assert_ne!(gate.admit(Origin::V6([number; 8]), "stranger").1, Some("source"));
+        }
+        // But strangers that were answered, too, from the same address.
+        let [first, second] = ["first", "second"].map(|name| gate.admit(SOURCE, name).0);
+        assert_eq!(gate.reach(first, Stage::Answered, never), None);
+        assert_eq!(gate.reach(second, Stage::Answered, never), Some("source"));
+    }
+
+    #[test]
+    fn the_newest_of_the_smallest_crowd_is_looked_at_first() {
+        let mut gate = gate();
+        let [old, new, answered] = ["old", "new", "answered"].map(|name| gate.admit(CROWD, name).0);
+        let (source, _) = gate.admit(SOURCE, "source");
+        gate.reach(answered, Stage::Answered, never);
+        for number in [old, new, answered, source] {
+            gate.set_ready(number);
+        }
+        let order: Vec<_> = std::iter::from_fn(|| gate.next_ready()).collect();
+        assert_eq!(order, [answered, source, new, old]);
+        assert!(!gate.has_ready());
+    }
+
+    #[test]
+    fn strangers_never_take_the_place_of_known_peers() {
+        let mut gate = gate();
+        let (known, _) = gate.admit(CROWD, "known");
+        assert_eq!(gate.reach(known, Stage::Known, never), None);
+        for _ in 0..100 {
+            let (number, leaves) = gate.admit(CROWD, "stranger");
+            assert_ne!(leaves, Some("known"));
+            assert_ne!(gate.reach(number, Stage::Answered, never), Some("known"));
+        }
+        gate.set_ready(known);
+        assert_eq!(gate.next_ready(), Some(known));
+        while let Some(stranger) = gate.evict_stranger() {
+            assert_eq!(stranger, "stranger");
+        }
+        assert_eq!(gate.iter().count(), 1);
+    }
+
+    #[test]
+    fn a_known_peer_takes_the_place_of_a_spare_one_or_of_the_oldest() {
+        let mut gate = gate();
+        let numbers = ["first", "spare", "third", "fourth"].map(|name| gate.admit(SOURCE, name).0);
+        let is_spare = |_: &Gate<_>, name: &&str| *name == "spare";
+        let left = numbers.map(|number| gate.reach(number, Stage::Known, is_spare));
+        assert_eq!(left, [None, None, Some("spare"), Some("first")]);
+        assert_eq!(gate.remove(numbers[1]), None);
+    }
+
+    #[test]
+    fn the_hosts_of_a_network_of_ipv6_are_one_origin() {
+        let origin = |text: &str| Origin::from(text.parse::<SocketAddr>().unwrap());
+        assert_eq!(origin("[fd00::1]:7"), origin("[fd00::2]:8"));
+        assert_ne!(origin("[fd00::1]:7"), origin("[fd00:0:0:1::1]:7"));
+        assert_eq!(origin("[::ffff:10.0.0.9]:7"), CROWD);
+    }
+}
