@@ -6,8 +6,9 @@ use crate::Error;
 use crate::deadline::wait_until;
 use crate::random::Random;
 use crate::vmm::PATIENCE;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with, sockopt};
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -38,10 +39,21 @@ pub struct Flood {
 
 /// One thread's share of the strangers.
 struct Crowd {
+    from: Ipv4Addr,
     address: SocketAddr,
     kinds: Vec<Stranger>,
     connections: Vec<Option<(TcpStream, usize)>>,
     random: Random,
+}
+
+/// Connects from an address of this host.
+fn connect(from: Ipv4Addr, to: SocketAddr) -> rustix::io::Result<TcpStream> {
+    let (family, flags) = (AddressFamily::INET, SocketFlags::CLOEXEC);
+    let socket = socket_with(family, SocketType::STREAM, flags, None)?;
+    sockopt::set_socket_timeout(&socket, sockopt::Timeout::Send, Some(Duration::from_millis(200)))?;
+    rustix::net::bind(&socket, &SocketAddr::from((from, 0)))?;
+    rustix::net::connect(&socket, &to)?;
+    Ok(socket.into())
 }
 
 impl Crowd {
@@ -68,10 +80,7 @@ impl Crowd {
                 }
             }
             self.connections[index] = None;
-            let moment = Duration::from_millis(200);
-            let Ok(mut stream) = TcpStream::connect_timeout(&self.address, moment) else {
-                continue;
-            };
+            let Ok(mut stream) = connect(self.from, self.address) else { continue };
             connected += 1;
             // The other end may have closed the connection already.
             let _ = match kind {
@@ -94,12 +103,13 @@ impl Crowd {
 }
 
 impl Flood {
-    /// Starts `count` strangers of these kinds, in turn, on this number of threads.
+    /// Starts `count` strangers of these kinds, in turn, on this number of threads. They connect to
+    /// `address` from the address `from` of this host.
     ///
     /// # Errors
     /// If a thread cannot be started, or the strangers do not get through.
     pub fn start(
-        address: SocketAddr, count: usize, kinds: &[Stranger], threads: usize,
+        from: Ipv4Addr, address: SocketAddr, count: usize, kinds: &[Stranger], threads: usize,
     ) -> Result<Self, Error> {
         let (stop, connected): (Arc<AtomicBool>, Arc<AtomicU64>) = Default::default();
         let mut flood = Self { stop, connected, threads: Vec::new() };
@@ -107,7 +117,7 @@ impl Flood {
             let mut connections = Vec::new();
             connections.resize_with(count / threads, || None);
             let random = Random::new(thread as u64);
-            let mut crowd = Crowd { address, kinds: kinds.to_vec(), connections, random };
+            let mut crowd = Crowd { from, address, kinds: kinds.to_vec(), connections, random };
             let (stop, connected) = (flood.stop.clone(), flood.connected.clone());
             let run = move || {
                 let mut dripped = Instant::now();

@@ -4,6 +4,7 @@
 //! agent over would try. `forbidden KIND` prints a line for each attempt: its name and what came of
 //! it.
 #![allow(unsafe_code)]
+#![allow(clippy::print_stdout)] // its result
 
 use pageferry_agent::sandbox::{self, KINDS, Mode};
 use rustix::io::Errno;
@@ -136,7 +137,7 @@ const ATTEMPTS: &[Attempt] = &[
     ("new-namespace", |_| call(libc::SYS_unshare, [libc::CLONE_NEWUSER as u64, 0, 0, 0, 0, 0])),
     ("become-user", |_| call(libc::SYS_setuid, [1, 0, 0, 0, 0, 0])),
     ("type-into-terminal", |_| {
-        call(libc::SYS_ioctl, [0, libc::TIOCSTI as u64, c"x".as_ptr() as u64, 0, 0, 0])
+        call(libc::SYS_ioctl, [0, libc::TIOCSTI, c"x".as_ptr() as u64, 0, 0, 0])
     }),
 ];
 

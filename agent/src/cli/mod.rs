@@ -147,6 +147,11 @@ pub struct AgentArgs {
     /// in ca-crl.pem is revoked. Files that change are read again. docs/tls.md explains it.
     #[arg(long, value_name = "FOLDER")]
     pub tls: Option<PathBuf>,
+    /// File with a token for tls:HOST:PORT addresses, instead of certificates: at least 32 bytes
+    /// that nobody can guess, the same at both ends. It is never sent. The file is read again when
+    /// it changes. docs/tls.md explains it.
+    #[arg(long, value_name = "FILE", conflicts_with = "tls")]
+    pub token_file: Option<PathBuf>,
     /// Serve only peers whose certificate has this name. May be given more than once.
     #[arg(long, value_name = "NAME", requires = "tls")]
     pub tls_peer: Vec<String>,
@@ -219,7 +224,8 @@ impl AgentArgs {
             Some(KeySource::File(path)) => Some(path.clone()),
             _ => None,
         };
-        let read = trusted.chain(image_key).map(|file| Grants::default().read(&file));
+        let secrets = image_key.into_iter().chain(self.token_file.clone());
+        let read = trusted.chain(secrets).map(|file| Grants::default().read(&file));
         sockets.chain(folders).chain(read).collect()
     }
 }

@@ -138,9 +138,13 @@ pub fn run(
         Some(Err(failed)) => unless_upgraded(failed).map(|()| None)?,
         listening => listening.transpose()?,
     };
-    let not_trusted = |error| format!("--tls: {}", crate::error::chain(&error));
-    let trust = args.tls.as_ref().map(|folder| Trust::in_folder(folder, &args.tls_peer));
-    let trust = trust.transpose().map_err(not_trusted)?.unwrap_or_default();
+    let option = if args.token_file.is_some() { "--token-file" } else { "--tls" };
+    let not_trusted = |error| format!("{option}: {}", crate::error::chain(&error));
+    let trust = match (&args.tls, &args.token_file) {
+        (Some(folder), _) => Trust::in_folder(folder, &args.tls_peer).map_err(not_trusted)?,
+        (None, Some(file)) => Trust::by_token(file),
+        (None, None) => Trust::default(),
+    };
     trust.check().map_err(not_trusted).or_else(unless_upgraded)?;
     let image_key = image_key(args.image_key.as_ref(), is_upgraded)?;
     let mut server = Server::new(vm_name)?;

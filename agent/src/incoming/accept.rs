@@ -13,12 +13,12 @@
 //! of the waiting job ([`super::refusals`]).
 //!
 //! A postcopy that lost its connections waits here again. It accepts only its own source, which it
-//! recognises by the random number of the session.
+//! recognises by the random number of the session and, over TLS, by who it has proved to be.
 //!
 //! A socket that the VMM handed over is a single connection. If it is refused, the job fails.
 
 use super::gate::{Gate, HELLO_TIME, Limits, Origin, Stage};
-use super::handshake::{ExpectedSource, Handshake, Rejected};
+use super::handshake::{ExpectedSource, Handshake, KnownSource, Rejected};
 use super::job::IncomingJob;
 use super::offer::{Accepted, check_primary, check_session, establish, is_complete};
 use super::refusals::Refusals;
@@ -31,6 +31,7 @@ use pageferry_protocol::control::reply::{ErrorCode, RemoteError};
 use pageferry_protocol::stream::answer::encode_error;
 use pageferry_protocol::stream::{Kind, RecordHeader};
 use rustix::event::PollFlags;
+use rustix::net::sockopt;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -46,8 +47,12 @@ const ACCEPTS: usize = 128;
 /// How long bytes are looked at before the next look at the listener: the kernel drops connections
 /// that find no place in its queue.
 const LOOK_TIME: Duration = Duration::from_millis(5);
-/// Most memory for the hellos of strangers, all together. Each gets 4 KiB, and more only as it sends
-/// more.
+/// Almost every hello fits into a buffer of this size, which every stranger may have.
+const MOST_HELLOS: usize = 4 << 10;
+/// Time between two looks at how long connections have been here.
+const SWEEP: Duration = Duration::from_millis(100);
+/// Most memory for the hellos of strangers, all together. Each gets 4 KiB, and more only as it
+/// sends more.
 const MAX_HELD: usize = 16 << 20;
 
 /// What fails if the kernel refuses.
@@ -87,13 +92,13 @@ pub fn accept(job: &IncomingJob, source: Source) -> Result<(Accepted, Option<Lis
     Ok((accepted.ok_or(JobError::Cancelled)?, listener))
 }
 
-/// Waits for the source of `session` to connect again. Returns `None` if `asked` becomes readable
-/// or `until` is reached first.
+/// Waits for the `source` of a paused postcopy to connect again. Returns `None` if `asked` becomes
+/// readable or `until` is reached first.
 pub fn accept_again(
-    job: &IncomingJob, listeners: &[&Listener], session: [u8; 16], asked: Option<BorrowedFd<'_>>,
+    job: &IncomingJob, listeners: &[&Listener], source: KnownSource, asked: Option<BorrowedFd<'_>>,
     until: Option<Instant>,
 ) -> Result<Option<Accepted>, JobError> {
-    wait(job, listeners, ExpectedSource::Session(session), asked, until)
+    wait(job, listeners, ExpectedSource::Session(source), asked, until)
 }
 
 fn wait(
@@ -149,6 +154,8 @@ struct PendingHandshakes<'a> {
     reactor: Reactor,
     refusals: Refusals,
     backoff: Backoff,
+    /// When the last look was at how long connections have been here.
+    swept: Instant,
     /// When connections are accepted again, if there was no descriptor for one.
     accept_again: Option<Instant>,
 }
@@ -169,6 +176,7 @@ impl<'a> PendingHandshakes<'a> {
             reactor,
             refusals,
             backoff,
+            swept: Instant::now(),
             accept_again: None,
         }
     }
@@ -214,11 +222,11 @@ impl<'a> PendingHandshakes<'a> {
         }
     }
 
-    /// When a connection, a pause or `until` is over, or the status is to be changed.
+    /// When there is something to do without a connection.
     fn next_timer(&self, until: Option<Instant>) -> Instant {
-        let connections = self.gate.iter().map(|(_, stage, one)| one.since + self.limit(stage));
+        let connections = (!self.gate.is_empty()).then(|| self.swept + SWEEP);
         let leaving = self.leaving.values().map(|one| one.until);
-        let timers = connections.chain(leaving).chain(until);
+        let timers = connections.into_iter().chain(leaving).chain(until);
         let timers = timers.chain(self.accept_again).chain(self.refusals.due());
         timers.min().unwrap_or_else(|| Instant::now() + LONGEST_WAIT)
     }
@@ -233,13 +241,9 @@ impl<'a> PendingHandshakes<'a> {
     /// Does what is due.
     fn keep_time(&mut self) -> Result<(), JobError> {
         let now = Instant::now();
-        let is_over = |(number, stage, one): (u64, Stage, &Handshake)| {
-            let limit = self.limit(stage);
-            (now.saturating_duration_since(one.since) >= limit).then_some((number, limit))
-        };
-        let over: Vec<_> = self.gate.iter().filter_map(is_over).collect();
-        for (number, limit) in over {
-            self.refuse(number, TransportError::Silent(limit).into())?;
+        if now.saturating_duration_since(self.swept) >= SWEEP {
+            self.swept = now;
+            self.refuse_late(now)?;
         }
         let gone: Vec<_> = self.leaving.iter().filter(|(_, one)| one.until <= now).collect();
         let gone: Vec<_> = gone.into_iter().map(|(number, _)| *number).collect();
@@ -255,6 +259,19 @@ impl<'a> PendingHandshakes<'a> {
                     break;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Refuses the connections whose time is over.
+    fn refuse_late(&mut self, now: Instant) -> Result<(), JobError> {
+        let is_over = |(number, stage, one): (u64, Stage, &Handshake)| {
+            let limit = self.limit(stage);
+            (now.saturating_duration_since(one.since) >= limit).then_some((number, limit))
+        };
+        let over: Vec<_> = self.gate.iter().filter_map(is_over).collect();
+        for (number, limit) in over {
+            self.refuse(number, TransportError::Silent(limit).into())?;
         }
         Ok(())
     }
@@ -289,7 +306,7 @@ impl<'a> PendingHandshakes<'a> {
                 Ok(connection) => connection,
                 // It has closed again.
                 Err(error) => {
-                    self.refusals.say(self.job, Stage::New, &error, Instant::now());
+                    self.refusals.say(self.job, Stage::Silent, &error, Instant::now());
                     continue;
                 }
             };
@@ -337,7 +354,7 @@ impl<'a> PendingHandshakes<'a> {
             return self.refuse(number, JobError::from_io(WAIT)(error)).map(|()| None);
         }
         self.gate.reach(number, stage, without_primary).iter().for_each(turn_away);
-        self.bound_memory();
+        self.bound_memory(number);
         let Some((session, stream)) = hello else { return Ok(None) };
         if stream == 0
             && let Some(primary) = self.gate.get_mut(number)
@@ -349,8 +366,12 @@ impl<'a> PendingHandshakes<'a> {
         self.complete(session)
     }
 
-    /// Closes connections that have sent much of a hello, if all together have.
-    fn bound_memory(&mut self) {
+    /// Closes the stranger that has sent most of a hello, if all together hold much memory. The one
+    /// with this number may just have got more.
+    fn bound_memory(&mut self, number: u64) {
+        if self.gate.get_mut(number).is_none_or(|one| one.reader.buffered() <= MOST_HELLOS) {
+            return;
+        }
         let strangers = || self.gate.iter().filter(|(_, stage, _)| *stage != Stage::Known);
         let held = |(_, _, one): &(u64, Stage, &Handshake)| one.reader.buffered();
         if strangers().map(|one| held(&one)).sum::<usize>() <= MAX_HELD {
@@ -366,7 +387,7 @@ impl<'a> PendingHandshakes<'a> {
     /// same holds for the older one of two connections for one stream.
     fn drop_stale(&mut self, session: [u8; 16]) {
         let (mut newer, mut stale) = (0u64, Vec::new());
-        for (number, _, one) in self.gate.iter().rev() {
+        for (number, one) in self.gate.known().rev() {
             let Some(hello) = one.hello.as_ref().filter(|hello| hello.session == session) else {
                 continue;
             };
@@ -383,11 +404,11 @@ impl<'a> PendingHandshakes<'a> {
 
     /// Makes the migration, if all streams of a session are there and its guest fits.
     fn complete(&mut self, session: [u8; 16]) -> Result<Option<Accepted>, JobError> {
-        let mine = || self.gate.iter().filter(|(_, _, one)| one.is_of(session));
-        if !is_complete(mine().filter_map(|(_, _, one)| one.hello.as_ref())) {
+        let mine = || self.gate.known().filter(|(_, one)| one.is_of(session));
+        if !is_complete(mine().filter_map(|(_, one)| one.hello.as_ref())) {
             return Ok(None);
         }
-        let numbers: Vec<_> = mine().map(|(number, _, _)| number).collect();
+        let numbers: Vec<_> = mine().map(|(number, _)| number).collect();
         let streams: Vec<_> =
             numbers.iter().filter_map(|number| self.gate.remove(*number)).collect();
         match check_session(self.job, self.wanted, &streams) {
@@ -475,14 +496,15 @@ impl<'a> PendingHandshakes<'a> {
 }
 
 /// Tells a connection that has to leave that there was no place for it: its source may try again.
-/// Strangers over TLS are told nothing.
+/// Strangers over TLS, and those who have said nothing, are told nothing.
 fn turn_away(one: &Handshake) {
-    let Some(writer) = one.writer() else { return };
-    // Who has said nothing is no source, and gets no answer.
-    let is_silent = rustix::io::ioctl_fionread(one.reader.socket()) == Ok(0);
-    if is_silent && one.reader.buffered() == 0 {
+    let socket = one.reader.socket();
+    let is_silent = rustix::io::ioctl_fionread(socket) == Ok(0) && one.reader.buffered() == 0;
+    let Some(writer) = one.writer().filter(|_| !is_silent) else {
+        // The kernel keeps nothing of a connection that is reset. This is only to save memory.
+        let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
         return;
-    }
+    };
     let busy = RemoteError::new(ErrorCode::Busy, "too many connections: try again");
     let payload = encode_error(&busy);
     // The other end may be gone.
@@ -494,5 +516,5 @@ fn without_primary(gate: &Gate<Handshake>, one: &Handshake) -> bool {
     let Some(session) = one.hello.as_ref().map(|hello| hello.session) else { return false };
     let is_primary =
         |hello: &pageferry_protocol::stream::Hello| hello.stream == 0 && hello.session == session;
-    !gate.iter().any(|(_, _, other)| other.hello.as_ref().is_some_and(is_primary))
+    !gate.known().any(|(_, other)| other.hello.as_ref().is_some_and(is_primary))
 }

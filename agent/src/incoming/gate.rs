@@ -4,33 +4,36 @@
 //!
 //! Everybody who can reach the port may connect, as often as they like. A new connection always
 //! gets a place: if there is none, another connection is closed. This file decides which one, and
-//! whose bytes are looked at next. There are three kinds of connections, each with its own places
+//! whose bytes are looked at next. There are four kinds of connections, each with its own places
 //! ([`Limits`]), so that none of a kind takes the place of one of the next:
 //!
-//! - *Newcomers* have sent nothing, or a part of a hello or of a handshake.
+//! - *Silent strangers* have sent nothing that was looked at. Each costs a descriptor.
+//! - *Begun strangers* have sent a part of a hello, or of a handshake of TLS.
 //! - *Answered strangers* have begun a proper handshake of TLS, and this side has answered.
 //! - *Known peers* have proved something: over `tls:` a certificate, over `tcp:` and `unix:` a
 //!   hello. They wait for the other streams of their session.
 //!
-//! Whoever is no known peer is a *stranger*. If a stranger has to leave, it is one from the origin
-//! with the most strangers of its kind ([`Origin`]: an IPv4 address, or a network of IPv6), and of
-//! these the one that is here for longest. If a known peer has to leave, it is a stream without its
-//! primary, or else the one that is here for longest. (A source connects its primary first, and
-//! says hello on it.)
+//! If a stranger has to leave, it is one from the origin with the most strangers of its kind
+//! ([`Origin`]: an IPv4 address, or a network of IPv6), and of these the one that is here for
+//! longest. If a known peer has to leave, it is a stream without its primary, or else the one that
+//! is here for longest. (A source connects its primary first, and says hello on it.)
 //!
-//! A handshake of TLS costs the processor as much as a hundred connections. So the bytes of
-//! strangers are looked at one connection after the other, between looks at the listener:
+//! A handshake of TLS costs the processor as much as ten connections. So the bytes of strangers are
+//! looked at one connection after the other, between looks at the listener:
 //!
 //! 1. those of known peers,
 //! 2. those of answered strangers,
-//! 3. those of newcomers from the origin with the fewest of them,
-//! 4. and of these those of the newest: a crowd that came before does not delay a new connection.
+//! 3. those of silent and of begun strangers in turn; of each kind those from the origin with the
+//!    fewest, and of these those of the newest.
 //!
-//! A source sends its first bytes together with the connection. So it gets in however many others
-//! wait. Only a flood from the very address of the source, or from hundreds of addresses at once,
-//! of connections that begin a proper handshake faster than this processor answers them, can push a
-//! source out. The source then connects again at once, for some seconds (`outgoing/reach.rs`). That
-//! newcomers have few places is good for it: it learns soon that it has to.
+//! A source sends its first bytes together with the connection, and a crowd that came before does
+//! not delay a newer connection. So a source gets in however many others wait. Only a flood from
+//! the very address of the source, or from thousands of addresses at once, of new connections that
+//! each begin a proper handshake, faster than this processor answers them, can push a source out.
+//! The source then connects again at once, for some seconds (`outgoing/reach.rs`).
+//!
+//! There is room for many silent strangers, because each that is closed connects again: while those
+//! are held, the queue of the listener is short, in which the source waits, too.
 //!
 //! Strangers also have a time limit, whether their place is needed or not ([`HELLO_TIME`]).
 
@@ -45,34 +48,34 @@ use std::time::Duration;
 /// supported.
 pub const HELLO_TIME: Duration = Duration::from_secs(10);
 
-/// Most newcomers: those of 50 ms, if five new ones come every millisecond.
-const MAX_NEWCOMERS: usize = 256;
-/// Most answered strangers: those of a second, if this side answers one every millisecond. A source
-/// on a slow link needs a round trip for its part.
-const MAX_ANSWERED: usize = 1024;
+/// Most silent strangers: as many as the queue of a listener.
+const MAX_SILENT: usize = 4096;
+/// Most begun strangers, and most answered ones: those of a third of a second, if this side answers
+/// three every millisecond. A source on a slow link needs a round trip for its part.
+const MAX_BEGUN: usize = 1024;
 /// Most known peers: the streams of four sources, if each has as many as allowed.
 const MAX_KNOWN: usize = 256;
 
 /// Most connections of each kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Most newcomers.
-    pub newcomers: usize,
-    /// Most answered strangers.
-    pub answered: usize,
+    /// Most silent strangers.
+    pub silent: usize,
+    /// Most begun strangers, and most answered ones.
+    pub begun: usize,
     /// Most known peers.
     pub known: usize,
 }
 
 impl Limits {
-    /// The limits of this process. Each kind uses at most an eighth of the descriptors; the rest is
+    /// The limits of this process. They use at most five eighths of its descriptors; the rest is
     /// for the VMM's memory, for operators and for the migration itself.
     pub fn of_this_process() -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         let share = usize::try_from(descriptors / 8).unwrap_or(usize::MAX);
         Self {
-            newcomers: share.clamp(8, MAX_NEWCOMERS),
-            answered: share.clamp(8, MAX_ANSWERED),
+            silent: (share.saturating_mul(2)).clamp(8, MAX_SILENT),
+            begun: share.clamp(8, MAX_BEGUN),
             known: share.clamp(8, MAX_KNOWN),
         }
     }
@@ -105,8 +108,10 @@ impl From<SocketAddr> for Origin {
 /// How far a connection has got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// It has sent nothing, or not enough for an answer.
-    New,
+    /// It has sent nothing that was looked at.
+    Silent,
+    /// It has sent something, and not enough for an answer.
+    Begun,
     /// This side has answered its handshake of TLS.
     Answered,
     /// It is no stranger any more.
@@ -157,6 +162,11 @@ impl Strangers {
         crowd?.all.first().copied()
     }
 
+    /// The one that leaves before another is added, if there may be so many.
+    fn leaves_for_one_more(&self, limit: usize) -> Option<u64> {
+        if self.count >= limit { self.first_to_leave() } else { None }
+    }
+
     /// The one whose bytes are looked at first. It is not ready any more.
     fn next_ready(&mut self) -> Option<u64> {
         let crowds = self.crowds.values_mut().filter(|crowd| !crowd.ready.is_empty());
@@ -182,36 +192,49 @@ struct Entry<T> {
 pub struct Gate<T> {
     limits: Limits,
     entries: BTreeMap<u64, Entry<T>>,
-    newcomers: Strangers,
+    silent: Strangers,
+    begun: Strangers,
     answered: Strangers,
-    known: usize,
+    known: BTreeSet<u64>,
     ready_known: BTreeSet<u64>,
+    /// Whose turn it is to be looked at: that of begun strangers, or that of silent ones.
+    is_turn_of_begun: bool,
     next: u64,
 }
 
 impl<T> Gate<T> {
     /// No connections. Their numbers begin with `first`.
     pub fn new(limits: Limits, first: u64) -> Self {
-        let (entries, newcomers, answered, ready_known) = Default::default();
-        Self { limits, entries, newcomers, answered, known: 0, ready_known, next: first }
+        let (entries, silent, begun, answered, known, ready_known) = Default::default();
+        let (is_turn_of_begun, next) = (false, first);
+        Self {
+            limits,
+            entries,
+            silent,
+            begun,
+            answered,
+            known,
+            ready_known,
+            is_turn_of_begun,
+            next,
+        }
     }
 
-    /// Adds a newcomer. Returns its number, and the connection that has to leave for it.
+    /// Adds a connection. Returns its number, and the connection that has to leave for it.
     pub fn admit(&mut self, origin: Origin, connection: T) -> (u64, Option<T>) {
-        let is_full = self.newcomers.count >= self.limits.newcomers;
-        let leaves = if is_full { self.newcomers.first_to_leave() } else { None };
+        let leaves = self.silent.leaves_for_one_more(self.limits.silent);
         let leaves = leaves.and_then(|number| self.remove(number));
         let number = self.next;
         self.next += 1;
-        self.entries.insert(number, Entry { origin, stage: Stage::New, connection });
-        self.newcomers.add(origin, number);
+        self.entries.insert(number, Entry { origin, stage: Stage::Silent, connection });
+        self.silent.add(origin, number);
         (number, leaves)
     }
 
     /// Removes the stranger that can best be done without.
     pub fn evict_stranger(&mut self) -> Option<T> {
-        let newcomer = self.newcomers.first_to_leave();
-        let leaves = newcomer.or_else(|| self.answered.first_to_leave())?;
+        let kinds = [&self.silent, &self.begun, &self.answered];
+        let leaves = kinds.into_iter().find_map(Strangers::first_to_leave)?;
         self.remove(leaves)
     }
 
@@ -222,12 +245,21 @@ impl<T> Gate<T> {
         Some(connection)
     }
 
-    fn forget(&mut self, origin: Origin, stage: Stage, number: u64) {
+    /// The strangers of a stage; `None` for known peers.
+    fn strangers(&mut self, stage: Stage) -> Option<&mut Strangers> {
         match stage {
-            Stage::New => self.newcomers.remove(origin, number),
-            Stage::Answered => self.answered.remove(origin, number),
-            Stage::Known => {
-                self.known -= 1;
+            Stage::Silent => Some(&mut self.silent),
+            Stage::Begun => Some(&mut self.begun),
+            Stage::Answered => Some(&mut self.answered),
+            Stage::Known => None,
+        }
+    }
+
+    fn forget(&mut self, origin: Origin, stage: Stage, number: u64) {
+        match self.strangers(stage) {
+            Some(strangers) => strangers.remove(origin, number),
+            None => {
+                self.known.remove(&number);
                 self.ready_known.remove(&number);
             }
         }
@@ -236,23 +268,31 @@ impl<T> Gate<T> {
     /// Notes that a connection has sent something, or was closed.
     pub fn set_ready(&mut self, number: u64) {
         let Some(Entry { origin, stage, .. }) = self.entries.get(&number) else { return };
-        match stage {
-            Stage::New => self.newcomers.set_ready(*origin, number),
-            Stage::Answered => self.answered.set_ready(*origin, number),
-            Stage::Known => drop(self.ready_known.insert(number)),
+        let (origin, stage) = (*origin, *stage);
+        match self.strangers(stage) {
+            Some(strangers) => strangers.set_ready(origin, number),
+            None => drop(self.ready_known.insert(number)),
         }
     }
 
     /// The connection to look at next. It is not ready any more.
     pub fn next_ready(&mut self) -> Option<u64> {
-        let known = self.ready_known.pop_first();
-        let strangers = || self.answered.next_ready().or_else(|| self.newcomers.next_ready());
-        known.or_else(strangers)
+        if let Some(known) = self.ready_known.pop_first() {
+            return Some(known);
+        }
+        self.is_turn_of_begun = !self.is_turn_of_begun;
+        let (first, second) = match self.is_turn_of_begun {
+            true => (&mut self.begun, &mut self.silent),
+            false => (&mut self.silent, &mut self.begun),
+        };
+        let answered = self.answered.next_ready();
+        answered.or_else(|| first.next_ready()).or_else(|| second.next_ready())
     }
 
     /// True if there is a connection to look at.
     pub fn has_ready(&self) -> bool {
-        !self.ready_known.is_empty() || self.answered.has_ready() || self.newcomers.has_ready()
+        let mut kinds = [&self.silent, &self.begun, &self.answered].into_iter();
+        !self.ready_known.is_empty() || kinds.any(Strangers::has_ready)
     }
 
     /// Notes how far a connection has got. Returns the one that has to leave for it, if there is no
@@ -266,35 +306,28 @@ impl<T> Gate<T> {
             return None;
         }
         self.forget(origin, before, number);
-        let leaves = match stage {
-            Stage::New => {
-                self.newcomers.add(origin, number);
-                None
-            }
-            Stage::Answered => {
-                let is_full = self.answered.count >= self.limits.answered;
-                let leaves = if is_full { self.answered.first_to_leave() } else { None };
-                self.answered.add(origin, number);
+        let Limits { silent, begun, known } = self.limits;
+        let limit = if stage == Stage::Silent { silent } else { begun };
+        let leaves = match self.strangers(stage) {
+            Some(strangers) => {
+                let leaves = strangers.leaves_for_one_more(limit);
+                strangers.add(origin, number);
                 leaves
             }
-            Stage::Known => {
-                let is_full = self.known >= self.limits.known;
-                let leaves = if is_full { self.known_to_leave(number, is_spare) } else { None };
-                self.known += 1;
+            None => {
+                let is_full = self.known.len() >= known;
+                let leaves = if is_full { self.known_to_leave(is_spare) } else { None };
+                self.known.insert(number);
                 leaves
             }
         };
         self.remove(leaves?)
     }
 
-    /// The known peer that leaves for the one with this number.
-    fn known_to_leave(&self, number: u64, is_spare: impl Fn(&Self, &T) -> bool) -> Option<u64> {
-        let known = || {
-            let others = self.entries.iter().filter(|(other, _)| **other != number);
-            others.filter(|(_, entry)| entry.stage == Stage::Known)
-        };
-        let spare = known().find(|(_, entry)| is_spare(self, &entry.connection));
-        spare.or_else(|| known().next()).map(|(number, _)| *number)
+    /// The known peer that leaves for another one.
+    fn known_to_leave(&self, is_spare: impl Fn(&Self, &T) -> bool) -> Option<u64> {
+        let spare = self.known().find(|(_, connection)| is_spare(self, connection));
+        spare.or_else(|| self.known().next()).map(|(number, _)| number)
     }
 
     /// A connection.
@@ -302,8 +335,20 @@ impl<T> Gate<T> {
         Some(&mut self.entries.get_mut(&number)?.connection)
     }
 
+    /// The known peers and their numbers, the oldest first.
+    pub fn known(&self) -> impl DoubleEndedIterator<Item = (u64, &T)> {
+        self.known
+            .iter()
+            .filter_map(|number| Some((*number, &self.entries.get(number)?.connection)))
+    }
+
+    /// True if there are no connections.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// All connections and their numbers, the oldest first.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (u64, Stage, &T)> {
+    pub fn iter(&self) -> impl Iterator<Item = (u64, Stage, &T)> {
         self.entries.iter().map(|(number, entry)| (*number, entry.stage, &entry.connection))
     }
 }
@@ -312,7 +357,7 @@ impl<T> Gate<T> {
 mod tests {
     use super::*;
 
-    const LIMITS: Limits = Limits { newcomers: 4, answered: 2, known: 2 };
+    const LIMITS: Limits = Limits { silent: 4, begun: 2, known: 2 };
     const CROWD: Origin = Origin::V4([10, 0, 0, 9]);
     const SOURCE: Origin = Origin::V4([10, 0, 0, 1]);
 
@@ -339,13 +384,16 @@ mod tests {
     }
 
     #[test]
-    fn newcomers_do_not_take_the_place_of_answered_strangers() {
+    fn strangers_take_the_place_of_their_own_kind_only() {
         let mut gate = gate();
         let (source, _) = gate.admit(SOURCE, "source");
         assert_eq!(gate.reach(source, Stage::Answered, never), None);
         for number in 0..100 {
-            assert_ne!(gate.admit(SOURCE, "stranger").1, Some("source"));
-            assert_ne!(gate.admit(Origin::V6([number; 8]), "stranger").1, Some("source"));
+            for origin in [SOURCE, Origin::V6([number; 8])] {
+                let (stranger, leaves) = gate.admit(origin, "stranger");
+                assert_ne!(leaves, Some("source"));
+                assert_ne!(gate.reach(stranger, Stage::Begun, never), Some("source"));
+            }
         }
         // But strangers that were answered, too, from the same address.
         let [first, second] = ["first", "second"].map(|name| gate.admit(SOURCE, name).0);
@@ -364,6 +412,16 @@ mod tests {
         }
         let order: Vec<_> = std::iter::from_fn(|| gate.next_ready()).collect();
         assert_eq!(order, [answered, source, new, old]);
+        // Begun and silent ones take turns.
+        gate.reach(old, Stage::Begun, never);
+        gate.reach(new, Stage::Begun, never);
+        let (silent, _) = gate.admit(CROWD, "silent");
+        for number in [old, new, source, silent] {
+            gate.set_ready(number);
+        }
+        let order: Vec<_> = std::iter::from_fn(|| gate.next_ready()).collect();
+        let place = order.iter().position(|number| *number == new);
+        assert!(place < Some(2), "{order:?}");
         assert!(!gate.has_ready());
     }
 

@@ -6,36 +6,74 @@ use super::gate::Stage;
 use super::job::IncomingJob;
 use crate::job::JobError;
 use crate::transport::{Proof, RecordReader, RecordWriter, StreamSocket, TransportError};
+use crate::trust::{Peer, TrustError};
 use pageferry_protocol::stream::Hello;
 use pageferry_protocol::stream::hello::{FEATURE_POSTCOPY, HELLO_RECOVER};
 use rustix::event::PollFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+/// The first byte of TLS: the content type "handshake" (RFC 8446, 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
 /// Which source the agent waits for.
 #[derive(Debug, Clone, Copy)]
 pub enum ExpectedSource {
     /// Any source that brings a guest.
     Guest,
-    /// The source of this session, which lost its connections.
-    Session([u8; 16]),
+    /// The source of a session that lost its connections.
+    Session(KnownSource),
+}
+
+/// A source whose migration has begun, as the agent knows it again.
+#[derive(Debug, Clone, Copy)]
+pub struct KnownSource {
+    /// The random number that it gave the session.
+    pub session: [u8; 16],
+    /// Who it has proved to be. `None` if it did not have to prove that.
+    pub peer: Option<Peer>,
+}
+
+impl KnownSource {
+    /// Checks that a peer is this source: its random number is not enough if it has proved more.
+    fn check(&self, session: [u8; 16], peer: Option<Peer>) -> Result<(), JobError> {
+        let is_same = |known: Peer| peer.is_some_and(|peer| known.is(&peer));
+        if session != self.session {
+            let why = "a migration is paused here, and this is not its source";
+            return Err(JobError::Protocol(why.into()));
+        }
+        if !self.peer.is_none_or(is_same) {
+            let why = "a migration is paused here that began over TLS with another peer: its \
+                       source has the same token, or a certificate with the same key or the same \
+                       DNS names";
+            return Err(JobError::Protocol(why.into()));
+        }
+        Ok(())
+    }
 }
 
 impl ExpectedSource {
-    fn check(self, hello: &Hello) -> Result<(), JobError> {
+    fn check(self, hello: &Hello, peer: Option<Peer>) -> Result<(), JobError> {
         let recovers = hello.flags & HELLO_RECOVER != 0;
         match self {
             Self::Guest if recovers => Err(JobError::Protocol(
                 "no migration is paused here that could be recovered".into(),
             )),
-            Self::Session(session) if !recovers || hello.session != session => Err(
-                JobError::Protocol("a migration is paused here, and this is not its source".into()),
-            ),
-            // Without postcopy the source would not answer requests for missing pages.
-            Self::Session(_) if hello.features & FEATURE_POSTCOPY == 0 => Err(JobError::Protocol(
-                "a postcopy is paused here, and its source does not offer that any more".into(),
+            Self::Session(_) if !recovers => Err(JobError::Protocol(
+                "a migration is paused here, and this is not its source".into(),
             )),
-            _ => Ok(()),
+            Self::Session(source) => {
+                source.check(hello.session, peer)?;
+                // Without postcopy the source would not answer requests for missing pages.
+                if hello.features & FEATURE_POSTCOPY == 0 {
+                    return Err(JobError::Protocol(
+                        "a postcopy is paused here, and its source does not offer that any more"
+                            .into(),
+                    ));
+                }
+                Ok(())
+            }
+            Self::Guest => Ok(()),
         }
     }
 }
@@ -50,6 +88,7 @@ pub struct Handshake {
     pub hello: Option<Hello>,
     /// It comes over TLS, and has sent nothing. Until then it costs no more than a descriptor.
     awaits_tls: bool,
+    has_sent: bool,
 }
 
 impl Handshake {
@@ -63,6 +102,7 @@ impl Handshake {
             since: Instant::now(),
             hello: None,
             awaits_tls: is_secured,
+            has_sent: false,
         })
     }
 
@@ -73,6 +113,12 @@ impl Handshake {
     /// this side cannot be read.
     pub fn advance(&mut self, job: &IncomingJob, wanted: ExpectedSource) -> Result<(), JobError> {
         if self.awaits_tls {
+            // Whoever does not speak TLS is not worth the state of a connection.
+            match self.reader.socket().first_byte()? {
+                None => return Ok(()),
+                Some(TLS_HANDSHAKE) => {}
+                Some(_) => return Err(TransportError::from(TrustError::NotProved).into()),
+            }
             let secured = job.trust.accept().map_err(TransportError::from)?;
             let socket = self.reader.socket().clone().secured(Some(secured));
             self.reader = RecordReader::new(socket);
@@ -82,9 +128,10 @@ impl Handshake {
             && let Some(payload) = self.reader.try_read_hello()?
         {
             let hello = Hello::decode(payload)?;
-            wanted.check(&hello)?;
+            wanted.check(&hello, self.reader.socket().peer())?;
             self.hello = Some(hello);
         }
+        self.has_sent = true;
         if self.hello.is_some() {
             // Look also if the hello was read just now: the source may have closed long ago.
             let gone = job
@@ -101,7 +148,8 @@ impl Handshake {
             Some(Proof::Given) => Stage::Known,
             Some(Proof::Answered) => Stage::Answered,
             None if self.hello.is_some() => Stage::Known,
-            _ => Stage::New,
+            _ if self.has_sent => Stage::Begun,
+            _ => Stage::Silent,
         }
     }
 
@@ -174,7 +222,8 @@ mod tests {
 
     #[test]
     fn a_paused_postcopy_accepts_only_its_own_source() {
-        let (own, other) = (ExpectedSource::Session([7; 16]), ExpectedSource::Session([8; 16]));
+        let of = |session| ExpectedSource::Session(KnownSource { session, peer: None });
+        let (own, other) = (of([7; 16]), of([8; 16]));
         for (wanted, features, flags, refused) in [
             (ExpectedSource::Guest, 0, 0, ""),
             (ExpectedSource::Guest, FEATURE_POSTCOPY, HELLO_RECOVER, "no migration is paused here"),
@@ -183,10 +232,30 @@ mod tests {
             (other, FEATURE_POSTCOPY, HELLO_RECOVER, "this is not its source"),
             (own, 0, HELLO_RECOVER, "does not offer that any more"),
         ] {
-            let checked = wanted.check(&hello(features, flags));
+            let checked = wanted.check(&hello(features, flags), None);
             let error = checked.err().map_or_else(String::new, |error| error.to_string());
             assert_eq!(error.is_empty(), refused.is_empty(), "{wanted:?}: {error}");
             assert!(error.contains(refused), "{wanted:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_source_that_has_proved_who_it_is_must_prove_it_again() {
+        let certificate = |key| Peer::Certificate { key: [key; 32], names: None };
+        let hello = hello(FEATURE_POSTCOPY, HELLO_RECOVER);
+        for (began, comes, allowed) in [
+            (None, None, true),
+            (None, Some(Peer::Token), true),
+            (Some(Peer::Token), Some(Peer::Token), true),
+            (Some(Peer::Token), None, false),
+            (Some(certificate(1)), Some(certificate(1)), true),
+            (Some(certificate(1)), Some(certificate(2)), false),
+            (Some(certificate(1)), Some(Peer::Token), false),
+            (Some(certificate(1)), None, false),
+        ] {
+            let known = KnownSource { session: hello.session, peer: began };
+            let checked = ExpectedSource::Session(known).check(&hello, comes);
+            assert_eq!(checked.is_ok(), allowed, "{began:?}, {comes:?}: {checked:?}");
         }
     }
 

@@ -4,7 +4,7 @@
 //! VMM, and the streams of the migration that it becomes.
 
 use super::error::IncomingError;
-use super::handshake::{ExpectedSource, Handshake};
+use super::handshake::{ExpectedSource, Handshake, KnownSource};
 use super::job::IncomingJob;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
@@ -71,6 +71,11 @@ impl Accepted {
         Ok(())
     }
 
+    /// How to know this source again after a lost connection.
+    pub fn source(&self) -> KnownSource {
+        KnownSource { session: self.session, peer: self.writer.socket().peer() }
+    }
+
     /// The sockets of all streams.
     pub fn sockets(&self) -> Vec<StreamSocket> {
         self.readers.iter().chain(&self.urgent).map(|reader| reader.socket().clone()).collect()
@@ -120,7 +125,12 @@ pub fn check_session(
         return Err(JobError::Protocol("no stream".into()));
     };
     let peer = |stream: &Handshake| stream.reader.socket().peer();
-    if streams.iter().any(|stream| peer(stream) != streams.first().and_then(peer)) {
+    let first = streams.first().and_then(peer);
+    let is_first = |stream: &Handshake| match (first, peer(stream)) {
+        (Some(first), Some(peer)) => first.is(&peer),
+        (first, peer) => first.is_none() && peer.is_none(),
+    };
+    if !streams.iter().all(is_first) {
         let why = "the streams come from different peers: their certificates differ";
         return Err(JobError::Protocol(why.into()));
     }

@@ -6,10 +6,11 @@
 //! change with each of them:
 //!
 //! - Strangers get one line a second in the log, with their number.
-//! - A peer that has shown a certificate or sent a hello gets a line of its own, within the limit of
-//!   the log, and a note in the status, for the operator whose source it is. The note changes once
-//!   a second at most, and has at most [`NOTE`] bytes.
-//! - What a known peer was told stays for [`KEPT`] before it gives way to what a stranger was told.
+//! - A peer that has shown a certificate or sent a hello gets a line of its own, within the limit
+//!   of the log, and a note in the status, for the operator whose source it is. The note changes
+//!   once a second at most, and has at most 1 KiB.
+//! - What a known peer was told stays for ten seconds before it gives way to what a stranger was
+//!   told.
 
 use super::gate::Stage;
 use super::job::IncomingJob;
@@ -87,7 +88,7 @@ impl Refusals {
 fn names_itself(why: &JobError) -> bool {
     match why {
         JobError::Stream(StreamError::Hello(_)) => true,
-        JobError::Transport(TransportError::Trust(error)) => error.is_about_certificates(),
+        JobError::Transport(TransportError::Trust(error)) => error.is_about_credentials(),
         _ => false,
     }
 }
@@ -132,10 +133,10 @@ mod tests {
         let (job, mut refusals, start) = (job(), Refusals::default(), Instant::now());
         refusals.say(&job, Stage::Known, &refused("known"), start);
         for after in [Duration::ZERO, 2 * NOTE_EVERY, KEPT - NOTE_EVERY] {
-            refusals.say(&job, Stage::New, &of_stranger(), start + after);
+            refusals.say(&job, Stage::Begun, &of_stranger(), start + after);
             assert!(job.status().error_text().contains("known"), "{}", job.status().error_text());
         }
-        refusals.say(&job, Stage::New, &of_stranger(), start + KEPT);
+        refusals.say(&job, Stage::Begun, &of_stranger(), start + KEPT);
         assert!(job.status().error_text().contains("version 77"), "{}", job.status().error_text());
     }
 
@@ -143,7 +144,7 @@ mod tests {
     fn a_stranger_that_says_nothing_changes_nothing() {
         let (job, mut refusals, start) = (job(), Refusals::default(), Instant::now());
         for error in [TransportError::Closed, TransportError::Silent(KEPT)] {
-            refusals.say(&job, Stage::New, &error.into(), start);
+            refusals.say(&job, Stage::Begun, &error.into(), start);
         }
         assert_eq!((job.status().error, refusals.due()), (None, None));
     }

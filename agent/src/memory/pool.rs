@@ -23,8 +23,10 @@ use super::backing::{BackingError, BackingKind};
 use super::block::Block;
 use super::host_page_set::HostPageSet;
 use super::huge;
+use crate::opener;
 use pageferry_protocol::memory::PageRange;
 use rustix::io::Errno;
+use std::path::Path;
 use std::sync::Arc;
 
 /// The pool does not have enough huge pages.
@@ -146,8 +148,9 @@ pub(super) fn folder(size: u64) -> String {
 /// those that the kernel may still allocate beyond the pool.
 fn unreserved(size: u64) -> u64 {
     let figure = |name: &str| -> u64 {
-        let text = std::fs::read_to_string(format!("{}/{name}", folder(size)));
-        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+        let path = format!("{}/{name}", folder(size));
+        let text = opener::read(Path::new(&path), 64).unwrap_or_default();
+        str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
     };
     let beyond = figure("nr_overcommit_hugepages").saturating_sub(figure("surplus_hugepages"));
     figure("free_hugepages").saturating_sub(figure("resv_hugepages")) + beyond

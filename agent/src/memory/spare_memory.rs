@@ -5,18 +5,39 @@
 //! The host has one limit, and each control group above the process another. The page cache of
 //! files on disks counts as free, because the kernel takes it back. A file that cannot be read, or
 //! that the kernel does not have, limits nothing.
+//!
+//! The files stay open: the threads that read them again and again may open none.
 
-use std::fs;
+use crate::opener;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// More than any of these files has. The rest of a longer one is not read.
+const LONGEST: usize = 64 << 10;
 
 /// The limits of this process's memory.
 #[derive(Debug, Clone)]
 pub struct SpareMemory {
     /// `/proc/meminfo`.
-    host: Option<PathBuf>,
-    /// The folders of the control groups.
-    groups: Vec<PathBuf>,
+    host: Option<Arc<OwnedFd>>,
+    /// The control groups.
+    groups: Vec<Arc<Group>>,
 }
+
+/// A control group.
+#[derive(Debug)]
+struct Group {
+    folder: PathBuf,
+    /// Its files, by their names.
+    files: BTreeMap<&'static str, OwnedFd>,
+}
+
+/// The file with the figures of a control group.
+const FIGURES: &str = "memory.stat";
 
 /// The names that a version of control groups gives its files and figures.
 struct Names {
@@ -43,9 +64,11 @@ impl SpareMemory {
     /// The limits of this process. A process that is moved to another control group later keeps
     /// them.
     pub fn of_this_process() -> Self {
-        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        let read = |path: &str| open(Path::new(path)).and_then(|file| read(&file));
+        let read = |path| read(path).unwrap_or_default();
         let groups = groups(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
-        Self { host: Some("/proc/meminfo".into()), groups }
+        let host = open(Path::new("/proc/meminfo")).map(Arc::new);
+        Self { host, groups: groups.into_iter().map(|folder| Group::of(folder).into()).collect() }
     }
 
     /// No limits.
@@ -57,18 +80,19 @@ impl SpareMemory {
     /// The limits of the control group with this folder.
     #[cfg(test)]
     pub fn of_group(folder: &Path) -> Self {
-        Self { host: None, groups: vec![folder.to_owned()] }
+        Self { host: None, groups: vec![Group::of(folder.to_owned()).into()] }
     }
 
     /// Says what has less than `least` bytes left. `None` if nothing has.
     pub fn shortage(&self, least: u64) -> Option<String> {
-        let host = self.host.as_ref().and_then(|path| available(&fs::read_to_string(path).ok()?));
+        let host = self.host.as_ref().and_then(|file| available(&read(file)?));
         if let Some(left) = host.filter(|left| *left < least) {
             return Some(format!("the host has {} MiB left", left >> 20));
         }
         self.groups.iter().find_map(|group| {
-            let left = left_in(group).filter(|left| *left < least)?;
-            Some(format!("the control group {} has {} MiB left", group.display(), left >> 20))
+            let left = group.left().filter(|left| *left < least)?;
+            let folder = group.folder.display();
+            Some(format!("the control group {folder} has {} MiB left", left >> 20))
         })
     }
 }
@@ -79,21 +103,48 @@ fn available(meminfo: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
-/// The bytes that a control group has left; `None` if it has no limit.
-fn left_in(group: &Path) -> Option<u64> {
-    let read = |name: &str| fs::read_to_string(group.join(name)).ok();
-    // "max" is no number, and limits nothing.
-    let number = |name: &&str| read(name)?.trim().parse::<u64>().ok();
-    VERSIONS.iter().find_map(|names| {
-        let limit = names.limits.iter().filter_map(number).min()?;
-        let used = number(&names.usage)?;
-        let figures = read("memory.stat").unwrap_or_default();
-        let cached = figures.lines().filter_map(|line| {
-            let (name, bytes) = line.split_once(' ')?;
-            names.cached.contains(&name).then(|| bytes.parse::<u64>().ok())?
-        });
-        Some(limit.saturating_sub(used.saturating_sub(cached.sum())))
-    })
+impl Group {
+    fn of(folder: PathBuf) -> Self {
+        let names = VERSIONS.iter().flat_map(|names| names.limits.iter().chain([&names.usage]));
+        let names = names.chain([&FIGURES]);
+        let files = names.filter_map(|name| Some((*name, open(&folder.join(name))?))).collect();
+        Self { folder, files }
+    }
+
+    /// The bytes that it has left; `None` if it has no limit.
+    fn left(&self) -> Option<u64> {
+        let read = |name: &str| read(self.files.get(name)?);
+        // "max" is no number, and limits nothing.
+        let number = |name: &&str| read(name)?.trim().parse::<u64>().ok();
+        VERSIONS.iter().find_map(|names| {
+            let limit = names.limits.iter().filter_map(number).min()?;
+            let used = number(&names.usage)?;
+            let figures = read(FIGURES).unwrap_or_default();
+            let cached = figures.lines().filter_map(|line| {
+                let (name, bytes) = line.split_once(' ')?;
+                names.cached.contains(&name).then(|| bytes.parse::<u64>().ok())?
+            });
+            Some(limit.saturating_sub(used.saturating_sub(cached.sum())))
+        })
+    }
+}
+
+fn open(path: &Path) -> Option<OwnedFd> {
+    opener::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+/// What a file says now.
+fn read(file: &OwnedFd) -> Option<String> {
+    let (mut text, mut piece) = (Vec::new(), [0; 4096]);
+    while text.len() < LONGEST {
+        match rustix::io::pread(file, &mut piece, text.len() as u64) {
+            Ok(0) => break,
+            Ok(count) => text.extend_from_slice(&piece[..count]),
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+    String::from_utf8(text).ok()
 }
 
 /// The folders of the control groups of a process that may limit its memory, from the texts of
@@ -160,18 +211,19 @@ mod tests {
     #[test]
     fn a_group_has_its_limit_less_what_it_uses_but_for_the_page_cache() {
         let folder = tempfile::tempdir().unwrap();
-        let file = |name, text: &str| fs::write(folder.path().join(name), text).unwrap();
-        assert_eq!(left_in(folder.path()), None);
+        let file = |name, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let left = || Group::of(folder.path().to_owned()).left();
+        assert_eq!(left(), None);
         file("memory.limit_in_bytes", "9000\n");
         file("memory.usage_in_bytes", "6000\n");
         file("memory.stat", "active_file 5\ntotal_active_file 200\ntotal_inactive_file 300\n");
-        assert_eq!(left_in(folder.path()), Some(3500));
+        assert_eq!(left(), Some(3500));
         // The second version goes first, if it has a limit.
         file("memory.max", "max\n");
-        assert_eq!(left_in(folder.path()), Some(3500));
+        assert_eq!(left(), Some(3500));
         file("memory.high", "7000\n");
         file("memory.current", "8000\n");
-        assert_eq!(left_in(folder.path()), Some(0));
+        assert_eq!(left(), Some(0));
         let limits = SpareMemory::of_group(folder.path());
         assert!(limits.shortage(1).unwrap().ends_with("has 0 MiB left"));
         assert_eq!(limits.shortage(0), None);

@@ -2,7 +2,7 @@
 
 //! The handshake of an outgoing migration.
 //!
-//! 1. The source connects all streams, one after the other ([`super::reach`]).
+//! 1. The source connects all streams, the primary first (`reach`).
 //! 2. It sends a hello on each. The hello on the primary has the block table.
 //! 3. The destination answers on the primary when all streams are there: it accepts the guest, or
 //!    rejects it with a reason.
@@ -19,6 +19,7 @@ use crate::job::{Job, JobError};
 use crate::outgoing::OutgoingError;
 use crate::transport::StreamError;
 use crate::transport::{Address, RecordReader, RecordWriter, StreamSocket, TransportError};
+use crate::trust::Peer;
 use pageferry_protocol::control::job::{Compression, HugePages, OutgoingOptions, Phase};
 use pageferry_protocol::control::reply::RemoteError;
 use pageferry_protocol::memory::BlockTable;
@@ -96,19 +97,20 @@ pub fn connect(job: &OutgoingJob, target: Target, session: SessionId) -> Result<
     let hello = |stream| hello(job, &options, stream, session, 0);
     let reached = match target {
         Target::Socket(fd) => reach_on(job, fd, &hello(0)),
-        Target::Address(address) => reach(job, &address, hello),
+        Target::Address(address) => reach(job, &address, None, hello),
     };
     streams(job, &options, reached?)
 }
 
 /// Connects all streams again, to a destination whose guest runs and whose memory is not complete.
+/// If the destination has proved who it is, it must do so again: `known` is who it was.
 pub fn reconnect(
-    job: &OutgoingJob, address: &Address, session: SessionId,
+    job: &OutgoingJob, address: &Address, session: SessionId, known: Option<Peer>,
 ) -> Result<Streams, JobError> {
     job.cancel.clear_sockets();
     let options = job.options();
     let hello = |stream| hello(job, &options, stream, session, HELLO_RECOVER);
-    streams(job, &options, reach(job, address, hello)?)
+    streams(job, &options, reach(job, address, known, hello)?)
 }
 
 /// What each stream is for.
@@ -240,6 +242,11 @@ impl Primary {
 }
 
 impl Streams {
+    /// Who the destination has proved to be. `None` without TLS.
+    pub fn peer(&self) -> Option<Peer> {
+        self.primary.writer.socket().peer()
+    }
+
     /// Tells the destination why this side failed, unless a record was sent in part.
     pub fn send_error(&self, error: &RemoteError) {
         if self.senders.iter().any(PageSender::is_broken) {

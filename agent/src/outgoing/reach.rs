@@ -2,15 +2,16 @@
 
 //! Connects the streams of an outgoing migration, until the destination answers.
 //!
-//! Each stream is connected, makes the handshake of TLS if the address says so, and sends its hello
-//! before the next one is connected: the destination does not wait for a byte, and cannot take a
-//! source for a stranger that stays silent.
+//! The primary comes first. Each stream is connected, makes the handshake of TLS if the address
+//! says so, and sends its hello at once: the destination does not wait for a byte, and cannot take
+//! a source for a stranger that stays silent.
 //!
 //! Where many strangers connect to the destination, it may turn a connection away before it knows
-//! whose it is (`incoming/gate.rs`). Over `tcp:` and `unix:` it says that it is busy. Over `tls:` it
-//! says nothing to a stranger, and just closes the connection. So such a stream is connected again,
-//! and all of them if it is the primary, until [`PATIENCE`] is over. No other end of a connection,
-//! and no other refusal, is tried again.
+//! whose it is (`incoming/gate.rs`). Over `tcp:` and `unix:` it says that it is busy. Over `tls:`
+//! it says nothing to a stranger, and just closes the connection. So such a stream is connected
+//! again, and all of them if it is the primary, until [`PATIENCE`] is over. So is a stream whose
+//! handshake is not answered for [`ANSWER`]: a destination that cannot answer all answers the
+//! newest first. No other end of a connection, and no other refusal, is tried again.
 
 use super::OutgoingError;
 use super::job::OutgoingJob;
@@ -19,6 +20,7 @@ use crate::transport::stream_error::decode_remote;
 use crate::transport::{
     Address, RecordReader, RecordWriter, StreamError, StreamSocket, TransportError,
 };
+use crate::trust::Peer;
 use pageferry_protocol::control::job::Phase;
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::stream::answer::Accept;
@@ -29,6 +31,9 @@ use std::time::{Duration, Instant};
 
 /// How long streams that are turned away are connected again.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a destination may take to answer a handshake, beside four times what it took to
+/// connect, before the source connects again. After [`PATIENCE`] it may take `peer_timeout`.
+const ANSWER: Duration = Duration::from_millis(300);
 /// Time before the first further attempt. It doubles with each one.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 /// Longest time before a further attempt.
@@ -45,18 +50,18 @@ pub(super) struct Reached {
 }
 
 /// Connects all streams to `address`, and waits for the answer. `hello` makes the hello of a
-/// stream.
+/// stream. If the destination has proved before that it is `known`, it must do so again.
 ///
 /// # Errors
 /// If nothing answers there in time, the destination cannot be trusted, or it refuses the guest.
 pub(super) fn reach(
-    job: &OutgoingJob, address: &Address, hello: impl Fn(u16) -> Hello,
+    job: &OutgoingJob, address: &Address, known: Option<Peer>, hello: impl Fn(u16) -> Hello + Sync,
 ) -> Result<Reached, JobError> {
     let mut streams: Vec<Option<StreamSocket>> = Vec::new();
     streams.resize_with(job.options().connections().into(), || None);
     let mut again = Again::to(address);
     loop {
-        let connected = connect(job, address, &mut streams, &hello);
+        let connected = connect(job, (address, known), &mut streams, again.is_hasty(), &hello);
         let answered = connected.and_then(|()| {
             // A recovery has a phase of its own.
             if job.phase() == Phase::Connecting {
@@ -69,7 +74,7 @@ pub(super) fn reach(
                 let sockets = streams.into_iter().flatten().collect();
                 return Ok(Reached { sockets, reader, accept });
             }
-            Err(Failed { stream, error }) => (stream, again.check(*error)?),
+            Err(Failed { stream, error }) => (stream, again.check(job, *error)?),
         };
         log::debug!("stream {index} was turned away: {error}");
         // The destination takes streams that are older than the primary for those of an earlier
@@ -107,6 +112,12 @@ impl Failed {
     fn on<E: Into<JobError>>(stream: usize) -> impl Fn(E) -> Self {
         move |error| Self { stream, error: Box::new(error.into()) }
     }
+
+    /// True if the other end has closed the connection.
+    fn is_closed(&self) -> bool {
+        use TransportError::{Closed, ClosedInRecord};
+        matches!(*self.error, JobError::Transport(Closed | ClosedInRecord { .. }))
+    }
 }
 
 /// Whether streams are connected again.
@@ -122,17 +133,29 @@ impl Again {
         Self { is_secured, until: None, pause: FIRST_PAUSE / 2 }
     }
 
+    /// True if a handshake that is not answered soon is tried again.
+    fn is_hasty(&self) -> bool {
+        self.is_secured && self.until.is_none_or(|until| Instant::now() < until)
+    }
+
     /// Returns the error if another attempt may help, and there is time for it.
-    fn check(&mut self, error: JobError) -> Result<JobError, JobError> {
+    fn check(&mut self, job: &OutgoingJob, error: JobError) -> Result<JobError, JobError> {
         let until = *self.until.get_or_insert_with(|| Instant::now() + PATIENCE);
         let is_turned_away = match &error {
             JobError::Transport(TransportError::Closed | TransportError::ClosedInRecord { .. }) => {
                 self.is_secured
             }
+            JobError::Transport(TransportError::Silent(limit)) => {
+                // Otherwise there was time enough.
+                self.is_secured && *limit < job.options().peer_timeout
+            }
             JobError::Outgoing(OutgoingError::Rejected(why)) => why.code == ErrorCode::Busy,
             _ => false,
         };
-        if !is_turned_away || Instant::now() >= until {
+        // A handshake that was tried in haste gets its full time once.
+        let is_over = Instant::now() >= until
+            && !matches!(error, JobError::Transport(TransportError::Silent(_)));
+        if !is_turned_away || is_over {
             return Err(no_destination(error));
         }
         self.pause = (2 * self.pause).min(LONGEST_PAUSE);
@@ -159,44 +182,90 @@ fn watch<'a>(
     Ok(streams.into_iter().try_for_each(|stream| job.cancel.add_socket(stream.as_fd()))?)
 }
 
-/// Connects the streams that are missing, and sends the hello on each.
+/// Connects the streams that are missing, and sends the hello on each. Over TLS the others are
+/// connected at once after the primary, because each handshake takes a while.
 fn connect(
-    job: &OutgoingJob, address: &Address, streams: &mut [Option<StreamSocket>],
-    hello: impl Fn(u16) -> Hello,
+    job: &OutgoingJob, (address, known): (&Address, Option<Peer>),
+    streams: &mut [Option<StreamSocket>], is_hasty: bool, hello: impl Fn(u16) -> Hello + Sync,
 ) -> Result<(), Failed> {
-    let options = job.options();
-    for index in 0..streams.len() {
-        if streams[index].is_some() {
-            continue;
-        }
-        let failed = Failed::on::<TransportError>(index);
-        let fd = address.connect(options.peer_timeout, &job.cancel, job.plain).map_err(&failed)?;
-        job.cancel.add_socket(fd.as_fd()).map_err(Failed::on(index))?;
-        let socket =
-            StreamSocket::with_stop(fd, options.peer_timeout, &job.stop).map_err(&failed)?;
-        let socket = secure(job, address, socket).map_err(failed)?;
-        let peer = |socket: &StreamSocket| socket.peer();
-        if streams[0].as_ref().is_some_and(|primary| peer(primary) != peer(&socket)) {
-            let why = "the connections lead to different peers: their certificates differ";
+    let open = |index: usize, primary: Option<&StreamSocket>| {
+        let socket = open(job, address, is_hasty).map_err(Failed::on(index))?;
+        let is_peer = |known: Peer| socket.peer().is_some_and(|peer| known.is(&peer));
+        let primary = primary.and_then(StreamSocket::peer);
+        let why = if !primary.is_none_or(is_peer) {
+            Some("the connections lead to different peers: their certificates differ")
+        } else if !known.is_none_or(is_peer) {
+            Some(
+                "the migration began over TLS with another peer: its destination has the same \
+                 token, or a certificate with the same key or the same DNS names",
+            )
+        } else {
+            None
+        };
+        if let Some(why) = why {
             return Err(Failed::on(index)(JobError::Protocol(why.into())));
         }
         match send_hello(job, &socket, &hello(index as u16)) {
             // It was closed, and the answer may say why.
-            Ok(()) | Err(TransportError::Closed) => {}
-            Err(error) => return Err(Failed::on(index)(error)),
+            Ok(()) | Err(TransportError::Closed) => Ok(socket),
+            Err(error) => Err(Failed::on(index)(error)),
         }
-        streams[index] = Some(socket);
+    };
+    let [primary, others @ ..] = streams else { return Ok(()) };
+    let primary = match primary {
+        Some(primary) => &*primary,
+        None => primary.insert(open(0, None)?),
+    };
+    let missing = others.iter_mut().zip(1..).filter(|(stream, _)| stream.is_none());
+    if address.secured_host().is_none() {
+        for (stream, index) in missing {
+            *stream = Some(open(index, Some(primary))?);
+        }
+        return Ok(());
     }
-    Ok(())
+    std::thread::scope(|scope| {
+        let open = &open;
+        let opened = missing.map(|(stream, index)| {
+            let run = move || open(index, Some(primary)).map(|socket| *stream = Some(socket));
+            let thread = std::thread::Builder::new().spawn_scoped(scope, run);
+            (index, thread.map_err(JobError::from_io("start a thread")))
+        });
+        let mut outcome = Ok(());
+        for (index, thread) in opened.collect::<Vec<_>>() {
+            let joined = thread.map(|thread| thread.join());
+            let opened = match joined.map_err(Failed::on(index)) {
+                Ok(Ok(opened)) => opened,
+                Ok(Err(_)) => Err(Failed::on(index)(JobError::Panicked)),
+                Err(failed) => Err(failed),
+            };
+            // An error that ends the job counts for more than one that is tried again.
+            if outcome.is_ok() || opened.as_ref().is_err_and(|failed| !failed.is_closed()) {
+                outcome = opened;
+            }
+        }
+        outcome
+    })
 }
 
-/// Makes the handshake of TLS, if the address says so.
+/// Connects one stream, and makes the handshake.
+fn open(job: &OutgoingJob, address: &Address, is_hasty: bool) -> Result<StreamSocket, JobError> {
+    let timeout = job.options().peer_timeout;
+    let began = Instant::now();
+    let fd = address.connect(timeout, &job.cancel, job.plain)?;
+    job.cancel.add_socket(fd.as_fd())?;
+    let socket = StreamSocket::with_stop(fd, timeout, &job.stop)?;
+    let soon = ANSWER + 4 * began.elapsed();
+    let limit = if is_hasty { soon.min(timeout) } else { timeout };
+    Ok(secure(job, address, socket, limit)?)
+}
+
+/// Makes the handshake of TLS, if the address says so, within `limit`.
 fn secure(
-    job: &OutgoingJob, address: &Address, socket: StreamSocket,
+    job: &OutgoingJob, address: &Address, socket: StreamSocket, limit: Duration,
 ) -> Result<StreamSocket, TransportError> {
     let Some(host) = address.secured_host() else { return Ok(socket) };
     let socket = socket.secured(Some(job.trust.connect(host)?));
-    socket.shake_hands()?;
+    socket.with_deadline(limit).shake_hands()?;
     Ok(socket)
 }
 

@@ -90,6 +90,7 @@ const MOVE: &[c_long] = &[
     libc::SYS_getsockopt,
     libc::SYS_lseek,
     libc::SYS_mincore,
+    libc::SYS_msync,
     libc::SYS_newfstatat,
     libc::SYS_pread64,
     libc::SYS_preadv,
@@ -281,7 +282,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 /// The filters of the first thread: what it may not do, and a call that is not there.
 pub(super) fn first(mode: Mode) -> Result<[BpfProgram; 2], Error> {
     let mut rules: Rules =
-        NEVER.iter().chain(NEVER_OLDER).map(|call| (i64::from(*call), Vec::new())).collect();
+        NEVER.iter().chain(NEVER_OLDER).map(|call| (*call, Vec::new())).collect();
     rules.insert(libc::SYS_userfaultfd, vec![has(0, USER_MODE_ONLY, 0)?]);
     // The descriptor of a folder would name it to the opener.
     let path = libc::O_PATH as u64;
@@ -290,7 +291,7 @@ pub(super) fn first(mode: Mode) -> Result<[BpfProgram; 2], Error> {
     rules.insert(libc::SYS_open, vec![has(1, path, path)?]);
     // Text that is put into a terminal is run by the shell there.
     let terminal = [libc::TIOCSTI, libc::TIOCLINUX];
-    let terminal = terminal.iter().map(|request| is(1, *request as u64));
+    let terminal = terminal.iter().map(|request| is(1, *request));
     rules.insert(libc::SYS_ioctl, terminal.collect::<Result<_, _>>()?);
     let never = compile(rules, SeccompAction::Allow, refuse(mode))?;
     // Its flags are in memory, where no filter sees them. The library then uses `clone`.
@@ -309,7 +310,7 @@ pub(super) fn of(kind: ThreadKind, mode: Mode) -> Result<BpfProgram, Error> {
         ThreadKind::Log => &[ANY],
     };
     let calls = lists.iter().flat_map(|list| list.iter());
-    let mut rules: Rules = calls.map(|call| (i64::from(*call), Vec::new())).collect();
+    let mut rules: Rules = calls.map(|call| (*call, Vec::new())).collect();
     // No memory can be executed that was written.
     let execute = libc::PROT_EXEC as u64;
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
@@ -319,6 +320,9 @@ pub(super) fn of(kind: ThreadKind, mode: Mode) -> Result<BpfProgram, Error> {
     let thread = libc::CLONE_THREAD as u64;
     rules.insert(libc::SYS_clone, vec![has(0, thread, thread)?]);
     rules.insert(libc::SYS_clone3, Vec::new());
+    // Limits are looked up, and changed by nobody.
+    let own_limits = vec![condition(0, SeccompCmpOp::Eq, 0)?, condition(2, SeccompCmpOp::Eq, 0)?];
+    rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(own_limits)?]);
     // For memory of this process, to place pages by it.
     if kind == ThreadKind::Control {
         rules.insert(libc::SYS_userfaultfd, vec![has(0, USER_MODE_ONLY, USER_MODE_ONLY)?]);
@@ -336,7 +340,7 @@ pub(super) fn of(kind: ThreadKind, mode: Mode) -> Result<BpfProgram, Error> {
         // Those of userfaultfd, pagemap, and sockets; what a descriptor is says the kernel.
         rules.insert(libc::SYS_ioctl, ioctls()?);
     } else {
-        rules.insert(libc::SYS_ioctl, vec![is(1, libc::FIONBIO as u64)?]);
+        rules.insert(libc::SYS_ioctl, vec![is(1, libc::FIONBIO)?]);
     }
     compile(rules, refuse(mode), SeccompAction::Allow)
 }
@@ -351,7 +355,7 @@ const LETTERS: [u64; 2] = [0xaa, b'f' as u64];
 fn ioctls() -> Result<Vec<SeccompRule>, Error> {
     let letters = LETTERS.into_iter().map(|letter| has(1, 0xff00, letter << 8));
     let sockets = [libc::FIONBIO, libc::FIONREAD, libc::TIOCOUTQ];
-    letters.chain(sockets.into_iter().map(|request| is(1, request as u64))).collect()
+    letters.chain(sockets.into_iter().map(|request| is(1, request))).collect()
 }
 
 fn refuse(mode: Mode) -> SeccompAction {
@@ -374,6 +378,11 @@ fn has(argument: u8, mask: u64, bits: u64) -> Result<SeccompRule, Error> {
 fn rule(argument: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompRule, Error> {
     let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, how, value)?;
     Ok(SeccompRule::new(vec![condition])?)
+}
+
+/// A condition on a pointer.
+fn condition(argument: u8, how: SeccompCmpOp, value: u64) -> Result<SeccompCondition, Error> {
+    Ok(SeccompCondition::new(argument, SeccompCmpArgLen::Qword, how, value)?)
 }
 
 fn compile(

@@ -19,7 +19,8 @@ const VERSION: ABI = ABI::V6;
 const LIBRARIES: [&str; 6] =
     ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store", "/etc/ld.so.cache"];
 
-/// Enters the landlock domain, in which the programs in `programs` can be executed. Returns false if the kernel has none, or not all of it.
+/// Enters the landlock domain, in which the programs in `programs` can be executed. Returns false
+/// if the kernel has none, or not all of it.
 ///
 /// # Errors
 /// If the kernel refuses.

@@ -127,9 +127,7 @@ pub fn enter(
     opener::ask(channel);
     // The opener of the program before knows them.
     let granted = if is_inherited { Vec::new() } else { granted() };
-    let always = Grants::default().read(Path::new(socket_queue::LIMIT));
-    let always = if is_inherited { Grants::default() } else { always };
-    for grants in granted.into_iter().chain([always]).filter(|grants| !grants.is_empty()) {
+    for grants in granted.into_iter().filter(|grants| !grants.is_empty()) {
         // A folder that is none is named by whoever uses it.
         let _ = opener::grant(grants.into_fds());
     }

@@ -15,6 +15,7 @@ use super::{Session, check_fds, invalid, take_fds};
 use crate::hooks::HookError;
 use crate::incoming::IncomingPlan;
 use crate::incoming::accept::Source;
+use crate::incoming::handshake::KnownSource;
 use crate::incoming::job::IncomingJob;
 use crate::incoming::postcopy::ContinuedPostcopy;
 use crate::job::{CommonOptions, Job, JobError, RecoveryRequest};
@@ -26,6 +27,7 @@ use crate::restore::reset::{DiscardsSinceRequest, RecordDiscards};
 use crate::snapshot::SnapshotPlan;
 use crate::transport::address::check_socket;
 use crate::transport::{Address, Listener, TransportError};
+use crate::trust::Peer;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
@@ -443,7 +445,8 @@ impl SharedSession {
                 session.run_job(SessionJob::Restore(job.clone()), move || rest.run(&job))?;
                 path
             }
-            Journal::Incoming { session: number, address, acknowledge, options } => {
+            Journal::Incoming { session: number, peer, address, acknowledge, options } => {
+                let source = known_source(number, &peer)?;
                 let missing = memory.owed_pages().map_err(|error| invalid(&error))?;
                 let listener = self.listen_at(&parse(&address)?)?;
                 let mut session = self.lock();
@@ -452,7 +455,7 @@ impl SharedSession {
                 cannot_be_cancelled(&job)?;
                 let job = Arc::new(IncomingJob::new(job, options).map_err(no_job)?);
                 let rest =
-                    ContinuedPostcopy::new(&job, (number, acknowledge), listener, missing, uffd)
+                    ContinuedPostcopy::new(&job, (source, acknowledge), listener, missing, uffd)
                         .map_err(|error| invalid(&error))?;
                 session.run_job(SessionJob::Incoming(job.clone()), move || rest.run(&job))?;
                 address
@@ -460,6 +463,18 @@ impl SharedSession {
         };
         Ok(Success::Started(JobStarted { job: self.lock().jobs, address }))
     }
+}
+
+/// The source of a migration that another agent received, as the journal has it.
+fn known_source(session: [u8; 16], peer: &[u8]) -> Result<KnownSource, RemoteError> {
+    if peer.is_empty() {
+        return Ok(KnownSource { session, peer: None });
+    }
+    let unknown = || {
+        let sentence = format!("the journal has {} bytes that name no source", peer.len());
+        RemoteError::new(ErrorCode::Unsupported, sentence)
+    };
+    Ok(KnownSource { session, peer: Some(Peer::decode(peer).ok_or_else(unknown)?) })
 }
 
 /// The guest of this job runs already, and nobody else has its memory.

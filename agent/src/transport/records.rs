@@ -104,6 +104,9 @@ enum Next {
 const BUFFER: usize = 1280 << 10;
 /// The first buffer of a peer that has not said hello. Almost every hello fits.
 const FIRST: usize = 4 << 10;
+/// The same over TLS, whose layer has a buffer of its own: one record of such a batch. More only
+/// costs cache.
+const BUFFER_OVER_TLS: usize = 320 << 10;
 
 impl RecordReader {
     /// Reads from `socket`. The buffer is allocated with the first read.
@@ -250,7 +253,11 @@ impl RecordReader {
             self.end -= self.start;
             self.start = 0;
             // Whoever has not said hello gets no memory by a length, but as its bytes arrive.
-            let size = if whose == HelloFrom::Stranger { FIRST } else { needed.max(BUFFER) };
+            let size = match whose {
+                HelloFrom::Stranger => FIRST,
+                HelloFrom::Peer if self.socket.is_secured() => needed.max(BUFFER_OVER_TLS),
+                HelloFrom::Peer => needed.max(BUFFER),
+            };
             if self.buffer.len() < size {
                 self.buffer.resize(size, 0);
             }

@@ -27,8 +27,6 @@ const MAX_LOOKUPS: usize = 16;
 
 static LOOKUPS: AtomicUsize = AtomicUsize::new(0);
 
-/// The system's look-up of `HOST:PORT`.
-
 /// The socket addresses of `HOST:PORT`, after at most `timeout`.
 ///
 /// # Errors

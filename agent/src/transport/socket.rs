@@ -20,8 +20,19 @@ pub(super) fn send(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usiz
 /// Receives the bytes that are there, and does not wait. `None` if there are none, and 0 if the
 /// peer has closed the connection.
 pub(super) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
+    receive_with(socket, buffer, RecvFlags::empty())
+}
+
+/// As [`receive`], but the bytes stay there.
+pub(super) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<usize>, Errno> {
+    receive_with(socket, buffer, RecvFlags::PEEK)
+}
+
+fn receive_with(
+    socket: BorrowedFd<'_>, buffer: &mut [u8], flags: RecvFlags,
+) -> Result<Option<usize>, Errno> {
     loop {
-        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT) {
+        match recv(socket, &mut *buffer, RecvFlags::DONTWAIT | flags) {
             Ok((_, count)) => return Ok(Some(count)),
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(None),

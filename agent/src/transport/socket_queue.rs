@@ -33,7 +33,7 @@ const NOT_SENT: libc::c_int = 128 << 10;
 const LEAST: u64 = 128 << 10;
 /// The largest receive queue that a program may request, in bytes. A queue whose size was not
 /// requested can grow beyond that.
-pub const LIMIT: &str = "/proc/sys/net/core/rmem_max";
+const LIMIT: &str = "/proc/sys/net/core/rmem_max";
 /// Highest expected bandwidth of a link, in bytes per second: no faster than one stream places
 /// pages.
 const FASTEST: u64 = 1 << 30;

@@ -16,10 +16,10 @@
 //! once (see [`crate::job::Cancel`]).
 
 use super::error::TransportError;
-use super::socket::{receive, send};
+use super::socket::{peek, receive, send};
 use super::tls::{Proof, Shaken, TlsLayer, Written};
 use crate::job::Deadline;
-use crate::trust::Secured;
+use crate::trust::{Peer, Secured};
 use pageferry_protocol::control::job::MIN_BANDWIDTH;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, IoSlice};
@@ -77,20 +77,39 @@ impl StreamSocket {
         }
     }
 
+    /// The first byte that was received and not read, whether the layer of TLS opens it or not.
+    /// `None` if there is none.
+    ///
+    /// # Errors
+    /// If the peer has closed the connection.
+    pub fn first_byte(&self) -> Result<Option<u8>, TransportError> {
+        let mut first = [0];
+        match peek(self.fd.as_fd(), &mut first) {
+            Ok(Some(0)) => Err(TransportError::Closed),
+            Ok(count) => Ok(count.map(|_| first[0])),
+            Err(errno) => Err(self.failed(errno)),
+        }
+    }
+
     /// How far the peer has got with the proof of who it is; `None` if this is no stream over TLS.
     pub fn proof(&self) -> Option<Proof> {
         self.tls.as_ref().map(|tls| tls.proof())
     }
 
-    /// The certificate of the peer, once it has proved that it is its own.
-    pub fn peer(&self) -> Option<Vec<u8>> {
+    /// Who the peer is, once it has proved that. `None` without TLS.
+    pub fn peer(&self) -> Option<Peer> {
         self.tls.as_ref().and_then(|tls| tls.peer())
+    }
+
+    /// True if the bytes go over TLS.
+    pub(super) fn is_secured(&self) -> bool {
+        self.tls.is_some()
     }
 
     /// The part of a payload that the checksum of its record covers: none over TLS, which proves
     /// by itself that no byte was changed.
     pub fn checked<'a>(&self, payload: &'a [u8]) -> &'a [u8] {
-        if self.tls.is_some() { &[] } else { payload }
+        if self.is_secured() { &[] } else { payload }
     }
 
     /// As [`StreamSocket::new`]; all waits also end with `stop`.

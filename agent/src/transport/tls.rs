@@ -8,21 +8,19 @@
 //! The peer has proved who it is before [`TlsLayer::read`] returns its first byte, and before
 //! [`TlsLayer::write`] takes one.
 
+mod connection;
+mod received;
+mod sealed;
+
 use super::error::TransportError;
-use super::socket::{receive, send};
 use crate::lock::lock;
-use crate::trust::{Secured, TrustError};
+use crate::trust::{Peer, Secured, TrustError};
+use connection::{Opened, Step, open, seal};
+use received::{Incoming, Received};
 use rustix::io::{Errno, IoSlice};
-use std::io::{self, ErrorKind, Read, Write};
+use sealed::Sealed;
 use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
-
-/// Sealed bytes that are received at once. Few system calls, and it stays in the cache.
-const RECEIVED: usize = 256 << 10;
-/// The same, of a peer that has not proved who it is.
-const RECEIVED_OF_STRANGER: usize = 4 << 10;
-/// Bytes that are sealed before they are sent.
-const SEALED: usize = 256 << 10;
 
 /// The TLS layer of a socket.
 #[derive(Debug)]
@@ -31,12 +29,17 @@ pub(super) struct TlsLayer(Mutex<State>);
 #[derive(Debug)]
 struct State {
     secured: Secured,
-    /// The peer has proved who it is.
-    is_proved: bool,
-    /// Sealed bytes: those from `start` to `end` were received and are not opened yet.
-    received: Vec<u8>,
-    start: usize,
-    end: usize,
+    /// Who the peer is, once it has proved that.
+    peer: Option<Peer>,
+    /// The peer sends no more.
+    is_ended: bool,
+    /// Why the connection cannot be used any more.
+    failed: Option<rustls::Error>,
+    received: Received,
+    sealed: Sealed,
+    /// Opened bytes for which a reader had no room: those from `used` on.
+    rest: Vec<u8>,
+    used: usize,
 }
 
 /// How far a peer has got with the proof of who it is.
@@ -69,10 +72,17 @@ pub(super) enum Shaken {
 }
 
 impl TlsLayer {
-    pub(super) fn new(mut secured: Secured) -> Self {
-        secured.connection.set_buffer_limit(Some(2 * SEALED));
-        let (received, start, end) = (Vec::new(), 0, 0);
-        Self(Mutex::new(State { secured, is_proved: false, received, start, end }))
+    pub(super) fn new(secured: Secured) -> Self {
+        Self(Mutex::new(State {
+            secured,
+            peer: None,
+            is_ended: false,
+            failed: None,
+            received: Received::default(),
+            sealed: Sealed::default(),
+            rest: Vec::new(),
+            used: 0,
+        }))
     }
 
     /// Goes on with the handshake as far as it can without waiting.
@@ -94,21 +104,13 @@ impl TlsLayer {
         let state = &mut *lock(&self.0);
         // Afterwards a read has nothing to do with what waits to be sent: what was received and not
         // opened yet wakes nobody.
-        if !state.is_proved && state.shake_hands(socket)? == Shaken::NeedsBytes {
-            return Ok(None);
-        }
-        loop {
-            match state.secured.connection.reader().read(buffer) {
-                Ok(count) => return Ok(Some(count)),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // Cut without a farewell: the records say whether something is missing.
-                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(Some(0)),
-                Err(error) => return Err(TransportError::Kernel(error)),
-            }
-            if !state.receive(socket)? {
+        if state.peer.is_none() {
+            state.shake_hands(socket)?;
+            if state.peer.is_none() {
                 return Ok(None);
             }
         }
+        state.read(socket, buffer)
     }
 
     /// Seals the beginning of `parts`, and sends what is sealed, as far as the socket has room.
@@ -119,22 +121,15 @@ impl TlsLayer {
         &self, socket: BorrowedFd<'_>, parts: &[IoSlice<'_>],
     ) -> Result<Written, TransportError> {
         let state = &mut *lock(&self.0);
-        if state.secured.connection.is_handshaking() {
+        // A peer that has proved who it is, and is not allowed, may be told so.
+        if state.is_handshaking() {
             return Err(TrustError::NotProved.into());
         }
         // What was sealed before goes first, so that no more than one batch is kept.
         if !state.send(socket)? {
             return Ok(Written::NoRoom);
         }
-        let (mut taken, connection) = (0, &mut state.secured.connection);
-        for part in parts {
-            let rest = &part[..part.len().min(SEALED - taken)];
-            connection.writer().write_all(rest).map_err(TransportError::Kernel)?;
-            taken += rest.len();
-            if taken == SEALED {
-                break;
-            }
-        }
+        let taken = state.seal(parts)?;
         state.send(socket)?;
         Ok(Written::Taken(taken))
     }
@@ -151,81 +146,132 @@ impl TlsLayer {
     pub(super) fn proof(&self) -> Proof {
         let state = lock(&self.0);
         // It is chosen together with the answer to the peer's first message.
-        let is_answered = state.secured.connection.negotiated_cipher_suite().is_some();
-        match state.is_proved {
-            true => Proof::Given,
-            false if is_answered => Proof::Answered,
-            false => Proof::Missing,
+        let is_answered = state.secured.connection.common().negotiated_cipher_suite().is_some();
+        match state.peer {
+            Some(_) => Proof::Given,
+            None if is_answered => Proof::Answered,
+            None => Proof::Missing,
         }
     }
 
-    /// The peer's certificate, once it has proved that it is its own.
-    pub(super) fn peer(&self) -> Option<Vec<u8>> {
-        let state = lock(&self.0);
-        let certificates = state.secured.connection.peer_certificates().filter(|_| state.is_proved);
-        certificates.and_then(<[_]>::first).map(|certificate| certificate.to_vec())
+    /// Who the peer is, once it has proved that.
+    pub(super) fn peer(&self) -> Option<Peer> {
+        lock(&self.0).peer
     }
 }
 
 impl State {
+    fn is_handshaking(&self) -> bool {
+        self.secured.connection.common().is_handshaking()
+    }
+
     fn shake_hands(&mut self, socket: BorrowedFd<'_>) -> Result<Shaken, TransportError> {
-        while self.secured.connection.is_handshaking() {
-            if !self.send(socket)? {
-                return Ok(Shaken::NeedsRoom);
+        while self.peer.is_none() {
+            match self.open(socket, &mut [])? {
+                (Step::Ended, _) => return Err(TransportError::Closed),
+                (Step::GoOn, _) => {}
+                // What this side says last is only sealed here. A peer that is not allowed does not
+                // get it.
+                _ if !self.is_handshaking() => self.peer = Some(self.secured.check_peer()?),
+                _ if !self.send(socket)? => return Ok(Shaken::NeedsRoom),
+                _ => match self.receive(socket)? {
+                    Incoming::Bytes => {}
+                    Incoming::Nothing => return Ok(Shaken::NeedsBytes),
+                    Incoming::End => return Err(TransportError::Closed),
+                },
             }
-            if self.secured.connection.is_handshaking() && !self.receive(socket)? {
-                return Ok(Shaken::NeedsBytes);
-            }
-        }
-        if !self.is_proved {
-            self.secured.check_peer()?;
-            self.is_proved = true;
         }
         if self.send(socket)? { Ok(Shaken::Done) } else { Ok(Shaken::NeedsRoom) }
     }
 
-    /// Opens a record that was received, or receives more. False if there is nothing.
-    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<bool, TransportError> {
-        let is_ended = if self.start == self.end {
-            let size = if self.is_proved { RECEIVED } else { RECEIVED_OF_STRANGER };
-            if self.received.len() < size {
-                self.received.resize(size, 0);
+    fn read(
+        &mut self, socket: BorrowedFd<'_>, buffer: &mut [u8],
+    ) -> Result<Option<usize>, TransportError> {
+        loop {
+            if self.used < self.rest.len() {
+                let count = buffer.len().min(self.rest.len() - self.used);
+                buffer[..count].copy_from_slice(&self.rest[self.used..self.used + count]);
+                self.used += count;
+                return Ok(Some(count));
             }
-            let Some(count) = receive(socket, &mut self.received).map_err(failed)? else {
-                return Ok(false);
-            };
-            (self.start, self.end) = (0, count);
-            count == 0
-        } else {
-            false
-        };
-        let mut sealed = &self.received[self.start..self.end];
+            // Cut without a farewell: the records say whether something is missing.
+            if self.is_ended {
+                return Ok(Some(0));
+            }
+            match self.open(socket, buffer)? {
+                (_, filled @ 1..) => return Ok(Some(filled)),
+                (Step::NeedsBytes | Step::Sealed(_), _) => match self.receive(socket)? {
+                    Incoming::Nothing => return Ok(None),
+                    Incoming::End => self.is_ended = true,
+                    Incoming::Bytes => {}
+                },
+                _ => {}
+            }
+        }
+    }
+
+    /// Opens the next record into `buffer`. Returns how many bytes that were.
+    fn open(
+        &mut self, socket: BorrowedFd<'_>, buffer: &mut [u8],
+    ) -> Result<(Step, usize), TransportError> {
+        if let Some(error) = &self.failed {
+            return Err(self.secured.explain(error.clone()).into());
+        }
+        if self.used == self.rest.len() {
+            self.rest.clear();
+            self.used = 0;
+        }
+        let mut opened = Opened { buffer, filled: 0, rest: &mut self.rest };
         let connection = &mut self.secured.connection;
-        let count = connection.read_tls(&mut sealed).map_err(TransportError::Kernel)?;
-        self.start += count;
-        if let Err(error) = connection.process_new_packets() {
-            // An alert says why. The peer may be gone.
-            let _ = self.send(socket);
-            return Err(TrustError::Tls(error).into());
+        let step = open(connection, &mut self.received, &mut self.sealed, &mut opened);
+        let filled = opened.filled;
+        match step {
+            Ok(step) => {
+                self.is_ended |= step == Step::Ended;
+                Ok((step, filled))
+            }
+            Err(TrustError::Tls(error)) => Err(self.fail(socket, error)),
+            Err(error) => Err(error.into()),
         }
-        if is_ended && self.secured.connection.is_handshaking() {
-            return Err(TransportError::Closed);
+    }
+
+    /// Ends the connection, and tells the peer why. It may be gone.
+    fn fail(&mut self, socket: BorrowedFd<'_>, error: rustls::Error) -> TransportError {
+        let mut opened = Opened { buffer: &mut [], filled: 0, rest: &mut self.rest };
+        // rustls has queued the alert.
+        while self.secured.connection.common().wants_write() {
+            let connection = &mut self.secured.connection;
+            if open(connection, &mut self.received, &mut self.sealed, &mut opened).is_err() {
+                break;
+            }
         }
-        Ok(true)
+        let _ = self.send(socket);
+        self.failed = Some(error.clone());
+        self.secured.explain(error).into()
+    }
+
+    fn seal(&mut self, parts: &[IoSlice<'_>]) -> Result<usize, TransportError> {
+        if let Some(error) = &self.failed {
+            return Err(self.secured.explain(error.clone()).into());
+        }
+        loop {
+            let mut opened = Opened { buffer: &mut [], filled: 0, rest: &mut self.rest };
+            let connection = &mut self.secured.connection;
+            match seal(connection, &mut self.received, &mut self.sealed, &mut opened, parts)? {
+                Step::Sealed(taken) => return Ok(taken),
+                Step::NeedsBytes => return Err(TrustError::NotProved.into()),
+                step => self.is_ended |= step == Step::Ended,
+            }
+        }
+    }
+
+    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Incoming, TransportError> {
+        self.received.make_room(self.peer.is_none())?;
+        self.received.receive(socket).map_err(failed)
     }
 
     fn send(&mut self, socket: BorrowedFd<'_>) -> Result<bool, TransportError> {
-        while self.secured.connection.wants_write() {
-            match self.secured.connection.write_tls(&mut Sender(socket)) {
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => {
-                    return Err(Errno::from_io_error(&error)
-                        .map_or_else(|| TransportError::Kernel(error), failed));
-                }
-            }
-        }
-        Ok(true)
+        self.sealed.send(socket).map_err(failed)
     }
 }
 
@@ -236,19 +282,5 @@ fn failed(errno: Errno) -> TransportError {
     }
 }
 
-/// Writes to a socket without waiting.
-struct Sender<'a>(BorrowedFd<'a>);
-
-impl Write for Sender<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(send(self.0, &[IoSlice::new(bytes)])?)
-    }
-
-    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-        Ok(send(self.0, parts)?)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
+#[cfg(test)]
+mod tests;

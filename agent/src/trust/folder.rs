@@ -12,20 +12,19 @@
 //! The files are read again when they have changed, so a certificate can be renewed while the agent
 //! runs. A key that others than its owner may read is refused.
 
-use crate::lock::lock;
+use super::cached::{Cached, check_mode};
+use super::{TrustError, host_name, provider};
 use crate::opener;
 use rustls::client::WebPkiServerVerifier;
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
+use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use std::fs::Metadata;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Longest file in bytes.
 const LONGEST_FILE: usize = 16 << 20;
@@ -42,94 +41,13 @@ struct Identity {
 const SERVER: Identity = Identity { certificate: "server-cert.pem", key: "server-key.pem" };
 const CLIENT: Identity = Identity { certificate: "client-cert.pem", key: "client-key.pem" };
 
-/// Why a peer cannot be trusted, or this side cannot show who it is.
-#[derive(Debug, thiserror::Error)]
-pub enum TrustError {
-    /// The agent has no folder.
-    #[error("tls: needs certificates: start the agent with --tls FOLDER")]
-    NoFolder,
-    /// A file cannot be read.
-    #[error("cannot read {0:?}")]
-    Read(PathBuf, #[source] std::io::Error),
-    /// A file has no such thing, or it is malformed.
-    #[error("{path:?} has no {what}")]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What it should have.
-        what: &'static str,
-        /// What is wrong.
-        #[source]
-        source: pem::Error,
-    },
-    /// Others may read the key.
-    #[error("{path:?} has mode {mode:03o}, but nobody except its owner may read a key (chmod 600)")]
-    KeyIsOpen {
-        /// The file.
-        path: PathBuf,
-        /// Its permissions.
-        mode: u32,
-    },
-    /// rustls does not take the authorities or what they revoked.
-    #[error("{0:?}")]
-    Authorities(PathBuf, #[source] VerifierBuilderError),
-    /// rustls does not take a certificate or its key.
-    #[error("{0:?}")]
-    Certificate(PathBuf, #[source] rustls::Error),
-    /// A name cannot be in a certificate.
-    #[error("{0:?} is no name of a host and no IP address")]
-    Name(String),
-    /// The peer's certificate is for somebody else.
-    #[error("the peer's certificate has none of the names that --tls-peer allows")]
-    NotAllowed,
-    /// Nothing is said to a peer before it has proved who it is.
-    #[error("the peer has not proved who it is")]
-    NotProved,
-    /// The handshake or a record failed.
-    #[error("TLS")]
-    Tls(#[from] rustls::Error),
-}
-
-impl TrustError {
-    /// True if this says something about a certificate, of the peer or of this side. False for what
-    /// anybody can cause who sends some bytes.
-    pub fn is_about_certificates(&self) -> bool {
-        use rustls::Error::{
-            AlertReceived, InvalidCertificate, NoCertificatesPresented, PeerIncompatible,
-        };
-        match self {
-            Self::NotProved => false,
-            Self::Tls(error) => matches!(
-                error,
-                AlertReceived(_)
-                    | InvalidCertificate(_)
-                    | NoCertificatesPresented
-                    | PeerIncompatible(_)
-            ),
-            _ => true,
-        }
-    }
-}
-
-/// Identifies the content of files, by what the kernel says of each: device, inode, size, change.
-type Stamp = Vec<Option<(u64, u64, u64, i64, i64)>>;
-
-/// What was read, while the files are still the same.
-type Cache<T> = Mutex<Option<(Stamp, Arc<T>)>>;
-
 /// A folder of certificates.
 #[derive(Debug)]
 pub struct Folder {
     path: PathBuf,
     allowed: Vec<ServerName<'static>>,
-    client: Cache<ClientConfig>,
-    server: Cache<ServerConfig>,
-}
-
-/// The name of a host, or an address.
-pub(super) fn name(text: &str) -> Result<ServerName<'static>, TrustError> {
-    let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
-    ServerName::try_from(bare.to_owned()).map_err(|_| TrustError::Name(text.to_owned()))
+    client: Cached<ClientConfig>,
+    server: Cached<ServerConfig>,
 }
 
 impl Folder {
@@ -138,7 +56,7 @@ impl Folder {
     /// # Errors
     /// If one of the names can be none of a certificate.
     pub fn new(path: &Path, allowed: &[String]) -> Result<Self, TrustError> {
-        let allowed = allowed.iter().map(|text| name(text)).collect::<Result<_, _>>()?;
+        let allowed = allowed.iter().map(|text| host_name(text)).collect::<Result<_, _>>()?;
         let (client, server) = Default::default();
         Ok(Self { path: path.to_owned(), allowed, client, server })
     }
@@ -221,32 +139,17 @@ impl Folder {
     }
 
     fn cached<T>(
-        &self, cache: &Cache<T>, identity: Identity,
+        &self, cache: &Cached<T>, identity: Identity,
         read: impl FnOnce(
             Arc<RootCertStore>,
             Vec<CertificateRevocationListDer<'static>>,
             Arc<CryptoProvider>,
         ) -> Result<T, TrustError>,
     ) -> Result<Arc<T>, TrustError> {
-        let mut cache = lock(cache);
-        // Before the files are read: if one changes meanwhile, it is read again the next time.
-        let stamp = self.stamp(identity);
-        if let Some((read, config)) = &*cache
-            && *read == stamp
-        {
-            return Ok(config.clone());
-        }
-        let provider = Arc::new(ring::default_provider());
-        let config = Arc::new(read(Arc::new(self.authorities()?), self.revoked()?, provider)?);
-        *cache = Some((stamp, config.clone()));
-        Ok(config)
-    }
-
-    fn stamp(&self, identity: Identity) -> Stamp {
-        let of =
-            |file: Metadata| (file.dev(), file.ino(), file.size(), file.ctime(), file.ctime_nsec());
         let files = [AUTHORITIES, REVOKED, identity.certificate, identity.key];
-        files.iter().map(|name| self.path.join(name).metadata().ok().map(of)).collect()
+        cache.get(&files.map(|name| self.path.join(name)), || {
+            read(Arc::new(self.authorities()?), self.revoked()?, provider())
+        })
     }
 
     fn authorities(&self) -> Result<RootCertStore, TrustError> {
@@ -288,10 +191,7 @@ impl Folder {
         let certificates = self.certificates(identity.certificate)?;
         let path = self.path.join(identity.key);
         let file = path.metadata().map_err(|error| TrustError::Read(path.clone(), error))?;
-        let mode = file.mode() & 0o777;
-        if mode & 0o077 != 0 {
-            return Err(TrustError::KeyIsOpen { path, mode });
-        }
+        check_mode(&path, &file)?;
         let key = self.read(identity.key, "private key")?.into_iter().next();
         let missing = std::io::Error::from(ErrorKind::NotFound);
         Ok((certificates, key.ok_or(TrustError::Read(path, missing))?))

@@ -88,6 +88,8 @@ impl Grants {
             let own = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
             let socket = UdpSocket::bind(own).and_then(|socket| {
                 socket.connect(address)?;
+                // Port 0 connects to nothing.
+                socket.peer_addr()?;
                 Ok(socket)
             });
             self.push(socket.ok().map(OwnedFd::from));
@@ -178,6 +180,8 @@ mod tests {
             let socket = UdpSocket::from(fd.try_clone().unwrap());
             assert_eq!(socket.peer_addr().unwrap().to_string(), "127.0.0.1:4444");
         }
-        assert!(Grants::default().address("fd").is_empty());
+        for none in ["fd", "tcp:127.0.0.1:0", "tcp:nothing"] {
+            assert!(Grants::default().address(none).is_empty(), "{none}");
+        }
     }
 }

@@ -17,6 +17,11 @@ pub const JOURNAL_VERSION: u16 = 1;
 
 const RESTORE: u16 = 1;
 const INCOMING: u16 = 2;
+/// As [`INCOMING`], with the peer. An agent that does not know it must not accept another peer.
+const INCOMING_FROM: u16 = 3;
+
+/// Most bytes by which a journal knows the source.
+const MAX_PEER: usize = 256;
 
 /// A job that can be continued.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +39,9 @@ pub enum Journal {
     Incoming {
         /// The random number of the migration, by which its source is recognised.
         session: [u8; 16],
+        /// Who the source has proved to be, as the agent encodes it. Empty if it did not have to
+        /// prove that. At most 256 bytes.
+        peer: Vec<u8>,
         /// Where the source connects again.
         address: String,
         /// The source wants to be told which pages are placed.
@@ -51,8 +59,14 @@ impl Journal {
             Self::Restore { path, image, options } => {
                 options.encode(encoder.u16(RESTORE).bytes(image).text(path)).finish()
             }
-            Self::Incoming { session, address, acknowledge, options } => {
-                let encoder = encoder.u16(INCOMING).bytes(session).text(address);
+            Self::Incoming { session, peer, address, acknowledge, options } => {
+                let encoder = if peer.is_empty() {
+                    encoder.u16(INCOMING).bytes(session)
+                } else {
+                    let encoder = encoder.u16(INCOMING_FROM).bytes(session);
+                    encoder.u32(peer.len() as u32).bytes(peer)
+                };
+                let encoder = encoder.text(address);
                 options.encode(encoder.u32(u32::from(*acknowledge))).finish()
             }
         }
@@ -77,17 +91,27 @@ impl Journal {
                 let path = decoder.text("path", MAX_ADDRESS)?.to_owned();
                 Self::Restore { path, image, options: RestoreOptions::decode(&mut decoder)? }
             }
-            INCOMING => {
+            kind @ (INCOMING | INCOMING_FROM) => {
                 let session = decoder.array("session")?;
+                let peer = if kind == INCOMING { Vec::new() } else { decode_peer(&mut decoder)? };
                 let address = decoder.text("address", MAX_ADDRESS)?.to_owned();
                 let acknowledge = decoder.flags("acknowledge", 1, "0 or 1")? == 1;
                 let options = IncomingOptions::decode(&mut decoder)?;
-                Self::Incoming { session, address, acknowledge, options }
+                Self::Incoming { session, peer, address, acknowledge, options }
             }
-            kind => return wrong("journal kind", kind, "1 restore, 2 incoming"),
+            kind => return wrong("journal kind", kind, "1 restore, 2 and 3 incoming"),
         };
         decoder.finish().map(|()| journal)
     }
+}
+
+fn decode_peer(decoder: &mut Decoder<'_>) -> Result<Vec<u8>, DecodeError> {
+    let (field, length) = ("peer length", decoder.u32("peer length")?);
+    if length == 0 || length as usize > MAX_PEER {
+        let value = length.into();
+        return Err(DecodeError::InvalidValue { field, value, allowed: "1 to 256" });
+    }
+    decoder.bytes("peer", length as usize).map(<[u8]>::to_vec)
 }
 
 /// The bytes of a journal: their number, and then the bytes.
@@ -151,11 +175,31 @@ mod tests {
         recorded.extend(30_000_000u64.to_le_bytes());
         recorded.extend([1, 0, 0, 0]);
         let journal = Journal::decode(&recorded).unwrap();
-        let Journal::Incoming { session, address, acknowledge, options } = &journal else {
+        let Journal::Incoming { session, peer, address, acknowledge, options } = &journal else {
             panic!("{journal:?}")
         };
         assert_eq!((*session, address.as_str(), *acknowledge), ([9; 16], "unix:/", true));
+        assert!(peer.is_empty());
         assert_eq!(options.hook_timeout.as_secs(), 30);
         assert_eq!(journal.encode(), recorded);
+    }
+
+    #[test]
+    fn recorded_bytes_of_a_postcopy_over_tls_are_read() {
+        let mut recorded = vec![1, 0, 3, 0];
+        recorded.extend([9; 16]);
+        recorded.extend(b"\x03\0\0\0abc\x06\0\0\0unix:/");
+        recorded.extend(1u32.to_le_bytes());
+        recorded.extend(5_000_000u64.to_le_bytes());
+        recorded.extend(30_000_000u64.to_le_bytes());
+        recorded.extend([1, 0, 0, 0]);
+        let journal = Journal::decode(&recorded).unwrap();
+        let Journal::Incoming { peer, .. } = &journal else { panic!("{journal:?}") };
+        assert_eq!(peer, b"abc");
+        assert_eq!(journal.encode(), recorded);
+        for (length, allowed) in [(0u32, false), (3, true), (257, false)] {
+            recorded[20..24].copy_from_slice(&length.to_le_bytes());
+            assert_eq!(Journal::decode(&recorded).is_ok(), allowed, "{length}");
+        }
     }
 }

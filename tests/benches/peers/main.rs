@@ -13,6 +13,7 @@
 //! - [`copying`]: full, sparse and huge guests;
 //! - [`arrived`]: how fast a guest runs that has arrived;
 //! - [`compression`]: a guest with compressible memory;
+//! - [`tls`]: the same streams in plain text and over TLS;
 //! - [`live`]: a guest that writes while it migrates; [`tracking`]: what its trackers cost it;
 //! - [`postcopy`]: a guest that runs before its memory is there;
 //! - [`snapshots`]: a guest that is saved to a file, and may keep running;
@@ -48,6 +49,7 @@ mod qemu;
 mod qemu_guest;
 mod snapshots;
 mod table;
+mod tls;
 mod tracking;
 
 use clap::Parser;
@@ -58,8 +60,9 @@ use table::Table;
 #[derive(Debug, Parser)]
 #[command(name = "peers", max_term_width = 100)]
 struct Cli {
-    /// Run only these parts, separated by commas: full, arrived, compression, sparse, huge, live,
-    /// tracking, postcopy, snapshots, bitmaps, discards, queued, devices, bytes, cores, qemu-guest.
+    /// Run only these parts, separated by commas: full, arrived, compression, tls, sparse, huge,
+    /// live, tracking, postcopy, snapshots, bitmaps, discards, queued, devices, bytes, cores,
+    /// qemu-guest.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Rounds of each comparison; the figures are medians.
@@ -93,7 +96,7 @@ struct Cli {
     /// In `full`, `snapshots` and `qemu-guest`, run only these: pageferry, floor, qemu.
     #[arg(long, value_delimiter = ',', default_value = "pageferry,floor,qemu")]
     who: Vec<String>,
-    /// In `full`, numbers of streams and sockets.
+    /// In `full` and `tls`, numbers of streams and sockets.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4")]
     streams: Vec<u16>,
     /// Leave QEMU out even if it is installed.
@@ -132,7 +135,7 @@ pub struct Bench {
     pub qemu_versions: Vec<String>,
     /// The programs that run in `full`, `snapshots` and `qemu-guest`.
     pub who: Vec<String>,
-    /// Numbers of streams in `full`.
+    /// Numbers of streams in `full` and `tls`.
     pub streams: Vec<u16>,
 }
 
@@ -143,10 +146,11 @@ fn main() {
     if let Some(control) = &cli.answer {
         return postcopy::floor::answer(control);
     }
-    let parts: [(&str, Part); 16] = [
+    let parts: [(&str, Part); 17] = [
         ("full", copying::full),
         ("arrived", arrived::arrived),
         ("compression", compression::compression),
+        ("tls", tls::tls),
         ("sparse", copying::sparse),
         ("huge", copying::huge),
         ("bitmaps", bitmaps::bitmaps),

@@ -9,6 +9,7 @@ use pageferry_client::{
 use pageferry_tests::files::Still;
 use pageferry_tests::process::{AgentProcess, program};
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(600);
@@ -40,8 +41,15 @@ pub struct Side {
 impl Side {
     /// Hands all of `image` to an agent.
     pub fn new(image: &Image) -> Self {
+        Self::with_arguments(image, &[])
+    }
+
+    /// Hands all of `image` to an agent that was started with more arguments.
+    pub fn with_arguments(image: &Image, more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+        let agent =
+            AgentProcess::start_with(&mut Command::new(program()), folder.path(), "agent", more);
+        let agent = agent.unwrap();
         let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
         Still::hand_over(&client, channel, &image.file, image.size).unwrap();
         Self { client, agent, _folder: folder }
@@ -92,9 +100,17 @@ pub fn migrate(from: Side, to: Side, options: &OutgoingOptions) -> Moved {
 
 /// Migrates the guest, with options of both ends.
 pub fn migrate_with(
-    mut from: Side, mut to: Side, options: &OutgoingOptions, incoming: &IncomingOptions,
+    from: Side, to: Side, options: &OutgoingOptions, incoming: &IncomingOptions,
 ) -> Moved {
-    let listen = Target::Address("tcp:127.0.0.1:0".into());
+    migrate_over("tcp:127.0.0.1:0", from, to, options, incoming)
+}
+
+/// Migrates the guest to a destination that listens at this address.
+pub fn migrate_over(
+    listen: &str, mut from: Side, mut to: Side, options: &OutgoingOptions,
+    incoming: &IncomingOptions,
+) -> Moved {
+    let listen = Target::Address(listen.to_owned());
     let incoming = to.client.start_incoming(listen, incoming).unwrap();
     let started = Instant::now();
     let job = from.client.start_outgoing(Target::Address(incoming.address), options).unwrap().job;

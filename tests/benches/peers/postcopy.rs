@@ -39,6 +39,7 @@ use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use qemu_guest::Mover;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -74,7 +75,8 @@ impl Times {
 }
 
 /// The quantiles that are printed, in thousandths.
-const QUANTILES: [(&str, usize); 4] = [("p50", 500), ("p90", 900), ("p99", 990), ("most", 1000)];
+pub const QUANTILES: [(&str, usize); 4] =
+    [("p50", 500), ("p90", 900), ("p99", 990), ("most", 1000)];
 
 /// The numbers below `count`, in a random order from `seed`.
 fn shuffled(count: u64, seed: u64) -> Vec<u64> {
@@ -128,10 +130,22 @@ impl Hooks for Stateless {
     }
 }
 
+/// Where a destination listens, and the arguments that both agents need for that.
+#[derive(Debug, Clone, Copy)]
+pub struct Listens<'a> {
+    pub address: &'a str,
+    pub arguments: &'a [&'a str],
+}
+
+/// In plain text.
+const PLAIN: Listens<'_> = Listens { address: "tcp:127.0.0.1:0", arguments: &[] };
+
 impl Side {
-    fn new(memory: Arc<TestMemory>) -> Self {
+    fn new(memory: Arc<TestMemory>, arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
+        let mut command = Command::new(program());
+        let agent = AgentProcess::start_with(&mut command, folder.path(), "agent", arguments);
+        let agent = agent.unwrap();
         let (client, channel) = Client::connect(agent.socket(), Config::default()).unwrap();
         let (sender, resumed) = self::channel();
         channel.spawn(Stateless(sender)).unwrap();
@@ -165,8 +179,15 @@ impl Running {
     fn start(
         source: Arc<TestMemory>, destination: Arc<TestMemory>, streams: u16, bandwidth: u64,
     ) -> Self {
-        let (from, to) = (Side::new(source), Side::new(destination));
-        let listen = Target::Address("tcp:127.0.0.1:0".into());
+        Self::start_over(PLAIN, source, destination, streams, bandwidth)
+    }
+
+    fn start_over(
+        listens: Listens<'_>, source: Arc<TestMemory>, destination: Arc<TestMemory>, streams: u16,
+        bandwidth: u64,
+    ) -> Self {
+        let [from, to] = [source, destination].map(|memory| Side::new(memory, listens.arguments));
+        let listen = Target::Address(listens.address.to_owned());
         let incoming = to.client.start_incoming(listen, &IncomingOptions::default()).unwrap();
         let options = OutgoingOptions {
             streams,
@@ -229,7 +250,7 @@ impl Felt {
 
 /// The rounds of one kind of touches.
 #[derive(Default)]
-struct Rounds {
+pub struct Rounds {
     felt: Vec<Felt>,
     arrived: Vec<Arrived>,
 }
@@ -247,7 +268,7 @@ impl Rounds {
         )
     }
 
-    fn add_rows(&self, table: &mut Table, work: &str, who: &str) {
+    pub fn add_rows(&self, table: &mut Table, work: &str, who: &str) {
         let faults: Vec<f64> = self.felt.iter().map(|felt| felt.times.0.len() as f64).collect();
         let there: Vec<f64> = self.felt.iter().map(|felt| felt.there as f64).collect();
         let counted = format!(
@@ -309,6 +330,21 @@ pub fn postcopy(bench: &Bench, table: &mut Table) {
     }
 }
 
+/// Measures one round of faults while the push is held back.
+pub fn quiet(
+    bench: &Bench, [source, destination]: [&Image; 2], listens: Listens<'_>, round: u64,
+    rounds: &mut Rounds,
+) {
+    destination.clear();
+    let running = Running::start_over(listens, map(source), map(destination), 1, HELD_BACK);
+    let mut felt = Felt::default();
+    let touches = (TOUCHES / bench.shrink.min(40)) as usize;
+    for page in shuffled(source.size / PAGE_SIZE, round).into_iter().take(touches) {
+        felt.touch(&running, page * PAGE_SIZE);
+    }
+    rounds.add(felt, running.finish());
+}
+
 fn small_pages(bench: &Bench, table: &mut Table) {
     let (source, destination, _warm) = full_guest(&bench.folder, 2 * GIB / bench.shrink);
     let (touches, pages) = (TOUCHES / bench.shrink.min(40), source.size / PAGE_SIZE);
@@ -321,13 +357,7 @@ fn small_pages(bench: &Bench, table: &mut Table) {
         destination.clear();
         floors.push(Floor::measure(&map(&destination), PAGE_SIZE, touches));
 
-        destination.clear();
-        let running = Running::start(map(&source), map(&destination), 1, HELD_BACK);
-        let mut felt = Felt::default();
-        for page in shuffled(pages, round).into_iter().take(touches as usize) {
-            felt.touch(&running, page * PAGE_SIZE);
-        }
-        quiet.add(felt, running.finish());
+        self::quiet(bench, [&source, &destination], PLAIN, round, &mut quiet);
 
         for (&streams, (pushing, in_order)) in
             streams.iter().zip(pushing.iter_mut().zip(&mut in_order))

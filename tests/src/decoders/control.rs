@@ -386,8 +386,11 @@ pub fn journal_seeds() -> Vec<Vec<u8>> {
     let restore = Journal::Restore { path, image: [3; 16], options };
     let (address, options) = ("tcp:[::1]:7000".to_owned(), IncomingOptions::default());
     let (session, acknowledge) = ([4; 16], true);
-    let incoming = Journal::Incoming { session, address, acknowledge, options };
-    vec![restore.encode(), incoming.encode()]
+    let incoming = [Vec::new(), vec![5; 65]].map(|peer| {
+        let (address, options) = (address.clone(), options.clone());
+        Journal::Incoming { session, peer, address, acknowledge, options }.encode()
+    });
+    [vec![restore.encode()], incoming.into()].concat()
 }
 
 fn print_region(encoder: Encoder, region: &Region) -> Encoder {

@@ -23,6 +23,15 @@ fn threads(pid: u32) -> BTreeMap<String, BTreeMap<String, String>> {
     statuses.map(fields).map(|fields| (fields["Name"].clone(), fields)).collect()
 }
 
+fn threads_named(pid: u32, name: &str) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let is_named = |task: std::io::Result<std::fs::DirEntry>| {
+        let found = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        (found.trim() == name).then_some(())
+    };
+    tasks.filter_map(is_named).count()
+}
+
 #[test]
 fn every_thread_has_a_filter_and_no_privilege() {
     let folder = tempfile::tempdir().unwrap();
@@ -37,7 +46,10 @@ fn every_thread_has_a_filter_and_no_privilege() {
     let all = wait_for("its threads", Duration::from_secs(60), || {
         let all = threads(agent.id());
         let has = |name: &&str| all.keys().any(|found| found.starts_with(name));
-        wanted.iter().all(has).then_some(all)
+        // A thread that has just been started has the name of the first one for a moment.
+        let leader = all.values().find(|fields| fields["Pid"] == fields["Tgid"])?;
+        let names = threads_named(agent.id(), &leader["Name"]);
+        (wanted.iter().all(has) && names == 1).then_some(all)
     })
     .unwrap();
     for (name, fields) in &all {

@@ -4,7 +4,8 @@
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
-    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber, date_time_ymd,
+    IsCa, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
+    date_time_ymd,
 };
 use std::fs::{Permissions, set_permissions, write};
 use std::os::unix::fs::PermissionsExt;
@@ -61,6 +62,16 @@ impl Authority {
     pub fn sign(&self, wanted: Wanted<'_>) -> Identity {
         let key = KeyPair::generate().unwrap();
         let certificate = params(wanted).signed_by(&key, &self.0).unwrap().pem();
+        Identity { certificate, key: key.serialize_pem() }
+    }
+
+    /// A certificate with several names.
+    pub fn sign_names(&self, names: &[&str]) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let more = names[1..].iter().map(|name| SanType::DnsName((*name).try_into().unwrap()));
+        let mut params = params(Wanted::new(names[0]));
+        params.subject_alt_names.extend(more);
+        let certificate = params.signed_by(&key, &self.0).unwrap().pem();
         Identity { certificate, key: key.serialize_pem() }
     }
 

@@ -10,6 +10,8 @@ mod folders;
 mod layer;
 mod middle;
 mod peers;
+mod recovery;
 mod scene;
 mod strangers;
+mod tokens;
 mod wires;

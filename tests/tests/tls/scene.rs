@@ -1,37 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Hosts with an agent that has certificates, and guests that move between them.
+//! Hosts with an agent that has certificates or a token, and guests that move between them.
 
-use pageferry_client::{IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target};
+use pageferry_client::{
+    Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target,
+};
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, program};
-use pageferry_tests::scenario::{Attached, Ram, SOON};
+use pageferry_tests::scenario::{Attached, Ram, SOON, config};
 use std::path::Path;
 use std::process::Command;
 
 pub const PAGES: u64 = 300;
 
-/// A VMM with an agent that has a folder of certificates.
+/// A VMM with an agent that has certificates or a token.
 pub struct Host {
     // Dropped first, so that the agent can end.
     pub attached: Attached,
     pub agent: AgentProcess,
+    arguments: Vec<String>,
     _folder: tempfile::TempDir,
 }
 
 impl Host {
     pub fn new(ram: Ram, certificates: &Path, more: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let arguments = [&["--tls", certificates.to_str().unwrap()], more].concat();
-        let agent = AgentProcess::start_with(
-            &mut Command::new(program()),
-            folder.path(),
-            "agent",
-            &arguments,
-        );
-        let agent = agent.unwrap();
-        let attached = Attached::new(agent.socket(), ram);
-        Self { attached, agent, _folder: folder }
+        Self::with_arguments(ram, &[&["--tls", certificates.to_str().unwrap()], more].concat())
+    }
+
+    /// A VMM with an agent that has a token.
+    pub fn with_token(ram: Ram, token: &Path) -> Self {
+        Self::with_arguments(ram, &["--token-file", token.to_str().unwrap()])
+    }
+
+    fn with_arguments(ram: Ram, arguments: &[&str]) -> Self {
+        let (agent, folder) = start(arguments);
+        // Long enough for the next agent to be there.
+        let config = Config { continue_within: SOON, ..config() };
+        let (client, channel) = Client::connect(agent.socket(), config).unwrap();
+        let attached = Attached::over(client, channel, ram);
+        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        Self { attached, agent, arguments, _folder: folder }
+    }
+
+    /// Kills the agent, and lets the next one continue.
+    pub fn replace_agent(&mut self) {
+        self.agent.process().kill().unwrap();
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        let (agent, folder) = start(&arguments);
+        self.attached.reattach(agent.socket());
+        (self.agent, self._folder) = (agent, folder);
     }
 
     pub fn source(certificates: &Path) -> Self {
@@ -90,6 +107,13 @@ impl Host {
         assert_eq!(self.attached.client.ownership(), Ownership::Ours);
         assert!(!self.attached.vmm.is_paused());
     }
+}
+
+fn start(arguments: &[&str]) -> (AgentProcess, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = Command::new(program());
+    let agent = AgentProcess::start_with(&mut command, folder.path(), "agent", arguments);
+    (agent.unwrap(), folder)
 }
 
 /// Checks that the guest moves from one to the other.

@@ -120,7 +120,10 @@ fn an_agent_whose_program_is_gone_goes_on() {
     let folder = tempfile::tempdir_in(program.parent().unwrap()).unwrap();
     let copy = folder.path().join("program");
     std::fs::hard_link(program, &copy).unwrap();
-    let (mut service, source) = served(AgentProcess::spawn(&copy, folder.path(), "agent").unwrap());
+    let options = ["--programs", "/usr/bin"];
+    let service =
+        AgentProcess::start_with(&mut Command::new(&copy), folder.path(), "agent", &options);
+    let (mut service, source) = served(service.unwrap());
     // No program, and one that is no agent and would end at once.
     for (count, wrong) in [(1, None), (2, Some("/bin/true"))] {
         let _ = std::fs::remove_file(&copy);

@@ -26,6 +26,7 @@ pub mod fault_forwarder;
 pub mod page_receiver;
 pub mod recover;
 
+use super::handshake::KnownSource;
 use super::job::IncomingJob;
 use super::offer::Accepted;
 use super::place::Remaining;
@@ -48,7 +49,8 @@ use std::sync::Arc;
 pub struct PostcopyGuest {
     job: Arc<IncomingJob>,
     missing_pages: Arc<MissingPages>,
-    session: [u8; 16],
+    /// The source, which may connect again.
+    source: KnownSource,
     /// The addresses at which the source may connect again.
     listeners: Vec<Listener>,
     requests: RequestStreams,
@@ -83,12 +85,13 @@ pub fn receive_guest_first(
     if let Some(listener) = &listener {
         job.keep_journal(&Journal::Incoming {
             session: accepted.session,
+            peer: accepted.source().peer.map(|peer| peer.encode()).unwrap_or_default(),
             address: listener.address().to_owned(),
             acknowledge: accepted.acknowledge,
             options: job.options.clone(),
         });
     }
-    let guest = PostcopyGuest::new(job, missing_pages, accepted.session, listener);
+    let guest = PostcopyGuest::new(job, missing_pages, accepted.source(), listener);
     guest.arrive(registered, |guest| {
         guest.run(accepted, received, guest_is).map(|()| Some(accepted))
     })
@@ -98,15 +101,15 @@ pub fn receive_guest_first(
 pub struct ContinuedPostcopy(PostcopyGuest);
 
 impl ContinuedPostcopy {
-    /// From now on discards know of the pages that are `missing`. The source of the migration with
-    /// this random number connects to `listener`, and may want to be told which pages are placed.
+    /// From now on discards know of the pages that are `missing`. The source of the migration
+    /// connects to `listener`, and may want to be told which pages are placed.
     /// `uffd` is that of the mappings.
     ///
     /// # Errors
     /// If there is no memory for it. It can be tried again then, which is why this is not left to
     /// the job: a job that fails loses the guest.
     pub fn new(
-        job: &Arc<IncomingJob>, (session, acknowledge): ([u8; 16], bool), listener: Listener,
+        job: &Arc<IncomingJob>, (source, acknowledge): (KnownSource, bool), listener: Listener,
         missing: HostPageSet, uffd: OwnedFd,
     ) -> Result<Self, JobError> {
         let (blocks, live) = (job.memory.blocks(), job.live.clone());
@@ -114,7 +117,7 @@ impl ContinuedPostcopy {
         let missing_pages = Arc::new(missing_pages);
         job.set_remaining(missing_pages.missing());
         job.memory.set_missing_pages(Some(missing_pages.clone()));
-        let mut guest = PostcopyGuest::new(job, missing_pages, session, Some(listener));
+        let mut guest = PostcopyGuest::new(job, missing_pages, source, Some(listener));
         guest.ours = true;
         Ok(Self(guest))
     }
@@ -149,13 +152,13 @@ impl ContinuedPostcopy {
 
 impl PostcopyGuest {
     fn new(
-        job: &Arc<IncomingJob>, missing_pages: Arc<MissingPages>, session: [u8; 16],
+        job: &Arc<IncomingJob>, missing_pages: Arc<MissingPages>, source: KnownSource,
         listener: Option<Listener>,
     ) -> Self {
         Self {
             job: job.clone(),
             missing_pages,
-            session,
+            source,
             listeners: listener.into_iter().collect(),
             requests: RequestStreams::default(),
             ours: false,

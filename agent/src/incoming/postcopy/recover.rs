@@ -87,7 +87,7 @@ impl PostcopyGuest {
             if let Some(accepted) = accept_again(
                 &self.job,
                 &listeners,
-                self.session,
+                self.source,
                 Some(self.job.recovery.fd()),
                 None,
             )? {
@@ -136,7 +136,7 @@ impl PostcopyGuest {
         let recovery = &self.job.recovery;
         loop {
             let asked = Some(recovery.fd());
-            let accepted = accept_again(&self.job, &listeners, self.session, asked, Some(until));
+            let accepted = accept_again(&self.job, &listeners, self.source, asked, Some(until));
             if let Some(accepted) = accepted.ok()? {
                 return Some(accepted);
             }

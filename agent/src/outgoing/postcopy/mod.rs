@@ -42,8 +42,9 @@ impl Migration {
             .send_state_and_remaining(&mut paused, since, &mut stop)
             .map_err(|error| stop.explain(error))?;
         let kept = missing.try_clone()?;
+        let destination = (self.session, self.streams.peer());
         let mut source =
-            PostcopySource::new(&self.job, self.session, self.address.clone(), missing, Some(kept));
+            PostcopySource::new(&self.job, destination, self.address.clone(), missing, Some(kept));
         let mut confirmed = false;
         let outcome = source.serve(&mut self.streams, |primary| {
             source.job.enter(Phase::Loading);

@@ -32,6 +32,7 @@ use crate::outgoing::OutgoingError;
 use crate::transport::StreamError;
 use crate::transport::socket_queue::limit_send_queue;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
+use crate::trust::Peer;
 use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
@@ -51,6 +52,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(200);
 pub struct PostcopySource {
     pub(super) job: Arc<OutgoingJob>,
     pub(super) session: SessionId,
+    /// Who the destination has proved to be.
+    pub(super) peer: Option<Peer>,
     /// The address of the destination.
     pub(super) address: Option<Address>,
     /// The pages that the destination is missing and that were not sent yet.
@@ -120,17 +123,18 @@ impl StreamGroup<'_> {
 }
 
 impl PostcopySource {
-    /// A source for a destination that is missing `missing`. `kept` has the pages that the
-    /// destination may need again after a lost connection, if that is known.
+    /// A source for a destination that has proved to be `peer` and is missing `missing`. `kept` has
+    /// the pages that the destination may need again after a lost connection, if that is known.
     pub fn new(
-        job: &Arc<OutgoingJob>, session: SessionId, address: Option<Address>, missing: HostPageSet,
-        kept: Option<HostPageSet>,
+        job: &Arc<OutgoingJob>, (session, peer): (SessionId, Option<Peer>),
+        address: Option<Address>, missing: HostPageSet, kept: Option<HostPageSet>,
     ) -> Self {
         let missing = Arc::new(missing);
         job.set_remaining(&missing);
         Self {
             job: job.clone(),
             session,
+            peer,
             address,
             missing,
             kept,

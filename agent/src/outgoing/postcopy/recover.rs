@@ -46,7 +46,7 @@ fn adopt(job: &Arc<OutgoingJob>, session: SessionId, address: Address) -> Result
         job.memory.blocks().iter().map(|block| block.backing.host_page_size()).collect();
     let mut source = PostcopySource::new(
         job,
-        session,
+        (session, None),
         Some(address),
         HostPageSet::empty(job.memory.blocks(), &host_pages)?,
         None,
@@ -104,7 +104,7 @@ impl PostcopySource {
                 "the destination's address is not known: recover with one".into(),
             ));
         };
-        let mut streams = reconnect(&self.job, &address, self.session)?;
+        let mut streams = reconnect(&self.job, &address, self.session, self.peer)?;
         match self.read_received(&mut streams) {
             Ok(missing) => {
                 if self.kept.is_none() {
@@ -112,6 +112,7 @@ impl PostcopySource {
                 }
                 self.missing = Arc::new(missing);
                 self.address = Some(address);
+                self.peer = self.peer.or(streams.peer());
             }
             Err(error) => {
                 streams.send_error(&error.to_remote());

@@ -101,6 +101,10 @@ fn wrong_sizes_and_numbers_of_descriptors_are_refused() {
                 "body ends in field",
             );
         }
+        // It takes any number of them.
+        if code == code::GRANT {
+            continue;
+        }
         // Each request names how many came and how many it takes.
         let words = format!("{} file descriptors", count + 1);
         refused(&vmm.control, code, &body, &fds[..count + 1], error::INVALID, &words);

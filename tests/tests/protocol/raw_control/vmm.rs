@@ -303,7 +303,9 @@ impl Vmm {
         // The session comes before the address.
         let at = if code == code::RECOVER { 16 } else { 0 };
         let text = super::bytes::text_at(&body.0, at);
-        if let Some(grant) = grant_for(&text) {
+        // To listen at an address of the network needs no grant.
+        let needs = code != code::START_INCOMING || !text.starts_with("tcp:");
+        if let Some(grant) = needs.then(|| grant_for(&text)).flatten() {
             self.ask(code::GRANT, &Body::new(), &[grant.as_fd()]).unwrap();
         }
         let answer = self.ask(code, body, fds).unwrap();
