@@ -66,7 +66,10 @@ impl SpareMemory {
     pub fn of_this_process() -> Self {
         let read = |path: &str| open(Path::new(path)).and_then(|file| read(&file));
         let read = |path| read(path).unwrap_or_default();
-        let groups = groups(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo"));
+        // Not `self`: that may be the opener, which is in another group if this process was moved.
+        let process = format!("/proc/{}", std::process::id());
+        let [cgroup, mounts] = ["cgroup", "mountinfo"].map(|name| format!("{process}/{name}"));
+        let groups = groups(&read(&cgroup), &read(&mounts));
         let host = open(Path::new("/proc/meminfo")).map(Arc::new);
         Self { host, groups: groups.into_iter().map(|folder| Group::of(folder).into()).collect() }
     }

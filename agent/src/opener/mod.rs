@@ -4,17 +4,17 @@
 //!
 //! An agent in a sandbox ([`crate::sandbox`]) can neither open a file nor connect a socket. A small
 //! process beside it does that, the *opener*. It was started before the sandbox was entered, and it
-//! opens only what a person or a VMM has named ([`named`]). So somebody who takes the agent over by
+//! opens only what a person or a VMM has named (`named`). So somebody who takes the agent over by
 //! what it reads, such as a page stream or an image, gets no other file and no other host.
 //!
 //! The functions of this file do what the system calls of their names do. In a process without an
 //! opener they are these system calls: in the operator's commands, in a program that links the
 //! agent as a library, and with `--sandbox off`.
 //!
-//! - [`named`]: what was named, and the check of a name;
-//! - [`wire`]: the messages between the agent and its opener;
+//! - `named`: what was named, and the check of a name;
+//! - `wire`: the messages between the agent and its opener;
 //! - `pair`: a socket that listens, and the connection that it is to accept;
-//! - [`channel`]: the agent's end;
+//! - [`mod@channel`]: the agent's end;
 //! - [`process`]: the process.
 
 pub mod channel;

@@ -26,8 +26,9 @@ use std::path::{Path, PathBuf};
 const MAX_NAMED: usize = 1024;
 
 /// Files of the kernel that any process may read, and that an agent looks at.
-const ALWAYS: [&str; 4] =
-    ["/proc/meminfo", "/proc/self/cgroup", "/proc/self/mountinfo", "/proc/sys/net/core/rmem_max"];
+const ALWAYS: [&str; 2] = ["/proc/meminfo", "/proc/sys/net/core/rmem_max"];
+/// The same in the folder of the agent's own process.
+const OF_AGENT: [&str; 2] = ["cgroup", "mountinfo"];
 /// The folders of such files: of control groups, and of the pools of huge pages.
 const FOLDERS: [&str; 2] = ["/sys/fs/cgroup", "/sys/kernel/mm"];
 
@@ -95,7 +96,7 @@ impl Named {
         if !path.is_absolute() {
             return Err(Errno::INVAL);
         }
-        if !write && ALWAYS.iter().any(|always| path == Path::new(always)) {
+        if !write && is_of_kernel(path) {
             return without_links(path);
         }
         let path = without_links(path)?;
@@ -119,6 +120,15 @@ impl Named {
         let is_named = self.addresses.contains_key(&canonical(address));
         if is_named { Ok(()) } else { Err(Errno::ACCESS) }
     }
+}
+
+/// True for a file of the kernel that need not be named.
+fn is_of_kernel(path: &Path) -> bool {
+    // The opener is a child of its agent.
+    let agent = rustix::process::getppid().map_or(0, rustix::process::Pid::as_raw_pid);
+    let folder = PathBuf::from(format!("/proc/{agent}"));
+    ALWAYS.iter().any(|always| path == Path::new(always))
+        || OF_AGENT.iter().any(|name| path == folder.join(name))
 }
 
 fn insert<K: Ord + Copy>(all: &mut BTreeMap<K, Allowed>, key: K, allowed: Allowed) {

@@ -112,7 +112,7 @@ pub fn enter(
         return Ok(Sandbox::default());
     }
     // Threads ask later, and may not look.
-    processors::count();
+    refused::limit_arenas(processors::count());
     let mut sandbox = Sandbox::default();
     if mode == Mode::On {
         // First of all: in a sandbox that is inherited, a refused call would end the process.

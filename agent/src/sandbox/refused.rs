@@ -38,6 +38,18 @@ pub(super) fn note() -> io::Result<Refusals> {
     Ok(Refusals(reader))
 }
 
+/// Keeps the library's allocator from counting processors in files that no thread may open: the
+/// number of its arenas is what it would find there.
+#[cfg(target_env = "gnu")]
+pub(super) fn limit_arenas(processors: usize) {
+    let arenas = libc::c_int::try_from(8 * processors).unwrap_or(libc::c_int::MAX);
+    // SAFETY: it sets a number of the allocator. No other thread runs yet.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+}
+
+#[cfg(not(target_env = "gnu"))]
+pub(super) fn limit_arenas(_: usize) {}
+
 impl Refusals {
     /// The descriptor that is readable when there is one.
     pub fn fd(&self) -> &OwnedFd {

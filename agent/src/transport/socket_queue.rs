@@ -71,7 +71,7 @@ pub fn limit_receive_queue(socket: BorrowedFd<'_>) {
     }
 }
 
-/// What [`LIMIT`] says, as of the first call: the threads that need it may open no file.
+/// What `LIMIT` says, as of the first call: the threads that need it may open no file.
 pub fn limit() -> u64 {
     static FOUND: OnceLock<u64> = OnceLock::new();
     *FOUND.get_or_init(|| {

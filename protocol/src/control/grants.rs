@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What goes with [`Request::Grant`](super::request::Request::Grant): descriptors that stand for
+//! What goes with [`Request::Grant`]: descriptors that stand for
 //! what a later request names.
 //!
 //! An agent in a sandbox opens no file and connects to no host by itself. Its opener does, in the
@@ -76,7 +76,7 @@ impl Grants {
     }
 
     /// Adds what a migration connects to, or listens on: an address as of
-    /// [`Request::StartOutgoing`](super::request::Request::StartOutgoing). Looks a name up.
+    /// [`Request::StartOutgoing`]. Looks a name up.
     #[must_use]
     pub fn address(mut self, address: &str) -> Self {
         if let Some(path) = address.strip_prefix("unix:") {

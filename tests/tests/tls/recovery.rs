@@ -139,9 +139,14 @@ fn next_agent_of_the_destination_knows_the_source_again() {
     }
     let authority = Authority::new("ca");
     let (ours, theirs) = (authority.folder(NAMES), authority.folder(NAMES));
-    let mut paused = Paused::new(source(ours.path()), destination(theirs.path()));
-    paused.destination.replace_agent();
-    paused.jobs[1] = paused.destination.attached.client.status().unwrap().job;
+    let there = Host::supervised(Ram::odd(PAGES).mapped(), theirs.path());
+    let mut paused = Paused::new(source(ours.path()), there);
+    let client = &paused.destination.attached.client;
+    let lost = client.agent_pid();
+    paused.destination.kill_agent();
+    let is_next = || client.agent_pid() != lost && client.status().is_ok_and(|it| it.job != 0);
+    wait_until("the next agent", SOON, is_next).unwrap();
+    paused.jobs[1] = client.status().unwrap().job;
     paused.reach(Phase::PostcopyPaused);
     let server = || authority.sign(Wanted::new("localhost"));
     authority.fill(ours.path(), &server(), &authority.sign(Wanted::new("host-b")));

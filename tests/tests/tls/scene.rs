@@ -3,13 +3,16 @@
 //! Hosts with an agent that has certificates or a token, and guests that move between them.
 
 use pageferry_client::{
-    Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Target,
+    Config, IncomingOptions, JobStatus, OutgoingOptions, Ownership, Phase, Supervisor, Target,
+    Trackers,
 };
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, program};
-use pageferry_tests::scenario::{Attached, Ram, SOON, config};
+use pageferry_tests::scenario::{Attached, Ram, SOON, ScriptedHooks, ScriptedVmm, config};
+use rustix::process::{Pid, Signal, kill_process};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 pub const PAGES: u64 = 300;
 
@@ -17,9 +20,7 @@ pub const PAGES: u64 = 300;
 pub struct Host {
     // Dropped first, so that the agent can end.
     pub attached: Attached,
-    pub agent: AgentProcess,
-    arguments: Vec<String>,
-    _folder: tempfile::TempDir,
+    agent: Option<(AgentProcess, tempfile::TempDir)>,
 }
 
 impl Host {
@@ -33,22 +34,39 @@ impl Host {
     }
 
     fn with_arguments(ram: Ram, arguments: &[&str]) -> Self {
-        let (agent, folder) = start(arguments);
-        // Long enough for the next agent to be there.
-        let config = Config { continue_within: SOON, ..config() };
-        let (client, channel) = Client::connect(agent.socket(), config).unwrap();
-        let attached = Attached::over(client, channel, ram);
-        let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        Self { attached, agent, arguments, _folder: folder }
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = Command::new(program());
+        let agent = AgentProcess::start_with(&mut command, folder.path(), "agent", arguments);
+        let agent = agent.unwrap();
+        let attached = Attached::new(agent.socket(), ram);
+        Self { attached, agent: Some((agent, folder)) }
     }
 
-    /// Kills the agent, and lets the next one continue.
-    pub fn replace_agent(&mut self) {
-        self.agent.process().kill().unwrap();
-        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        let (agent, folder) = start(&arguments);
-        self.attached.reattach(agent.socket());
-        (self.agent, self._folder) = (agent, folder);
+    /// Its agent, if the VMM has not started it.
+    pub fn agent(&mut self) -> &mut AgentProcess {
+        &mut self.agent.as_mut().unwrap().0
+    }
+
+    /// A VMM with a supervisor, which starts the next agent when one is lost.
+    pub fn supervised(ram: Ram, certificates: &Path) -> Self {
+        let certificates = certificates.to_owned();
+        let command = move || {
+            let mut command = Command::new(program());
+            command.args(["agent", "--stdin", "--tls"]).arg(&certificates);
+            command
+        };
+        let vmm = ScriptedVmm::new();
+        let config = Config { continue_within: SOON, ..config() };
+        let (client, _) = Supervisor::spawn(command, config, ScriptedHooks(vmm.clone())).unwrap();
+        ram.add_to(&client);
+        client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
+        Self { attached: Attached { client, vmm, ram: Arc::new(ram) }, agent: None }
+    }
+
+    /// Kills the agent.
+    pub fn kill_agent(&self) {
+        let pid = i32::try_from(self.attached.client.agent_pid()).unwrap();
+        kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
     }
 
     pub fn source(certificates: &Path) -> Self {
@@ -107,13 +125,6 @@ impl Host {
         assert_eq!(self.attached.client.ownership(), Ownership::Ours);
         assert!(!self.attached.vmm.is_paused());
     }
-}
-
-fn start(arguments: &[&str]) -> (AgentProcess, tempfile::TempDir) {
-    let folder = tempfile::tempdir().unwrap();
-    let mut command = Command::new(program());
-    let agent = AgentProcess::start_with(&mut command, folder.path(), "agent", arguments);
-    (agent.unwrap(), folder)
 }
 
 /// Checks that the guest moves from one to the other.

@@ -82,14 +82,14 @@ fn at(port: u16) -> SocketAddr {
 
 /// A number from the agent's `status` in /proc, in bytes.
 fn memory_of(host: &mut Host, field: &str) -> u64 {
-    let path = format!("/proc/{}/status", host.agent.process().id());
+    let path = format!("/proc/{}/status", host.agent().process().id());
     let status = std::fs::read_to_string(path).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
     line.trim_matches([':', ' ', '\t', 'k', 'B']).parse::<u64>().unwrap() * 1024
 }
 
 fn descriptors_of(host: &mut Host) -> usize {
-    let path = format!("/proc/{}/fd", host.agent.process().id());
+    let path = format!("/proc/{}/fd", host.agent().process().id());
     std::fs::read_dir(path).unwrap().count()
 }
 
