@@ -32,7 +32,8 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use std::ffi::OsStr;
-use std::io;
+use std::fs::{File, Metadata};
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -165,21 +166,49 @@ pub fn unlink(path: &Path) -> Result<(), Errno> {
     }
 }
 
+/// Opens a file to read it. Does not wait for the other end of a pipe.
+///
+/// # Errors
+/// As of [`open`].
+pub fn open_to_read(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    Ok(open(path, flags, Mode::empty())?.into())
+}
+
 /// The bytes of a file of at most `limit` bytes.
 ///
 /// # Errors
 /// As of [`open`], and if the file is longer.
 pub fn read(path: &Path, limit: usize) -> io::Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = open(path, flags, Mode::empty())?;
+    read_open(open_to_read(path)?, limit)
+}
+
+/// The bytes of an open file of at most `limit` bytes.
+///
+/// # Errors
+/// As of the system call, and if the file is longer.
+pub fn read_open(file: File, limit: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let read = io::Read::take(std::fs::File::from(file), limit as u64 + 1);
-    io::Read::read_to_end(&mut { read }, &mut bytes)?;
+    file.take(limit as u64 + 1).read_to_end(&mut bytes)?;
     if bytes.len() > limit {
         let sentence = format!("the file has more than {limit} bytes");
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, sentence));
     }
     Ok(bytes)
+}
+
+/// What the kernel says of a file. A file in a folder that this process may not search is opened
+/// for that: its opener may be allowed to.
+///
+/// # Errors
+/// As of the system call, and as of [`open`].
+pub fn metadata(path: &Path) -> io::Result<Metadata> {
+    match path.metadata() {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open_to_read(path)?.metadata()
+        }
+        found => found,
+    }
 }
 
 /// A new UNIX stream socket that is bound to `path`, which must not exist. Its file gets `mode`.

@@ -4,6 +4,7 @@
 
 use super::TrustError;
 use crate::lock::lock;
+use crate::opener;
 use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ impl<T> Cached<T> {
     ) -> Result<Arc<T>, TrustError> {
         let mut cache = lock(&self.0);
         // Before the files are read: if one changes meanwhile, it is read again the next time.
-        let stamp: Stamp = files.iter().map(|file| file.metadata().ok().map(of)).collect();
+        let stamp: Stamp = files.iter().map(|file| opener::metadata(file).ok().map(of)).collect();
         if let Some((known, read)) = &*cache
             && *known == stamp
         {

@@ -22,6 +22,7 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use std::fs::Metadata;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,7 +91,7 @@ impl Folder {
     }
 
     fn has(&self, identity: Identity) -> bool {
-        self.path.join(identity.certificate).exists()
+        opener::metadata(&self.path.join(identity.certificate)).is_ok()
     }
 
     /// What a source needs.
@@ -162,10 +163,16 @@ impl Folder {
     }
 
     fn revoked(&self) -> Result<Vec<CertificateRevocationListDer<'static>>, TrustError> {
-        if !self.path.join(REVOKED).exists() {
-            return Ok(Vec::new());
+        match self.read(REVOKED, "revocation list") {
+            // Only a list that does not exist revokes nothing. One that cannot be read may revoke a
+            // peer, and so may one that a link names.
+            Err(TrustError::Read(path, error))
+                if error.kind() == ErrorKind::NotFound && !path.is_symlink() =>
+            {
+                Ok(Vec::new())
+            }
+            read => read,
         }
-        self.read(REVOKED, "revocation list")
     }
 
     fn certificates(&self, file: &str) -> Result<Vec<CertificateDer<'static>>, TrustError> {
@@ -174,9 +181,19 @@ impl Folder {
 
     /// All objects of this kind in a file, which has at least one.
     fn read<T: PemObject>(&self, file: &str, what: &'static str) -> Result<Vec<T>, TrustError> {
+        self.read_checked(file, what, |_, _| Ok(()))
+    }
+
+    /// The same of a file that is opened and passes `check`.
+    fn read_checked<T: PemObject>(
+        &self, file: &str, what: &'static str,
+        check: impl FnOnce(&Path, &Metadata) -> Result<(), TrustError>,
+    ) -> Result<Vec<T>, TrustError> {
         let path = self.path.join(file);
-        let bytes = opener::read(&path, LONGEST_FILE)
-            .map_err(|error| TrustError::Read(path.clone(), error))?;
+        let failed = |error| TrustError::Read(path.clone(), error);
+        let opened = opener::open_to_read(&path).map_err(failed)?;
+        check(&path, &opened.metadata().map_err(failed)?)?;
+        let bytes = opener::read_open(opened, LONGEST_FILE).map_err(failed)?;
         let found: Result<Vec<T>, _> = T::pem_slice_iter(&bytes).collect();
         match found {
             Ok(found) if !found.is_empty() => Ok(found),
@@ -189,15 +206,36 @@ impl Folder {
         &self, identity: Identity,
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TrustError> {
         let certificates = self.certificates(identity.certificate)?;
-        let path = self.path.join(identity.key);
-        let file = path.metadata().map_err(|error| TrustError::Read(path.clone(), error))?;
-        check_mode(&path, &file)?;
-        let key = self.read(identity.key, "private key")?.into_iter().next();
-        let missing = std::io::Error::from(ErrorKind::NotFound);
-        Ok((certificates, key.ok_or(TrustError::Read(path, missing))?))
+        let keys = self.read_checked(identity.key, "private key", check_mode)?;
+        let missing = || {
+            let path = self.path.join(identity.key);
+            TrustError::Read(path, ErrorKind::NotFound.into())
+        };
+        Ok((certificates, keys.into_iter().next().ok_or_else(missing)?))
     }
 
     fn of_certificate(&self, identity: Identity, error: rustls::Error) -> TrustError {
         TrustError::Certificate(self.path.join(identity.certificate), error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_revocation_list_that_does_not_exist_revokes_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        let folder = Folder::new(home.path(), &[]).unwrap();
+        assert!(folder.revoked().unwrap().is_empty());
+        let list = home.path().join(REVOKED);
+        for target in [list.as_path(), Path::new("not there")] {
+            std::os::unix::fs::symlink(target, &list).unwrap();
+            let refused = folder.revoked().unwrap_err();
+            assert!(matches!(&refused, TrustError::Read(path, _) if *path == list), "{refused}");
+            std::fs::remove_file(&list).unwrap();
+        }
+        std::fs::create_dir(&list).unwrap();
+        assert!(matches!(folder.revoked(), Err(TrustError::Read(..))));
     }
 }

@@ -18,7 +18,6 @@ use super::one_key::OneKey;
 use super::{TrustError, provider};
 use crate::opener;
 use ring::hkdf::{HKDF_SHA256, KeyType, Salt};
-use rustix::fs::{Mode, OFlags};
 use rustls::client::AlwaysResolvesClientRawPublicKeys;
 use rustls::crypto::ring::sign::any_eddsa_type;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
@@ -26,7 +25,6 @@ use rustls::server::AlwaysResolvesServerRawPublicKeys;
 use rustls::sign::{CertifiedKey, SigningKey};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -114,9 +112,7 @@ impl Token {
     /// copies behind.
     fn read(&self) -> Result<Zeroizing<Vec<u8>>, TrustError> {
         let failed = |error| TrustError::Read(self.path.clone(), error);
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = opener::open(&self.path, flags, Mode::empty());
-        let file = File::from(file.map_err(|errno| failed(errno.into()))?);
+        let file = opener::open_to_read(&self.path).map_err(failed)?;
         check_mode(&self.path, &file.metadata().map_err(failed)?)?;
         let mut bytes = Zeroizing::new(vec![0; MAX_TOKEN + MAX_SPACE + 1]);
         let count = read_up_to(file, &mut bytes).map_err(failed)?;
