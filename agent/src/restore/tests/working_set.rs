@@ -29,6 +29,23 @@ fn touching(ram: &Arc<Ram>) -> Vmm {
     })
 }
 
+/// A VMM whose guest touches nothing. Its state is loaded once the pages [`TOUCHED`] have come
+/// although nobody waits for them. Before that, no other page is prefetched, and none of them is
+/// read as one of those.
+fn waiting(ram: &Arc<Ram>) -> Vmm {
+    Vmm::new(ram, |ram, hook| {
+        if matches!(hook, Hook::LoadState { .. }) {
+            let is_here = |page: &u64| {
+                ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some()
+            };
+            while !TOUCHED.iter().all(is_here) {
+                std::thread::yield_now();
+            }
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn the_working_set_is_prefetched_by_the_next_restore() {
     if !has_userfaultfd() {
@@ -45,18 +62,7 @@ fn the_working_set_is_prefetched_by_the_next_restore() {
     let run = |first, count| (0, PageRange::new(first, count));
     assert_eq!(written.runs, [run(7000, 2), run(40, 1), run(4000, 1), run(3, 1), run(5100, 1)]);
     assert_eq!(written.image, Image::open(&path).unwrap().header().id);
-    let vmm = Vmm::new(&ram, |ram, hook| {
-        if matches!(hook, Hook::LoadState { .. }) {
-            // The pages come although nobody has touched them.
-            let is_here = |page: &u64| {
-                ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some()
-            };
-            while !TOUCHED.iter().all(is_here) {
-                std::thread::yield_now();
-            }
-        }
-        Ok(())
-    });
+    let vmm = waiting(&ram);
     let status = restore_from(&path, &ram, &vmm, options_with(&set));
     assert_eq!((status.phase, status.error_text()), (Phase::Completed, ""));
     assert_eq!((status.counters.working_set_pages, status.counters.faults), (6, 0));
@@ -81,7 +87,7 @@ fn the_working_set_of_a_sealed_image_is_sealed_and_used_by_the_next_restore() {
     assert!(WorkingSet::decode(&bytes).is_err());
     let id = Image::open_with(&sealed, Some(&key)).unwrap().header().id;
     assert!(!bytes.windows(16).any(|part| part == id), "not even the image is shown");
-    let vmm = Vmm::new(&ram, |_, _| Ok(()));
+    let vmm = waiting(&ram);
     let status = restore_sealed(&sealed, &ram, &vmm, options_with(&set), &key);
     assert_eq!((status.phase, status.counters.working_set_pages), (Phase::Completed, 6));
     assert_eq!(std::fs::read(&set).unwrap(), bytes, "it is not written again");
