@@ -9,10 +9,10 @@
 //!
 //! A host is named by a UDP socket that is connected to its address. Connecting one sends nothing.
 //!
-//! A few files of the kernel need not be named.
+//! The agent can make neither of these descriptors, since it may neither open nor connect anything.
+//! So one that comes from the agent was made by somebody who may.
 //!
-//! The agent can make neither of the two, since it may neither open nor connect anything. So what
-//! comes by it comes from somebody who may.
+//! A few files of the kernel need not be named. They are only read.
 
 use rustix::fs::{FileType, OFlags, Stat};
 use rustix::io::Errno;

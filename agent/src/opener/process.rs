@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The process of an opener: `pageferry opener`, which an agent starts.
+//! The process of an opener: `pageferry agent` with a hidden option, which an agent starts.
 //!
 //! Its standard input is the socket to the agent. One thread takes requests, and each is carried
 //! out on a thread of its own. The process ends with the agent: when the socket closes.
+//!
+//! An agent that was taken over may rename files in the folders that were named, and so put a link
+//! to another folder where there was a folder before. So what was checked is opened without
+//! following any link.
 
 use super::channel::Channel;
 use super::named::Named;
 use super::wire::{Op, Reply};
+use crate::inherited::close_inherited;
 use crate::lock::lock;
-use crate::systemd::descriptor::close_inherited;
 use pageferry_protocol::control::frame::FLAG_REPLY;
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use rustix::event::PollFlags;
-use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags, openat2};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::ffi::OsString;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,7 +40,7 @@ const SEND: Duration = Duration::from_secs(10);
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
 /// The hidden argument of an agent that is to be an opener.
-pub const ARGUMENT: &str = "--opener";
+const ARGUMENT: &str = "--opener";
 
 /// Starts an opener for this process. With `check` it refuses what was not granted; otherwise it
 /// only logs that.
@@ -71,8 +76,9 @@ pub fn run(check: bool) -> io::Result<()> {
         signal_hook::flag::register(signal, Arc::default())?;
     }
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    let opener = Opener { named: Mutex::default(), check };
-    opener.serve(socket).map_err(io::Error::other)
+    let opener = Opener { named: Mutex::default(), check, running: AtomicUsize::new(0) };
+    // Threads that hang in the kernel end with the process: nobody needs what they do any more.
+    Arc::new(opener).serve(socket).map_err(io::Error::other)
 }
 
 /// What an opener works with.
@@ -81,6 +87,41 @@ struct Opener {
     named: Mutex<Named>,
     /// Refuse what was not named. Otherwise it is only logged.
     check: bool,
+    /// Number of requests that are being carried out.
+    running: AtomicUsize,
+}
+
+/// Where something is that may be opened.
+#[derive(Debug)]
+enum Found {
+    /// In a folder that was named. The path had no links.
+    Named(PathBuf),
+    /// Elsewhere, and that is only logged.
+    Unnamed(PathBuf),
+}
+
+impl Found {
+    fn open(&self, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
+        let flags = flags | OFlags::CLOEXEC;
+        match self {
+            Self::Named(path) => openat2(CWD, path, flags, mode, ResolveFlags::NO_SYMLINKS),
+            Self::Unnamed(path) => rustix::fs::open(path, flags, mode),
+        }
+    }
+}
+
+/// A name in a folder that is open, which so stays the one that was checked.
+#[derive(Debug)]
+struct Name {
+    folder: OwnedFd,
+    name: OsString,
+}
+
+impl Name {
+    /// A path to the name. Its last part is not followed by what takes it.
+    fn path(&self) -> PathBuf {
+        Path::new(&super::by_descriptor(self.folder.as_fd())).join(&self.name)
+    }
 }
 
 impl Opener {
@@ -88,40 +129,36 @@ impl Opener {
     ///
     /// # Errors
     /// If the agent sends what is no frame, or the kernel refuses.
-    fn serve(&self, socket: OwnedFd) -> Result<(), SocketError> {
+    fn serve(self: Arc<Self>, socket: OwnedFd) -> Result<(), SocketError> {
         let mut socket = FrameSocket::from(socket);
-        let running = AtomicUsize::new(0);
-        std::thread::scope(|scope| {
-            loop {
-                let frame = match socket.try_recv() {
-                    Ok(Some(frame)) => frame,
-                    Ok(None) => {
-                        let until = Instant::now() + LONGEST_WAIT;
-                        let fd = socket.as_fd();
-                        pageferry_protocol::control::socket::wait(fd, PollFlags::IN, until)?;
-                        continue;
-                    }
-                    // A thread may hang in the kernel, and nobody needs what it does any more.
-                    Err(SocketError::Closed) => std::process::exit(0),
-                    Err(error) => return Err(error),
-                };
-                if running.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
-                    self.answer(frame, |_, _| Err(Errno::AGAIN.into()));
-                    running.fetch_sub(1, Ordering::Relaxed);
+        loop {
+            let frame = match socket.try_recv() {
+                Ok(Some(frame)) => frame,
+                Ok(None) => {
+                    let until = Instant::now() + LONGEST_WAIT;
+                    let fd = socket.as_fd();
+                    pageferry_protocol::control::socket::wait(fd, PollFlags::IN, until)?;
                     continue;
                 }
-                let running = &running;
-                let run = move || {
-                    self.answer(frame, |op, fds| self.carry_out(op, fds));
-                    running.fetch_sub(1, Ordering::Relaxed);
-                };
-                // If there is no thread for it, its answer's socket closes.
-                if let Err(error) = std::thread::Builder::new().spawn_scoped(scope, run) {
-                    running.fetch_sub(1, Ordering::Relaxed);
-                    log::warn!("the opener cannot start a thread: {error}");
-                }
+                Err(SocketError::Closed) => return Ok(()),
+                Err(error) => return Err(error),
+            };
+            if self.running.fetch_add(1, Ordering::Relaxed) >= MAX_REQUESTS {
+                self.answer(frame, |_, _| Err(Errno::AGAIN.into()));
+                self.running.fetch_sub(1, Ordering::Relaxed);
+                continue;
             }
-        })
+            let opener = self.clone();
+            let run = move || {
+                opener.answer(frame, |op, fds| opener.carry_out(op, fds));
+                opener.running.fetch_sub(1, Ordering::Relaxed);
+            };
+            // If there is no thread for it, its answer's socket closes.
+            if let Err(error) = std::thread::Builder::new().spawn(run) {
+                self.running.fetch_sub(1, Ordering::Relaxed);
+                log::warn!("the opener cannot start a thread: {error}");
+            }
+        }
     }
 
     fn answer(&self, frame: Frame, carry_out: impl FnOnce(Op, &[OwnedFd]) -> io::Result<Done>) {
@@ -168,22 +205,23 @@ impl Opener {
         );
     }
 
-    /// The path without links, if it may be opened.
-    fn path(&self, path: &Path, write: bool) -> Result<PathBuf, Errno> {
-        let checked = lock(&self.named).check(path, write);
-        match checked {
+    /// Where `path` leads, if that may be opened.
+    fn find(&self, path: &Path, write: bool) -> Result<Found, Errno> {
+        match lock(&self.named).check(path, write) {
             Err(Errno::ACCESS) if !self.check => {
                 log::warn!("the sandbox would refuse {}: nobody has named it", path.display());
-                Ok(path.to_owned())
+                Ok(Found::Unnamed(path.to_owned()))
             }
-            checked => checked,
+            checked => checked.map(Found::Named),
         }
     }
 
     /// The name `path`, which may be made, replaced or removed. Its last part is not followed.
-    fn name(&self, path: &Path) -> Result<PathBuf, Errno> {
+    fn name(&self, path: &Path) -> Result<Name, Errno> {
         let (folder, name) = path.parent().zip(path.file_name()).ok_or(Errno::INVAL)?;
-        Ok(self.path(folder, true)?.join(name))
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let folder = self.find(folder, true)?.open(flags, Mode::empty())?;
+        Ok(Name { folder, name: name.to_owned() })
     }
 
     fn open(&self, path: &Path, flags: OFlags, mode: Mode) -> Result<OwnedFd, Errno> {
@@ -191,13 +229,12 @@ impl Opener {
         if flags.contains(OFlags::PATH) {
             return Err(Errno::ACCESS);
         }
-        let checked = self.path(path, flags.intersects(changes | OFlags::TMPFILE))?;
-        // Links were followed before the check.
-        let file = rustix::fs::open(checked, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, mode)?;
+        let found = self.find(path, flags.intersects(changes | OFlags::TMPFILE))?;
+        let file = found.open(flags, mode)?;
         // The descriptor of a folder names it for writing.
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
         if kind == FileType::Directory {
-            self.path(path, true)?;
+            self.find(path, true)?;
         }
         Ok(file)
     }
@@ -212,7 +249,7 @@ impl Opener {
                 Done::Nothing
             }
             Op::IsNamed { path, write } => {
-                self.path(&path, write)?;
+                self.find(&path, write)?;
                 Done::Nothing
             }
             Op::Open { path, flags, mode } => {
@@ -224,27 +261,30 @@ impl Opener {
                 Done::Descriptor(super::reopen(check_may_write(file()?)?, flags)?)
             }
             Op::Link { path } => {
-                let path = self.name(&path)?;
-                super::link(check_may_write(file()?)?, &path)?;
+                super::link(check_may_write(file()?)?, &self.name(&path)?.path())?;
                 Done::Nothing
             }
             Op::Rename { from, to, flags } => {
                 let (from, to) = (self.name(&from)?, self.name(&to)?);
-                super::rename(&from, &to, RenameFlags::from_bits_retain(flags))?;
+                let flags = RenameFlags::from_bits_retain(flags);
+                super::rename(&from.path(), &to.path(), flags)?;
                 Done::Nothing
             }
             Op::Unlink { path } => {
-                super::unlink(&self.name(&path)?)?;
+                super::unlink(&self.name(&path)?.path())?;
                 Done::Nothing
             }
+            // The path is bound as it is, because whoever lists sockets sees it. A link that takes
+            // the place of a folder just now gets a new socket and no more.
             Op::BindUnix { path, mode } => {
                 self.name(&path)?;
                 Done::Descriptor(super::bind_unix(&path, Mode::from_raw_mode(mode))?)
             }
             // To connect to a program is more than to read a file.
             Op::ConnectUnix { path } => {
-                self.path(&path, true)?;
-                Done::Descriptor(super::connect_unix(&path)?)
+                let socket = self.find(&path, true)?.open(OFlags::PATH, Mode::empty())?;
+                let path = super::by_descriptor(socket.as_fd());
+                Done::Descriptor(super::connect_unix(Path::new(&path))?)
             }
             Op::ConnectTcp { address } => {
                 let named = lock(&self.named).check_address(address);
@@ -290,5 +330,52 @@ fn check_may_write(file: &OwnedFd) -> Result<BorrowedFd<'_>, Errno> {
         Ok(file.as_fd())
     } else {
         Err(Errno::ACCESS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// A folder `mine`, which is named, beside a folder `other`, which is not.
+    fn opener(check: bool) -> (tempfile::TempDir, Opener) {
+        let home = tempfile::tempdir().unwrap();
+        for name in ["mine", "other"] {
+            std::fs::create_dir(home.path().join(name)).unwrap();
+        }
+        std::fs::write(home.path().join("other/file"), "secret").unwrap();
+        let opener = Opener { named: Mutex::default(), check, running: AtomicUsize::new(0) };
+        let mine = std::fs::File::open(home.path().join("mine")).unwrap();
+        lock(&opener.named).add(&mine.into()).unwrap();
+        (home, opener)
+    }
+
+    #[test]
+    fn a_link_that_was_put_there_after_the_check_is_not_followed() {
+        let (home, opener) = opener(true);
+        let at = |name: &str| home.path().join(name);
+        std::fs::create_dir(at("mine/folder")).unwrap();
+        std::fs::write(at("mine/folder/file"), "").unwrap();
+        let found = opener.find(&at("mine/folder/file"), true).unwrap();
+        let name = opener.name(&at("mine/folder/new")).unwrap();
+        // The agent exchanges the folder and a link.
+        std::fs::rename(at("mine/folder"), at("mine/away")).unwrap();
+        symlink(at("other"), at("mine/folder")).unwrap();
+        let opened = found.open(OFlags::RDWR, Mode::empty());
+        assert_eq!(opened.map(drop), Err(Errno::LOOP));
+        std::fs::write(name.path(), "").unwrap();
+        assert!(at("mine/away/new").exists() && !at("other/new").exists());
+    }
+
+    #[test]
+    fn what_is_only_logged_is_opened_as_without_a_sandbox() {
+        let (home, opener) = opener(false);
+        let link = home.path().join("mine/link");
+        symlink(home.path().join("other/file"), &link).unwrap();
+        let file = opener.open(&link, OFlags::RDONLY, Mode::empty()).unwrap();
+        assert_eq!(io::read_to_string(std::fs::File::from(file)).unwrap(), "secret");
+        let named = Opener { check: true, ..opener };
+        assert_eq!(named.open(&link, OFlags::RDONLY, Mode::empty()).map(drop), Err(Errno::ACCESS));
     }
 }

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! What goes with [`Request::Grant`]: descriptors that stand for
-//! what a later request names.
+//! What goes with [`Request::Grant`]: descriptors that stand for what a later request names.
 //!
 //! An agent in a sandbox opens no file and connects to no host by itself. Its opener does, in the
 //! folders and to the addresses for which somebody has sent it such a descriptor. The agent cannot
