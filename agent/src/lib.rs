@@ -26,6 +26,7 @@
 //! - [`metrics`]: metrics for Prometheus, over HTTP;
 //! - [`systemd`]: sockets from systemd, and messages to it;
 //! - [`trust`]: certificates, and the peers that are trusted on a network;
+//! - [`inherited`]: descriptors that one program of this process hands over to the next;
 //! - [`opener`]: files and addresses by name, for an agent that may not open them itself;
 //! - [`sandbox`]: what an agent gives up at its start;
 //! - [`upgrade`]: a newer program takes over;
@@ -46,6 +47,7 @@ pub mod event;
 pub mod hooks;
 pub mod image;
 pub mod incoming;
+pub mod inherited;
 pub mod job;
 pub mod lock;
 pub mod memory;

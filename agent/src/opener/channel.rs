@@ -6,6 +6,7 @@
 //! once, and one that waits for a slow disk or a name server holds up no other.
 
 use super::wire::{Op, Reply};
+use crate::inherited;
 use crate::lock::lock;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::FrameSocket;
@@ -33,12 +34,13 @@ impl Channel {
         Self(Mutex::new(socket.into()))
     }
 
-    /// A duplicate of the socket, for the next program of this process.
+    /// Lets the program have the socket that this process executes next. Returns the value of a
+    /// variable for it ([`inherited`]).
     ///
     /// # Errors
-    /// If the kernel has no descriptor left.
-    pub fn socket(&self) -> io::Result<OwnedFd> {
-        lock(&self.0).as_fd().try_clone_to_owned()
+    /// If the kernel refuses.
+    pub fn inherit(&self) -> io::Result<String> {
+        inherited::hand_over(lock(&self.0).as_fd())
     }
 
     /// Has the opener remember what the descriptors name.

@@ -26,26 +26,24 @@ mod refused;
 pub use calls::{KINDS, ThreadKind};
 pub use refused::Refusals;
 
+use crate::inherited;
 use crate::opener::channel::Channel;
 use crate::opener::{self, process};
 use crate::processors;
-use crate::systemd::descriptor::duplicate;
 use crate::transport::socket_queue;
 use clap::ValueEnum;
 use pageferry_protocol::control::Grants;
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::Errno;
 use seccompiler::{BpfProgram, apply_filter};
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// The variable by which the next program of this process finds the opener: the process, and the
-/// descriptor of the socket to the opener.
+/// The variable by which the next program of this process finds the socket to the opener.
 const VARIABLE: &str = "PAGEFERRY_OPENER";
 
-/// The filters of threads, by the names of their kinds.
+/// The filter of each kind of thread.
 static FILTERS: OnceLock<BTreeMap<ThreadKind, BpfProgram>> = OnceLock::new();
 
 /// The folders in which the programs of upgrades may be.
@@ -118,7 +116,7 @@ pub fn enter(
         // First of all: in a sandbox that is inherited, a refused call would end the process.
         sandbox.refusals = Some(refused::note().map_err(SandboxError::Handler)?);
     }
-    let inherited = inherited();
+    let inherited = inherited::handed_over(VARIABLE).map_err(SandboxError::Opener)?;
     let is_inherited = inherited.is_some();
     let channel = match inherited {
         Some(socket) => Channel::new(socket),
@@ -170,33 +168,12 @@ pub fn enter_thread(kind: ThreadKind) {
     }
 }
 
-/// The socket to the opener of the program that this process executed before, if there is one.
-fn inherited() -> Option<OwnedFd> {
-    let value = std::env::var(VARIABLE).ok()?;
-    let (process, number) = value.split_once(':')?;
-    let number: RawFd = number.parse().ok()?;
-    let is_own = process.parse() == Ok(std::process::id());
-    is_own.then(|| duplicate(number).ok()).flatten()
-}
-
-/// What the next program of this process inherits, while it is not dropped.
-#[derive(Debug)]
-pub struct Inherited(OwnedFd);
-
-/// Makes the opener one of the next program of this process, if there is one.
+/// Makes the opener one of the next program of this process, if there is one. Returns the variable
+/// for it.
 ///
 /// # Errors
-/// If the kernel has no descriptor left.
-pub fn hand_over() -> io::Result<Option<Inherited>> {
-    let Some(channel) = opener::channel() else { return Ok(None) };
-    let socket = channel.socket()?;
-    fcntl_setfd(&socket, FdFlags::empty())?;
-    Ok(Some(Inherited(socket)))
-}
-
-impl Inherited {
-    /// The variable and its value for the next program.
-    pub fn variable(&self) -> (&'static str, String) {
-        (VARIABLE, format!("{}:{}", std::process::id(), self.0.as_raw_fd()))
-    }
+/// If the kernel refuses.
+pub fn inherit() -> io::Result<Option<(&'static str, String)>> {
+    let value = opener::channel().map(Channel::inherit).transpose()?;
+    Ok(value.map(|value| (VARIABLE, value)))
 }

@@ -7,7 +7,7 @@
 //! they are. A program that a service starts inherits the variables of the service. So they count
 //! only for the process that they name.
 
-use super::descriptor::duplicate;
+use crate::inherited::duplicate;
 use crate::transport::unix_socket::not_listening;
 use std::env::VarError;
 use std::os::fd::{OwnedFd, RawFd};

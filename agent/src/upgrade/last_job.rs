@@ -3,17 +3,17 @@
 //! How the last job has ended, handed to the next program in a file without a name.
 //!
 //! An operator may have to know that after an upgrade, for example whether a guest has arrived here
-//! before he resumes it elsewhere. The file is found by a variable, which names the process, as
-//! that of the control socket.
+//! before he resumes it elsewhere.
 
-use crate::systemd::descriptor::duplicate;
+use crate::inherited;
 use pageferry_protocol::control::codec::{Decoder, Encoder};
 use pageferry_protocol::control::job::JobStatus;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{Errno, pread, write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::OwnedFd;
 
-/// The variable: the process and the descriptor.
+/// The variable by which the next program finds the file.
 pub(super) const VARIABLE: &str = "PAGEFERRY_LAST_JOB";
 /// More than any status has.
 const LONGEST: usize = 64 << 10;
@@ -25,8 +25,7 @@ pub struct LastJob(OwnedFd);
 impl LastJob {
     /// Keeps this status. `None`, and says so, if the kernel refuses.
     pub fn new(status: &JobStatus) -> Option<Self> {
-        // Without a flag that closes it: the next program inherits it.
-        let kept = memfd_create("pageferry-last-job", MemfdFlags::empty()).and_then(|file| {
+        let kept = memfd_create("pageferry-last-job", MemfdFlags::CLOEXEC).and_then(|file| {
             let bytes = status.encode(Encoder::new()).finish();
             if write(&file, &bytes)? == bytes.len() { Ok(Self(file)) } else { Err(Errno::NOSPC) }
         });
@@ -35,16 +34,15 @@ impl LastJob {
 
     /// What the program before has kept, if it has.
     pub fn handed_over() -> Option<Self> {
-        let value = std::env::var(VARIABLE).ok()?;
-        let (process, number) = value.split_once(':')?;
-        let number: RawFd = number.parse().ok()?;
-        let is_own = process.parse() == Ok(std::process::id());
-        is_own.then(|| duplicate(number).ok().map(Self)).flatten()
+        inherited::handed_over(VARIABLE).ok().flatten().map(Self)
     }
 
-    /// The variable and its value for the next program.
-    pub fn variable(&self) -> (&'static str, String) {
-        (VARIABLE, format!("{}:{}", std::process::id(), self.0.as_raw_fd()))
+    /// Lets the next program have it. Returns the variable for it.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn inherit(&self) -> io::Result<(&'static str, String)> {
+        Ok((VARIABLE, inherited::hand_over(&self.0)?))
     }
 
     /// The status. `None` if another version has written it, in a way that is not known here.

@@ -23,8 +23,8 @@ pub mod wish;
 
 use crate::image::ImageKey;
 use crate::image::seal::handover::{self, KeptKey};
+use crate::inherited::duplicate;
 use crate::sandbox;
-use crate::systemd::descriptor::duplicate;
 use crate::transport::unix_path::{Inode, UnixPathListener};
 use crate::transport::unix_socket::not_listening;
 use last_job::LastJob;
@@ -138,25 +138,24 @@ impl HandedOver {
         let (device, inode) = self.file.map_or((0, 0), |file| (file.device, file.number));
         let process = std::process::id();
         let value = format!("{process}:{}:{device}:{inode}", self.socket.as_raw_fd());
-        let last_job = self.last_job.as_ref().map(LastJob::variable);
-        let opener = match sandbox::hand_over() {
-            Ok(opener) => opener,
+        let mut variables = match self.inherit() {
+            Ok(variables) => variables,
             Err(error) => return error,
         };
-        let opener = opener.as_ref().map(sandbox::Inherited::variable);
-        let image_key = match self.image_key.as_ref().map(KeptKey::inherit).transpose() {
-            Ok(image_key) => image_key,
-            Err(error) => return error,
-        };
-        let variables =
-            last_job.into_iter().chain(opener).chain(image_key).chain([(VARIABLE, value)]);
-        let variables: Vec<_> = variables.collect();
+        variables.push((VARIABLE, value));
         let removed = [last_job::VARIABLE, handover::VARIABLE];
         write_log();
         let error = program.execute(&variables, &removed);
         log::error!("cannot execute {}: {error}; this version goes on", program.path().display());
         write_log();
         Program::running().execute(&variables, &removed)
+    }
+
+    /// Lets the next program have what is not the socket. Returns the variables for it.
+    fn inherit(&self) -> io::Result<Vec<(&'static str, String)>> {
+        let last_job = self.last_job.as_ref().map(LastJob::inherit).transpose()?;
+        let image_key = self.image_key.as_ref().map(KeptKey::inherit).transpose()?;
+        Ok([last_job, image_key, sandbox::inherit()?].into_iter().flatten().collect())
     }
 }
 

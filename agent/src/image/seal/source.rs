@@ -10,8 +10,8 @@
 //! another with the same descriptor. A pipe is read until its other end is closed, and only once.
 
 use super::key::{DIGITS_TEXT, ImageKey, MAX_FILE};
+use crate::inherited::duplicate;
 use crate::opener;
-use crate::systemd::descriptor::duplicate;
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use std::fmt;

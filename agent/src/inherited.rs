@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Takes a descriptor that this process inherited, by its number.
+//! Descriptors that this process inherited, and those that its next program inherits.
+//!
+//! A process that executes another program hands descriptors over by variables: the process and the
+//! number. A program that inherits the variable alone is another process, and ignores it.
 #![allow(unsafe_code)]
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// A duplicate of the descriptor `number`. The descriptor itself stays open, and is closed in
 /// programs that this process starts.
@@ -24,6 +27,33 @@ pub fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
     inherited.try_clone_to_owned()
 }
 
+/// Lets the program have the descriptor that this process executes next. Returns the value of a
+/// variable by which [`handed_over`] finds it there.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn hand_over(fd: impl AsFd) -> io::Result<String> {
+    let fd = fd.as_fd();
+    fcntl_setfd(fd, FdFlags::empty())?;
+    Ok(format!("{}:{}", std::process::id(), fd.as_raw_fd()))
+}
+
+/// A duplicate of the descriptor that this process has handed over by this variable, before it
+/// executed this program. `None` if it has not.
+///
+/// # Errors
+/// If the descriptor is not open.
+pub fn handed_over(variable: &str) -> io::Result<Option<OwnedFd>> {
+    let value = std::env::var(variable).ok();
+    value.as_deref().and_then(own).map(duplicate).transpose()
+}
+
+/// The number in the value of a variable, if it is one of this process.
+fn own(value: &str) -> Option<RawFd> {
+    let (process, number) = value.split_once(':')?;
+    (process.parse() == Ok(std::process::id())).then(|| number.parse().ok())?
+}
+
 /// Closes all descriptors that this process inherited, but for the three that every process has.
 /// To be called before this process opens any.
 ///
@@ -39,7 +69,6 @@ pub fn close_inherited() -> io::Result<()> {
 mod tests {
     use super::*;
     use std::io::{Read, Write};
-    use std::os::fd::AsRawFd;
 
     #[test]
     fn a_descriptor_that_is_open_is_duplicated() {
@@ -52,5 +81,17 @@ mod tests {
         assert_eq!(text, "x");
         assert!(duplicate(1 << 30).is_err());
         assert!(duplicate(-1).is_err());
+    }
+
+    #[test]
+    fn a_variable_of_another_process_is_ignored() {
+        let (reader, _writer) = io::pipe().unwrap();
+        let value = hand_over(&reader).unwrap();
+        assert_eq!(own(&value), Some(reader.as_raw_fd()));
+        let id = std::process::id();
+        for value in [format!("{}:7", id + 1), format!("{id}"), format!("{id}:x"), String::new()] {
+            assert_eq!(own(&value), None, "{value}");
+        }
+        assert!(handed_over("PAGEFERRY_NO_SUCH_VARIABLE").unwrap().is_none());
     }
 }
