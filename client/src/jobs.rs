@@ -46,8 +46,9 @@ const LONGEST_POLL: Duration = Duration::from_millis(5);
 const SHORTEST_POLL: Duration = Duration::from_micros(200);
 
 impl Client {
-    /// Starts to send the guest. Returns at once; the progress comes by hooks, [`Client::status`]
-    /// and [`Client::wait`].
+    /// Starts to send the guest. The progress comes by hooks, [`Client::status`] and
+    /// [`Client::wait`]. Returns at once, except that it looks the name of a host up first, which
+    /// may take seconds: give an IP address, or call it from a thread that may wait.
     ///
     /// # Errors
     /// If the guest is not ours, some of its memory was [lost](crate::Hooks::memory_lost), the

@@ -2,7 +2,8 @@
 
 //! The command line: `pageferry agent`, and the operator's subcommands.
 //!
-//! - [`run_agent`]: the agent itself;
+//! - [`agent`], [`run_agent`]: the agent itself; [`agent_options`]: its options that `pageferry qemu`
+//!   has, too;
 //! - [`log_writer`], [`log_limit`], [`log_line`]: its log;
 //! - [`operator`]: the operator's commands, one function each;
 //! - [`agent_connection`]: requests to a running agent, and its events;
@@ -23,7 +24,9 @@
 //! This room may print to standard output and standard error.
 #![allow(clippy::print_stderr)]
 
+pub mod agent;
 pub mod agent_connection;
+pub mod agent_options;
 pub mod check;
 pub mod devices;
 pub mod exit;
@@ -46,17 +49,13 @@ pub mod snapshot;
 pub mod upgrade;
 pub mod watch;
 
-use crate::image::seal::KeySource;
-use crate::sandbox::{self, Sandbox};
-use crate::transport::Address;
-use crate::trust::Folder;
-use crate::upgrade::program::Program;
-use crate::vm_name::VmName;
+use agent::AgentArgs;
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use env_logger::Env;
 use exit::Exit;
 use migration::{ListenArgs, MigrateArgs, RecoverArgs, ResumeArgs, SetArgs, UsageError};
-use pageferry_protocol::control::Grants;
-use parse::{parse_duration, parse_name};
+use parse::parse_duration;
+use std::error::Error;
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -126,110 +125,6 @@ enum Command {
     Completions(manual::CompletionsArgs),
 }
 
-/// How the agent is reached.
-#[derive(Debug, Args)]
-pub struct AgentArgs {
-    /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may
-    /// connect. A socket at this path on which nobody listens is replaced. If anything else is
-    /// there, the agent refuses to start. At most 107 bytes. Leave the option out if a socket unit
-    /// of systemd starts the agent.
-    #[arg(long, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// Name of the VM in the log, the status and the metrics. Otherwise the VMM may give one, for
-    /// the log and the status.
-    #[arg(long, value_parser = parse_name)]
-    pub name: Option<String>,
-    /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
-    #[arg(long)]
-    pub stdin: bool,
-    /// Folder of the certificates for tls:HOST:PORT addresses: ca-cert.pem, and server-cert.pem and
-    /// server-key.pem for a destination, client-cert.pem and client-key.pem for a source. What is
-    /// in ca-crl.pem is revoked. Files that change are read again. docs/tls.md explains it.
-    #[arg(long, value_name = "FOLDER")]
-    pub tls: Option<PathBuf>,
-    /// File with a token for tls:HOST:PORT addresses, instead of certificates: at least 32 bytes
-    /// that nobody can guess, the same at both ends. It is never sent. The file is read again when
-    /// it changes. docs/tls.md explains it.
-    #[arg(long, value_name = "FILE", conflicts_with = "tls")]
-    pub token_file: Option<PathBuf>,
-    /// Serve only peers whose certificate has this name. May be given more than once.
-    #[arg(long, value_name = "NAME", requires = "tls")]
-    pub tls_peer: Vec<String>,
-    /// Whether the agent gives up what it does not need: on; log, it only says what it would
-    /// refuse; off. In a sandbox the agent opens files only in folders that a command or its VMM
-    /// has named, or --folder. docs/sandbox.md explains it.
-    #[arg(
-        long,
-        value_name = "MODE",
-        default_value = "on",
-        value_enum,
-        hide_possible_values = true
-    )]
-    pub sandbox: sandbox::Mode,
-    /// Let the agent open files in this folder and below it, also if nobody names them: images on
-    /// which others build. May be given more than once.
-    #[arg(long, value_name = "FOLDER")]
-    pub folder: Vec<PathBuf>,
-    /// Let `upgrade --to` execute programs in this folder and below it, besides the folder of the
-    /// agent's own. May be given more than once.
-    #[arg(long, value_name = "FOLDER")]
-    pub programs: Vec<PathBuf>,
-    /// Be the opener of an agent.
-    #[arg(long, value_name = "MODE", hide = true, value_enum)]
-    pub opener: Option<sandbox::Mode>,
-    /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
-    /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
-    /// its owner may read it. fd:N reads the key from descriptor N, which the agent inherits.
-    /// docs/snapshots.md explains it.
-    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
-    pub image_key: Option<KeySource>,
-    /// Let guest memory cross networks in the clear: allow tcp:HOST:PORT also where HOST is not a
-    /// loopback address. Whoever is on the way can read and change the guest. Without this option
-    /// use tls:HOST:PORT, or unix:PATH.
-    #[arg(long)]
-    pub insecure: bool,
-    /// Serve metrics over HTTP at this address, under /metrics, for Prometheus. A UNIX socket gets
-    /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
-    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = crate::metrics::address::parse)]
-    pub metrics: Option<Address>,
-    /// Serve a virtio balloon to a vhost-user front-end that connects to this UNIX socket. What the
-    /// guest gives back by it is freed, and left out of migrations and snapshots.
-    #[arg(long, value_name = "PATH")]
-    pub balloon: Option<PathBuf>,
-    /// Serve a virtio-mem device to a vhost-user front-end that connects to this UNIX socket. Its
-    /// region is the block --mem-block, which the VMM hands over as discarded.
-    #[arg(long, value_name = "PATH", requires = "mem_block")]
-    pub mem: Option<PathBuf>,
-    /// Name of the block that is the region of --mem.
-    #[arg(long, value_name = "NAME", requires = "mem")]
-    pub mem_block: Option<String>,
-    /// The unit in which the guest plugs and unplugs memory of --mem: a power of two.
-    #[arg(long, value_name = "SIZE", requires = "mem", default_value = "2M",
-          value_parser = parse::parse_block_size)]
-    pub mem_block_size: u64,
-}
-
-impl AgentArgs {
-    /// What the arguments name.
-    fn grants(&self) -> Vec<Grants> {
-        let metrics = match &self.metrics {
-            Some(Address::Unix(path)) => Some(path),
-            _ => None,
-        };
-        let sockets = [self.socket.as_ref(), metrics, self.balloon.as_ref(), self.mem.as_ref()];
-        let sockets = sockets.into_iter().flatten().map(|path| Grants::default().write(path));
-        let folders = self.folder.iter().map(|path| Grants::default().write(&path.join("any")));
-        let trusted = self.tls.iter().flat_map(|folder| Folder::files(folder));
-        let image_key = match &self.image_key {
-            Some(KeySource::File(path)) => Some(path.clone()),
-            _ => None,
-        };
-        let secrets = image_key.into_iter().chain(self.token_file.clone());
-        let read = trusted.chain(secrets).map(|file| Grants::default().read(&file));
-        sockets.chain(folders).chain(read).collect()
-    }
-}
-
 /// The agent to talk to.
 #[derive(Debug, Args)]
 pub struct OperatorArgs {
@@ -284,27 +179,10 @@ pub struct PauseArgs {
 /// Otherwise the kernel sends SIGXFSZ, which ends the process: an agent would leave its guest
 /// behind, and other commands half a file. The signal gets a handler that does nothing. It is not
 /// ignored, because child processes would inherit that.
-fn handle_file_size_limit() -> std::io::Result<()> {
-    signal_hook::flag::register(libc::SIGXFSZ, Arc::default()).map(drop)
-}
-
-fn enter_sandbox(args: &AgentArgs) -> Result<Sandbox, String> {
-    let program = Program::of_this_process();
-    let program = program.map_err(|error| format!("the program has no path: {error}"))?;
-    sandbox::enter(args.sandbox, || args.grants(), program.path(), &args.programs)
-        .map_err(|error| crate::error::chain(&error))
-}
-
-/// Serves as the opener of an agent.
-fn opener(mode: sandbox::Mode) -> ExitCode {
-    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
-        .try_init();
-    match crate::opener::process::run(mode != sandbox::Mode::Log) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            log::error!("the opener ends: {}", crate::error::chain(&error));
-            ExitCode::FAILURE
-        }
+fn handle_file_size_limit() {
+    let handled = signal_hook::flag::register(libc::SIGXFSZ, Arc::default());
+    if let Err(error) = handled {
+        log::warn!("a file that reaches its size limit will end this process: {error}");
     }
 }
 
@@ -322,52 +200,14 @@ where
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    if let Command::Agent(AgentArgs { opener: Some(mode), .. }) = &cli.command {
-        return opener(*mode);
-    }
-    let mut sandbox = Sandbox::default();
-    if let Command::Agent(args) = &cli.command {
-        // Before the first thread starts.
-        match enter_sandbox(args) {
-            Ok(entered) => sandbox = entered,
-            Err(why) => {
-                eprintln!("pageferry: {why}; --sandbox off does without");
-                return ExitCode::FAILURE;
-            }
-        }
-    }
-    let default = if matches!(cli.command, Command::Agent(_)) { "info" } else { "warn" };
-    let mut logger =
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(default));
-    let mut log_end = None;
-    let limit = log_limit::Limit::default();
-    let vm_name = match &cli.command {
-        Command::Agent(AgentArgs { name: Some(name), .. }) => VmName::of_operator(name.clone()),
-        _ => VmName::default(),
-    };
-    if matches!(cli.command, Command::Agent(_)) {
-        log_line::name_the_vm(&mut logger, vm_name.clone());
-    }
-    if matches!(cli.command, Command::Agent(_))
-        && let Ok((writer, end)) = log_writer::LogWriter::start(std::io::stderr(), limit.clone())
-    {
-        logger.target(env_logger::Target::Pipe(Box::new(writer)));
-        let logger = logger.build();
-        let level = logger.filter();
+    // The agent has a log of its own.
+    if !matches!(cli.command, Command::Agent(_)) {
         // Fails if this process has a logger already, as in a test that calls this twice.
-        if log::set_boxed_logger(Box::new(log_limit::RateLimitedLog::new(logger, limit))).is_ok() {
-            log::set_max_level(level);
-        }
-        log_end = Some(end);
-    } else {
-        // Fails in the same case.
-        let _ = logger.try_init();
-    }
-    if let Err(error) = handle_file_size_limit() {
-        log::warn!("a file that reaches its size limit will end this process: {error}");
+        let _ = env_logger::Builder::from_env(Env::default().default_filter_or("warn")).try_init();
+        handle_file_size_limit();
     }
     let outcome = match cli.command {
-        Command::Agent(args) => run_agent::run(&args, sandbox, vm_name, log_end.as_ref()),
+        Command::Agent(args) => agent::run(&args),
         Command::Status(args) => operator::status(&args.operator, args.wait),
         Command::Watch(args) => operator::watch_job(&args.operator, args.pause.no_wait),
         Command::Migrate(args) => args.options.try_into().map_err(Box::from).and_then(|options| {
@@ -399,9 +239,11 @@ where
         Command::Man(args) => manual::write_man_pages(Cli::command(), &args),
         Command::Completions(args) => manual::print_completions(Cli::command(), &args),
     };
-    if let Some(end) = log_end {
-        end.finish();
-    }
+    exit_code(outcome)
+}
+
+/// The exit code of a command that ended so. Says what has failed.
+fn exit_code(outcome: Result<Exit, Box<dyn Error>>) -> ExitCode {
     let exit = outcome.unwrap_or_else(|error| {
         if exit::is_closed_pipe(&*error) {
             return Exit::NoReader;

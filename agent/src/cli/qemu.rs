@@ -5,10 +5,10 @@
 //! The command stays as long as QEMU does. It stands for the VMM: it starts the agent as a child,
 //! hands the memory over, and answers the agent's hooks by QMP.
 
+use super::agent_options::AgentOptions;
 use super::exit::Exit;
 use super::migration::{IncomingArgs, UsageError};
-use super::parse::{parse_huge_pages, parse_name, parse_size};
-use crate::image::seal::KeySource;
+use super::parse::{parse_huge_pages, parse_size};
 use crate::transport::unix_path::{UnixPathError, check_may_replace};
 use clap::{Args, Subcommand};
 use pageferry_attach::process::target::TargetProcess;
@@ -96,32 +96,14 @@ Example, a restore:
   pageferry qemu receive --socket /run/vm1.sock -- qemu-system-x86_64 -m 4G -drive ... &
   pageferry restore --socket /run/vm1.sock /images/monday --lazy";
 
-/// The agent, and QEMU's name.
+/// The agent.
 #[derive(Debug, Args)]
-struct AgentOptions {
+struct OwnAgent {
     /// Socket of the agent. Give it to `pageferry status`, `migrate`, `snapshot` and the others.
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// Name of the VM, in the log, the status and the metrics.
-    #[arg(long, value_parser = parse_name)]
-    name: Option<String>,
-    /// Serve the agent's metrics over HTTP at this address, as `pageferry agent --metrics` does.
-    #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = parse_metrics)]
-    metrics: Option<String>,
-    /// Seal images with the key in this file, as `pageferry agent --image-key` does. The agent that
-    /// follows one that died reads it again.
-    #[arg(long, value_name = "FILE|fd:N", value_parser = KeySource::parse)]
-    image_key: Option<KeySource>,
-    /// Folder of the certificates for tls:HOST:PORT addresses, as `pageferry agent --tls` has it.
-    #[arg(long, value_name = "FOLDER")]
-    tls: Option<PathBuf>,
-    /// Serve only peers whose certificate has this name. May be given more than once.
-    #[arg(long, value_name = "NAME", requires = "tls")]
-    tls_peer: Vec<String>,
-    /// Let guest memory cross networks in the clear: allow tcp:HOST:PORT also where HOST is not a
-    /// loopback address.
-    #[arg(long)]
-    insecure: bool,
+    #[command(flatten)]
+    options: AgentOptions,
 }
 
 /// QEMU's command line.
@@ -138,7 +120,7 @@ struct QemuLine {
 #[derive(Debug, Args)]
 pub struct RunArgs {
     #[command(flatten)]
-    agent: AgentOptions,
+    agent: OwnAgent,
     /// Put the memory of -m into huge pages of this size, such as 2M. The kernel must have them.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     huge_pages: Option<u64>,
@@ -150,7 +132,7 @@ pub struct RunArgs {
 #[derive(Debug, Args)]
 pub struct AttachArgs {
     #[command(flatten)]
-    agent: AgentOptions,
+    agent: OwnAgent,
     /// Socket of a QMP monitor of QEMU that no other program uses, such as libvirt (-qmp
     /// unix:PATH,server=on,wait=off).
     #[arg(long, value_name = "PATH")]
@@ -165,7 +147,7 @@ pub struct AttachArgs {
 #[command(mut_group("IncomingArgs", |group| group.requires("listen")))]
 pub struct ReceiveArgs {
     #[command(flatten)]
-    agent: AgentOptions,
+    agent: OwnAgent,
     /// Wait at this address for a source (tls:HOST:PORT, tcp:HOST:PORT or unix:PATH). With port 0
     /// the kernel chooses one, and the command prints it.
     #[arg(long, value_name = "ADDRESS", value_parser = super::parse::parse_address)]
@@ -226,35 +208,14 @@ impl ReceiveArgs {
     }
 }
 
-impl AgentOptions {
+impl OwnAgent {
     /// The processes for the QEMU with this monitor and process. They are this program.
     fn helpers(&self, monitor: &Path, pid: u32) -> Result<Helpers, Box<dyn Error>> {
         let program = OsString::from(std::env::current_exe()?);
         let mut agent = vec![program.clone()];
         agent.extend(["agent", "--stdin", "--socket"].map(OsString::from));
         agent.push(std::path::absolute(&self.socket)?.into());
-        if let Some(name) = &self.name {
-            agent.extend([OsString::from("--name"), name.into()]);
-        }
-        if let Some(address) = &self.metrics {
-            agent.extend([OsString::from("--metrics"), address.into()]);
-        }
-        if let Some(key) = &self.image_key {
-            let key = match key {
-                KeySource::File(path) => std::path::absolute(path)?.into(),
-                KeySource::Descriptor(_) => OsString::from(key.to_string()),
-            };
-            agent.extend([OsString::from("--image-key"), key]);
-        }
-        if let Some(folder) = &self.tls {
-            agent.extend([OsString::from("--tls"), std::path::absolute(folder)?.into()]);
-        }
-        for name in &self.tls_peer {
-            agent.extend([OsString::from("--tls-peer"), name.into()]);
-        }
-        if self.insecure {
-            agent.push("--insecure".into());
-        }
+        agent.extend(self.options.to_arguments()?);
         let mut guard = vec![program];
         guard.extend(["qemu", "guard", "--qmp"].map(OsString::from));
         guard.extend([
@@ -262,13 +223,8 @@ impl AgentOptions {
             "--pid".into(),
             pid.to_string().into(),
         ]);
-        Ok(Helpers { agent, guard, vm_name: self.name.clone().unwrap_or_default() })
+        Ok(Helpers { agent, guard, vm_name: self.options.name.clone().unwrap_or_default() })
     }
-}
-
-/// The address of the metrics, as the agent gets it.
-fn parse_metrics(text: &str) -> Result<String, String> {
-    crate::metrics::address::parse(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// Runs one of the commands.
@@ -315,7 +271,7 @@ fn signals() -> std::io::Result<UnixStream> {
 }
 
 fn launch(
-    agent: &AgentOptions, line: &QemuLine, huge_page_size: Option<u64>,
+    agent: &OwnAgent, line: &QemuLine, huge_page_size: Option<u64>,
     receive: Option<Option<(&str, IncomingOptions)>>,
 ) -> Result<Exit, Box<dyn Error>> {
     check_free(&agent.socket)?;

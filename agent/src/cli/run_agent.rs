@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! `pageferry agent`: sets the process up and runs the server.
+//! `pageferry agent`: sets the process up, which is in its sandbox, and runs the server.
 //!
 //! The server listens on a UNIX socket, or on one that systemd has handed over, or serves the
 //! connection that the process inherited as standard input, or both. It ends on SIGINT, SIGTERM or
 //! SIGHUP, and when the inherited connection ends. On SIGUSR2 the process executes its program
 //! again ([`crate::upgrade`]).
 
-use super::AgentArgs;
+use super::agent::AgentArgs;
 use super::exit::Exit;
 use super::log_writer::LogEnd;
 use super::open_files;
@@ -22,7 +22,6 @@ use crate::server::Server;
 use crate::systemd::{Notifier, inherited_listener};
 use crate::transport::unix_socket::not_connected;
 use crate::transport::{Address, Listener, PlainNetworks};
-use crate::trust::Trust;
 use crate::upgrade::program::Program;
 use crate::upgrade::{self, handed_over};
 use crate::vm_name::VmName;
@@ -107,6 +106,7 @@ fn image_key(source: Option<&KeySource>, is_upgraded: bool) -> Result<Option<Ima
 pub fn run(
     args: &AgentArgs, sandbox: Sandbox, vm_name: VmName, log: Option<&LogEnd>,
 ) -> Result<Exit, Box<dyn Error>> {
+    let options = &args.options;
     if let Some(warning) = sandbox.warning {
         log::warn!("{warning}");
     }
@@ -134,19 +134,14 @@ pub fn run(
         }
         false => Err(failed),
     };
-    let metrics = match args.metrics.as_ref().map(listen_for_metrics) {
+    let metrics = match options.metrics().as_ref().map(listen_for_metrics) {
         Some(Err(failed)) => unless_upgraded(failed).map(|()| None)?,
         listening => listening.transpose()?,
     };
-    let option = if args.token_file.is_some() { "--token-file" } else { "--tls" };
-    let not_trusted = |error| format!("{option}: {}", crate::error::chain(&error));
-    let trust = match (&args.tls, &args.token_file) {
-        (Some(folder), _) => Trust::in_folder(folder, &args.tls_peer).map_err(not_trusted)?,
-        (None, Some(file)) => Trust::by_token(file),
-        (None, None) => Trust::default(),
-    };
-    trust.check().map_err(not_trusted).or_else(unless_upgraded)?;
-    let image_key = image_key(args.image_key.as_ref(), is_upgraded)?;
+    let trust = options.trust()?;
+    let checked = trust.check().map_err(|error| options.not_trusted(&error));
+    checked.or_else(unless_upgraded)?;
+    let image_key = image_key(options.image_key.as_ref(), is_upgraded)?;
     let mut server = Server::new(vm_name)?;
     server.trust(trust);
     if let Some(refusals) = sandbox.refusals {
@@ -155,7 +150,7 @@ pub fn run(
     if let Some(key) = image_key.clone() {
         server.seal_images_with(key);
     }
-    if args.insecure {
+    if options.insecure {
         server.plain_networks(PlainNetworks::Allowed);
     }
     let (signals, wake) = UnixStream::pair()?;
