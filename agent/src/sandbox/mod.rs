@@ -29,7 +29,6 @@ pub use refused::Refusals;
 use crate::inherited;
 use crate::opener::channel::Channel;
 use crate::opener::{self, process};
-use crate::processors;
 use crate::transport::socket_queue;
 use clap::ValueEnum;
 use pageferry_protocol::control::Grants;
@@ -109,8 +108,7 @@ pub fn enter(
     if mode == Mode::Off {
         return Ok(Sandbox::default());
     }
-    // Threads ask later, and may not look.
-    refused::limit_arenas(processors::count());
+    refused::share_arena();
     let mut sandbox = Sandbox::default();
     if mode == Mode::On {
         // First of all: in a sandbox that is inherited, a refused call would end the process.

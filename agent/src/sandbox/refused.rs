@@ -38,17 +38,17 @@ pub(super) fn note() -> io::Result<Refusals> {
     Ok(Refusals(reader))
 }
 
-/// Keeps the library's allocator from counting processors in files that no thread may open: the
-/// number of its arenas is what it would find there.
+/// Makes all threads share one arena of the library's allocator. For a second one it would count
+/// processors, and before it gives memory of that back it would read a setting: both in files that
+/// no thread may open. Threads allocate little, and have a cache of their own before the arena.
 #[cfg(target_env = "gnu")]
-pub(super) fn limit_arenas(processors: usize) {
-    let arenas = libc::c_int::try_from(8 * processors).unwrap_or(libc::c_int::MAX);
+pub(super) fn share_arena() {
     // SAFETY: it sets a number of the allocator. No other thread runs yet.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 #[cfg(not(target_env = "gnu"))]
-pub(super) fn limit_arenas(_: usize) {}
+pub(super) fn share_arena() {}
 
 impl Refusals {
     /// The descriptor that is readable when there is one.
