@@ -36,6 +36,7 @@
 
 pub mod agent;
 pub mod balloon;
+pub mod certificates;
 pub mod deadline;
 pub mod decoders;
 pub mod device;

@@ -20,6 +20,9 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// Practically no limit, in bytes per second.
 const BANDWIDTH: u64 = 100 << 30;
 
+/// The name in the certificate of a destination.
+pub const TLS_HOST: &str = "localhost";
+
 /// An installed QEMU.
 #[derive(Debug)]
 pub struct Qemu {
@@ -62,17 +65,27 @@ impl Qemu {
 
     /// Migrates the guest.
     pub fn migrate(&self, source: &Image, destination: &Image, mode: Mode) -> Took {
+        self.migrate_with(source, destination, mode, None)
+    }
+
+    /// The same, with the certificates in this folder if there is one.
+    pub fn migrate_with(
+        &self, source: &Image, destination: &Image, mode: Mode, certificates: Option<&Path>,
+    ) -> Took {
         let folder = tempfile::tempdir().unwrap();
-        let mut to = Machine::start(
-            folder.path(),
-            "destination",
-            destination,
-            &["-S", "-incoming", "defer"],
-        );
-        let mut from = Machine::start(folder.path(), "source", source, &["-S"]);
-        for machine in [&mut to, &mut from] {
-            machine.set_up(mode);
-        }
+        let side = |name, image, more: &[&str], endpoint| {
+            let object = certificates.map(|folder| {
+                let dir = folder.display();
+                format!("tls-creds-x509,id=tls,dir={dir},endpoint={endpoint},verify-peer=on")
+            });
+            let object = object.iter().flat_map(|object| ["-object", object]);
+            let more: Vec<&str> = more.iter().copied().chain(object).collect();
+            let mut machine = Machine::start(folder.path(), name, image, &more);
+            machine.set_up(mode, certificates.is_some());
+            machine
+        };
+        let mut to = side("destination", destination, &["-S", "-incoming", "defer"], "server");
+        let mut from = side("source", source, &["-S"], "client");
         let address = format!("tcp:127.0.0.1:{}", free_port());
         to.execute("migrate-incoming", json!({ "uri": address }));
         let started = Instant::now();
@@ -155,10 +168,14 @@ impl Machine {
         self.process.id()
     }
 
-    fn set_up(&mut self, mode: Mode) {
+    fn set_up(&mut self, mode: Mode, is_tls: bool) {
         let capability = json!({ "capability": "multifd", "state": mode.channels > 0 });
         self.execute("migrate-set-capabilities", json!({ "capabilities": [capability] }));
         let mut parameters = unlimited();
+        if is_tls {
+            parameters["tls-creds"] = json!("tls");
+            parameters["tls-hostname"] = json!(TLS_HOST);
+        }
         if mode.channels > 0 {
             parameters["multifd-channels"] = json!(mode.channels);
             if mode.zstd > 0 {

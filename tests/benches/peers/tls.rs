@@ -9,12 +9,14 @@ use super::Bench;
 use super::image::{Image, full_guest, warm_large_pages};
 use super::ours::{Side, migrate_over};
 use super::postcopy::{self, Listens};
+use super::qemu::{Mode, TLS_HOST};
 use super::table::{Better, Table, median};
 use pageferry_agent::transport::{RecordReader, StreamSocket};
 use pageferry_agent::trust::Trust;
 use pageferry_client::{IncomingOptions, OutgoingOptions};
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::stream::{Kind, RecordHeader};
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::require;
 use rustix::io::IoSlice;
 use rustix::time::{ClockId, clock_gettime};
@@ -87,18 +89,34 @@ fn migrations(bench: &Bench, table: &mut Table, images: [&Image; 2], token: &Pat
                 .map(|(who, address)| Way::new(&format!("{who}, {kind}"), address, &options))
         })
         .collect();
+    let authority = Authority::new("bench");
+    let certificates = authority.folder([TLS_HOST; 2]);
+    let mut by_qemu = bench.streams.iter().map(|_| Vec::new()).collect::<Vec<_>>();
     for _ in 0..bench.rounds {
-        for way in pairs.iter_mut().flatten() {
-            destination.clear();
-            warm_large_pages(&bench.folder, source.size + source.size / 16);
-            way.run(source, destination, &arguments);
+        for (index, pair) in pairs.iter_mut().enumerate() {
+            for way in pair {
+                prepare(bench, images);
+                way.run(source, destination, &arguments);
+            }
+            if let (Some(qemu), Some(&streams)) = (&bench.qemu, bench.streams.get(index)) {
+                prepare(bench, images);
+                let mode = Mode::multifd(streams.into());
+                let took = qemu.migrate_with(source, destination, mode, Some(certificates.path()));
+                by_qemu[index].push(source.size as f64 / took.time.as_secs_f64() / 1e9);
+            }
         }
     }
-    for [plain, tls] in &pairs {
+    for (rates, streams) in by_qemu.iter().zip(&bench.streams).filter(|(of, _)| !of.is_empty()) {
+        table.add(WORK, &qemus(streams), "GB/s", rates, String::new());
+    }
+    for (index, [plain, tls]) in pairs.iter().enumerate() {
         for way in [plain, tls] {
             table.add(WORK, &way.name, "GB/s", &way.rates, String::new());
         }
         table.compare_rounds(WORK, &tls.name, &plain.name, Better::More);
+        if let Some(streams) = bench.streams.get(index) {
+            table.compare_rounds(WORK, &tls.name, &qemus(streams), Better::More);
+        }
         let cost = |way: &Way| format!("{}, processor", way.name);
         let more: Vec<f64> =
             tls.processor.iter().zip(&plain.processor).map(|(tls, plain)| tls - plain).collect();
@@ -106,6 +124,16 @@ fn migrations(bench: &Bench, table: &mut Table, images: [&Image; 2], token: &Pat
         table.add(WORK, &cost(plain), "s/GiB", &plain.processor, String::new());
         table.add(WORK, &cost(tls), "s/GiB", &tls.processor, remark);
     }
+}
+
+fn prepare(bench: &Bench, [source, destination]: [&Image; 2]) {
+    destination.clear();
+    warm_large_pages(&bench.folder, source.size + source.size / 16);
+}
+
+/// The name of QEMU with certificates.
+fn qemus(streams: &u16) -> String {
+    format!("QEMU, TLS, multifd {streams}")
 }
 
 /// How long a guest in postcopy waits for a page.

@@ -13,6 +13,7 @@
 //!
 //! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what
 //!   travels between agents;
+//! - [`handshake`]: what comes before a peer has proved who it is;
 //! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
 //!   addresses that a user writes; [`scrape`](mod@scrape): HTTP requests for the metrics;
 //! - [`queues`]: queues of the agent's devices; [`relay`]: messages of their front-ends;
@@ -21,6 +22,7 @@
 pub mod address;
 pub mod control;
 pub mod hammer;
+pub mod handshake;
 pub mod heap;
 pub mod image;
 pub mod memory;
@@ -43,7 +45,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 27] = [
+pub const TARGETS: [Target; 30] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -58,6 +60,17 @@ pub const TARGETS: [Target; 27] = [
         seeds: stream::record_stream_seeds,
     },
     Target { name: "payload", run: stream::payload, seeds: stream::payload_seeds },
+    Target { name: "tls_stranger", run: handshake::tls_stranger, seeds: handshake::stranger_seeds },
+    Target {
+        name: "tls_certificate",
+        run: handshake::tls_certificate,
+        seeds: handshake::certificate_seeds,
+    },
+    Target {
+        name: "tls_disturbed",
+        run: handshake::tls_disturbed,
+        seeds: handshake::disturbed_seeds,
+    },
     Target { name: "image_header", run: image::image_header, seeds: image::image_header_seeds },
     Target {
         name: "image_contents",

@@ -12,6 +12,8 @@ use std::path::Path;
 static HEAP: CountingHeap = CountingHeap;
 
 const ROUNDS: u64 = 20_000;
+/// Targets that make a handshake for each input run on a part of the inputs.
+const HANDSHAKES: [&str; 2] = ["tls_certificate", "tls_disturbed"];
 /// Decoders of a single value, which is complete only with its last byte.
 const SINGLE_VALUE: [&str; 5] = ["request", "hook", "vhost_user", "image_contents", "working_set"];
 
@@ -19,13 +21,14 @@ const SINGLE_VALUE: [&str; 5] = ["request", "hook", "vhost_user", "image_content
 fn no_bytes_make_a_decoder_panic_or_allocate_too_much() {
     assert!(counts(), "the memory of decoders is measured");
     for target in &TARGETS {
-        let hammered = hammer(target, ROUNDS);
+        let rounds = if HANDSHAKES.contains(&target.name) { ROUNDS / 10 } else { ROUNDS };
+        let hammered = hammer(target, rounds);
         assert!(
-            hammered.accepted > ROUNDS / 50,
+            hammered.accepted > rounds / 50,
             "{} refuses nearly all: {hammered:?}",
             target.name
         );
-        assert!(hammered.refused > ROUNDS / 50, "{} accepts nearly all: {hammered:?}", target.name);
+        assert!(hammered.refused > rounds / 50, "{} accepts nearly all: {hammered:?}", target.name);
     }
 }
 

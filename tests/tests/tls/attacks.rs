@@ -5,12 +5,12 @@
 //!
 //! The tests print their seed. `PAGEFERRY_SEED` sets it.
 
-use super::certificates::Authority;
 use super::middle::{DEEDS, Deed, Middle, Plan};
 use super::scene::{Host, PAGES};
 use pageferry_client::{
     IncomingOptions, JobStatus, Mode, OutgoingOptions, Ownership, Parameters, Phase, Target,
 };
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::random::Random;
 use pageferry_tests::require;

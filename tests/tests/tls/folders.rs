@@ -2,9 +2,9 @@
 
 //! Folders of certificates that cannot be used, and files that change while an agent runs.
 
-use super::certificates::{Authority, Wanted};
 use super::scene::{Host, moves};
 use pageferry_client::{Error, IncomingOptions, OutgoingOptions, Phase, Target};
+use pageferry_tests::certificates::{Authority, Wanted};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::program;
 use pageferry_tests::scenario::{Ram, SOON, Side};

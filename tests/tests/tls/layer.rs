@@ -2,10 +2,10 @@
 
 //! A stream over TLS of which both directions are used at once.
 
-use super::certificates::Authority;
 use pageferry_agent::transport::{RecordReader, RecordWriter, StreamSocket};
 use pageferry_agent::trust::Trust;
 use pageferry_protocol::stream::Kind;
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::on_drop::OnDrop;
 use pageferry_tests::scenario::SOON;

@@ -5,7 +5,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod attacks;
-mod certificates;
 mod folders;
 mod layer;
 mod middle;

@@ -2,9 +2,9 @@
 
 //! Peers that are not trusted. The guest runs on, and the destination waits for the right one.
 
-use super::certificates::{Authority, Wanted, self_signed};
 use super::scene::{Host, PAGES, moves};
 use pageferry_client::{OutgoingOptions, Phase};
+use pageferry_tests::certificates::{Authority, Wanted, self_signed};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::scenario::{Ram, SOON};
 use std::path::Path;

@@ -2,10 +2,10 @@
 
 //! Recovery of a postcopy over TLS: only the peers with which it began may continue it.
 
-use super::certificates::{Authority, Wanted};
 use super::scene::{Host, PAGES};
 use super::tokens::{ONE, OTHER, Tokens};
 use pageferry_client::{Mode, OutgoingOptions, Parameters, Phase};
+use pageferry_tests::certificates::{Authority, Wanted};
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;

@@ -3,13 +3,13 @@
 //! A flood of strangers at the migration port: the right source gets through, and the agent uses
 //! no more memory and descriptors than it may.
 
-use super::certificates::Authority;
 use super::scene::{Host, PAGES, moves_to};
 use pageferry_agent::trust::{Connection, Trust};
 use pageferry_client::{Mode, OutgoingOptions, Parameters, Phase};
 use pageferry_protocol::memory::BlockTable;
 use pageferry_protocol::stream::hello::FEATURES;
 use pageferry_protocol::stream::{Hello, Kind, RecordHeader, STREAM_VERSION};
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::flood::{Flood, Stranger};
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::require;

@@ -2,9 +2,9 @@
 
 //! Peers with a token instead of certificates.
 
-use super::certificates::Authority;
 use super::scene::{Host, PAGES, moves};
 use pageferry_client::{Compression, Mode, OutgoingOptions, Phase};
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::deadline::wait_until;
 use pageferry_tests::process::program;
 use pageferry_tests::require;

@@ -2,9 +2,9 @@
 
 //! What arrives over TLS, and what becomes of a connection that somebody disturbs.
 
-use super::certificates::Authority;
 use super::scene::{Host, PAGES, moves};
 use pageferry_client::{Compression, IncomingOptions, Mode, OutgoingOptions, Phase, Target};
+use pageferry_tests::certificates::Authority;
 use pageferry_tests::require;
 use pageferry_tests::scenario::{Ram, SOON};
 use std::io::{Read, Write};
