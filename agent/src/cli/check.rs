@@ -13,6 +13,7 @@ use crate::memory::huge_page_supply::HugePageSupply;
 use crate::memory::large_pages::LargePages;
 use crate::memory::spare_memory::SpareMemory;
 use crate::memory::{Backing, BackingError};
+use crate::sandbox::try_landlock;
 use crate::tracking::pagemap::Pagemap;
 use clap::Args;
 use pageferry_protocol::memory::HUGE_PAGE;
@@ -140,10 +141,21 @@ fn findings(qemu: &Path) -> Vec<Finding> {
             found: shmem_huge_pages(),
             rules_out: "huge pages for guests in memfds that arrive; they run slower without",
         },
+        Finding {
+            name: "landlock",
+            found: landlock(),
+            rules_out: "a part of the sandbox of an agent: files and connections are restricted \
+                        by system calls only",
+        },
         Finding { name: "kvm", found: kvm(), rules_out: "guests under KVM; QEMU runs them by TCG" },
     ];
     findings.extend(qemu::findings(qemu));
     findings
+}
+
+fn landlock() -> Result<String, String> {
+    let supported = "of files, TCP ports, signals and abstract sockets";
+    try_landlock().map(|()| supported.to_owned()).map_err(|error| chain(&error))
 }
 
 /// True if this process has CAP_SYS_PTRACE.

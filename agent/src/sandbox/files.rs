@@ -7,8 +7,8 @@
 //! opener.
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -26,11 +26,7 @@ const LIBRARIES: [&str; 6] =
 /// If the kernel refuses.
 pub(super) fn restrict(programs: &[PathBuf]) -> Result<bool, RulesetError> {
     let execute = AccessFs::Execute | AccessFs::ReadFile;
-    let mut rules = Ruleset::default()
-        .handle_access(AccessFs::from_all(VERSION))?
-        .handle_access(AccessNet::from_all(VERSION))?
-        .scope(Scope::AbstractUnixSocket | Scope::Signal)?
-        .create()?;
+    let mut rules = create(CompatLevel::BestEffort)?;
     let libraries = LIBRARIES.into_iter().map(PathBuf::from);
     let paths: BTreeSet<PathBuf> =
         libraries.chain(programs.iter().cloned()).chain(mapped_from()).collect();
@@ -42,9 +38,27 @@ pub(super) fn restrict(programs: &[PathBuf]) -> Result<bool, RulesetError> {
     Ok(rules.restrict_self()?.ruleset == RulesetStatus::FullyEnforced)
 }
 
+/// Tries whether the kernel can enforce all that [`restrict`] asks for.
+///
+/// # Errors
+/// What it lacks.
+pub(super) fn try_all() -> Result<(), RulesetError> {
+    create(CompatLevel::HardRequirement).map(drop)
+}
+
+/// Rules by which nothing is allowed.
+fn create(level: CompatLevel) -> Result<RulesetCreated, RulesetError> {
+    Ruleset::default()
+        .set_compatibility(level)
+        .handle_access(AccessFs::from_all(VERSION))?
+        .handle_access(AccessNet::from_all(VERSION))?
+        .scope(Scope::AbstractUnixSocket | Scope::Signal)?
+        .create()
+}
+
 fn allow(
-    rules: landlock::RulesetCreated, path: &Path, access: BitFlags<AccessFs>,
-) -> Result<landlock::RulesetCreated, RulesetError> {
+    rules: RulesetCreated, path: &Path, access: BitFlags<AccessFs>,
+) -> Result<RulesetCreated, RulesetError> {
     // A path that does not exist needs no rule.
     match PathFd::new(path) {
         Ok(found) => rules.add_rule(PathBeneath::new(found, access)),

@@ -94,6 +94,15 @@ pub struct Sandbox {
     pub warning: Option<&'static str>,
 }
 
+/// Tries whether the kernel can restrict files, connections and signals as the sandbox asks for
+/// (landlock).
+///
+/// # Errors
+/// What it lacks.
+pub fn try_landlock() -> Result<(), SandboxError> {
+    Ok(files::try_all()?)
+}
+
 /// Enters the sandbox. `granted` are the folders that the arguments of the agent name. `programs`
 /// are those in which the programs of upgrades may be, besides that of `program`, which this
 /// process executes.
