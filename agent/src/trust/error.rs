@@ -89,6 +89,12 @@ pub enum TrustError {
         /// What the peer seems to have.
         theirs: &'static str,
     },
+    /// The peer speaks an older version of TLS, or is made to seem so.
+    #[error(
+        "the peer does not offer TLS 1.3: it is no agent of pageferry, or somebody between the two \
+         has changed what it says"
+    )]
+    NoTls13,
     /// Nothing is said to a peer before it has proved who it is.
     #[error("the peer has not proved who it is")]
     NotProved,

@@ -81,6 +81,14 @@ impl Secured {
             Error::PeerIncompatible(PeerIncompatible::IncorrectCertificateTypeExtension) => {
                 TrustError::OtherKind { ours, theirs }
             }
+            Error::PeerIncompatible(
+                PeerIncompatible::SupportedVersionsExtensionRequired
+                | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig
+                | PeerIncompatible::ServerDoesNotSupportTls12Or13
+                | PeerIncompatible::Tls12NotOffered
+                | PeerIncompatible::Tls12NotOfferedOrEnabled,
+            )
+            | Error::AlertReceived(AlertDescription::ProtocolVersion) => TrustError::NoTls13,
             // The destination finds out first, and this is all that it can say.
             Error::AlertReceived(AlertDescription::HandshakeFailure) => {
                 TrustError::RefusedKind { ours, theirs }

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod attacks;
+mod downgrade;
 mod folders;
 mod layer;
 mod middle;
