@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! A QEMU that runs already is attached, left, and attached again.
+//! A QEMU that runs already is attached, left, and attached again, and then moved over TLS.
 
 use crate::busy::{MIB, Stage, goes_on, goes_on_well};
 use crate::moves::PRECOPY;
@@ -10,6 +10,8 @@ use pageferry_tests::linux_guest::{
 use pageferry_tests::require;
 use rustix::process::Signal;
 use serde_json::json;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 
 #[test]
 fn guest_of_a_qemu_that_runs_is_left_and_moved() {
@@ -31,6 +33,9 @@ fn guest_of_a_qemu_that_runs_is_left_and_moved() {
     here.wait_until_ready().unwrap();
     let moment = stage.start(&guest, &mut here.console);
 
+    let token = stage.file("token");
+    std::fs::write(&token, "the token of a test, long enough").unwrap();
+    std::fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
     let attach = || {
         let mut side_car = SideCar::spawn(&[
             "attach".into(),
@@ -40,6 +45,8 @@ fn guest_of_a_qemu_that_runs_is_left_and_moved() {
             monitor.clone().into(),
             "--pid".into(),
             here.process.id().to_string().into(),
+            "--token-file".into(),
+            token.clone().into(),
         ])
         .unwrap();
         side_car.wait_for_line("256 MiB of guest memory in 1 block").unwrap();
@@ -55,7 +62,8 @@ fn guest_of_a_qemu_that_runs_is_left_and_moved() {
     // With the same options, both ends would have their memory in the same file.
     let backend = "memory-backend-ram,id=ram0,size=256M".to_owned();
     let guest = LinuxGuest { memory: GuestMemory::Backend(backend), ..guest };
-    let mut there = place.receive("destination", &guest).unwrap();
+    let listen = ["--listen", "tls:127.0.0.1:0", "--token-file", &token];
+    let mut there = place.start("receive", "destination", &listen, &guest).unwrap();
     let agent = Operator::new(place.agent_socket("user"));
     let to = ["--to", there.address.as_deref().unwrap()];
     assert_eq!(agent.run("migrate", &[&to, PRECOPY].concat()).unwrap()["status"], "completed");
