@@ -20,7 +20,7 @@ use pageferry_protocol::stream::payload::{
     MAX_BITMAP_PAGES, StatePart, Totals, decode_bitmap, decode_runs, encode_bitmap, encode_runs,
 };
 use pageferry_protocol::stream::record::{
-    FLAG_LZ4, FLAG_STRAY, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES,
+    FLAG_LZ4, FLAG_PAUSED, FLAG_STRAY, FLAG_WHOLE, FLAG_ZSTD, FLAGS_COMPRESSED, MAX_DATA_PAGES,
 };
 use pageferry_protocol::stream::table::compare_tables;
 use pageferry_protocol::stream::{Hello, Kind, MAX_PAYLOAD, RECORD_SIZE, RecordHeader};
@@ -128,9 +128,15 @@ pub fn record(data: &[u8]) -> bool {
     };
     let (range, length) = (header.range(), header.payload_length());
     assert!(length <= MAX_PAYLOAD);
-    let (stray, compressed) = (header.flags() & FLAG_STRAY, header.flags() & !FLAG_STRAY);
-    assert!(stray == 0 || matches!(kind, Kind::Data | Kind::Zero | Kind::Remaining));
-    assert!(compressed == 0 || (kind == Kind::Data && [FLAG_LZ4, FLAG_ZSTD].contains(&compressed)));
+    let known = match kind {
+        Kind::Data => FLAG_STRAY | FLAG_WHOLE | FLAGS_COMPRESSED,
+        Kind::Zero | Kind::Remaining => FLAG_STRAY,
+        Kind::End => FLAG_PAUSED,
+        _ => 0,
+    };
+    assert_eq!(header.flags() & !known, 0);
+    let compressed = header.flags() & FLAGS_COMPRESSED;
+    assert!([0, FLAG_LZ4, FLAG_ZSTD].contains(&compressed));
     if kind == Kind::Data {
         assert!(range.count <= MAX_DATA_PAGES);
         let length = length as u64;
@@ -160,6 +166,7 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
         Kind::Remaining => sealed(kind, FLAG_STRAY, PageRange::new(64, 70), &[0xff; 16]),
         Kind::Received => sealed(kind, 0, PageRange::new(0, 64), &[0x55; 8]),
         Kind::Request => sealed(kind, 0, PageRange::new(5, 512), &[]),
+        Kind::End => sealed(kind, FLAG_PAUSED, PageRange::default(), b"something of its own"),
         Kind::PassEnd | Kind::PassDone => sealed(kind, 0, PageRange::new(5, 0), &[]),
         Kind::Commit | Kind::Loaded | Kind::Resumed | Kind::Complete => {
             sealed(kind, 0, PageRange::default(), &[])
@@ -167,8 +174,8 @@ pub fn record_seeds() -> Vec<Vec<u8>> {
         _ => sealed(kind, 0, PageRange::default(), b"something of its own"),
     };
     let mut seeds: Vec<_> = Kind::ALL.map(seed).into();
-    for (flag, stray) in [(FLAG_LZ4, 0), (FLAG_ZSTD, FLAG_STRAY)] {
-        seeds.push(sealed(Kind::Data, flag | stray, PageRange::new(9, 3), &packed(flag, 3)));
+    for (flag, other) in [(FLAG_LZ4, FLAG_WHOLE), (FLAG_ZSTD, FLAG_STRAY)] {
+        seeds.push(sealed(Kind::Data, flag | other, PageRange::new(9, 3), &packed(flag, 3)));
     }
     seeds
 }
@@ -197,7 +204,8 @@ pub fn record_stream(data: &[u8]) -> bool {
         seal(&mut bytes);
     }
     let waiting = how & WAITING != 0;
-    let limit = if waiting { MAX_PAYLOAD + (1 << 20) } else { 2 * MAX_HELLO + 8192 };
+    // While a buffer grows, the old one of at most 1.25 MiB is there, too.
+    let limit = if waiting { MAX_PAYLOAD + (2 << 20) } else { 2 * MAX_HELLO + 8192 };
     let socket = StreamSocket::new(spooled(&bytes), Duration::from_secs(5)).expect("a stream");
     let (mut reader, mut rest, mut records) = (RecordReader::new(socket), bytes.as_slice(), 0);
     loop {
