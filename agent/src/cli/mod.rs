@@ -2,7 +2,7 @@
 
 //! The command line: `pageferry agent`, and the operator's subcommands.
 //!
-//! - [`agent`], [`run_agent`]: the agent itself; [`agent_options`]: its options that `pageferry qemu`
+//! - [`agent`], [`run_agent`]: the agent itself; [`agent_args`]: its options that `pageferry qemu`
 //!   has, too;
 //! - [`log_writer`], [`log_limit`], [`log_line`]: its log;
 //! - [`operator`]: the operator's commands, one function each;
@@ -25,8 +25,8 @@
 #![allow(clippy::print_stderr)]
 
 pub mod agent;
+pub mod agent_args;
 pub mod agent_connection;
-pub mod agent_options;
 pub mod check;
 pub mod devices;
 pub mod exit;
@@ -49,7 +49,7 @@ pub mod snapshot;
 pub mod upgrade;
 pub mod watch;
 
-use agent::AgentArgs;
+use agent_args::AgentArgs;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use env_logger::Env;
 use exit::Exit;

@@ -5,7 +5,7 @@
 //! The command stays as long as QEMU does. It stands for the VMM: it starts the agent as a child,
 //! hands the memory over, and answers the agent's hooks by QMP.
 
-use super::agent_options::AgentOptions;
+use super::agent_args::AgentOptions;
 use super::exit::Exit;
 use super::migration::{IncomingArgs, UsageError};
 use super::parse::{parse_huge_pages, parse_size};

@@ -7,7 +7,7 @@
 //! SIGHUP, and when the inherited connection ends. On SIGUSR2 the process executes its program
 //! again ([`crate::upgrade`]).
 
-use super::agent::AgentArgs;
+use super::agent_args::AgentArgs;
 use super::exit::Exit;
 use super::log_writer::LogEnd;
 use super::open_files;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The options of an agent that do not depend on who starts it: an operator, or `pageferry qemu`,
-//! which passes them on.
+//! The arguments of `pageferry agent`, and those of them that do not depend on who starts it: an
+//! operator, or `pageferry qemu`, which passes them on.
 
-use super::parse::parse_name;
+use super::parse::{parse_block_size, parse_name};
 use crate::image::seal::KeySource;
 use crate::metrics::address;
 use crate::sandbox;
@@ -15,7 +15,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The options.
+/// The options that both have.
 #[derive(Debug, Args)]
 pub struct AgentOptions {
     /// Name of the VM in the log, the status and the metrics. Otherwise the VMM may give one, for
@@ -152,6 +152,54 @@ impl AgentOptions {
             arguments.push("--insecure".into());
         }
         Ok(arguments)
+    }
+}
+
+/// How the agent is reached, and what it serves.
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Listen on this UNIX socket, created with mode 0600. Only the agent's own user and root may
+    /// connect. A socket at this path on which nobody listens is replaced. If anything else is
+    /// there, the agent refuses to start. At most 107 bytes. Leave the option out if a socket unit
+    /// of systemd starts the agent.
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Use standard input as the socket to the VMM. The agent ends when this connection ends.
+    #[arg(long)]
+    pub stdin: bool,
+    /// Options that `pageferry qemu` has, too.
+    #[command(flatten)]
+    pub options: AgentOptions,
+    /// Let `upgrade --to` execute programs in this folder and below it, besides the folder of the
+    /// agent's own. May be given more than once.
+    #[arg(long, value_name = "FOLDER")]
+    pub programs: Vec<PathBuf>,
+    /// Be the opener of an agent.
+    #[arg(long, value_name = "MODE", hide = true, value_enum)]
+    pub opener: Option<sandbox::Mode>,
+    /// Serve a virtio balloon to a vhost-user front-end that connects to this UNIX socket. What the
+    /// guest gives back by it is freed, and left out of migrations and snapshots.
+    #[arg(long, value_name = "PATH")]
+    pub balloon: Option<PathBuf>,
+    /// Serve a virtio-mem device to a vhost-user front-end that connects to this UNIX socket. Its
+    /// region is the block --mem-block, which the VMM hands over as discarded.
+    #[arg(long, value_name = "PATH", requires = "mem_block")]
+    pub mem: Option<PathBuf>,
+    /// Name of the block that is the region of --mem.
+    #[arg(long, value_name = "NAME", requires = "mem")]
+    pub mem_block: Option<String>,
+    /// The unit in which the guest plugs and unplugs memory of --mem: a power of two.
+    #[arg(long, value_name = "SIZE", requires = "mem", default_value = "2M",
+          value_parser = parse_block_size)]
+    pub mem_block_size: u64,
+}
+
+impl AgentArgs {
+    /// What the arguments name.
+    pub fn grants(&self) -> Vec<Grants> {
+        let sockets = [&self.socket, &self.balloon, &self.mem].into_iter().flatten();
+        let sockets = sockets.map(|path| Grants::default().write(path));
+        sockets.chain(self.options.grants()).collect()
     }
 }
 
