@@ -76,7 +76,8 @@ fn read(request: &httparse::Request<'_, '_>) -> Result<Request, Refusal> {
         _ => return Err(Refusal::Method),
     };
     let accept = request.headers.iter().filter(|h| h.name.eq_ignore_ascii_case("accept"));
-    let accept: Vec<_> = accept.map(|header| String::from_utf8_lossy(header.value)).collect();
+    // A name of a format has only ASCII.
+    let accept: Vec<_> = accept.filter_map(|header| str::from_utf8(header.value).ok()).collect();
     Ok(Request { format: Format::accepted_by(&accept.join(",")), head_only })
 }
 
@@ -93,6 +94,8 @@ mod tests {
         let expected = Request { format: Format::Prometheus, head_only: false };
         assert_eq!(parse(whole), Some(Ok(expected)));
         assert_eq!(parse(&[whole, &b"more"[..]].concat()), Some(Ok(expected)));
+        let strange = b"GET /metrics HTTP/1.1\r\nAccept: text/plain\xff\r\n\r\n";
+        assert_eq!(parse(strange), Some(Ok(Request { format: Format::OpenMetrics, ..expected })));
         let head = Request { format: Format::OpenMetrics, head_only: true };
         assert_eq!(parse(b"HEAD /metrics HTTP/1.0\r\n\r\n"), Some(Ok(head)));
     }

@@ -36,7 +36,7 @@ pub fn scrape(data: &[u8]) -> bool {
 
 /// Requests of scrapers, and the shortest one.
 pub fn scrape_seeds() -> Vec<Vec<u8>> {
-    [
+    let mut seeds: Vec<Vec<u8>> = [
         "GET /metrics HTTP/1.1\r\n\r\n",
         "HEAD /metrics HTTP/1.0\r\nHost: a\r\n\r\n",
         "GET /metrics?name[]=a HTTP/1.1\nAccept: text/plain\n\n",
@@ -46,5 +46,9 @@ pub fn scrape_seeds() -> Vec<Vec<u8>> {
          X-Prometheus-Scrape-Timeout-Seconds: 10\r\n\r\n",
     ]
     .map(|text| text.as_bytes().to_vec())
-    .into()
+    .into();
+    // What is no text takes no more memory than text.
+    let strange = [&b"Accept: "[..], &[0xff; 60], b"\n"].concat().repeat(50);
+    seeds.push([&b"GET /metrics HTTP/1.1\n"[..], &strange, b"\n"].concat());
+    seeds
 }
