@@ -128,9 +128,14 @@ impl Authority {
 
     /// Writes the list of revoked certificates.
     pub fn revoke(&self, folder: &Path, serial: u64) {
+        self.revoke_until(folder, serial, 2900);
+    }
+
+    /// The same, with the last year of the list.
+    pub fn revoke_until(&self, folder: &Path, serial: u64, until: i32) {
         let params = CertificateRevocationListParams {
             this_update: date_time_ymd(2001, 1, 1),
-            next_update: date_time_ymd(2900, 1, 1),
+            next_update: date_time_ymd(until, 1, 1),
             crl_number: SerialNumber::from(1),
             issuing_distribution_point: None,
             revoked_certs: vec![RevokedCertParams {

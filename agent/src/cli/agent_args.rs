@@ -3,12 +3,12 @@
 //! The arguments of `pageferry agent`, and those of them that do not depend on who starts it: an
 //! operator, or `pageferry qemu`, which passes them on.
 
-use super::parse::{parse_block_size, parse_name};
+use super::parse::{parse_block_size, parse_folder, parse_name};
 use crate::image::seal::KeySource;
 use crate::metrics::address;
 use crate::sandbox;
 use crate::transport::Address;
-use crate::trust::{Folder, Trust};
+use crate::trust::{self, Folder, Trust};
 use clap::{Args, ValueEnum};
 use pageferry_protocol::control::Grants;
 use std::ffi::OsString;
@@ -33,7 +33,8 @@ pub struct AgentOptions {
     #[arg(long, value_name = "FILE", conflicts_with = "tls")]
     pub token_file: Option<PathBuf>,
     /// Serve only peers whose certificate has this name. May be given more than once.
-    #[arg(long, value_name = "NAME", requires = "tls")]
+    #[arg(long, value_name = "NAME", requires = "tls", conflicts_with = "token_file",
+          value_parser = parse_tls_peer)]
     pub tls_peer: Vec<String>,
     /// Whether the agent gives up what it does not need: on; log, it only says what it would
     /// refuse; off. In a sandbox the agent opens files only in folders that a command or its VMM
@@ -48,7 +49,7 @@ pub struct AgentOptions {
     pub sandbox: sandbox::Mode,
     /// Let the agent open files in this folder and below it, also if nobody names them: images on
     /// which others build. May be given more than once.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
     pub folder: Vec<PathBuf>,
     /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
     /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
@@ -65,6 +66,11 @@ pub struct AgentOptions {
     /// mode 0660. Whoever can connect can read them. docs/metrics.md lists them.
     #[arg(long, value_name = "unix:PATH|HOST:PORT", value_parser = parse_metrics)]
     metrics: Option<String>,
+}
+
+/// Checks that a certificate can have this name.
+fn parse_tls_peer(text: &str) -> Result<String, String> {
+    trust::host_name(text).map(|_| text.to_owned()).map_err(|error| error.to_string())
 }
 
 /// Checks the address of the metrics, which stays as it was written.
@@ -172,7 +178,7 @@ pub struct AgentArgs {
     pub options: AgentOptions,
     /// Let `upgrade --to` execute programs in this folder and below it, besides the folder of the
     /// agent's own. May be given more than once.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
     pub programs: Vec<PathBuf>,
     /// Be the opener of an agent.
     #[arg(long, value_name = "MODE", hide = true, value_enum)]
@@ -218,7 +224,7 @@ mod tests {
     fn another_agent_gets_the_same_options() {
         for line in [
             "",
-            "--name a --tls /t --tls-peer x --tls-peer y --sandbox log --folder /a --folder /b \
+            "--name a --tls /t --tls-peer x --tls-peer y --sandbox log --folder /usr --folder /tmp \
              --image-key fd:7 --insecure --metrics 127.0.0.1:9091",
             "--token-file /token --image-key /key --metrics unix:/run/m --sandbox off",
         ] {
@@ -230,8 +236,8 @@ mod tests {
             let again = parse(options.to_arguments().unwrap());
             assert_eq!(format!("{options:?}"), format!("{again:?}"));
         }
-        let line = Line::try_parse_from(["agent", "--folder", "here"]).unwrap();
-        let folder = std::path::absolute("here").unwrap().into_os_string();
+        let line = Line::try_parse_from(["agent", "--folder", "src"]).unwrap();
+        let folder = std::path::absolute("src").unwrap().into_os_string();
         assert!(line.options.to_arguments().unwrap().contains(&folder));
     }
 }

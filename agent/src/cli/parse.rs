@@ -8,6 +8,7 @@ use pageferry_protocol::control::job::{
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
 use pageferry_protocol::memory::PAGE_SIZE;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Reads a time: a number with us, ms, s, m or h.
@@ -40,6 +41,18 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         time if (Duration::from_micros(1)..=LONGEST).contains(&time) => Ok(time),
         _ => Err(format!("\"{text}\": write a time from 1us to 24h")),
+    }
+}
+
+/// Reads the path of a folder, which must exist.
+///
+/// # Errors
+/// If it does not.
+pub fn parse_folder(text: &str) -> Result<PathBuf, String> {
+    match std::fs::metadata(text) {
+        Ok(found) if found.is_dir() => Ok(text.into()),
+        Ok(_) => Err("it is no folder".into()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -3,7 +3,8 @@
 //! The arguments of `snapshot` and `restore` on the command line.
 
 use super::parse::{
-    parse_bandwidth, parse_capture_memory, parse_huge_pages, parse_resume, parse_timeout,
+    parse_bandwidth, parse_capture_memory, parse_folder, parse_huge_pages, parse_resume,
+    parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs};
 use clap::Args;
@@ -26,7 +27,7 @@ pub struct SnapshotCommand {
     pub(super) image: PathBuf,
     /// Let the agent read images in this folder, too, on which the image builds. May be given more
     /// than once. The folder of the image, and that of --base, need not be given.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
     pub(super) folder: Vec<PathBuf>,
     #[command(flatten)]
     pub(super) options: SnapshotArgs,
@@ -74,7 +75,7 @@ pub struct RestoreCommand {
     pub(super) image: PathBuf,
     /// Let the agent read images in this folder, too, on which the image builds. May be given more
     /// than once. The folder of the image need not be given.
-    #[arg(long, value_name = "FOLDER")]
+    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
     pub(super) folder: Vec<PathBuf>,
     #[command(flatten)]
     pub(super) options: RestoreArgs,

@@ -96,17 +96,10 @@ pub enum ImageFault {
     #[error("the file exists: choose another name, or replace it (--replace)")]
     Exists,
     /// The file exists and is of another kind, so it is not replaced.
-    #[error(
-        "the file is not {kind}, and so it is not replaced: it begins with \"{}\", not with \"{}\"",
-        found.escape_ascii(), expected.escape_ascii()
-    )]
+    #[error("the file is not {kind}, and so it is not replaced")]
     OtherKind {
         /// The kind of file that may be replaced, with an article.
         kind: &'static str,
-        /// The first bytes of that kind.
-        expected: &'static [u8],
-        /// The first bytes of the file.
-        found: Vec<u8>,
     },
     /// The new file would replace the guest's memory.
     #[error("the file is the memory of block {id}: choose another name")]

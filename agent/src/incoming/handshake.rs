@@ -42,6 +42,11 @@ impl KnownSource {
             let why = "a migration is paused here, and this is not its source";
             return Err(JobError::Protocol(why.into()));
         }
+        if self.peer.is_some() && peer.is_none() {
+            let why = "a migration is paused here that began over TLS, and goes on only there: \
+                       recover both sides with tls: addresses";
+            return Err(JobError::Protocol(why.into()));
+        }
         if !self.peer.is_none_or(is_same) {
             let why = "a migration is paused here that began over TLS with another peer: its \
                        source has the same token, or a certificate with the same key or the same \
@@ -117,7 +122,7 @@ impl Handshake {
             match self.reader.socket().first_byte()? {
                 None => return Ok(()),
                 Some(TLS_HANDSHAKE) => {}
-                Some(_) => return Err(TransportError::from(TrustError::NotProved).into()),
+                Some(_) => return Err(TransportError::from(TrustError::NoTls).into()),
             }
             let secured = job.trust.accept().map_err(TransportError::from)?;
             let socket = self.reader.socket().clone().secured(Some(secured));

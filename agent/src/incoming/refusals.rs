@@ -9,6 +9,7 @@
 //! - A peer that has shown a certificate or sent a hello gets a line of its own, within the limit
 //!   of the log, and a note in the status, for the operator whose source it is. The note changes
 //!   once a second at most, and has at most 1 KiB.
+//! - If this side cannot let anybody in, because of its own files, the log says so once a second.
 //! - What a known peer was told stays for ten seconds before it gives way to what a stranger was
 //!   told.
 
@@ -37,6 +38,7 @@ struct Note {
 #[derive(Debug, Default)]
 pub struct Refusals {
     strangers: LineLimit,
+    own_files: LineLimit,
     /// When the status was changed last, and whether for a known peer.
     noted: Option<(Instant, bool)>,
     /// What the status gets next.
@@ -50,7 +52,11 @@ impl Refusals {
             return self.strangers.warn("a connection was dropped", why, now);
         }
         let text = crate::error::chain(why);
-        log::warn!("a source was refused: {text}");
+        if is_about_this_side(why) {
+            self.own_files.warn("a source was refused", why, now);
+        } else {
+            log::warn!("a source was refused: {text}");
+        }
         let is_of_known = stage == Stage::Known;
         let is_kept = |(noted, was_known): &(Instant, bool)| {
             *was_known && now.saturating_duration_since(*noted) < KEPT
@@ -91,6 +97,11 @@ fn names_itself(why: &JobError) -> bool {
         JobError::Transport(TransportError::Trust(error)) => error.is_about_credentials(),
         _ => false,
     }
+}
+
+/// True if the files of this side are wrong, whoever comes.
+fn is_about_this_side(why: &JobError) -> bool {
+    matches!(why, JobError::Transport(TransportError::Trust(error)) if error.is_about_this_side())
 }
 
 #[cfg(test)]

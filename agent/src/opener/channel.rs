@@ -82,8 +82,16 @@ impl Channel {
             0 => Ok(answer),
             errno => {
                 let errno = Errno::from_raw_os_error(errno);
+                // The opener tells nobody what there is. But this process may see that.
+                let missing = |path| rustix::fs::stat(path).err() == Some(Errno::NOENT);
+                if errno == Errno::ACCESS && op.needs().is_some_and(missing) {
+                    return Err(Errno::NOENT);
+                }
                 if errno == Errno::ACCESS && !matches!(op, Op::IsNamed { .. }) {
-                    log::warn!("the agent's opener refused {op:?}: {errno}; --sandbox explains it");
+                    log::warn!(
+                        "cannot {op}: its user may not, or nobody has named its folder or address \
+                         (--folder; docs/sandbox.md)"
+                    );
                 }
                 Err(errno)
             }

@@ -234,7 +234,7 @@ impl Opener {
         // The descriptor of a folder names it for writing.
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
         if kind == FileType::Directory {
-            self.find(path, true)?;
+            self.find(path, true).map_err(|_| Errno::ISDIR)?;
         }
         Ok(file)
     }

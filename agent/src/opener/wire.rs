@@ -11,6 +11,8 @@
 //! code keeps its meaning for ever, and an opener answers ENOSYS to one that it does not know.
 
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
+use rustix::fs::OFlags;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -56,7 +58,46 @@ pub(super) enum Op {
     ListeningPair,
 }
 
+impl fmt::Display for Op {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (does, path) = match self {
+            Self::Grant => return formatter.write_str("take what was named"),
+            Self::IsNamed { path, .. } | Self::Open { path, .. } => ("open", path),
+            Self::Reopen { .. } => return formatter.write_str("open a file once more"),
+            Self::Link { path } => ("make", path),
+            Self::Rename { to, .. } => ("rename a file to", to),
+            Self::Unlink { path } => ("remove", path),
+            Self::BindUnix { path, .. } => ("make the socket", path),
+            Self::ConnectUnix { path } | Self::ConnectManager { name: path } => {
+                ("connect to", path)
+            }
+            Self::ConnectTcp { address } => return write!(formatter, "connect to {address}"),
+            Self::ListenTcp { addresses } => return write!(formatter, "listen at {addresses:?}"),
+            Self::LookUp { name } => return write!(formatter, "look up {name}"),
+            Self::ListeningPair => return formatter.write_str("make a socket that listens"),
+        };
+        write!(formatter, "{does} {}", path.display())
+    }
+}
+
 impl Op {
+    /// What must exist for this to be done: a file, or the folder of one that is made.
+    pub(super) fn needs(&self) -> Option<&Path> {
+        match self {
+            Self::Open { path, flags, .. }
+                if !OFlags::from_bits_retain(*flags).contains(OFlags::CREATE) =>
+            {
+                Some(path)
+            }
+            Self::ConnectUnix { path } | Self::Unlink { path } => Some(path),
+            Self::Open { path, .. }
+            | Self::Link { path }
+            | Self::BindUnix { path, .. }
+            | Self::Rename { to: path, .. } => path.parent(),
+            _ => None,
+        }
+    }
+
     /// The code of its frame.
     pub(super) fn code(&self) -> u32 {
         match self {

@@ -15,8 +15,8 @@ pub enum OutgoingError {
     /// The peer ended the connection instead of answering the hello.
     #[error(
         "the other side ended the connection before it accepted the guest: the destination was \
-         cancelled or ended, or what listens there is no destination that waits for a guest (a \
-         control socket is none)"
+         cancelled or ended, it waits over TLS (tls:), or what listens there is no destination that \
+         waits for a guest (a control socket is none)"
     )]
     NoDestination {
         /// How it ended.

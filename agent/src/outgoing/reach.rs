@@ -194,6 +194,8 @@ fn connect(
         let primary = primary.and_then(StreamSocket::peer);
         let why = if !primary.is_none_or(is_peer) {
             Some("the connections lead to different peers: their certificates differ")
+        } else if known.is_some() && socket.peer().is_none() {
+            Some("the migration began over TLS, and goes on only there: give a tls: address")
         } else if !known.is_none_or(is_peer) {
             Some(
                 "the migration began over TLS with another peer: its destination has the same \

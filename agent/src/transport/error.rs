@@ -92,6 +92,9 @@ pub enum TransportError {
         /// Length of its payload in bytes.
         length: usize,
     },
+    /// The peer speaks TLS, and this side does not.
+    #[error("the other side speaks TLS: both addresses must be tls:, or neither of them")]
+    SpeaksTls,
     /// The other end of a UNIX socket is another user's.
     #[error(transparent)]
     User(#[from] UntrustedPeer),

@@ -99,6 +99,8 @@ enum Next {
     Missing(usize),
 }
 
+/// How a handshake of TLS begins. No record does.
+const HANDSHAKE_OF_TLS: [u8; 2] = [0x16, 3];
 /// Size of the buffer: several records as the sender's batches make them. A larger buffer needs
 /// fewer wake-ups, but a still larger one does not stay in the cache.
 const BUFFER: usize = 1280 << 10;
@@ -211,6 +213,9 @@ impl RecordReader {
         }
         let mut bytes = [0; RECORD_SIZE];
         bytes.copy_from_slice(&self.buffer[self.start..self.start + RECORD_SIZE]);
+        if whose == HelloFrom::Stranger && bytes.starts_with(&HANDSHAKE_OF_TLS) {
+            return Err(TransportError::SpeaksTls);
+        }
         let header = RecordHeader::from_wire(bytes);
         let kind = header.check()?;
         if whose == HelloFrom::Stranger

@@ -55,15 +55,48 @@ pub enum TrustError {
     /// rustls does not take the authorities or what they revoked.
     #[error("{0:?}")]
     Authorities(PathBuf, #[source] VerifierBuilderError),
+    /// A file that this side needs does not exist.
+    #[error("{path:?} does not exist, which {side} needs")]
+    Lacks {
+        /// The file.
+        path: PathBuf,
+        /// Which side needs it.
+        side: &'static str,
+    },
+    /// A certificate of this side cannot be used.
+    #[error("{0:?}: the certificate {1}")]
+    OwnCertificate(PathBuf, String),
+    /// A key of this side is not that of its certificate.
+    #[error("{key:?} is not the key of {certificate:?}: if they are renewed, exchange both")]
+    OtherKey {
+        /// The file of the certificate.
+        certificate: PathBuf,
+        /// The file of the key.
+        key: PathBuf,
+    },
     /// rustls does not take a certificate or its key.
     #[error("{0:?}")]
     Certificate(PathBuf, #[source] rustls::Error),
+    /// The peer's certificate is refused.
+    #[error("the peer's certificate {0}")]
+    PeerCertificate(String),
+    /// The peer refuses the certificate of this side.
+    #[error("the peer has refused the certificate of this side: it {0}")]
+    RefusedByPeer(&'static str),
+    /// The peer does not speak TLS.
+    #[error("the other side does not speak TLS: both addresses must be tls:, or neither of them")]
+    NoTls,
     /// A name cannot be in a certificate.
     #[error("{0:?} is no name of a host and no IP address")]
     Name(String),
     /// The peer's certificate is for somebody else.
-    #[error("the peer's certificate has none of the names that --tls-peer allows")]
-    NotAllowed,
+    #[error("the peer's certificate is for {has}, and --tls-peer allows {allowed}")]
+    NotAllowed {
+        /// The names in the certificate.
+        has: String,
+        /// The names that are allowed.
+        allowed: String,
+    },
     /// The peer has another token, or none.
     #[error(
         "the peer has another token: the files of --token-file must have the same content at both \
@@ -111,7 +144,7 @@ impl TrustError {
             AlertReceived, InvalidCertificate, NoCertificatesPresented, PeerIncompatible,
         };
         match self {
-            Self::NotProved => false,
+            Self::NotProved | Self::NoTls => false,
             Self::Tls(error) => matches!(
                 error,
                 AlertReceived(_)
@@ -121,5 +154,22 @@ impl TrustError {
             ),
             _ => true,
         }
+    }
+
+    /// True if nothing is wrong with the peer, but with the files of this side.
+    pub fn is_about_this_side(&self) -> bool {
+        matches!(
+            self,
+            Self::NoCredential
+                | Self::Read(..)
+                | Self::Malformed { .. }
+                | Self::KeyIsOpen { .. }
+                | Self::TokenLength { .. }
+                | Self::Authorities(..)
+                | Self::Lacks { .. }
+                | Self::OwnCertificate(..)
+                | Self::OtherKey { .. }
+                | Self::Certificate(..)
+        )
     }
 }

@@ -13,7 +13,7 @@
 //! runs. A key that others than its owner may read is refused.
 
 use super::cached::{Cached, check_mode};
-use super::{TrustError, host_name, provider};
+use super::{TrustError, host_name, provider, words};
 use crate::opener;
 use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::CryptoProvider;
@@ -37,10 +37,13 @@ const REVOKED: &str = "ca-crl.pem";
 struct Identity {
     certificate: &'static str,
     key: &'static str,
+    side: &'static str,
 }
 
-const SERVER: Identity = Identity { certificate: "server-cert.pem", key: "server-key.pem" };
-const CLIENT: Identity = Identity { certificate: "client-cert.pem", key: "client-key.pem" };
+const SERVER: Identity =
+    Identity { certificate: "server-cert.pem", key: "server-key.pem", side: "a destination" };
+const CLIENT: Identity =
+    Identity { certificate: "client-cert.pem", key: "client-key.pem", side: "a source" };
 
 /// A folder of certificates.
 #[derive(Debug)]
@@ -103,6 +106,7 @@ impl Folder {
             let builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
             let verifier = builder
                 .with_crls(revoked)
+                .enforce_revocation_expiration()
                 .build()
                 .map_err(|error| TrustError::Authorities(self.path.join(AUTHORITIES), error))?;
             let (certificates, key) = self.identity(CLIENT)?;
@@ -126,6 +130,7 @@ impl Folder {
             let builder = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
             let verifier = builder
                 .with_crls(revoked)
+                .enforce_revocation_expiration()
                 .build()
                 .map_err(|error| TrustError::Authorities(self.path.join(AUTHORITIES), error))?;
             let (certificates, key) = self.identity(SERVER)?;
@@ -157,7 +162,7 @@ impl Folder {
         let mut roots = RootCertStore::empty();
         for certificate in self.certificates(AUTHORITIES)? {
             let added = roots.add(certificate);
-            added.map_err(|error| TrustError::Certificate(self.path.join(AUTHORITIES), error))?;
+            added.map_err(|error| own(self.path.join(AUTHORITIES), error))?;
         }
         Ok(roots)
     }
@@ -205,17 +210,37 @@ impl Folder {
     fn identity(
         &self, identity: Identity,
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TrustError> {
-        let certificates = self.certificates(identity.certificate)?;
-        let keys = self.read_checked(identity.key, "private key", check_mode)?;
-        let missing = || {
-            let path = self.path.join(identity.key);
-            TrustError::Read(path, ErrorKind::NotFound.into())
+        let lacks = |error| match error {
+            TrustError::Read(path, error) if error.kind() == ErrorKind::NotFound => {
+                TrustError::Lacks { path, side: identity.side }
+            }
+            error => error,
         };
+        let certificates = self.certificates(identity.certificate).map_err(lacks)?;
+        let keys = self.read_checked(identity.key, "private key", check_mode).map_err(lacks)?;
+        let missing =
+            || TrustError::Lacks { path: self.path.join(identity.key), side: identity.side };
         Ok((certificates, keys.into_iter().next().ok_or_else(missing)?))
     }
 
     fn of_certificate(&self, identity: Identity, error: rustls::Error) -> TrustError {
-        TrustError::Certificate(self.path.join(identity.certificate), error)
+        let path = self.path.join(identity.certificate);
+        match error {
+            rustls::Error::InconsistentKeys(_) => {
+                TrustError::OtherKey { certificate: path, key: self.path.join(identity.key) }
+            }
+            error => own(path, error),
+        }
+    }
+}
+
+/// What is wrong with a certificate of this side.
+fn own(path: PathBuf, error: rustls::Error) -> TrustError {
+    match error {
+        rustls::Error::InvalidCertificate(error) => {
+            TrustError::OwnCertificate(path, words::of_certificate(&error))
+        }
+        error => TrustError::Certificate(path, error),
     }
 }
 

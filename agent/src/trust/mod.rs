@@ -18,7 +18,7 @@
 //! - `one_key`: accepts the public key of a token;
 //! - `secured`: a connection, and how its peer proves itself;
 //! - `peer`: who has proved itself there;
-//! - `error`: why a peer is not trusted.
+//! - `error`, `words`: why a peer is not trusted.
 
 mod cached;
 mod error;
@@ -27,6 +27,7 @@ mod one_key;
 mod peer;
 mod secured;
 mod token;
+mod words;
 
 pub use error::TrustError;
 pub use folder::Folder;
@@ -161,7 +162,10 @@ impl Trust {
 }
 
 /// The name of a host, or an address.
-fn host_name(text: &str) -> Result<ServerName<'static>, TrustError> {
+///
+/// # Errors
+/// If it can be none.
+pub fn host_name(text: &str) -> Result<ServerName<'static>, TrustError> {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     ServerName::try_from(bare.to_owned()).map_err(|_| TrustError::Name(text.to_owned()))
 }

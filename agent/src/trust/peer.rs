@@ -41,12 +41,8 @@ impl Peer {
     /// # Errors
     /// If the certificate is malformed.
     pub fn of_certificate(certificate: &CertificateDer<'_>) -> Result<Self, TrustError> {
-        let parsed = EndEntityCert::try_from(certificate).map_err(|_| {
-            TrustError::Tls(rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
-        })?;
-        let key = digest_of(&parsed.subject_public_key_info());
-        let mut names: Vec<_> =
-            parsed.valid_dns_names().map(|name| name.to_ascii_lowercase()).collect();
+        let key = digest_of(&parsed(certificate)?.subject_public_key_info());
+        let mut names = dns_names(certificate)?;
         names.sort_unstable();
         names.dedup();
         // No name has a line break.
@@ -90,6 +86,21 @@ impl Peer {
             _ => None,
         }
     }
+}
+
+fn parsed<'a>(certificate: &'a CertificateDer<'_>) -> Result<EndEntityCert<'a>, TrustError> {
+    EndEntityCert::try_from(certificate).map_err(|_| {
+        TrustError::Tls(rustls::Error::InvalidCertificate(CertificateError::BadEncoding))
+    })
+}
+
+/// The DNS names of a certificate, in lower case.
+///
+/// # Errors
+/// If it is malformed.
+pub(super) fn dns_names(certificate: &CertificateDer<'_>) -> Result<Vec<String>, TrustError> {
+    let parsed = parsed(certificate)?;
+    Ok(parsed.valid_dns_names().map(str::to_ascii_lowercase).collect())
 }
 
 fn digest_of(bytes: &[u8]) -> Digest {

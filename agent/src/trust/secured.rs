@@ -2,7 +2,7 @@
 
 //! A connection over TLS, and how its peer proves who it is.
 
-use super::{Peer, TrustError};
+use super::{Peer, TrustError, peer, words};
 use rustls::client::UnbufferedClientConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::{ParsedCertificate, UnbufferedServerConnection};
@@ -68,7 +68,10 @@ impl Secured {
         let parsed = ParsedCertificate::try_from(certificate)?;
         let has = |name| rustls::client::verify_server_name(&parsed, name).is_ok();
         if !allowed.is_empty() && !allowed.iter().any(has) {
-            return Err(TrustError::NotAllowed);
+            let has = peer::dns_names(certificate)?;
+            let allowed: Vec<_> = allowed.iter().map(ServerName::to_str).collect();
+            let has = if has.is_empty() { "no name".into() } else { has.join(", ") };
+            return Err(TrustError::NotAllowed { has, allowed: allowed.join(", ") });
         }
         Peer::of_certificate(certificate)
     }
@@ -100,7 +103,19 @@ impl Secured {
             {
                 TrustError::OtherToken
             }
+            Error::InvalidCertificate(error) => {
+                TrustError::PeerCertificate(words::of_certificate(&error))
+            }
+            Error::AlertReceived(alert) if let Some(words) = words::of_alert(alert) => {
+                TrustError::RefusedByPeer(words)
+            }
+            Error::InvalidMessage(_) if self.is_first() => TrustError::NoTls,
             error => TrustError::Tls(error),
         }
+    }
+
+    /// True if the peer has said nothing yet that belongs to TLS.
+    fn is_first(&self) -> bool {
+        self.connection.common().negotiated_cipher_suite().is_none()
     }
 }

@@ -121,13 +121,8 @@ const _: () = assert!(size_of::<WireHeader>() == HEADER_SIZE);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// It is another kind of file.
-    #[error(
-        "the file is not an image of pageferry: it begins with {found:02x?}, not with {MAGIC:02x?}"
-    )]
-    Magic {
-        /// Its first bytes.
-        found: [u8; 8],
-    },
+    #[error("the file is not an image of pageferry")]
+    Magic,
     /// The header is damaged.
     #[error(
         "header: checksum is {found:#010x}, that of its bytes is {computed:#010x}: the image is damaged"
@@ -242,7 +237,7 @@ impl Header {
     pub fn from_bytes(bytes: &[u8; HEADER_SIZE]) -> Result<Self, HeaderError> {
         let wire: &WireHeader = zerocopy::transmute_ref!(bytes);
         if wire.magic != MAGIC {
-            return Err(HeaderError::Magic { found: wire.magic });
+            return Err(HeaderError::Magic);
         }
         let (found, computed) = (wire.checksum.get(), checksum(&bytes[..CHECKED]));
         if found != computed {

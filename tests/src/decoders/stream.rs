@@ -248,6 +248,7 @@ fn check_end(error: &TransportError, rest: &[u8], waiting: bool) {
             assert_eq!((header.check(), header.payload_length()), (Ok(*kind), *length));
             assert!(!waiting && (*kind != Kind::Hello || *length > MAX_HELLO));
         }
+        (TransportError::SpeaksTls, _) => assert!(!waiting && rest.starts_with(&[0x16, 3])),
         (TransportError::Record(error), Some(header)) => {
             let payload = || &rest[RECORD_SIZE..RECORD_SIZE + header.payload_length()];
             assert_eq!(header.check().and_then(|kind| header.verify(kind, payload())), Err(*error));

@@ -40,7 +40,10 @@ fn a_folder_that_cannot_be_used_is_refused_at_the_start() {
     // A key of another certificate.
     write(at("server-cert.pem"), authority.sign(Wanted::new("localhost")).certificate).unwrap();
     let said = refused(folder.path());
-    assert!(said.contains("server-cert.pem") && said.contains("keys"), "{said}");
+    assert!(
+        said.contains("server-key.pem\" is not the key of ") && said.contains("exchange both"),
+        "{said}"
+    );
     remove_file(at("ca-cert.pem")).unwrap();
     let said = refused(folder.path());
     assert!(said.contains("cannot read") && said.contains("ca-cert.pem"), "{said}");

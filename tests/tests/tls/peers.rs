@@ -27,6 +27,19 @@ fn source_is_refused(wrong: &Path, right: &Path, destination: &Host, here: &str,
     moves(&Host::source(right), destination, waits, &OutgoingOptions::default());
 }
 
+/// The source is refused, and so it is said at the destination.
+#[track_caller]
+fn source_is_refused_at(source: &Path, destination: &Host, there: &str) {
+    let (_, port) = destination.listen();
+    let source = Host::source(source);
+    let status = source.send(&format!("tls:localhost:{port}"), &OutgoingOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    source.assert_keeps_guest();
+    let says = || destination.attached.client.status().unwrap().error_text().to_owned();
+    wait_until("the reason at the destination", SOON, || says().contains(there))
+        .unwrap_or_else(|_| panic!("{}", says()));
+}
+
 /// The source does not trust the destination.
 #[track_caller]
 fn destination_is_refused(source: &Path, wrong: &Path, name: &str, here: &str) {
@@ -53,26 +66,50 @@ fn a_source_that_is_not_trusted_is_refused_by_name() {
         wrong
     };
     let cases = [
-        (showing(other.sign(Wanted::new("host-a"))), "UnknownIssuer"),
-        (showing(self_signed(Wanted::new("host-a"))), "UnknownIssuer"),
+        (
+            showing(other.sign(Wanted::new("host-a"))),
+            "is not signed by an authority of ca-cert.pem",
+        ),
+        (
+            showing(self_signed(Wanted::new("host-a"))),
+            "is not signed by an authority of ca-cert.pem",
+        ),
         (
             showing(authority.sign(Wanted { until: 2020, ..Wanted::new("host-a") })),
-            "certificate expired",
+            "certificate has expired",
         ),
     ];
     for (wrong, there) in &cases {
         let destination = Host::destination(right.path());
-        source_is_refused(wrong.path(), right.path(), &destination, "fatal alert", there);
+        source_is_refused(
+            wrong.path(),
+            right.path(),
+            &destination,
+            "the peer has refused the certificate",
+            there,
+        );
     }
     let revoked = showing(authority.sign(Wanted { serial: 66, ..Wanted::new("host-a") }));
     let knows = authority.folder(NAMES);
     authority.revoke(knows.path(), 66);
     let destination = Host::destination(knows.path());
-    source_is_refused(revoked.path(), right.path(), &destination, "fatal alert", "Revoked");
+    source_is_refused(
+        revoked.path(),
+        right.path(),
+        &destination,
+        "the peer has refused the certificate",
+        "is revoked by ca-crl.pem",
+    );
+    // Without a list of now, nobody knows who is revoked.
+    let late = authority.folder(NAMES);
+    authority.revoke_until(late.path(), 67, 2020);
+    let destination = Host::destination(late.path());
+    let words = "cannot be checked: ca-crl.pem has expired";
+    source_is_refused_at(right.path(), &destination, words);
     // One that the authority has signed, and that is somebody else.
     let stranger = authority.folder(["localhost", "host-c"]);
     let destination = Host::new(Ram::odd(PAGES), right.path(), &["--tls-peer", "host-a"]);
-    let words = "none of the names that --tls-peer allows";
+    let words = "the peer's certificate is for host-c, and --tls-peer allows host-a";
     source_is_refused(stranger.path(), right.path(), &destination, words, words);
 }
 
@@ -88,17 +125,28 @@ fn a_destination_that_is_not_trusted_gets_nothing() {
     };
     let from = right.path();
     let wrong = showing(other.sign(Wanted::new("localhost")));
-    destination_is_refused(from, wrong.path(), "localhost", "UnknownIssuer");
+    destination_is_refused(
+        from,
+        wrong.path(),
+        "localhost",
+        "is not signed by an authority of ca-cert.pem",
+    );
     let wrong = showing(self_signed(Wanted::new("localhost")));
-    destination_is_refused(from, wrong.path(), "localhost", "UnknownIssuer");
+    destination_is_refused(
+        from,
+        wrong.path(),
+        "localhost",
+        "is not signed by an authority of ca-cert.pem",
+    );
     let wrong = showing(authority.sign(Wanted { until: 2020, ..Wanted::new("localhost") }));
-    destination_is_refused(from, wrong.path(), "localhost", "certificate expired");
+    destination_is_refused(from, wrong.path(), "localhost", "certificate has expired");
     // It is for another host.
     let wrong = showing(authority.sign(Wanted::new("host-b")));
-    destination_is_refused(from, wrong.path(), "localhost", "localhost");
-    destination_is_refused(from, from, "127.0.0.1", "127.0.0.1");
+    let words = "is for host-b, and not for localhost";
+    destination_is_refused(from, wrong.path(), "localhost", words);
+    destination_is_refused(from, from, "127.0.0.1", "and not for 127.0.0.1");
     let knows = authority.folder(NAMES);
     authority.revoke(knows.path(), 66);
     let wrong = showing(authority.sign(Wanted { serial: 66, ..Wanted::new("localhost") }));
-    destination_is_refused(knows.path(), wrong.path(), "localhost", "Revoked");
+    destination_is_refused(knows.path(), wrong.path(), "localhost", "is revoked by ca-crl.pem");
 }

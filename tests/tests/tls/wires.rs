@@ -33,12 +33,14 @@ fn guests_move_in_every_mode() {
 #[test]
 fn peers_that_do_not_speak_tls_are_told_apart() {
     let certificates = Authority::new("ca").folder(NAMES);
-    let (source, destination) =
+    let (source, mut destination) =
         (Host::source(certificates.path()), Host::destination(certificates.path()));
     // In plain text to TLS, garbage, and silence.
     let waits = destination.listen();
     let status = source.send(&format!("tcp:localhost:{}", waits.1), &OutgoingOptions::default());
     assert_eq!(status.phase, Phase::Failed, "{}", status.error_text());
+    assert!(status.error_text().contains("waits over TLS (tls:)"), "{}", status.error_text());
+    destination.agent().process().wait_for_line("does not speak TLS", SOON).unwrap();
     source.assert_keeps_guest();
     let mut strangers = Vec::new();
     for stranger in 0..50 {
@@ -50,7 +52,7 @@ fn peers_that_do_not_speak_tls_are_told_apart() {
     moves(&source, &destination, waits, &OutgoingOptions::default());
 
     // TLS to plain text.
-    let (source, destination) =
+    let (source, mut destination) =
         (Host::source(certificates.path()), Host::destination(certificates.path()));
     let listen = Target::Address("tcp:127.0.0.1:0".into());
     let client = &destination.attached.client;
@@ -58,6 +60,8 @@ fn peers_that_do_not_speak_tls_are_told_apart() {
     let port = plain.address.rsplit_once(':').unwrap().1;
     let status = source.send(&format!("tls:localhost:{port}"), &OutgoingOptions::default());
     assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error_text().contains("does not speak TLS"), "{}", status.error_text());
+    destination.agent().process().wait_for_line("the other side speaks TLS", SOON).unwrap();
     source.assert_keeps_guest();
 }
 
