@@ -79,9 +79,9 @@ pub struct SourceArgs {
     /// the mapping with userfaultfd.
     #[arg(long, value_enum, default_value_t = TrackerName::Log)]
     pub tracker: TrackerName,
-    /// Where the destination's agent listens: tcp:HOST:PORT or unix:PATH. Without this and without
-    /// --snapshot-to the guest runs for 60 seconds, or --run-for, so that an operator can save or
-    /// migrate it.
+    /// Where the destination's agent listens: tcp:HOST:PORT, tls:HOST:PORT or unix:PATH. Without
+    /// this and without --snapshot-to the guest runs for 60 seconds, or --run-for, so that an
+    /// operator can save or migrate it.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "snapshot_to")]
     pub to: Option<String>,
     /// Save the guest to this image instead of migrating it. Of the migration options only
@@ -108,9 +108,9 @@ pub struct DestinationArgs {
     /// What both sides need.
     #[command(flatten)]
     pub common: Common,
-    /// Where the destination's agent listens for the source: tcp:HOST:PORT or unix:PATH. Without
-    /// this and without --restore-from the VMM waits for 60 seconds, or --wait-for, so that an
-    /// operator can restore a guest, or have one migrate here.
+    /// Where the destination's agent listens for the source: tcp:HOST:PORT, tls:HOST:PORT or
+    /// unix:PATH. Without this and without --restore-from the VMM waits for 60 seconds, or
+    /// --wait-for, so that an operator can restore a guest, or have one migrate here.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "restore_from")]
     pub listen: Option<String>,
     /// Restore a guest from this image instead of waiting for one.
