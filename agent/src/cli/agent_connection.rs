@@ -31,6 +31,8 @@ pub struct AgentConnection {
     socket: FrameSocket,
     /// The agent is in a sandbox.
     wants_grants: bool,
+    /// It has answered.
+    is_served: bool,
     /// The path on which the agent listens.
     path: PathBuf,
 }
@@ -54,12 +56,18 @@ impl AgentConnection {
         let socket = connect_unix(path, Instant::now() + TIMEOUT);
         let socket =
             socket.map_err(|error| format!("no agent answers on {}: {error}", path.display()))?;
-        let mut agent = Self { socket: socket.into(), wants_grants: false, path: path.to_owned() };
+        let mut agent = Self {
+            socket: socket.into(),
+            wants_grants: false,
+            is_served: false,
+            path: path.to_owned(),
+        };
         let (version_min, version_max) = (CONTROL_VERSION, CONTROL_VERSION);
         let name = String::new();
         let features = FEATURE_GRANTS;
         let hello = Request::Hello { version_min, version_max, features, agent: 0, name };
         let reply = agent.ask(&hello, HelloReply::decode)?;
+        agent.is_served = true;
         agent.wants_grants = reply.features & FEATURE_GRANTS != 0;
         Ok(agent)
     }
@@ -170,7 +178,9 @@ impl AgentConnection {
             SocketError::Timeout { waited, .. } => self.hangs(waited),
             error => {
                 let (path, why) = (self.path.display(), crate::error::chain(&error));
-                format!("the agent on {path}: {why}").into()
+                let is_refused = matches!(error, SocketError::Closed) && !self.is_served;
+                let hint = if is_refused { ": it serves its own user and root alone" } else { "" };
+                format!("the agent on {path}: {why}{hint}").into()
             }
         }
     }

@@ -306,7 +306,8 @@ impl<'a> PendingHandshakes<'a> {
                 Ok(connection) => connection,
                 // It has closed again.
                 Err(error) => {
-                    self.refusals.say(self.job, Stage::Silent, &error, Instant::now());
+                    let origin = peer.map_or(Origin::Local, Origin::from);
+                    self.refusals.say(self.job, (Stage::Silent, origin), &error, Instant::now());
                     continue;
                 }
             };
@@ -409,6 +410,8 @@ impl<'a> PendingHandshakes<'a> {
             return Ok(None);
         }
         let numbers: Vec<_> = mine().map(|(number, _)| number).collect();
+        let origin = numbers.first().and_then(|number| self.gate.origin(*number));
+        let origin = origin.unwrap_or(Origin::Local);
         let streams: Vec<_> =
             numbers.iter().filter_map(|number| self.gate.remove(*number)).collect();
         match check_session(self.job, self.wanted, &streams) {
@@ -426,7 +429,7 @@ impl<'a> PendingHandshakes<'a> {
             Err(error) => {
                 let is_final = self.has_only_one();
                 if !is_final {
-                    self.refusals.say(self.job, Stage::Known, &error, Instant::now());
+                    self.refusals.say(self.job, (Stage::Known, origin), &error, Instant::now());
                 }
                 for (number, stream) in numbers.into_iter().zip(streams) {
                     self.leave(number, stream, &error);
@@ -442,6 +445,7 @@ impl<'a> PendingHandshakes<'a> {
 
     /// Refuses a connection. Its error is that of the job if there can be no other connection.
     fn refuse(&mut self, number: u64, error: JobError) -> Result<(), JobError> {
+        let origin = self.gate.origin(number).unwrap_or(Origin::Local);
         let Some(refused) = self.gate.remove(number) else { return Ok(()) };
         if self.has_only_one() {
             self.leave(number, refused, &error);
@@ -449,7 +453,7 @@ impl<'a> PendingHandshakes<'a> {
             return Err(error);
         }
         // Whoever hears of the refusal may look at the status next.
-        self.refusals.say(self.job, refused.stage(), &error, Instant::now());
+        self.refusals.say(self.job, (refused.stage(), origin), &error, Instant::now());
         self.leave(number, refused, &error);
         Ok(())
     }

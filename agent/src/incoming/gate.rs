@@ -40,7 +40,8 @@
 use rustix::process::{Resource, getrlimit};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 /// How long a stranger may take for its whole hello, with the handshake of TLS. If `peer_timeout`
@@ -90,6 +91,21 @@ pub enum Origin {
     V4([u8; 4]),
     /// The first 64 bits of an IPv6 address: one host may use all addresses of such a network.
     V6([u8; 8]),
+}
+
+/// Behind "a source".
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local => formatter.write_str("on this host"),
+            Self::V4(octets) => write!(formatter, "at {}", Ipv4Addr::from(*octets)),
+            Self::V6(network) => {
+                let mut octets = [0; 16];
+                octets[..8].copy_from_slice(network);
+                write!(formatter, "in {}/64", Ipv6Addr::from(octets))
+            }
+        }
+    }
 }
 
 impl From<SocketAddr> for Origin {
@@ -236,6 +252,11 @@ impl<T> Gate<T> {
         let kinds = [&self.silent, &self.begun, &self.answered];
         let leaves = kinds.into_iter().find_map(Strangers::first_to_leave)?;
         self.remove(leaves)
+    }
+
+    /// Where a connection comes from. `None` if it has left.
+    pub fn origin(&self, number: u64) -> Option<Origin> {
+        self.entries.get(&number).map(|entry| entry.origin)
     }
 
     /// Removes a connection. `None` if it has left before.
@@ -457,6 +478,8 @@ mod tests {
     fn the_hosts_of_a_network_of_ipv6_are_one_origin() {
         let origin = |text: &str| Origin::from(text.parse::<SocketAddr>().unwrap());
         assert_eq!(origin("[fd00::1]:7"), origin("[fd00::2]:8"));
+        assert_eq!(origin("[fd00::1]:7").to_string(), "in fd00::/64");
+        assert_eq!(origin("[::ffff:10.1.2.3]:7").to_string(), "at 10.1.2.3");
         assert_ne!(origin("[fd00::1]:7"), origin("[fd00:0:0:1::1]:7"));
         assert_eq!(origin("[::ffff:10.0.0.9]:7"), CROWD);
     }

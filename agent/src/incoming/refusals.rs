@@ -13,7 +13,7 @@
 //! - What a known peer was told stays for ten seconds before it gives way to what a stranger was
 //!   told.
 
-use super::gate::Stage;
+use super::gate::{Origin, Stage};
 use super::job::IncomingJob;
 use crate::job::JobError;
 use crate::transport::backoff::LineLimit;
@@ -46,16 +46,20 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    /// Says why a connection that had got to `stage` was refused.
-    pub fn say(&mut self, job: &IncomingJob, stage: Stage, why: &JobError, now: Instant) {
+    /// Says why a connection that had got to `stage` was refused, and where it came from.
+    pub fn say(
+        &mut self, job: &IncomingJob, (stage, origin): (Stage, Origin), why: &JobError,
+        now: Instant,
+    ) {
         if stage != Stage::Known && !names_itself(why) {
-            return self.strangers.warn("a connection was dropped", why, now);
+            let what = format!("a connection from a host {origin} was dropped");
+            return self.strangers.warn(&what, why, now);
         }
         let text = crate::error::chain(why);
         if is_about_this_side(why) {
-            self.own_files.warn("a source was refused", why, now);
+            self.own_files.warn("no source can be let in", why, now);
         } else {
-            log::warn!("a source was refused: {text}");
+            log::warn!("a source {origin} was refused: {text}");
         }
         let is_of_known = stage == Stage::Known;
         let is_kept = |(noted, was_known): &(Instant, bool)| {
@@ -64,6 +68,8 @@ impl Refusals {
         let known_goes_first = self.noted.as_ref().is_some_and(is_kept)
             || self.next.as_ref().is_some_and(|next| next.is_of_known);
         if is_of_known || !known_goes_first {
+            let text =
+                format!("a source {origin} was refused, and the agent waits for the next: {text}");
             self.next = Some(Note { is_of_known, text });
         }
         self.note(job, now);
@@ -85,7 +91,7 @@ impl Refusals {
         let ends = text.char_indices().map(|(at, letter)| at + letter.len_utf8());
         text.truncate(ends.take_while(|end| *end <= NOTE).last().unwrap_or(0));
         self.noted = Some((now, is_of_known));
-        job.note(&format!("a source was refused, and the agent waits for the next: {text}"));
+        job.note(&text);
     }
 }
 
@@ -130,7 +136,7 @@ mod tests {
     fn the_status_names_the_last_refused_source_once_a_second() {
         let (job, mut refusals, start) = (job(), Refusals::default(), Instant::now());
         for text in ["first", "second", "third"] {
-            refusals.say(&job, Stage::Known, &refused(text), start);
+            refusals.say(&job, (Stage::Known, Origin::Local), &refused(text), start);
             assert!(job.status().error_text().contains("first"), "{text}");
         }
         assert_eq!(refusals.due(), Some(start + NOTE_EVERY));
@@ -142,12 +148,12 @@ mod tests {
     #[test]
     fn a_stranger_does_not_replace_the_note_of_a_known_peer_for_a_while() {
         let (job, mut refusals, start) = (job(), Refusals::default(), Instant::now());
-        refusals.say(&job, Stage::Known, &refused("known"), start);
+        refusals.say(&job, (Stage::Known, Origin::Local), &refused("known"), start);
         for after in [Duration::ZERO, 2 * NOTE_EVERY, KEPT - NOTE_EVERY] {
-            refusals.say(&job, Stage::Begun, &of_stranger(), start + after);
+            refusals.say(&job, (Stage::Begun, Origin::Local), &of_stranger(), start + after);
             assert!(job.status().error_text().contains("known"), "{}", job.status().error_text());
         }
-        refusals.say(&job, Stage::Begun, &of_stranger(), start + KEPT);
+        refusals.say(&job, (Stage::Begun, Origin::Local), &of_stranger(), start + KEPT);
         assert!(job.status().error_text().contains("version 77"), "{}", job.status().error_text());
     }
 
@@ -155,7 +161,7 @@ mod tests {
     fn a_stranger_that_says_nothing_changes_nothing() {
         let (job, mut refusals, start) = (job(), Refusals::default(), Instant::now());
         for error in [TransportError::Closed, TransportError::Silent(KEPT)] {
-            refusals.say(&job, Stage::Begun, &error.into(), start);
+            refusals.say(&job, (Stage::Begun, Origin::Local), &error.into(), start);
         }
         assert_eq!((job.status().error, refusals.due()), (None, None));
     }
@@ -164,7 +170,7 @@ mod tests {
     fn a_note_is_short_and_a_paused_postcopy_gets_none() {
         let (job, start) = (job(), Instant::now());
         let refuse = |text: &str| {
-            Refusals::default().say(&job, Stage::Known, &refused(text), start);
+            Refusals::default().say(&job, (Stage::Known, Origin::Local), &refused(text), start);
         };
         refuse(&"ü".repeat(NOTE));
         assert!(job.status().error_text().len() < NOTE + 100);

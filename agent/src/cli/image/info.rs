@@ -36,7 +36,7 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
             let mut object = Map::new();
             header_to_json(&path, &header, disk_bytes(file.as_fd()), &mut object);
             object.insert("error".into(), json!(error.map(|error| sentence(error))));
-            (object, header_lines(&path, &header, "", disk_bytes(file.as_fd())))
+            (object, header_lines(&path, &header, None, disk_bytes(file.as_fd())))
         }
         None => return opened.map(|()| Exit::Done).map_err(Into::into),
     };
@@ -120,7 +120,7 @@ pub(super) fn counts(tally: Tally) -> Map<String, Value> {
 
 /// The lines of what the header says: name and value.
 fn header_lines(
-    path: &Path, header: &Header, base_name: &str, disk_bytes: u64,
+    path: &Path, header: &Header, base_name: Option<&str>, disk_bytes: u64,
 ) -> Vec<(String, String)> {
     let mut lines = Vec::new();
     let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
@@ -131,7 +131,9 @@ fn header_lines(
     line("taken", utc(header.taken));
     line("guest", header.guest.name().to_owned());
     if header.is_increment() {
-        line("base", format!("{} {}", id_text(&header.base), base_name.escape_debug()));
+        let name =
+            base_name.map_or("(its name is sealed)".into(), |name| name.escape_debug().to_string());
+        line("base", format!("{} {name}", id_text(&header.base)));
     }
     let (length, on_disk) = (show::bytes(header.file_length), show::bytes(disk_bytes));
     line("file", format!("{length}, {on_disk} on the disk"));
@@ -142,7 +144,7 @@ fn header_lines(
 fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     let (header, contents, view) = (newest.header(), newest.contents(), View::Image(newest));
     let on_disk = disk_bytes(newest.file());
-    let mut lines = header_lines(newest.path(), header, &contents.base_name, on_disk);
+    let mut lines = header_lines(newest.path(), header, Some(&contents.base_name), on_disk);
     let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
     tally_lines(&mut line, &view, view.all());
     for (at, block) in contents.table.blocks().iter().enumerate() {

@@ -161,6 +161,9 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
     bar.finish_and_clear();
     let errors: Vec<String> = report.errors.iter().map(|error| sentence(error)).collect();
     let cut = report.error_limit_reached && args.all;
+    for error in &errors {
+        writeln!(io::stderr(), "pageferry: {error}")?;
+    }
     if args.image.json {
         let images = report.images.iter().map(
             |image| json!({ "path": text_of(image.path()), "id": id_text(&image.header().id) }),
@@ -174,9 +177,6 @@ fn run_verify(args: &VerifyArgs) -> Outcome {
         });
         writeln!(io::stdout(), "{object}")?;
     } else {
-        for error in &errors {
-            writeln!(io::stderr(), "pageferry: {error}")?;
-        }
         if cut {
             writeln!(
                 io::stderr(),
