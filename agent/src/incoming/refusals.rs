@@ -6,9 +6,11 @@
 //! change with each of them:
 //!
 //! - Strangers get one line a second in the log, with their number.
-//! - A peer that has shown a certificate or sent a hello gets a line of its own, within the limit
-//!   of the log, and a note in the status, for the operator whose source it is. The note changes
+//! - A stranger that has shown a certificate or sent a hello may be a source, and anybody can do
+//!   that, too. Of these the log has another line a second, and the status a note, which changes
 //!   once a second at most, and has at most 1 KiB.
+//! - A peer that has proved something gets a line of its own, within the limit of the log, and such
+//!   a note.
 //! - If this side cannot let anybody in, because of its own files, the log says so once a second.
 //! - What a known peer was told stays for ten seconds before it gives way to what a stranger was
 //!   told.
@@ -38,6 +40,7 @@ struct Note {
 #[derive(Debug, Default)]
 pub struct Refusals {
     strangers: LineLimit,
+    claims: LineLimit,
     own_files: LineLimit,
     /// When the status was changed last, and whether for a known peer.
     noted: Option<(Instant, bool)>,
@@ -58,6 +61,8 @@ impl Refusals {
         let text = crate::error::chain(why);
         if is_about_this_side(why) {
             self.own_files.warn("no source can be let in", why, now);
+        } else if stage != Stage::Known {
+            self.claims.warn(&format!("a source {origin} was refused"), why, now);
         } else {
             log::warn!("a source {origin} was refused: {text}");
         }

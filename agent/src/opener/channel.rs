@@ -10,28 +10,49 @@ use crate::inherited;
 use crate::lock::lock;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::FrameSocket;
+use pageferry_protocol::control::socket::wait;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Longest time until the opener takes a request. It does nothing else but to take them.
 const SEND: Duration = Duration::from_secs(10);
-/// How often the thread that waits for an answer looks whether it has waited for ever.
-const LONGEST_WAIT: Duration = Duration::from_secs(3600);
+/// Longest time until it answers: a disk or a name server may be slow.
+const ANSWER: Duration = Duration::from_secs(60);
+/// The same once the agent ends.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
+/// How often a thread that waits looks whether the agent ends.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A socket to an opener.
 #[derive(Debug)]
-pub struct Channel(Mutex<FrameSocket>);
+pub struct Channel {
+    socket: Mutex<FrameSocket>,
+    /// When the agent has begun to end.
+    ends: OnceLock<Instant>,
+    /// It has begun to end, and the opener has not answered since.
+    hangs: AtomicBool,
+}
 
 impl Channel {
     /// The agent's end of a pair of which an opener has the other one.
     pub fn new(socket: OwnedFd) -> Self {
-        Self(Mutex::new(socket.into()))
+        Self {
+            socket: Mutex::new(socket.into()),
+            ends: OnceLock::new(),
+            hangs: AtomicBool::new(false),
+        }
+    }
+
+    /// The agent ends: nobody waits long for an opener that does not answer.
+    pub fn hurry(&self) {
+        self.ends.get_or_init(Instant::now);
     }
 
     /// Lets the program have the socket that this process executes next. Returns the value of a
@@ -40,7 +61,7 @@ impl Channel {
     /// # Errors
     /// If the kernel refuses.
     pub fn inherit(&self) -> io::Result<String> {
-        inherited::hand_over(lock(&self.0).as_fd())
+        inherited::hand_over(lock(&self.socket).as_fd())
     }
 
     /// Has the opener remember what the descriptors name.
@@ -49,6 +70,14 @@ impl Channel {
     /// [`Errno::INVAL`] or [`Errno::NOTDIR`] if one of them names nothing.
     pub fn grant(&self, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         self.done(&Op::Grant, fds)
+    }
+
+    /// The same, for what the options of the agent name.
+    ///
+    /// # Errors
+    /// As [`Channel::grant`].
+    pub fn grant_for_good(&self, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        self.done(&Op::GrantForGood, fds)
     }
 
     /// Asks for something that has no result.
@@ -100,10 +129,16 @@ impl Channel {
 
     fn exchange(&self, op: &Op, fds: &[BorrowedFd<'_>]) -> Result<(Reply, Vec<OwnedFd>), Errno> {
         may_wait("ask the opener");
-        self.send_and_wait(op, fds).inspect_err(|errno| {
-            if *errno == Errno::PIPE {
-                log::error!("the opener of this agent is gone: no other file or host is reached");
-            }
+        self.send_and_wait(op, fds).inspect_err(|errno| match *errno {
+            Errno::PIPE => log::error!(
+                "the opener of this agent is gone: it reaches no other file and no other host. \
+                 Start a new agent as soon as its job allows that"
+            ),
+            Errno::TIMEDOUT => log::error!(
+                "the opener of this agent has not answered in time: it is stopped, or a disk or a \
+                 name server hangs: {op}"
+            ),
+            _ => {}
         })
     }
 
@@ -115,9 +150,10 @@ impl Channel {
         let sent = [openers.as_fd()].into_iter().chain(fds.iter().copied()).collect::<Vec<_>>();
         let gone = |_| Errno::PIPE;
         let until = Instant::now() + SEND;
-        lock(&self.0).send_parts(op.code(), 0, &op.encode(), &sent, until).map_err(gone)?;
+        lock(&self.socket).send_parts(op.code(), 0, &op.encode(), &sent, until).map_err(gone)?;
         drop(openers);
         let mut answer = FrameSocket::from(ours);
+        let asked = Instant::now();
         loop {
             match answer.try_recv().map_err(gone)? {
                 Some(frame) => {
@@ -126,12 +162,17 @@ impl Channel {
                 }
                 // If the opener ends, its end of the pair closes.
                 None => {
-                    let until = Instant::now() + LONGEST_WAIT;
-                    pageferry_protocol::control::socket::wait(
-                        answer.as_fd(),
-                        PollFlags::IN,
-                        until,
-                    )?;
+                    let now = Instant::now();
+                    let until = match self.ends.get() {
+                        None => asked + ANSWER,
+                        Some(_) if self.hangs.load(Ordering::Relaxed) => now,
+                        Some(ends) => asked.max(*ends) + LAST_ANSWER,
+                    };
+                    if now >= until {
+                        self.hangs.store(self.ends.get().is_some(), Ordering::Relaxed);
+                        return Err(Errno::TIMEDOUT);
+                    }
+                    wait(answer.as_fd(), PollFlags::IN, until.min(now + LOOK))?;
                 }
             }
         }

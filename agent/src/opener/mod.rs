@@ -84,6 +84,21 @@ pub fn granted() -> io::Result<Vec<OwnedFd>> {
     lock(&GRANTED).iter().map(OwnedFd::try_clone).collect()
 }
 
+/// The same for what the options of the agent name, which the next agent names by itself.
+///
+/// # Errors
+/// If one of them stands for nothing.
+pub fn grant_for_good(fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+    OPENER.get().map_or(Ok(()), |opener| opener.grant_for_good(fds))
+}
+
+/// This process ends: nobody waits long for an opener that does not answer.
+pub fn hurry() {
+    if let Some(opener) = OPENER.get() {
+        opener.hurry();
+    }
+}
+
 /// Whether the opener would open `path`, for writing too with `write`. Always true in a process
 /// without an opener.
 ///

@@ -14,12 +14,12 @@
 //!
 //! A few files of the kernel need not be named. They are only read.
 
-use rustix::fs::{FileType, OFlags, Stat};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, StatxFlags, statx};
 use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Most folders, and most addresses. Later ones take the place of the oldest.
@@ -32,15 +32,16 @@ const OF_AGENT: [&str; 2] = ["cgroup", "mountinfo"];
 /// The folders of such files: of control groups, and of the pools of huge pages.
 const FOLDERS: [&str; 2] = ["/sys/fs/cgroup", "/sys/kernel/mm"];
 
-/// The device and the number of a file.
-type Inode = (u64, u64);
+/// The device and the number of a file, and when it was made: the number of one that is removed is
+/// given to another one. The time is 0 where the file system does not know it.
+type Inode = (u32, u32, u64, i64, u32);
 
 /// A folder or an address, and what may be done with it.
 #[derive(Debug, Clone, Copy)]
 struct Allowed {
     /// Files there may be made, changed and removed.
     write: bool,
-    /// When it was named: higher is later.
+    /// When it was named: higher is later. What the options of the agent name is never the oldest.
     since: u64,
 }
 
@@ -53,39 +54,38 @@ pub(super) struct Named {
 }
 
 impl Named {
-    /// Remembers what the descriptor names.
+    /// Remembers what the descriptor names, as something that an option of the agent names if
+    /// `is_option`.
     ///
     /// # Errors
     /// [`Errno::INVAL`] if it names nothing.
-    pub(super) fn add(&mut self, fd: &OwnedFd) -> Result<(), Errno> {
+    pub(super) fn add(&mut self, fd: &OwnedFd, is_option: bool) -> Result<(), Errno> {
         let stat = rustix::fs::fstat(fd)?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::Socket {
             if sockopt::socket_type(fd)? != SocketType::DGRAM {
                 return Err(Errno::INVAL);
             }
             let peer = rustix::net::getpeername(fd)?.and_then(|peer| peer.try_into().ok());
-            let allowed = self.next(false);
+            let allowed = self.next(false, is_option);
             insert(&mut self.addresses, canonical(peer.ok_or(Errno::INVAL)?), allowed);
             return Ok(());
         }
         let flags = rustix::fs::fcntl_getfl(fd)?;
-        self.add_inode(&stat, !flags.contains(OFlags::PATH))
-    }
-
-    fn add_inode(&mut self, stat: &Stat, write: bool) -> Result<(), Errno> {
         if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let inode = (stat.st_dev, stat.st_ino);
-        let write = write || self.folders.get(&inode).is_some_and(|allowed| allowed.write);
-        let allowed = self.next(write);
+        let inode = inode(fd.as_fd(), Path::new(""), AtFlags::EMPTY_PATH)?;
+        let known = self.folders.get(&inode);
+        let write = !flags.contains(OFlags::PATH) || known.is_some_and(|allowed| allowed.write);
+        let is_option = is_option || known.is_some_and(|allowed| allowed.since == u64::MAX);
+        let allowed = self.next(write, is_option);
         insert(&mut self.folders, inode, allowed);
         Ok(())
     }
 
-    fn next(&mut self, write: bool) -> Allowed {
+    fn next(&mut self, write: bool, is_option: bool) -> Allowed {
         self.count += 1;
-        Allowed { write, since: self.count }
+        Allowed { write, since: if is_option { u64::MAX } else { self.count } }
     }
 
     /// The path without links, if it lies in a folder that was named.
@@ -103,8 +103,8 @@ impl Named {
             return Ok(path);
         }
         let is_allowed = |folder: &Path| {
-            let stat = rustix::fs::stat(folder).ok();
-            let found = stat.and_then(|stat| self.folders.get(&(stat.st_dev, stat.st_ino)));
+            let inode = inode(CWD, folder, AtFlags::empty()).ok();
+            let found = inode.and_then(|inode| self.folders.get(&inode));
             found.is_some_and(|allowed| allowed.write || !write)
         };
         // The path itself may be a folder that was named.
@@ -119,6 +119,15 @@ impl Named {
         let is_named = self.addresses.contains_key(&canonical(address));
         if is_named { Ok(()) } else { Err(Errno::ACCESS) }
     }
+}
+
+/// What identifies a folder, as long as it exists.
+fn inode(folder: BorrowedFd<'_>, path: &Path, flags: AtFlags) -> Result<Inode, Errno> {
+    let found = statx(folder, path, flags, StatxFlags::BASIC_STATS | StatxFlags::BTIME)?;
+    let knows_time = found.stx_mask & StatxFlags::BTIME.bits() != 0;
+    let made = if knows_time { found.stx_btime.tv_sec } else { 0 };
+    let nanoseconds = if knows_time { found.stx_btime.tv_nsec } else { 0 };
+    Ok((found.stx_dev_major, found.stx_dev_minor, found.stx_ino, made, nanoseconds))
 }
 
 /// True for a file of the kernel that need not be named.
@@ -185,15 +194,15 @@ mod tests {
         std::os::unix::fs::symlink(at("mine"), at("way")).unwrap();
         let mut named = Named::default();
         assert_eq!(named.check(&at("mine/a"), false), Err(Errno::ACCESS));
-        named.add(&folder(&at("mine"), OFlags::PATH)).unwrap();
+        named.add(&folder(&at("mine"), OFlags::PATH), false).unwrap();
         for path in ["mine", "mine/a", "mine/below/a", "way/a"] {
             named.check(&at(path), false).unwrap();
             assert_eq!(named.check(&at(path), true), Err(Errno::ACCESS), "{path}");
         }
-        named.add(&folder(&at("mine"), OFlags::RDONLY)).unwrap();
+        named.add(&folder(&at("mine"), OFlags::RDONLY), false).unwrap();
         named.check(&at("mine/below/a"), true).unwrap();
         // Once allowed, a second name without it takes nothing away.
-        named.add(&folder(&at("mine"), OFlags::PATH)).unwrap();
+        named.add(&folder(&at("mine"), OFlags::PATH), false).unwrap();
         named.check(&at("mine/a"), true).unwrap();
         for path in ["other/secret", "mine/link", "mine/../other/secret", "."] {
             assert_eq!(named.check(&at(path), false), Err(Errno::ACCESS), "{path}");
@@ -201,8 +210,39 @@ mod tests {
         assert_eq!(named.check(&at("mine/nowhere"), true), Err(Errno::NOENT));
         assert_eq!(named.check(Path::new("Cargo.toml"), false), Err(Errno::ACCESS));
         assert_eq!(named.check(Path::new(""), false), Err(Errno::INVAL));
-        named.add(&folder(Path::new("."), OFlags::PATH)).unwrap();
+        named.add(&folder(Path::new("."), OFlags::PATH), false).unwrap();
         named.check(Path::new("Cargo.toml"), false).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_gets_the_number_of_a_removed_one_is_not_named() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: &str| home.path().join(name);
+        std::fs::create_dir(at("named")).unwrap();
+        let mut named = Named::default();
+        named.add(&folder(&at("named"), OFlags::RDONLY), false).unwrap();
+        std::fs::remove_dir(at("named")).unwrap();
+        for number in 0..20 {
+            let other = at(&number.to_string());
+            std::fs::create_dir(&other).unwrap();
+            assert_eq!(named.check(&other.join("file"), false), Err(Errno::ACCESS));
+        }
+    }
+
+    #[test]
+    fn what_an_option_names_is_never_forgotten() {
+        let home = tempfile::tempdir().unwrap();
+        let at = |name: u64| home.path().join(name.to_string());
+        let mut named = Named::default();
+        for number in 0..MAX_NAMED as u64 + 10 {
+            std::fs::create_dir(at(number)).unwrap();
+            named.add(&folder(&at(number), OFlags::PATH), number < 5).unwrap();
+        }
+        // Named once more by a command, it is still that of an option.
+        named.add(&folder(&at(0), OFlags::PATH), false).unwrap();
+        for (number, is_known) in [(0, true), (4, true), (5, false), (14, false), (15, true)] {
+            assert_eq!(named.check(&at(number), false).is_ok(), is_known, "{number}");
+        }
     }
 
     #[test]
@@ -212,7 +252,7 @@ mod tests {
         udp.connect("127.0.0.1:4444").unwrap();
         let address = "127.0.0.1:4444".parse().unwrap();
         assert_eq!(named.check_address(address), Err(Errno::ACCESS));
-        named.add(&udp.into()).unwrap();
+        named.add(&udp.into(), false).unwrap();
         named.check_address(address).unwrap();
         named.check_address("[::ffff:127.0.0.1]:4444".parse().unwrap()).unwrap();
         assert_eq!(named.check_address("127.0.0.1:4445".parse().unwrap()), Err(Errno::ACCESS));
@@ -226,9 +266,9 @@ mod tests {
         let peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let file = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         for fd in [OwnedFd::from(one), listener.into(), peer.into()] {
-            assert_eq!(named.add(&fd), Err(Errno::INVAL));
+            assert_eq!(named.add(&fd, false), Err(Errno::INVAL));
         }
-        assert_eq!(named.add(&file), Err(Errno::NOTDIR));
+        assert_eq!(named.add(&file, false), Err(Errno::NOTDIR));
     }
 
     #[test]

@@ -218,6 +218,7 @@ impl Opener {
 
     /// The name `path`, which may be made, replaced or removed. Its last part is not followed.
     fn name(&self, path: &Path) -> Result<Name, Errno> {
+        let path = std::path::absolute(path).map_err(|_| Errno::INVAL)?;
         let (folder, name) = path.parent().zip(path.file_name()).ok_or(Errno::INVAL)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY;
         let folder = self.find(folder, true)?.open(flags, Mode::empty())?;
@@ -242,9 +243,9 @@ impl Opener {
     fn carry_out(&self, op: Op, fds: &[OwnedFd]) -> io::Result<Done> {
         let file = || fds.first().ok_or(Errno::BADF);
         Ok(match op {
-            Op::Grant => {
+            Op::Grant | Op::GrantForGood => {
                 for fd in fds {
-                    lock(&self.named).add(fd)?;
+                    lock(&self.named).add(fd, op == Op::GrantForGood)?;
                 }
                 Done::Nothing
             }
@@ -347,7 +348,7 @@ mod tests {
         std::fs::write(home.path().join("other/file"), "secret").unwrap();
         let opener = Opener { named: Mutex::default(), check, running: AtomicUsize::new(0) };
         let mine = std::fs::File::open(home.path().join("mine")).unwrap();
-        lock(&opener.named).add(&mine.into()).unwrap();
+        lock(&opener.named).add(&mine.into(), false).unwrap();
         (home, opener)
     }
 

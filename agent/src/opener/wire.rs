@@ -56,12 +56,15 @@ pub(super) enum Op {
     ConnectManager { name: PathBuf },
     /// Make a socket that listens, and its only connection. Answered with the two.
     ListeningPair,
+    /// Remember what the descriptors name as long as the opener runs: the options of the agent name
+    /// it.
+    GrantForGood,
 }
 
 impl fmt::Display for Op {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (does, path) = match self {
-            Self::Grant => return formatter.write_str("take what was named"),
+            Self::Grant | Self::GrantForGood => return formatter.write_str("take what was named"),
             Self::IsNamed { path, .. } | Self::Open { path, .. } => ("open", path),
             Self::Reopen { .. } => return formatter.write_str("open a file once more"),
             Self::Link { path } => ("make", path),
@@ -115,6 +118,7 @@ impl Op {
             Self::LookUp { .. } => 12,
             Self::ConnectManager { .. } => 13,
             Self::ListeningPair => 14,
+            Self::GrantForGood => 15,
         }
     }
 
@@ -122,7 +126,7 @@ impl Op {
     pub(super) fn encode(&self) -> Vec<u8> {
         let body = Encoder::new();
         match self {
-            Self::Grant | Self::ListeningPair => body,
+            Self::Grant | Self::GrantForGood | Self::ListeningPair => body,
             Self::IsNamed { path, write } => put_path(body, path).u8(u8::from(*write)),
             Self::Open { path, flags, mode } => put_path(body, path).u32(*flags).u32(*mode),
             Self::Reopen { flags } => body.u32(*flags),
@@ -179,6 +183,7 @@ impl Op {
             12 => Self::LookUp { name: body.text("name", MAX_NAME)?.to_owned() },
             13 => Self::ConnectManager { name: take_path(&mut body)? },
             14 => Self::ListeningPair,
+            15 => Self::GrantForGood,
             _ => return Ok(None),
         };
         body.finish()?;
@@ -306,6 +311,7 @@ mod tests {
             "[a-z:0-9]{0,40}".prop_map(|name| Op::LookUp { name }),
             path().prop_map(|name| Op::ConnectManager { name }),
             Just(Op::ListeningPair),
+            Just(Op::GrantForGood),
         ]
     }
 

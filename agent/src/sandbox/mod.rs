@@ -34,13 +34,19 @@ use clap::ValueEnum;
 use pageferry_protocol::control::Grants;
 use rustix::io::Errno;
 use seccompiler::{BpfProgram, apply_filter};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use vmm_sys_util::signal::block_signal;
 
 /// The variable by which the next program of this process finds the socket to the opener.
 const VARIABLE: &str = "PAGEFERRY_OPENER";
+
+/// The signals to which the first thread reacts. The kernel may interrupt any thread that does not
+/// block them, and the handler wakes the first one by a system call that others may not make.
+const SIGNALS: [i32; 4] = [SIGHUP, SIGINT, SIGTERM, SIGUSR2];
 
 /// The filter of each kind of thread.
 static FILTERS: OnceLock<BTreeMap<ThreadKind, BpfProgram>> = OnceLock::new();
@@ -134,7 +140,7 @@ pub fn enter(
     let granted = if is_inherited { Vec::new() } else { granted() };
     for grants in granted.into_iter().filter(|grants| !grants.is_empty()) {
         // A folder that is none is named by whoever uses it.
-        let _ = opener::grant(grants.into_fds());
+        let _ = opener::grant_for_good(&grants.fds());
     }
     socket_queue::limit();
     if mode == Mode::On {
@@ -169,6 +175,10 @@ pub fn enter(
 /// rather than to go on: the kernel refuses a filter only if it has no memory.
 pub fn enter_thread(kind: ThreadKind) {
     let Some(filter) = FILTERS.get().and_then(|filters| filters.get(&kind)) else { return };
+    for signal in SIGNALS {
+        // Fails if it is blocked already.
+        let _ = block_signal(signal);
+    }
     if let Err(error) = apply_filter(filter) {
         log::error!("a thread cannot enter the sandbox: {}", crate::error::chain(&error));
         std::process::abort();

@@ -22,6 +22,7 @@ mod upgrading;
 use crate::devices::registry::NewDevice;
 use crate::image::ImageKey;
 use crate::metrics::MetricsServer;
+use crate::opener;
 use crate::reactor::Reactor;
 use crate::sandbox::Refusals;
 use crate::session::shared::SharedSession;
@@ -286,6 +287,7 @@ impl Server {
     /// take an agent that does not answer for dead.
     fn stop(&mut self) {
         self.stopping = true;
+        opener::hurry();
         if let Some(signals) = self.signals.take() {
             self.reactor.remove(signals.as_fd());
         }

@@ -33,6 +33,7 @@ use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::{AgentInfo, Trackers};
 use pageferry_protocol::memory::BlockGeometry;
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::process::PidfdFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -464,9 +465,15 @@ fn grant(fds: Vec<OwnedFd>) -> Answer {
             format!("grant: {} file descriptors, expected are 1 to {MAX_GRANTS}", fds.len());
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
     }
-    opener::grant(fds).map(|()| Success::Done).map_err(|errno| {
-        let what = "grant: a descriptor is neither a folder nor a connected UDP socket";
-        RemoteError::new(ErrorCode::Invalid, format!("{what}: {errno}"))
+    opener::grant(fds).map(|()| Success::Done).map_err(|errno| match errno {
+        Errno::INVAL | Errno::NOTDIR => {
+            let what = "grant: a descriptor is neither a folder nor a connected UDP socket";
+            RemoteError::new(ErrorCode::Invalid, what)
+        }
+        errno => {
+            let what = "the opener of this agent (--sandbox) does not answer, or is gone";
+            RemoteError::new(ErrorCode::System, format!("{what}: {errno}"))
+        }
     })
 }
 

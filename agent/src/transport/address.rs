@@ -143,6 +143,11 @@ impl Address {
                 self.check_found(plain, name, &addresses)?;
                 let mut last = std::io::Error::other("the name has no address");
                 for address in addresses {
+                    if address.port() == 0 {
+                        let why = "the port is 0, allowed: 1 to 65535";
+                        last = std::io::Error::new(ErrorKind::InvalidInput, why);
+                        continue;
+                    }
                     match connect_one(|| opener::connect_tcp(address), timeout, cancel)? {
                         Ok(socket) => return Ok(socket),
                         Err(error) => last = error,

@@ -71,12 +71,10 @@ pub enum TransportError {
         missing: usize,
     },
     /// The peer did not receive the bytes of a write in time.
-    #[error("the peer did not take what was sent within {timeout:.1?}: {missing} bytes are left")]
+    #[error("the peer did not take what was sent within {timeout:.1?}")]
     SendTimeout {
         /// How long the peer had.
         timeout: Duration,
-        /// Bytes that the socket did not accept.
-        missing: usize,
     },
     /// The guest is paused for its hand-over, and the deadline of the stop has passed. The error
     /// that contains this one names the time limit.

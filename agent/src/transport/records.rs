@@ -370,10 +370,7 @@ mod tests {
             || drop(taking.read(&mut [0; 16])),
             || {
                 let outcome = reader.socket().write_all(&mut [IoSlice::new(&bytes)]);
-                assert!(
-                    matches!(outcome, Err(TransportError::SendTimeout { missing: 1.., .. })),
-                    "{outcome:?}"
-                );
+                assert!(matches!(outcome, Err(TransportError::SendTimeout { .. })), "{outcome:?}");
             },
         );
     }

@@ -174,7 +174,7 @@ impl StreamSocket {
                         (Instant::now() + timeout, timeout)
                     });
                     if !self.wait(PollFlags::OUT, Some(deadline))? {
-                        return Err(TransportError::SendTimeout { timeout, missing });
+                        return Err(TransportError::SendTimeout { timeout });
                     }
                 }
             }

@@ -52,6 +52,9 @@ pub enum TrustError {
         /// longer.
         length: usize,
     },
+    /// A file is no file, or its bytes are no random ones.
+    #[error("{0:?} has no token: {1}")]
+    NoToken(PathBuf, &'static str),
     /// rustls does not take the authorities or what they revoked.
     #[error("{0:?}")]
     Authorities(PathBuf, #[source] VerifierBuilderError),
@@ -66,6 +69,12 @@ pub enum TrustError {
     /// A certificate of this side cannot be used.
     #[error("{0:?}: the certificate {1}")]
     OwnCertificate(PathBuf, String),
+    /// A key of this side is of a kind that is not known here.
+    #[error("{0:?}: the key is none of ECDSA P-256, P-384, Ed25519, or RSA from 2048 bits on")]
+    OwnKey(PathBuf),
+    /// A key of this side needs a password.
+    #[error("{0:?}: the key is no plain base64: one with a password cannot be used")]
+    Encrypted(PathBuf),
     /// A key of this side is not that of its certificate.
     #[error("{key:?} is not the key of {certificate:?}: if they are renewed, exchange both")]
     OtherKey {
@@ -169,6 +178,9 @@ impl TrustError {
                 | Self::Lacks { .. }
                 | Self::OwnCertificate(..)
                 | Self::OtherKey { .. }
+                | Self::OwnKey(..)
+                | Self::Encrypted(..)
+                | Self::NoToken(..)
                 | Self::Certificate(..)
         )
     }

@@ -19,7 +19,7 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::fs::Metadata;
@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 /// Longest file in bytes.
 const LONGEST_FILE: usize = 16 << 20;
+const KEY: &str = "private key";
 const AUTHORITIES: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
 
@@ -108,7 +109,7 @@ impl Folder {
                 .with_crls(revoked)
                 .enforce_revocation_expiration()
                 .build()
-                .map_err(|error| TrustError::Authorities(self.path.join(AUTHORITIES), error))?;
+                .map_err(|error| self.of_verifier(error))?;
             let (certificates, key) = self.identity(CLIENT)?;
             let mut config = ClientConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&TLS13])?
@@ -132,7 +133,7 @@ impl Folder {
                 .with_crls(revoked)
                 .enforce_revocation_expiration()
                 .build()
-                .map_err(|error| TrustError::Authorities(self.path.join(AUTHORITIES), error))?;
+                .map_err(|error| self.of_verifier(error))?;
             let (certificates, key) = self.identity(SERVER)?;
             let mut config = ServerConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&TLS13])?
@@ -203,6 +204,7 @@ impl Folder {
         match found {
             Ok(found) if !found.is_empty() => Ok(found),
             Ok(_) => Err(TrustError::Malformed { path, what, source: pem::Error::NoItemsFound }),
+            Err(pem::Error::Base64Decode(_)) if what == KEY => Err(TrustError::Encrypted(path)),
             Err(source) => Err(TrustError::Malformed { path, what, source }),
         }
     }
@@ -217,10 +219,19 @@ impl Folder {
             error => error,
         };
         let certificates = self.certificates(identity.certificate).map_err(lacks)?;
-        let keys = self.read_checked(identity.key, "private key", check_mode).map_err(lacks)?;
+        let keys = self.read_checked(identity.key, KEY, check_mode).map_err(lacks)?;
         let missing =
             || TrustError::Lacks { path: self.path.join(identity.key), side: identity.side };
         Ok((certificates, keys.into_iter().next().ok_or_else(missing)?))
+    }
+
+    fn of_verifier(&self, error: VerifierBuilderError) -> TrustError {
+        let file = if matches!(error, VerifierBuilderError::InvalidCrl(_)) {
+            REVOKED
+        } else {
+            AUTHORITIES
+        };
+        TrustError::Authorities(self.path.join(file), error)
     }
 
     fn of_certificate(&self, identity: Identity, error: rustls::Error) -> TrustError {
@@ -229,6 +240,8 @@ impl Folder {
             rustls::Error::InconsistentKeys(_) => {
                 TrustError::OtherKey { certificate: path, key: self.path.join(identity.key) }
             }
+            // What rustls says of a key that ring does not take.
+            rustls::Error::General(_) => TrustError::OwnKey(self.path.join(identity.key)),
             error => own(path, error),
         }
     }

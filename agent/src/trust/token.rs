@@ -113,13 +113,21 @@ impl Token {
     fn read(&self) -> Result<Zeroizing<Vec<u8>>, TrustError> {
         let failed = |error| TrustError::Read(self.path.clone(), error);
         let file = opener::open_to_read(&self.path).map_err(failed)?;
-        check_mode(&self.path, &file.metadata().map_err(failed)?)?;
+        let found = file.metadata().map_err(failed)?;
+        let none = |why| TrustError::NoToken(self.path.clone(), why);
+        if !found.is_file() {
+            return Err(none("it is no regular file"));
+        }
+        check_mode(&self.path, &found)?;
         let mut bytes = Zeroizing::new(vec![0; MAX_TOKEN + MAX_SPACE + 1]);
         let count = read_up_to(file, &mut bytes).map_err(failed)?;
         let token = bytes[..count].trim_ascii();
         if !(MIN_TOKEN..=MAX_TOKEN).contains(&token.len()) {
             let (path, length) = (self.path.clone(), token.len().min(MAX_TOKEN + 1));
             return Err(TrustError::TokenLength { path, length });
+        }
+        if token.iter().all(|byte| *byte == token[0]) {
+            return Err(none("all its bytes are the same"));
         }
         Ok(Zeroizing::new(token.to_vec()))
     }
@@ -196,11 +204,11 @@ mod tests {
 
     #[test]
     fn white_space_around_a_token_is_no_part_of_it() {
-        let token = [b'x'; MIN_TOKEN];
-        for content in [&token[..], b"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\n", b" \t\r\n"] {
+        let token = b"0123456789abcdef0123456789abcdef";
+        for content in [&token[..], b"0123456789abcdef0123456789abcdef\n", b" \t\r\n"] {
             let (_folder, file) = file_with(content);
             match file.read() {
-                Ok(read) => assert_eq!(read[..], token),
+                Ok(read) => assert_eq!(read[..], token[..]),
                 Err(error) => {
                     assert!(content.trim_ascii().is_empty());
                     assert!(matches!(error, TrustError::TokenLength { length: 0, .. }), "{error}");
@@ -219,10 +227,20 @@ mod tests {
             (MAX_TOKEN + 1, false),
             (1 << 20, false),
         ] {
-            let (_folder, file) = file_with(&vec![b'x'; length]);
+            let token: Vec<u8> = b"0123456789abcdef".iter().copied().cycle().take(length).collect();
+            let (_folder, file) = file_with(&token);
             let read = file.read().map(|token| token.len());
             assert_eq!(read.is_ok(), allowed, "{length}: {read:?}");
         }
+    }
+
+    #[test]
+    fn what_is_no_token_is_refused_by_name() {
+        let (folder, file) = file_with(&[b'x'; MIN_TOKEN]);
+        let said = file.read().unwrap_err().to_string();
+        assert!(said.contains("all its bytes are the same"), "{said}");
+        let said = Token::new(folder.path()).read().unwrap_err().to_string();
+        assert!(said.contains("it is no regular file"), "{said}");
     }
 
     /// Passes what two ends say to each other until they have nothing to say. Returns what the

@@ -56,7 +56,7 @@ static CREDENTIALS: LazyLock<Credentials> = LazyLock::new(|| {
         .map(|wanted| authority.sign(wanted));
     authority.fill(folder.path(), &server, &client);
     let token = folder.path().join("token");
-    write(&token, [b'7'; 32]).unwrap();
+    write(&token, "a token that is as good as any for a target").unwrap();
     set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
     let key = PrivateKeyDer::from_pem_slice(client.key.as_bytes()).unwrap();
     Credentials {

@@ -6,9 +6,14 @@ use pageferry_client::{OutgoingOptions, RestoreOptions, SnapshotOptions};
 use pageferry_protocol::control::Grants;
 use pageferry_protocol::control::reply::ErrorCode;
 use pageferry_protocol::control::request::Request;
-use pageferry_tests::process::{AgentProcess, program};
-use pageferry_tests::scenario::RawClient;
+use pageferry_tests::deadline::wait_until;
+use pageferry_tests::on_drop::OnDrop;
+use pageferry_tests::process::{AgentProcess, Process, program, state};
+use pageferry_tests::scenario::{RawClient, SOON};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::Permissions;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -25,6 +30,13 @@ impl Scene {
         let command = &mut Command::new(program());
         let agent = AgentProcess::start_with(command, home.path(), "agent", options).unwrap();
         Self { agent, elsewhere, _home: home }
+    }
+
+    fn opener(&self) -> Pid {
+        let agent = self.agent.id();
+        let children = format!("/proc/{agent}/task/{agent}/children");
+        let opener = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
+        Pid::from_raw(opener).unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -125,11 +137,7 @@ fn an_agent_goes_on_when_its_opener_is_gone() {
     let image = scene.path("guest.img");
     std::fs::write(&image, "no image").unwrap();
     grant(&mut client, Grants::default().read(&image));
-    let agent = scene.agent.id();
-    let children = std::fs::read_to_string(format!("/proc/{agent}/task/{agent}/children")).unwrap();
-    let opener = children.trim().parse().unwrap();
-    let opener = rustix::process::Pid::from_raw(opener).unwrap();
-    rustix::process::kill_process(opener, rustix::process::Signal::KILL).unwrap();
+    kill_process(scene.opener(), Signal::KILL).unwrap();
     let (_, sentence) = scene.restore(&mut client, &image);
     assert!(sentence.contains("Broken pipe"), "{sentence}");
     client.status();
@@ -138,4 +146,41 @@ fn an_agent_goes_on_when_its_opener_is_gone() {
         options: OutgoingOptions::default(),
     };
     client.ask(&outgoing, Vec::new()).unwrap_err();
+    // The reason is not what was granted.
+    let folder = Grants::default().read(&image).into_fds();
+    let refused = client.ask(&Request::Grant, folder).unwrap_err();
+    assert!(refused.sentence.contains("the opener of this agent"), "{}", refused.sentence);
+}
+
+#[test]
+fn an_agent_ends_although_its_opener_is_stopped() {
+    let mut scene = Scene::with(&[]);
+    let opener = scene.opener();
+    kill_process(opener, Signal::STOP).unwrap();
+    let _goes_on = OnDrop(|| drop(kill_process(opener, Signal::CONT)));
+    scene.agent.process().terminate().unwrap();
+    // Its opener still has its standard error.
+    let stat = PathBuf::from(format!("/proc/{}/stat", scene.agent.id()));
+    wait_until("the end", SOON, || matches!(state(&stat), None | Some('Z'))).unwrap();
+    scene.agent.process().wait_for_line("has not answered in time", SOON).unwrap();
+}
+
+#[test]
+fn paths_of_options_may_be_relative() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::create_dir(home.path().join("run")).unwrap();
+    let key = home.path().join("key");
+    std::fs::write(&key, [3, 1, 4, 1, 5, 9, 2, 6].repeat(4)).unwrap();
+    std::fs::set_permissions(&key, Permissions::from_mode(0o600)).unwrap();
+    let mut command = Command::new(program());
+    command.current_dir(home.path()).args(["agent", "--socket", "run/agent", "--folder", "run"]);
+    command.args(["--image-key", "key", "--metrics", "unix:metrics", "--balloon", "run/balloon"]);
+    let mut agent = Process::spawn("agent", &mut command).unwrap();
+    agent.wait_for_line("balloon on run/balloon", SOON).unwrap();
+    for name in ["run/agent", "run/balloon", "metrics"] {
+        assert!(home.path().join(name).exists(), "{name}");
+    }
+    agent.terminate().unwrap();
+    assert!(agent.wait(SOON).unwrap().success());
+    assert!(!home.path().join("run/agent").exists());
 }

@@ -4,6 +4,7 @@
 
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::process::{AgentProcess, program};
+use signal_hook::consts::{SIGTERM, SIGUSR2};
 use std::collections::BTreeMap;
 use std::process::Command;
 use std::time::Duration;
@@ -61,5 +62,9 @@ fn every_thread_has_a_filter_and_no_privilege() {
         // The first thread and the one that executes programs have two.
         let is_wide = fields["Pid"] == fields["Tgid"] || name == "upgrade";
         assert_eq!(filters, if is_wide { 2 } else { 3 }, "{name}");
+        // What a handler does, the others may not do.
+        let blocked = u64::from_str_radix(&fields["SigBlk"], 16).unwrap();
+        let ends = 1u64 << (SIGTERM - 1) | 1 << (SIGUSR2 - 1);
+        assert_eq!(blocked & ends, if is_wide { 0 } else { ends }, "{name}");
     }
 }
