@@ -3,6 +3,7 @@
 //! Thousands of repeatable inputs for a decoder: noise, and accepted inputs with mutations.
 
 use super::Target;
+use super::kept::kept;
 use crate::random::Random;
 
 /// Longest input of pure noise, in bytes.
@@ -22,7 +23,8 @@ pub struct Hammered {
     pub refused: u64,
 }
 
-/// Runs `target` over its seeds, and then over `rounds` inputs that its name determines.
+/// Runs `target` over its seeds, over what a fuzzer has found for it, and then over `rounds` inputs
+/// that its name determines.
 ///
 /// # Panics
 /// If the target panics, or refuses a seed.
@@ -30,6 +32,9 @@ pub fn hammer(target: &Target, rounds: u64) -> Hammered {
     let seeds = (target.seeds)();
     for seed in &seeds {
         assert!(shown(target, seed), "{} refuses its own seed {seed:02x?}", target.name);
+    }
+    for input in kept(target.name) {
+        shown(target, &input);
     }
     let name = target
         .name

@@ -17,7 +17,8 @@
 //! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
 //!   addresses that a user writes; [`scrape`](mod@scrape): HTTP requests for the metrics;
 //! - [`queues`]: queues of the agent's devices; [`relay`]: messages of their front-ends;
-//! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs.
+//! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs;
+//!   [`mod@kept`]: what fuzzers have found.
 
 pub mod address;
 pub mod control;
@@ -25,6 +26,7 @@ pub mod hammer;
 pub mod handshake;
 pub mod heap;
 pub mod image;
+pub mod kept;
 pub mod memory;
 pub mod queues;
 pub mod relay;

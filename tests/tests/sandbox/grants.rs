@@ -157,7 +157,7 @@ fn an_agent_ends_although_its_opener_is_stopped() {
     let mut scene = Scene::with(&[]);
     let opener = scene.opener();
     kill_process(opener, Signal::STOP).unwrap();
-    let _goes_on = OnDrop(|| drop(kill_process(opener, Signal::CONT)));
+    let _goes_on = OnDrop(|| kill_process(opener, Signal::CONT).unwrap());
     scene.agent.process().terminate().unwrap();
     // Its opener still has its standard error.
     let stat = PathBuf::from(format!("/proc/{}/stat", scene.agent.id()));
