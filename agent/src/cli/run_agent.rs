@@ -141,6 +141,9 @@ pub fn run(
     let trust = options.trust()?;
     let checked = trust.check().map_err(|error| options.not_trusted(&error));
     checked.or_else(unless_upgraded)?;
+    for doubt in trust.doubts() {
+        log::warn!("{}", options.not_trusted(&doubt));
+    }
     let image_key = image_key(options.image_key.as_ref(), is_upgraded)?;
     let mut server = Server::new(vm_name)?;
     server.trust(trust);

@@ -13,12 +13,16 @@
 //! runs. A key that others than its owner may read is refused.
 
 use super::cached::{Cached, check_mode};
+use super::peer::dns_names;
 use super::{TrustError, host_name, provider, words};
 use crate::opener;
 use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
+use rustls::pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
+};
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
@@ -34,7 +38,7 @@ const AUTHORITIES: &str = "ca-cert.pem";
 const REVOKED: &str = "ca-crl.pem";
 
 /// The files of one side.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Identity {
     certificate: &'static str,
     key: &'static str,
@@ -87,6 +91,38 @@ impl Folder {
             self.server()?;
         }
         Ok(())
+    }
+
+    /// What this side finds wrong with its own certificates. It is no error: the peers may trust
+    /// other authorities.
+    pub fn doubts(&self) -> Vec<TrustError> {
+        [CLIENT, SERVER].into_iter().filter_map(|identity| self.doubt(identity).err()).collect()
+    }
+
+    fn doubt(&self, identity: Identity) -> Result<(), TrustError> {
+        if !self.has(identity) {
+            return Ok(());
+        }
+        let (roots, revoked) = (Arc::new(self.authorities()?), self.revoked()?);
+        let chain = self.certificates(identity.certificate)?;
+        let Some((first, others)) = chain.split_first() else { return Ok(()) };
+        let (now, wrong) = (UnixTime::now(), |error| self.of_certificate(identity, error));
+        if identity == CLIENT {
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+                .with_crls(revoked)
+                .build()
+                .map_err(|error| self.of_verifier(error))?;
+            return verifier.verify_client_cert(first, others, now).map(drop).map_err(wrong);
+        }
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
+            .with_crls(revoked)
+            .build()
+            .map_err(|error| self.of_verifier(error))?;
+        // Any of its own names: which one a source will ask for is not known here.
+        let names = dns_names(first)?;
+        let name = names.iter().find_map(|name| host_name(name).ok());
+        let Some(name) = name else { return Ok(()) };
+        verifier.verify_server_cert(first, others, &name, &[], now).map(drop).map_err(wrong)
     }
 
     /// The names of the peers that are allowed; empty for all.

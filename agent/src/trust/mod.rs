@@ -118,6 +118,14 @@ impl Trust {
         self.0.as_ref().map_or(Ok(()), |credential| credential.check())
     }
 
+    /// What this side finds wrong with its own certificates, of which a peer may think otherwise.
+    pub fn doubts(&self) -> Vec<TrustError> {
+        match self.0.as_deref() {
+            Some(Credential::Folder(folder)) => folder.doubts(),
+            Some(Credential::Token(_)) | None => Vec::new(),
+        }
+    }
+
     fn credential(&self) -> Result<&Credential, TrustError> {
         self.0.as_deref().ok_or(TrustError::NoCredential)
     }

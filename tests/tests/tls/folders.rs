@@ -50,6 +50,22 @@ fn a_folder_that_cannot_be_used_is_refused_at_the_start() {
 }
 
 #[test]
+fn an_agent_says_at_its_start_that_its_certificates_have_expired() {
+    let authority = Authority::new("ca");
+    let folder = tempfile::tempdir().unwrap();
+    let [server, client] = ["localhost", "host-a"]
+        .map(|name| authority.sign(Wanted { until: 2020, ..Wanted::new(name) }));
+    authority.fill(folder.path(), &server, &client);
+    let mut host = Host::destination(folder.path());
+    for name in ["client", "server"] {
+        let said = host.agent().process().wait_for_line(&format!("{name}-cert.pem"), SOON).unwrap();
+        assert!(said.contains("the certificate has expired"), "{said}");
+    }
+    let mut right = Host::destination(authority.folder(["localhost", "host-a"]).path());
+    assert!(!right.agent().process().lines().iter().any(|line| line.contains("WARN")));
+}
+
+#[test]
 fn an_agent_without_certificates_refuses_the_address() {
     let side = Side::new(Ram::odd(10));
     let sentence = |error| match error {
