@@ -6,7 +6,7 @@ use crate::Error;
 use crate::deadline::{wait_for, wait_until};
 use crate::vmm::PATIENCE;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -265,6 +265,10 @@ fn collect(pipe: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) -> 
         for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
             let line = String::from_utf8_lossy(&line).into_owned();
             log::debug!("{line}");
+            if line.contains("the sandbox has refused system call") {
+                // Not by a macro, whose output is shown only if the test fails: CI looks for it.
+                let _ = writeln!(std::io::stderr(), "{line}");
+            }
             lines.lock().unwrap_or_else(PoisonError::into_inner).push(line);
         }
     })

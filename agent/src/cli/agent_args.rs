@@ -3,7 +3,7 @@
 //! The arguments of `pageferry agent`, and those of them that do not depend on who starts it: an
 //! operator, or `pageferry qemu`, which passes them on.
 
-use super::parse::{parse_block_size, parse_folder, parse_name};
+use super::parse::{parse_block_size, parse_name};
 use crate::image::seal::KeySource;
 use crate::metrics::address;
 use crate::sandbox;
@@ -49,7 +49,7 @@ pub struct AgentOptions {
     pub sandbox: sandbox::Mode,
     /// Let the agent open files in this folder and below it, also if nobody names them: images on
     /// which others build. May be given more than once.
-    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
+    #[arg(long, value_name = "FOLDER")]
     pub folder: Vec<PathBuf>,
     /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
     /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
@@ -135,9 +135,14 @@ impl AgentOptions {
             self;
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |option: &str, value: OsString| arguments.extend([option.into(), value]);
-        let texts = [("--name", name), ("--metrics", metrics)];
-        for (option, text) in texts {
-            text.iter().for_each(|text| add(option, text.into()));
+        name.iter().for_each(|name| add("--name", name.into()));
+        match self.metrics() {
+            Some(Address::Unix(path)) => {
+                let mut address = OsString::from("unix:");
+                address.push(std::path::absolute(path)?);
+                add("--metrics", address);
+            }
+            _ => metrics.iter().for_each(|address| add("--metrics", address.into())),
         }
         tls_peer.iter().for_each(|peer| add("--tls-peer", peer.into()));
         let paths = [("--tls", tls.as_slice()), ("--token-file", token_file.as_slice())];
@@ -178,7 +183,7 @@ pub struct AgentArgs {
     pub options: AgentOptions,
     /// Let `upgrade --to` execute programs in this folder and below it, besides the folder of the
     /// agent's own. May be given more than once.
-    #[arg(long, value_name = "FOLDER", value_parser = parse_folder)]
+    #[arg(long, value_name = "FOLDER")]
     pub programs: Vec<PathBuf>,
     /// Be the opener of an agent.
     #[arg(long, value_name = "MODE", hide = true, value_enum)]
@@ -224,7 +229,7 @@ mod tests {
     fn another_agent_gets_the_same_options() {
         for line in [
             "",
-            "--name a --tls /t --tls-peer x --tls-peer y --sandbox log --folder /usr --folder /tmp \
+            "--name a --tls /t --tls-peer x --tls-peer y --sandbox log --folder /a --folder /b \
              --image-key fd:7 --insecure --metrics 127.0.0.1:9091",
             "--token-file /token --image-key /key --metrics unix:/run/m --sandbox off",
         ] {
@@ -236,8 +241,8 @@ mod tests {
             let again = parse(options.to_arguments().unwrap());
             assert_eq!(format!("{options:?}"), format!("{again:?}"));
         }
-        let line = Line::try_parse_from(["agent", "--folder", "src"]).unwrap();
-        let folder = std::path::absolute("src").unwrap().into_os_string();
+        let line = Line::try_parse_from(["agent", "--folder", "here"]).unwrap();
+        let folder = std::path::absolute("here").unwrap().into_os_string();
         assert!(line.options.to_arguments().unwrap().contains(&folder));
     }
 }

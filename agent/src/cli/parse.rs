@@ -51,7 +51,7 @@ pub fn parse_timeout(text: &str) -> Result<Duration, String> {
 pub fn parse_folder(text: &str) -> Result<PathBuf, String> {
     match std::fs::metadata(text) {
         Ok(found) if found.is_dir() => Ok(text.into()),
-        Ok(_) => Err("it is no folder".into()),
+        Ok(_) => Err("not a folder".into()),
         Err(error) => Err(error.to_string()),
     }
 }

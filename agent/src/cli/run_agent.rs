@@ -141,6 +141,17 @@ pub fn run(
     let trust = options.trust()?;
     let checked = trust.check().map_err(|error| options.not_trusted(&error));
     checked.or_else(unless_upgraded)?;
+    // No error: an agent that takes over may do without.
+    for (option, folder) in options
+        .folder
+        .iter()
+        .map(|folder| ("--folder", folder))
+        .chain(args.programs.iter().map(|folder| ("--programs", folder)))
+    {
+        if !folder.is_dir() {
+            log::warn!("{option} {}: there is no such folder", folder.display());
+        }
+    }
     for doubt in trust.doubts() {
         log::warn!("{}", options.not_trusted(&doubt));
     }

@@ -9,8 +9,8 @@ use super::wire::{Op, Reply};
 use crate::inherited;
 use crate::lock::lock;
 use crate::waiting::may_wait;
-use pageferry_protocol::control::FrameSocket;
 use pageferry_protocol::control::socket::wait;
+use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -23,7 +23,8 @@ use std::time::{Duration, Instant};
 
 /// Longest time until the opener takes a request. It does nothing else but to take them.
 const SEND: Duration = Duration::from_secs(10);
-/// Longest time until it answers: a disk or a name server may be slow.
+/// Longest time until it answers: a disk or a name server may be slow. It still does later what was
+/// asked.
 const ANSWER: Duration = Duration::from_secs(60);
 /// The same once the agent ends.
 const LAST_ANSWER: Duration = Duration::from_secs(5);
@@ -142,6 +143,20 @@ impl Channel {
         })
     }
 
+    fn send(&self, op: &Op, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let socket = lock(&self.socket);
+        let until = Instant::now() + SEND;
+        socket.send_parts(op.code(), 0, &op.encode(), fds, until).map_err(|error| match error {
+            SocketError::Timeout { .. } => Errno::TIMEDOUT,
+            SocketError::PartlySent { .. } => {
+                // What follows would be taken for the rest.
+                let _ = rustix::net::shutdown(socket.as_fd(), rustix::net::Shutdown::Both);
+                Errno::TIMEDOUT
+            }
+            _ => Errno::PIPE,
+        })
+    }
+
     fn send_and_wait(
         &self, op: &Op, fds: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>), Errno> {
@@ -149,14 +164,14 @@ impl Channel {
             socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
         let sent = [openers.as_fd()].into_iter().chain(fds.iter().copied()).collect::<Vec<_>>();
         let gone = |_| Errno::PIPE;
-        let until = Instant::now() + SEND;
-        lock(&self.socket).send_parts(op.code(), 0, &op.encode(), &sent, until).map_err(gone)?;
+        self.send(op, &sent)?;
         drop(openers);
         let mut answer = FrameSocket::from(ours);
         let asked = Instant::now();
         loop {
             match answer.try_recv().map_err(gone)? {
                 Some(frame) => {
+                    self.hangs.store(false, Ordering::Relaxed);
                     let reply = Reply::decode(&frame.body).map_err(|_| Errno::PROTO)?;
                     return Ok((reply, frame.fds));
                 }
@@ -165,7 +180,7 @@ impl Channel {
                     let now = Instant::now();
                     let until = match self.ends.get() {
                         None => asked + ANSWER,
-                        Some(_) if self.hangs.load(Ordering::Relaxed) => now,
+                        Some(_) if self.hangs.load(Ordering::Relaxed) => asked + LOOK,
                         Some(ends) => asked.max(*ends) + LAST_ANSWER,
                     };
                     if now >= until {

@@ -235,6 +235,12 @@ pub fn bind_unix(path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
         let (path, mode) = (path.into(), mode.as_raw_mode());
         return opener.descriptor(&Op::BindUnix { path, mode }, &[]);
     }
+    bind_unix_at(path, path, mode)
+}
+
+/// The same in this process. `name` is another name of `path`, of which nobody else can change what
+/// lies before its last part.
+fn bind_unix_at(path: &Path, name: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
     let address = socket_address(path).map_err(|_| Errno::INVAL)?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // The path gets the mode that the socket has when it is bound. So there is no moment at which
@@ -243,9 +249,9 @@ pub fn bind_unix(path: &Path, mode: Mode) -> Result<OwnedFd, Errno> {
     rustix::net::bind(&socket, &address)?;
     // The mode at the bind is cut by the umask, so it cannot let anybody else in.
     if mode != USER {
-        let changed = set_mode(path, mode);
+        let changed = set_mode(name, mode);
         if changed.is_err() {
-            rustix::fs::unlink(path)?;
+            rustix::fs::unlink(name)?;
         }
         changed?;
     }

@@ -36,6 +36,8 @@ use std::time::{Duration, Instant};
 const MAX_REQUESTS: usize = 256;
 /// Longest time until the agent takes an answer.
 const SEND: Duration = Duration::from_secs(10);
+/// The mode of a file that the agent may choose.
+const ANY_MODE: Mode = Mode::RWXU.union(Mode::RWXG).union(Mode::RWXO);
 /// Longest single wait for a request.
 const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 
@@ -216,12 +218,13 @@ impl Opener {
         }
     }
 
-    /// The name `path`, which may be made, replaced or removed. Its last part is not followed.
-    fn name(&self, path: &Path) -> Result<Name, Errno> {
+    /// The name `path`, which may be made, replaced or removed with `write`. Its last part is not
+    /// followed.
+    fn name(&self, path: &Path, write: bool) -> Result<Name, Errno> {
         let path = std::path::absolute(path).map_err(|_| Errno::INVAL)?;
         let (folder, name) = path.parent().zip(path.file_name()).ok_or(Errno::INVAL)?;
         let flags = OFlags::PATH | OFlags::DIRECTORY;
-        let folder = self.find(folder, true)?.open(flags, Mode::empty())?;
+        let folder = self.find(folder, write)?.open(flags, Mode::empty())?;
         Ok(Name { folder, name: name.to_owned() })
     }
 
@@ -230,12 +233,22 @@ impl Opener {
         if flags.contains(OFlags::PATH) {
             return Err(Errno::ACCESS);
         }
-        let found = self.find(path, flags.intersects(changes | OFlags::TMPFILE))?;
-        let file = found.open(flags, mode)?;
-        // The descriptor of a folder names it for writing.
+        let write = flags.intersects(changes | OFlags::TMPFILE);
+        // A program with the rights of this user, for others to run, would be a way out.
+        let mode = mode & ANY_MODE;
+        let file = if flags.contains(OFlags::NOFOLLOW) {
+            let name = self.name(path, write)?;
+            rustix::fs::open(name.path(), flags | OFlags::CLOEXEC, mode)?
+        } else {
+            self.find(path, write)?.open(flags, mode)?
+        };
+        // The descriptor of a folder names it for writing. It is looked at itself: by its path
+        // there may be another one by now.
         let kind = FileType::from_raw_mode(rustix::fs::fstat(&file)?.st_mode);
-        if kind == FileType::Directory {
-            self.find(path, true).map_err(|_| Errno::ISDIR)?;
+        if kind == FileType::Directory && self.check {
+            let path = std::fs::read_link(super::by_descriptor(file.as_fd()));
+            let path = path.map_err(|_| Errno::ISDIR)?;
+            lock(&self.named).check(&path, true).map_err(|_| Errno::ISDIR)?;
         }
         Ok(file)
     }
@@ -262,24 +275,25 @@ impl Opener {
                 Done::Descriptor(super::reopen(check_may_write(file()?)?, flags)?)
             }
             Op::Link { path } => {
-                super::link(check_may_write(file()?)?, &self.name(&path)?.path())?;
+                super::link(check_may_write(file()?)?, &self.name(&path, true)?.path())?;
                 Done::Nothing
             }
             Op::Rename { from, to, flags } => {
-                let (from, to) = (self.name(&from)?, self.name(&to)?);
+                let (from, to) = (self.name(&from, true)?, self.name(&to, true)?);
                 let flags = RenameFlags::from_bits_retain(flags);
                 super::rename(&from.path(), &to.path(), flags)?;
                 Done::Nothing
             }
             Op::Unlink { path } => {
-                super::unlink(&self.name(&path)?.path())?;
+                super::unlink(&self.name(&path, true)?.path())?;
                 Done::Nothing
             }
             // The path is bound as it is, because whoever lists sockets sees it. A link that takes
-            // the place of a folder just now gets a new socket and no more.
+            // the place of a folder just now gets a new socket and no more: all else is done by
+            // the name.
             Op::BindUnix { path, mode } => {
-                self.name(&path)?;
-                Done::Descriptor(super::bind_unix(&path, Mode::from_raw_mode(mode))?)
+                let (name, mode) = (self.name(&path, true)?, Mode::from_raw_mode(mode));
+                Done::Descriptor(super::bind_unix_at(&path, &name.path(), mode & ANY_MODE)?)
             }
             // To connect to a program is more than to read a file.
             Op::ConnectUnix { path } => {
@@ -359,7 +373,7 @@ mod tests {
         std::fs::create_dir(at("mine/folder")).unwrap();
         std::fs::write(at("mine/folder/file"), "").unwrap();
         let found = opener.find(&at("mine/folder/file"), true).unwrap();
-        let name = opener.name(&at("mine/folder/new")).unwrap();
+        let name = opener.name(&at("mine/folder/new"), true).unwrap();
         // The agent exchanges the folder and a link.
         std::fs::rename(at("mine/folder"), at("mine/away")).unwrap();
         symlink(at("other"), at("mine/folder")).unwrap();
@@ -367,6 +381,40 @@ mod tests {
         assert_eq!(opened.map(drop), Err(Errno::LOOP));
         std::fs::write(name.path(), "").unwrap();
         assert!(at("mine/away/new").exists() && !at("other/new").exists());
+    }
+
+    #[test]
+    fn a_folder_that_may_only_be_read_is_never_handed_out() {
+        let (home, opener) = opener(true);
+        let read = home.path().join("read");
+        std::fs::create_dir(&read).unwrap();
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let fd = rustix::fs::open(&read, flags, Mode::empty()).unwrap();
+        lock(&opener.named).add(&fd, false).unwrap();
+        let opened = |path: &Path| opener.open(path, OFlags::RDONLY, Mode::empty()).map(drop);
+        assert_eq!(opened(&read), Err(Errno::ISDIR));
+        // Not by a link from a folder that may be written.
+        let link = home.path().join("mine/link");
+        symlink(&read, &link).unwrap();
+        assert_eq!(opened(&link), Err(Errno::ISDIR));
+        opened(&home.path().join("mine")).unwrap();
+    }
+
+    #[test]
+    fn what_an_agent_makes_gives_nobody_its_rights_and_follows_no_link() {
+        let (home, opener) = opener(true);
+        let at = |name: &str| home.path().join(name);
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let made = opener.open(&at("mine/program"), flags, Mode::from_raw_mode(0o6755)).unwrap();
+        assert_eq!(rustix::fs::fstat(&made).unwrap().st_mode & 0o7777, 0o755);
+        // Where a socket was bound, a link to a file was put: the file stays.
+        std::fs::write(at("mine/file"), "").unwrap();
+        symlink(at("mine/file"), at("mine/link")).unwrap();
+        let changed = super::super::set_mode(&at("mine/link"), Mode::RWXU);
+        assert_eq!(changed, Err(Errno::ADDRINUSE));
+        let nofollow = OFlags::RDONLY | OFlags::NOFOLLOW;
+        let opened = opener.open(&at("mine/link"), nofollow, Mode::empty()).map(drop);
+        assert_eq!(opened, Err(Errno::LOOP));
     }
 
     #[test]

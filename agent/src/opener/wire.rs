@@ -96,7 +96,10 @@ impl Op {
             Self::Open { path, .. }
             | Self::Link { path }
             | Self::BindUnix { path, .. }
-            | Self::Rename { to: path, .. } => path.parent(),
+            | Self::Rename { to: path, .. } => match path.parent()? {
+                here if here.as_os_str().is_empty() => Some(Path::new(".")),
+                folder => Some(folder),
+            },
             _ => None,
         }
     }

@@ -73,7 +73,7 @@ pub enum TrustError {
     #[error("{0:?}: the key is none of ECDSA P-256, P-384, Ed25519, or RSA from 2048 bits on")]
     OwnKey(PathBuf),
     /// A key of this side needs a password.
-    #[error("{0:?}: the key is no plain base64: one with a password cannot be used")]
+    #[error("{0:?}: the key needs a password, which cannot be given: use one without")]
     Encrypted(PathBuf),
     /// A key of this side is not that of its certificate.
     #[error("{key:?} is not the key of {certificate:?}: if they are renewed, exchange both")]

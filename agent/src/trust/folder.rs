@@ -13,7 +13,6 @@
 //! runs. A key that others than its owner may read is refused.
 
 use super::cached::{Cached, check_mode};
-use super::peer::dns_names;
 use super::{TrustError, host_name, provider, words};
 use crate::opener;
 use rustls::client::WebPkiServerVerifier;
@@ -23,11 +22,13 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
 };
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, RootCertStore, ServerConfig};
+use rustls::{CertificateError, ClientConfig, RootCertStore, ServerConfig};
 use std::fs::Metadata;
 use std::io::ErrorKind;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,23 +107,47 @@ impl Folder {
         let (roots, revoked) = (Arc::new(self.authorities()?), self.revoked()?);
         let chain = self.certificates(identity.certificate)?;
         let Some((first, others)) = chain.split_first() else { return Ok(()) };
-        let (now, wrong) = (UnixTime::now(), |error| self.of_certificate(identity, error));
-        if identity == CLIENT {
-            let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
-                .with_crls(revoked)
-                .build()
-                .map_err(|error| self.of_verifier(error))?;
-            return verifier.verify_client_cert(first, others, now).map(drop).map_err(wrong);
+        let now = UnixTime::now();
+        let checked = if identity == CLIENT {
+            let verifier = self.of_clients(roots, revoked, provider())?;
+            verifier.verify_client_cert(first, others, now).map(drop)
+        } else {
+            // Which of its names a source will ask for is not known here.
+            let verifier = self.of_servers(roots, revoked, provider())?;
+            let any = ServerName::IpAddress(Ipv4Addr::UNSPECIFIED.into());
+            verifier.verify_server_cert(first, others, &any, &[], now).map(drop)
+        };
+        match checked {
+            Err(rustls::Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            ))
+            | Ok(()) => Ok(()),
+            Err(error) => Err(self.of_certificate(identity, error)),
         }
-        let verifier = WebPkiServerVerifier::builder_with_provider(roots, provider())
+    }
+
+    /// Checks destinations.
+    fn of_servers(
+        &self, roots: Arc<RootCertStore>, revoked: Vec<CertificateRevocationListDer<'static>>,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Arc<WebPkiServerVerifier>, TrustError> {
+        WebPkiServerVerifier::builder_with_provider(roots, provider)
             .with_crls(revoked)
+            .enforce_revocation_expiration()
             .build()
-            .map_err(|error| self.of_verifier(error))?;
-        // Any of its own names: which one a source will ask for is not known here.
-        let names = dns_names(first)?;
-        let name = names.iter().find_map(|name| host_name(name).ok());
-        let Some(name) = name else { return Ok(()) };
-        verifier.verify_server_cert(first, others, &name, &[], now).map(drop).map_err(wrong)
+            .map_err(|error| self.of_verifier(error))
+    }
+
+    /// Checks sources.
+    fn of_clients(
+        &self, roots: Arc<RootCertStore>, revoked: Vec<CertificateRevocationListDer<'static>>,
+        provider: Arc<CryptoProvider>,
+    ) -> Result<Arc<dyn ClientCertVerifier>, TrustError> {
+        WebPkiClientVerifier::builder_with_provider(roots, provider)
+            .with_crls(revoked)
+            .enforce_revocation_expiration()
+            .build()
+            .map_err(|error| self.of_verifier(error))
     }
 
     /// The names of the peers that are allowed; empty for all.
@@ -140,12 +165,7 @@ impl Folder {
     /// If a file is missing or malformed.
     pub fn client(&self) -> Result<Arc<ClientConfig>, TrustError> {
         self.cached(&self.client, CLIENT, |roots, revoked, provider| {
-            let builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
-            let verifier = builder
-                .with_crls(revoked)
-                .enforce_revocation_expiration()
-                .build()
-                .map_err(|error| self.of_verifier(error))?;
+            let verifier = self.of_servers(roots, revoked, provider.clone())?;
             let (certificates, key) = self.identity(CLIENT)?;
             let mut config = ClientConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&TLS13])?
@@ -164,12 +184,7 @@ impl Folder {
     /// If a file is missing or malformed.
     pub fn server(&self) -> Result<Arc<ServerConfig>, TrustError> {
         self.cached(&self.server, SERVER, |roots, revoked, provider| {
-            let builder = WebPkiClientVerifier::builder_with_provider(roots, provider.clone());
-            let verifier = builder
-                .with_crls(revoked)
-                .enforce_revocation_expiration()
-                .build()
-                .map_err(|error| self.of_verifier(error))?;
+            let verifier = self.of_clients(roots, revoked, provider.clone())?;
             let (certificates, key) = self.identity(SERVER)?;
             let mut config = ServerConfig::builder_with_provider(provider)
                 .with_protocol_versions(&[&TLS13])?
@@ -237,10 +252,11 @@ impl Folder {
         check(&path, &opened.metadata().map_err(failed)?)?;
         let bytes = opener::read_open(opened, LONGEST_FILE).map_err(failed)?;
         let found: Result<Vec<T>, _> = T::pem_slice_iter(&bytes).collect();
+        let has = |bytes: &[u8], word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
         match found {
             Ok(found) if !found.is_empty() => Ok(found),
+            _ if what == KEY && has(&bytes, b"ENCRYPTED") => Err(TrustError::Encrypted(path)),
             Ok(_) => Err(TrustError::Malformed { path, what, source: pem::Error::NoItemsFound }),
-            Err(pem::Error::Base64Decode(_)) if what == KEY => Err(TrustError::Encrypted(path)),
             Err(source) => Err(TrustError::Malformed { path, what, source }),
         }
     }

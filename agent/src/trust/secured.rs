@@ -70,7 +70,7 @@ impl Secured {
         if !allowed.is_empty() && !allowed.iter().any(has) {
             let has = peer::dns_names(certificate)?;
             let allowed: Vec<_> = allowed.iter().map(ServerName::to_str).collect();
-            let has = if has.is_empty() { "no name".into() } else { has.join(", ") };
+            let has = if has.is_empty() { "no DNS name".into() } else { has.join(", ") };
             return Err(TrustError::NotAllowed { has, allowed: allowed.join(", ") });
         }
         Peer::of_certificate(certificate)

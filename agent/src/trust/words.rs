@@ -8,17 +8,18 @@ use rustls::{AlertDescription, CertificateError};
 pub(super) fn of_certificate(error: &CertificateError) -> String {
     use CertificateError as E;
     match error {
-        E::BadEncoding | E::UnhandledCriticalExtension => "is malformed".into(),
+        E::BadEncoding => "is malformed".into(),
+        E::UnhandledCriticalExtension => "has a critical extension that is not known here".into(),
         E::Expired => "has expired".into(),
         E::ExpiredContext { time, not_after } => {
             let since = time.as_secs().saturating_sub(not_after.as_secs());
-            format!("has expired {} ago", span(since))
+            format!("expired {} ago", span(since))
         }
         E::NotValidYet => "is not valid yet: look at the clocks of both hosts".into(),
         E::NotValidYetContext { time, not_before } => {
             let until = not_before.as_secs().saturating_sub(time.as_secs());
             let span = span(until);
-            format!("is not valid before {span} have passed: look at the clocks of both hosts")
+            format!("becomes valid in {span}: look at the clocks of both hosts")
         }
         E::Revoked => "is revoked by ca-crl.pem".into(),
         E::UnknownIssuer => "is not signed by an authority of ca-cert.pem".into(),
@@ -28,7 +29,7 @@ pub(super) fn of_certificate(error: &CertificateError) -> String {
         E::ExpiredRevocationList => "cannot be checked: ca-crl.pem has expired".into(),
         E::ExpiredRevocationListContext { time, next_update } => {
             let since = time.as_secs().saturating_sub(next_update.as_secs());
-            format!("cannot be checked: ca-crl.pem has expired {} ago: renew it", span(since))
+            format!("cannot be checked: ca-crl.pem expired {} ago: renew it", span(since))
         }
         E::BadSignature => "has a wrong signature".into(),
         E::NotValidForName => "is not for the host of the address".into(),
@@ -68,7 +69,9 @@ pub(super) fn of_certificate(error: &CertificateError) -> String {
 /// Why a peer has refused the certificate of this side, behind "it". `None` if it was not that.
 pub(super) fn of_alert(alert: AlertDescription) -> Option<&'static str> {
     Some(match alert {
-        AlertDescription::UnknownCA => "does not trust who has signed it",
+        AlertDescription::UnknownCA => {
+            "does not trust who has signed it, or its ca-crl.pem has expired or lacks that authority"
+        }
         AlertDescription::CertificateExpired => "finds that it has expired, or is not valid yet",
         AlertDescription::CertificateRevoked => "knows that it is revoked",
         AlertDescription::BadCertificate => "finds it malformed, or for another host",

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use pageferry_tests::decoders::heap::{CountingHeap, counts};
-use pageferry_tests::decoders::{TARGETS, hammer};
+use pageferry_tests::decoders::{TARGETS, hammer, kept};
 use std::path::Path;
 
 #[global_allocator]
@@ -14,6 +14,16 @@ static HEAP: CountingHeap = CountingHeap;
 const ROUNDS: u64 = 20_000;
 /// Targets that make a handshake for each input run on a part of the inputs.
 const HANDSHAKES: [&str; 2] = ["tls_certificate", "tls_disturbed"];
+/// What is read before a peer has proved who it is. Inputs of a fuzzer are kept for each.
+const BEFORE_PROOF: [&str; 7] = [
+    "hello",
+    "record",
+    "record_stream",
+    "scrape",
+    "tls_stranger",
+    "tls_certificate",
+    "tls_disturbed",
+];
 /// Decoders of a single value, which is complete only with its last byte.
 const SINGLE_VALUE: [&str; 5] = ["request", "hook", "vhost_user", "image_contents", "working_set"];
 
@@ -45,6 +55,9 @@ fn every_decoder_has_a_fuzz_target() {
     for entry in std::fs::read_dir(kept).unwrap() {
         let name = entry.unwrap().file_name();
         assert!(names.iter().any(|known| name == *known), "{name:?} is no target");
+    }
+    for name in BEFORE_PROOF {
+        assert!(kept::kept(name).len() > 40, "{name} has no inputs of a fuzzer");
     }
     // This workspace does not compile the targets, so a new name of a function must not be missed.
     for (file, name) in files.iter().zip(names) {

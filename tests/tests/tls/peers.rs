@@ -34,6 +34,7 @@ fn source_is_refused_at(source: &Path, destination: &Host, there: &str) {
     let source = Host::source(source);
     let status = source.send(&format!("tls:localhost:{port}"), &OutgoingOptions::default());
     assert_eq!(status.phase, Phase::Failed);
+    assert!(status.error_text().contains("its ca-crl.pem has expired"), "{}", status.error_text());
     source.assert_keeps_guest();
     let says = || destination.attached.client.status().unwrap().error_text().to_owned();
     wait_until("the reason at the destination", SOON, || says().contains(there))
@@ -76,7 +77,7 @@ fn a_source_that_is_not_trusted_is_refused_by_name() {
         ),
         (
             showing(authority.sign(Wanted { until: 2020, ..Wanted::new("host-a") })),
-            "certificate has expired",
+            "the peer's certificate expired",
         ),
     ];
     for (wrong, there) in &cases {
@@ -104,7 +105,7 @@ fn a_source_that_is_not_trusted_is_refused_by_name() {
     let late = authority.folder(NAMES);
     authority.revoke_until(late.path(), 67, 2020);
     let destination = Host::destination(late.path());
-    let words = "cannot be checked: ca-crl.pem has expired";
+    let words = "cannot be checked: ca-crl.pem expired";
     source_is_refused_at(right.path(), &destination, words);
     // One that the authority has signed, and that is somebody else.
     let stranger = authority.folder(["localhost", "host-c"]);
@@ -139,7 +140,7 @@ fn a_destination_that_is_not_trusted_gets_nothing() {
         "is not signed by an authority of ca-cert.pem",
     );
     let wrong = showing(authority.sign(Wanted { until: 2020, ..Wanted::new("localhost") }));
-    destination_is_refused(from, wrong.path(), "localhost", "certificate has expired");
+    destination_is_refused(from, wrong.path(), "localhost", "the peer's certificate expired");
     // It is for another host.
     let wrong = showing(authority.sign(Wanted::new("host-b")));
     let words = "is for host-b, and not for localhost";

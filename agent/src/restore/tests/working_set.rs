@@ -5,6 +5,7 @@ use crate::image::merge::{MergeKeys, merge_with};
 use crate::restore::source::Source;
 use crate::restore::working_set::WorkingSetPlan;
 use pageferry_protocol::image::WorkingSet;
+use std::time::{Duration, Instant};
 
 const PAGES: u64 = 16 * 512;
 
@@ -38,7 +39,9 @@ fn waiting(ram: &Arc<Ram>) -> Vmm {
             let is_here = |page: &u64| {
                 ram.block(0).backing.first_data(PageRange::new(*page, 1)).unwrap().is_some()
             };
+            let until = Instant::now() + Duration::from_secs(60);
             while !TOUCHED.iter().all(is_here) {
+                assert!(Instant::now() < until, "the working set does not come");
                 std::thread::yield_now();
             }
         }
