@@ -273,8 +273,6 @@ impl SharedSession {
             }
             Request::StartRestore { path, options } => {
                 check_fds("start restore", &fds, 0)?;
-                // Before it is opened: a relative path is another file here than for the sender.
-                check_path("path", &path)?;
                 check_named("path", &path, false)?;
                 if !options.working_set.is_empty() {
                     check_named("working_set", &options.working_set, true)?;
@@ -479,6 +477,8 @@ fn grant(fds: Vec<OwnedFd>) -> Answer {
 
 /// Refuses a path which the opener of this agent would not open.
 fn check_named(field: &str, path: &str, write: bool) -> Result<(), RemoteError> {
+    // A relative path is another file here than for the sender.
+    check_path(field, path)?;
     may_wait("ask the opener");
     match opener::is_named(Path::new(path), write) {
         // What else is wrong with it is found when it is used.
