@@ -160,7 +160,7 @@ const SERVE: &[c_long] = &[
     libc::SYS_shutdown,
 ];
 
-/// What it takes to ask the opener to remove a socket.
+/// What it takes to ask the opener: to remove a socket, or why there are no huge pages.
 const ASK: &[c_long] =
     &[libc::SYS_flock, libc::SYS_newfstatat, libc::SYS_socketpair, libc::SYS_statx];
 
@@ -304,7 +304,7 @@ pub(super) fn first(mode: Mode) -> Result<[BpfProgram; 2], Error> {
 pub(super) fn of(kind: ThreadKind, mode: Mode) -> Result<BpfProgram, Error> {
     let lists: &[&[c_long]] = match kind {
         ThreadKind::Control => &[ANY, MOVE, BEGIN, OLDER],
-        ThreadKind::Pages => &[ANY, MOVE, OLDER],
+        ThreadKind::Pages => &[ANY, MOVE, ASK, OLDER],
         ThreadKind::Device => &[ANY, MOVE, BEGIN, OLDER],
         ThreadKind::Metrics => &[ANY, SERVE, ASK, OLDER],
         ThreadKind::Log => &[ANY],
