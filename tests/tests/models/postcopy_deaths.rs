@@ -22,6 +22,7 @@ use pageferry_client::{
     IncomingOptions, Mode, OutgoingOptions, Ownership, Parameters, Phase, Target,
 };
 use pageferry_tests::deadline::wait_until;
+use pageferry_tests::on_drop::OnDrop;
 use pageferry_tests::process::{AgentProcess, program};
 use pageferry_tests::proxy::Proxy;
 use pageferry_tests::random::Random;
@@ -182,6 +183,8 @@ fn run_case(seed: u64, how: How) {
     let killers: Vec<&Killer> = other.iter().chain([&killer]).collect();
     let ended = AtomicBool::new(false);
     let touched = std::thread::scope(|scope| {
+        // Also if this thread fails: the other one is waited for.
+        let _ends = OnDrop(|| ended.store(true, Ordering::SeqCst));
         scope.spawn(|| {
             while !is_set(&ended) {
                 // It looks from time to time, as an operator does.
@@ -199,7 +202,6 @@ fn run_case(seed: u64, how: How) {
             source.client.ownership() == Ownership::Gone
         })
         .unwrap();
-        ended.store(true, Ordering::SeqCst);
         touched
     });
     KILLED.fetch_add(killers.iter().map(|killer| killer.deaths()).sum(), Ordering::Relaxed);
