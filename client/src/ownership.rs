@@ -11,7 +11,7 @@
 //! nothing of the old commit.
 //!
 //! ```text
-//!            relinquish                outgoing completed
+//!            relinquish                outgoing completed, memory arrived
 //!   Ours ------------------> Relinquished -------------> Gone
 //!    ^  ^------ resume ---------'                          |
 //!    |                                                     |
@@ -130,6 +130,8 @@ pub(crate) enum Forbidden {
     NotAwaited(Ownership),
     #[error("ownership is {0:?}: only force resumes the guest here")]
     ForceOnly(Ownership),
+    #[error("ownership is {0:?}: this agent has no guest at a destination")]
+    NotGivenUp(Ownership),
     #[error("another agent was attached in place of this one: nothing more begins for it")]
     Replaced,
 }
@@ -442,11 +444,7 @@ impl StateMachine {
     /// The agent of this connection reports the status of a job. An agent before the one that the
     /// guest was given up to knows nothing of that migration.
     pub(crate) fn event(&mut self, link: u64, status: &JobStatus) {
-        let is_of_before = self.requested_by.is_some_and(|requested_by| requested_by > link);
-        if status.kind != JobKind::Outgoing
-            || self.ownership != Ownership::Relinquished
-            || is_of_before
-        {
+        if status.kind != JobKind::Outgoing || !self.is_given_up_by(link) {
             return;
         }
         match status.phase {
@@ -454,6 +452,21 @@ impl StateMachine {
             Phase::Unconfirmed => self.requested_by = None,
             _ => {}
         }
+    }
+
+    /// The agent of this connection says that the destination has all memory of the guest.
+    pub(crate) fn memory_arrived(&mut self, link: u64) -> Result<(), Forbidden> {
+        if self.ownership != Ownership::Gone && !self.is_given_up_by(link) {
+            return Err(Forbidden::NotGivenUp(self.ownership));
+        }
+        self.ownership = Ownership::Gone;
+        Ok(())
+    }
+
+    /// True if the guest was given up, and not by an agent after the one of this connection.
+    fn is_given_up_by(&self, link: u64) -> bool {
+        let is_of_before = self.requested_by.is_some_and(|requested_by| requested_by > link);
+        self.ownership == Ownership::Relinquished && !is_of_before
     }
 
     /// True if the guest is paused for the agent, or may be, and can be resumed here without it. It

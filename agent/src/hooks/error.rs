@@ -98,6 +98,22 @@ pub enum HookError {
     },
 }
 
+impl HookError {
+    /// True if the VMM has the hook, or finds it when it reads on.
+    pub fn reached_vmm(&self) -> bool {
+        match self {
+            Self::Late { .. }
+            | Self::Refused { .. }
+            | Self::Panicked { .. }
+            | Self::Malformed { .. }
+            | Self::WrongFdCount { .. }
+            | Self::StateFileTooShort { .. }
+            | Self::StateFileNotReadable { .. } => true,
+            Self::Socket { .. } | Self::ChannelBroken { .. } | Self::NoSocket { .. } => false,
+        }
+    }
+}
+
 /// The error for a hook that the VMM refused or that panicked there.
 pub(super) fn refused(hook: &'static str, error: RemoteError) -> HookError {
     match error.code {

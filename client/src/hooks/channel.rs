@@ -261,6 +261,7 @@ impl HookChannel {
                 trackers::clear(context, block, first, bitmap, hooks)
             }
             Hook::Throttle { percent } => trackers::throttle(context, percent, hooks),
+            Hook::MemoryArrived => guest::memory_arrived(context),
             Hook::ProbeFaults => memory::probe_faults(context),
             Hook::KeepJournal { journal } => memory::keep_journal(context, journal, fds),
             Hook::UnregisterFaults { complete } => {

@@ -130,6 +130,7 @@ pub(super) fn is_answered_after_end(hook: &Hook) -> bool {
         hook,
         Hook::Resume { .. }
             | Hook::Event { .. }
+            | Hook::MemoryArrived
             | Hook::StopTracking { .. }
             | Hook::UnwatchWrites
             | Hook::UnregisterFaults { .. }

@@ -40,6 +40,11 @@ pub(super) fn pause(
     paused.map_err(failed)
 }
 
+/// The guest has left for good: nothing of it has to be recovered here.
+pub(super) fn memory_arrived(context: &HookContext) -> Reply<()> {
+    context.ownership.lock().memory_arrived(context.link.id).map_err(forbidden)
+}
+
 /// Cuts the link if the agent hangs, until the result is dropped.
 fn watch_agent(context: &HookContext) -> Result<Heartbeat, Error> {
     let link = Arc::clone(&context.link);

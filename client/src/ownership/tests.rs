@@ -86,6 +86,21 @@ fn relinquish_needs_a_guest_that_is_ours_and_was_paused_by_that_agent() {
 }
 
 #[test]
+fn a_guest_whose_memory_has_arrived_is_gone() {
+    for before in all() {
+        let mut machine = before;
+        // The one that was attached before the one that gave the guest up knows nothing of it.
+        let given_up = before.ownership == Ownership::Relinquished
+            && before.requested_by.is_none_or(|requested_by| requested_by <= LINK);
+        let allowed = given_up || before.ownership == Ownership::Gone;
+        assert_eq!(machine.memory_arrived(LINK).is_ok(), allowed, "{before:?}");
+        let ownership = if allowed { Ownership::Gone } else { before.ownership };
+        assert_eq!(machine, StateMachine { ownership, ..before });
+        assert!(!allowed || machine.migration().is_none(), "nothing is left to recover");
+    }
+}
+
+#[test]
 fn resume_without_force_is_for_who_was_asked() {
     for before in all() {
         let mut machine = before;

@@ -37,6 +37,7 @@ pub mod code {
     pub const EXPECT_GUEST: u32 = 0x2011;
     pub const CHECK_GUEST: u32 = 0x2012;
     pub const KEEP_JOURNAL: u32 = 0x2013;
+    pub const MEMORY_ARRIVED: u32 = 0x2014;
 }
 
 /// Largest number of pages in one [`Hook::ClearTracker`]: 1 GiB, 32 KiB of bitmap.
@@ -104,6 +105,10 @@ pub enum Hook {
         /// memory here for complete.
         release: bool,
     },
+    /// All memory of the guest that was given up is at the destination, which hears next that this
+    /// VMM knows it. From then on nobody there answers a recovery. So an agent that is lost between
+    /// the two leaves no VMM that recovers for ever.
+    MemoryArrived,
     /// Can the mappings of all blocks be registered for missing pages? Asked before a guest is
     /// accepted that may run before its memory is here, and before memory is given up for it.
     /// Nothing stays registered.
@@ -210,6 +215,7 @@ impl Hook {
             Self::SaveState => code::SAVE_STATE,
             Self::LoadState { .. } => code::LOAD_STATE,
             Self::Relinquish { .. } => code::RELINQUISH,
+            Self::MemoryArrived => code::MEMORY_ARRIVED,
             Self::ProbeFaults => code::PROBE_FAULTS,
             Self::RegisterFaults => code::REGISTER_FAULTS,
             Self::KeepJournal { .. } => code::KEEP_JOURNAL,
@@ -236,6 +242,7 @@ impl Hook {
             Self::SaveState => "save state",
             Self::LoadState { .. } => "load state",
             Self::Relinquish { .. } => "relinquish",
+            Self::MemoryArrived => "memory arrived",
             Self::ProbeFaults => "probe faults",
             Self::RegisterFaults => "register faults",
             Self::KeepJournal { .. } => "keep journal",
@@ -314,6 +321,7 @@ impl Hook {
             code::SAVE_STATE => Ok(Self::SaveState),
             code::LOAD_STATE => decode_pieces(decoder).map(|pieces| Self::LoadState { pieces }),
             code::RELINQUISH => decode_relinquish(decoder),
+            code::MEMORY_ARRIVED => Ok(Self::MemoryArrived),
             code::PROBE_FAULTS => Ok(Self::ProbeFaults),
             code::REGISTER_FAULTS => Ok(Self::RegisterFaults),
             code::KEEP_JOURNAL => {

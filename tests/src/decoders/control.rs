@@ -359,6 +359,7 @@ pub fn hook_seeds() -> Vec<Vec<u8>> {
         Hook::Relinquish { session: [7; 16], release: true },
         Hook::ExpectGuest { origin: GuestOrigin::Migration { address: "unix:/a".into() } },
         Hook::AcceptGuest { origin: GuestOrigin::Migration { address: "tcp:[::]:1".into() } },
+        Hook::MemoryArrived,
         Hook::ProbeFaults,
         Hook::RegisterFaults,
         Hook::KeepJournal { journal: vec![1, 2, 3] },

@@ -21,6 +21,7 @@
 use super::super::connect::{ERROR_EXCHANGE_TIMEOUT, Primary, SessionId, Streams, Urgent};
 use super::super::job::OutgoingJob;
 use super::super::sender::{PageSender, SendContext};
+use crate::error::chain;
 use crate::event::Event;
 use crate::job::{JobError, add};
 use crate::lock::lock;
@@ -33,6 +34,7 @@ use crate::transport::StreamError;
 use crate::transport::socket_queue::limit_send_queue;
 use crate::transport::{Address, Limiter, StreamSocket, TransportError};
 use crate::trust::Peer;
+use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::control::job::OutgoingOptions;
 use pageferry_protocol::memory::PageRange;
 use pageferry_protocol::shm::bitmap::{WORD_BITS, runs_of_word};
@@ -173,7 +175,7 @@ impl PostcopySource {
                     // stream before it says that it has all. If the connection was lost instead,
                     // the destination sees that, too, and the primary fails.
                     Err(JobError::Transport(error)) if self.missing.remaining_pages() == 0 => {
-                        log::debug!("an urgent stream ended: {}", crate::error::chain(&error));
+                        log::debug!("an urgent stream ended: {}", chain(&error));
                     }
                     outcome => group.check(outcome),
                 });
@@ -291,6 +293,27 @@ impl PostcopySource {
         Ok(pages)
     }
 
+    /// All memory is at the destination. The VMM hears it before the destination does, which then
+    /// answers no recovery any more: if this agent is lost in between, the next one has nothing to
+    /// recover.
+    ///
+    /// If the VMM cannot hear it, the destination gets no answer. It waits for another agent of the
+    /// VMM, which asks, and ends when none has come. So it also does if the answer is lost.
+    fn complete(&self, primary: &Primary) {
+        let OutgoingOptions { peer_timeout, hook_timeout, .. } = self.job.options();
+        // The destination waits for the answer, but not longer than `peer_timeout`.
+        let timeout = hook_timeout.min(peer_timeout / 2);
+        if let Err(error) = self.job.hooks.ask(&Hook::MemoryArrived, timeout) {
+            log::warn!("job {}: all has arrived: {}", self.job.id, chain(&error));
+            if !error.reached_vmm() {
+                return;
+            }
+        }
+        if let Err(error) = primary.writer.write_plain(Kind::Complete, 0) {
+            log::warn!("job {}: the destination was not answered: {}", self.job.id, chain(&error));
+        }
+    }
+
     /// Reads the return path until the destination has all pages.
     fn read_return_path(
         &self, group: &StreamGroup<'_>, primary: &mut Primary,
@@ -310,7 +333,7 @@ impl PostcopySource {
                         self.check_all_sent()?;
                         // Set before the answer: the destination closes its streams when it has it.
                         group.over.store(true, Ordering::Release);
-                        primary.writer.write_plain(Kind::Complete, 0)?;
+                        self.complete(primary);
                         return Ok(());
                     }
                     Kind::Discard => self.drop_runs(&record.header, record.payload)?,

@@ -145,6 +145,7 @@ fn examples_of_hooks() -> Vec<Hook> {
         Hook::SaveState,
         Hook::LoadState { pieces },
         Hook::Relinquish { session: [1; 16], release: true },
+        Hook::MemoryArrived,
         Hook::ProbeFaults,
         Hook::RegisterFaults,
         Hook::KeepJournal { journal: vec![1, 2] },

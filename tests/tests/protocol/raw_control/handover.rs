@@ -51,7 +51,12 @@ impl Pair {
 
     /// Starts a postcopy through a wire that can be cut, slow enough to be cut.
     fn start_postcopy(&self) -> Proxy {
-        let listen = with_options("tcp:127.0.0.1:0", &incoming());
+        self.start_postcopy_into(&incoming())
+    }
+
+    /// The same with these options of the destination.
+    fn start_postcopy_into(&self, options: &Body) -> Proxy {
+        let listen = with_options("tcp:127.0.0.1:0", options);
         let (_, address) = self.destination.start(code::START_INCOMING, &listen, &[]);
         let wire = Proxy::to(&address).unwrap();
         // 64 KiB in a second: the 60 pages take four.
@@ -183,7 +188,40 @@ fn the_next_agent_continues_a_postcopy_of_one_that_died() {
         assert_eq!(ended.phase, phase::COMPLETED, "{ended:?}");
     }
     assert_eq!(pair.destination.ram.pages(), next.ram.pages());
-    assert!(next.hooked().codes().is_empty(), "the guest left before this agent came");
+    // The guest left before this agent came.
+    assert_eq!(next.hooked().codes(), [hook::MEMORY_ARRIVED]);
+}
+
+#[test]
+fn the_vmm_of_the_source_hears_that_all_has_arrived_before_the_destination_ends() {
+    if !require::uffd() {
+        return;
+    }
+    for instead in [Instead::Error(9, "not known here"), Instead::Silence] {
+        let mut pair = Pair::new();
+        (1..61).for_each(|page| pair.source.ram.write(page, page as u8));
+        let is_silent = matches!(instead, Instead::Silence);
+        pair.source.hooked().instead.insert(hook::MEMORY_ARRIVED, instead);
+        let patience = Duration::from_secs(5).as_micros() as u64;
+        let _wire = pair.start_postcopy_into(&incoming().with(0, &patience.to_le_bytes()));
+        pair.source.wait_for_phase(phase::POSTCOPY);
+        pair.source.ask(code::SET_PARAMETERS, &bodies::parameters(), &[]).unwrap();
+        if is_silent {
+            let asked =
+                || pair.source.hooked().codes().contains(&hook::MEMORY_ARRIVED).then_some(());
+            wait_for("the hook", SOON, asked).unwrap();
+            assert_eq!(pair.destination.status().phase, phase::POSTCOPY);
+            pair.hosts[0].kill();
+        } else {
+            // The guest is there all the same.
+            assert_eq!(pair.source.end().phase, phase::COMPLETED);
+        }
+        // Without an answer it waits for another agent of the source, and no longer than it would
+        // wait for the answer.
+        let ended = pair.destination.end();
+        assert_eq!(ended.phase, phase::COMPLETED, "{ended:?}");
+        assert_eq!(pair.destination.ram.pages(), pair.source.ram.pages());
+    }
 }
 
 #[test]

@@ -36,6 +36,7 @@ pub mod code {
     pub const PROBE_FAULTS: u32 = 0x2010;
     pub const EXPECT_GUEST: u32 = 0x2011;
     pub const CHECK_GUEST: u32 = 0x2012;
+    pub const MEMORY_ARRIVED: u32 = 0x2014;
 }
 
 /// What a test wants instead of success.
@@ -211,7 +212,8 @@ fn succeed(
             }
         }
         code::START_TRACKING | code::STOP_TRACKING => {}
-        code::RELINQUISH | code::EXPECT_GUEST | code::CHECK_GUEST | code::ACCEPT_GUEST => {}
+        code::RELINQUISH | code::MEMORY_ARRIVED => {}
+        code::EXPECT_GUEST | code::CHECK_GUEST | code::ACCEPT_GUEST => {}
         other => panic!("hook {other:#x} is not in the document"),
     }
     answer(sequence, &success, &[]);
