@@ -21,6 +21,7 @@
 //! - [`proxy`]: a wire between two agents that can be cut;
 //! - [`scenario`]: scenes that a test steps through, with VMMs that follow a script;
 //! - [`linux_guest`]: real Linux guests under unmodified QEMUs;
+//! - [`stores`]: servers of objects (S3, Azure), and a proxy that damages what they answer;
 //! - [`front_end`]: a mock front-end of the agent's devices, with drivers;
 //! - [`decoders`]: what every decoder must do with arbitrary bytes;
 //! - [`forbidden`]: what somebody who has taken an agent over would try;
@@ -62,6 +63,7 @@ pub mod random;
 pub mod require;
 pub mod scenario;
 pub mod seccomp;
+pub mod stores;
 pub mod tmpfs;
 pub mod usage;
 pub mod verify;

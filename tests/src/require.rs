@@ -12,12 +12,13 @@
 //!
 //! If a need is not met, the test prints `skipped: why`. If the environment variable
 //! `PAGEFERRY_REQUIRE` names the need (comma separated:
-//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,cgroup,net,disk,qemu`), the test fails instead. So a
-//! machine that should run everything skips nothing unnoticed.
+//! `kvm,uffd,hugetlb,thp,tmpfs,huge-tmpfs,cgroup,net,disk,qemu,stores`), the test fails instead. So
+//! a machine that should run everything skips nothing unnoticed.
 
 use crate::huge_pages::HugePages;
 use crate::linux_guest::QemuTools;
 use crate::memory_group::MemoryGroup;
+use crate::stores::StoreTools;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
 use kvm_ioctls::{Cap, Kvm};
 use pageferry_agent::tracking::pagemap::Pagemap;
@@ -128,6 +129,14 @@ pub fn net_namespace() -> Option<&'static str> {
 /// If they are not there, and `PAGEFERRY_REQUIRE` names `qemu`.
 pub fn qemu() -> Option<QemuTools> {
     met("qemu", QemuTools::find().map_err(Into::into))
+}
+
+/// The servers of objects that `tests/stores/install` gets.
+///
+/// # Panics
+/// If they are not there, and `PAGEFERRY_REQUIRE` names `stores`.
+pub fn stores() -> Option<StoreTools> {
+    met("stores", StoreTools::find().map_err(Into::into))
 }
 
 fn try_net_namespace() -> Result<&'static str, Box<dyn Error>> {

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! Object stores on this machine: S3 and Azure's blob service, for tests of images in them.
+//!
+//! `tests/stores/install` gets the servers. A server keeps its objects in memory, listens on a free
+//! port of the loopback interface, and ends with the test.
+//!
+//! - [`tools`]: where the servers are; [`server`]: a server that runs.
+//!
+//! ```no_run
+//! # use pageferry_tests::stores::{StoreKind, StoreServer};
+//! # use pageferry_tests::require;
+//! # use std::process::Command;
+//! # fn example() -> Result<(), pageferry_tests::Error> {
+//! let Some(tools) = require::stores() else { return Ok(()) };
+//! let server = StoreServer::start(&tools, StoreKind::S3, &["images"])?;
+//! Command::new("pageferry")
+//!     .args(["snapshot", "--to", &server.url("images", "guest")])
+//!     .envs(server.environment());
+//! # Ok(())
+//! # }
+//! ```
+
+pub mod server;
+pub mod tools;
+
+pub use server::{StoreKind, StoreServer};
+pub use tools::StoreTools;
