@@ -26,25 +26,51 @@ use std::sync::{Mutex, PoisonError};
 /// Number of temporary names.
 const ATTEMPTS: u32 = 100;
 
+/// Bytes of the longest magic.
+const LONGEST_MAGIC: usize = 8;
+
 /// Mode of the new file: its owner may read and write it.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// The kind of a file, recognized by its first bytes.
+/// The kind of a file, recognized by its first bytes. Files that anybody may have written have no
+/// such bytes: they are recognized by their length, or by not being of another kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FileKind {
     /// Its name, with an article.
     name: &'static str,
-    /// The first bytes of every file of this kind.
+    /// The first bytes of every file of this kind. If there are none, no file of a kind that has
+    /// them is of this kind.
     magic: &'static [u8],
+    /// The length of every file of this kind; `None` if they differ.
+    length: Option<u64>,
 }
 
 impl FileKind {
     /// An image of a guest.
-    pub const IMAGE: Self = Self { name: "an image", magic: &MAGIC };
+    pub const IMAGE: Self = Self { name: "an image", magic: &MAGIC, length: None };
     /// A picture of an image.
-    pub const PNG: Self = Self { name: "a PNG picture", magic: b"\x89PNG\r\n\x1a\n" };
+    pub const PNG: Self = Self { name: "a PNG picture", magic: b"\x89PNG\r\n\x1a\n", length: None };
     /// The working set of a restore.
-    pub const WORKING_SET: Self = Self { name: "a working set", magic: &working_set::MAGIC };
+    pub const WORKING_SET: Self =
+        Self { name: "a working set", magic: &working_set::MAGIC, length: None };
+    /// State of a VMM, of any format and length.
+    pub const STATE: Self = Self { name: "state of a VMM", magic: b"", length: None };
+
+    /// A raw file of a guest's memory, of this length in bytes.
+    pub const fn memory(length: u64) -> Self {
+        Self { name: "a memory file of the same length", magic: b"", length: Some(length) }
+    }
+
+    /// True if a file of `length` bytes that begins with `start` can be of this kind.
+    fn fits(self, start: &[u8], length: u64) -> bool {
+        let is_other = || {
+            let mut others = [Self::IMAGE, Self::PNG, Self::WORKING_SET].into_iter();
+            others.any(|other| start.starts_with(other.magic))
+        };
+        start.starts_with(self.magic)
+            && self.length.is_none_or(|expected| expected == length)
+            && !(self.magic.is_empty() && is_other())
+    }
 
     /// Refuses to replace a file of another kind at `path`: it holds something else, which nobody
     /// asked to delete.
@@ -57,9 +83,10 @@ impl FileKind {
             Err(Errno::NOENT) => return Ok(()),
             file => file.map_err(failed)?,
         };
-        let mut found = vec![0; self.magic.len()];
-        let length = rustix::io::pread(&file, &mut found, 0).map_err(failed)?;
-        if found[..length] == *self.magic {
+        let mut start = [0; LONGEST_MAGIC];
+        let found = rustix::io::pread(&file, &mut start, 0).map_err(failed)?;
+        let stat = rustix::fs::fstat(&file).map_err(failed)?;
+        if self.fits(&start[..found], u64::try_from(stat.st_size).unwrap_or(0)) {
             return Ok(());
         }
         // Its content may be a secret, and is not said.
@@ -315,7 +342,7 @@ mod tests {
         unnamed.unwrap_or_else(|| NewFile::named(path, folder, replace).unwrap())
     }
 
-    const KIND: FileKind = FileKind { name: "a poem", magic: b"o" };
+    const KIND: FileKind = FileKind { name: "a poem", magic: b"o", length: None };
 
     fn has_name(file: &NewFile) -> bool {
         file.temporary.lock().unwrap().is_some()
