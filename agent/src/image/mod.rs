@@ -15,6 +15,7 @@
 //! - [`verify`]: checking all bytes of a chain;
 //! - [`merge`]: merging a chain into one full image;
 //! - [`map_picture`]: counting the pages of a guest by their state, and drawing them;
+//! - [`raw`]: importing raw files of guest memory as images, and exporting images as raw files;
 //! - [`workers`]: sharing work on extents among threads;
 //! - [`error`]: what is wrong with an image.
 
@@ -25,6 +26,7 @@ pub mod error;
 pub mod map_picture;
 pub mod merge;
 pub mod new_file;
+pub mod raw;
 pub mod reader;
 pub mod seal;
 mod sections;
