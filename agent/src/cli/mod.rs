@@ -114,7 +114,7 @@ enum Command {
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]
     Qemu(qemu::QemuCommand),
-    /// Show, check and merge images of guests. This needs no agent.
+    /// Show, check, merge, import and export images of guests. This needs no agent.
     #[command(subcommand)]
     Image(image::ImageCommand),
     /// Show what this machine offers, and which mode each lack rules out. This needs no agent.

@@ -4,10 +4,14 @@
 //!
 //! - [`info`]: shows the header, blocks and state of an image, and its chain;
 //! - [`map`]: draws a map of the guest's memory;
+//! - [`raw`]: imports raw files of memory as images, and exports images as raw files;
+//! - [`layout_args`]: which guest memory is at which offset of a raw file;
 //! - this file: the arguments, and the subcommands `verify` and `merge`.
 
 pub mod info;
+pub mod layout_args;
 pub mod map;
+pub mod raw;
 
 use super::exit::Exit;
 use super::show;
@@ -56,6 +60,15 @@ pub enum ImageCommand {
                             pageferry image map guest.img --png guest.png"
     )]
     Map(map::MapArgs),
+    /// Make an image of a raw file of guest memory: a memory file of Firecracker, memory-ranges of
+    /// Cloud Hypervisor, the backing file of a QEMU. Holes and zero pages take no space in the
+    /// image.
+    #[command(after_help = raw::IMPORT_EXAMPLES)]
+    Import(raw::ImportArgs),
+    /// Write the guest of an image, with all that it builds on, to a raw file of memory. Pages
+    /// without content become holes.
+    #[command(after_help = raw::EXPORT_EXAMPLES)]
+    Export(raw::ExportArgs),
 }
 
 /// Which image.
@@ -144,6 +157,8 @@ pub fn run(command: &ImageCommand) -> Outcome {
         ImageCommand::Verify(args) => run_verify(args),
         ImageCommand::Merge(args) => run_merge(args),
         ImageCommand::Map(args) => map::run(args),
+        ImageCommand::Import(args) => raw::run_import(args),
+        ImageCommand::Export(args) => raw::run_export(args),
     }
 }
 
