@@ -63,7 +63,7 @@ fn chain(folder: &Path) -> [ImageId; 2] {
 }
 
 /// Writes keys into the folder: `old.key`, `new.key`, and `open.key` that others may read.
-fn keys(folder: &Path) {
+pub fn keys(folder: &Path) {
     for (name, byte, mode) in [("old", "1f", 0o600), ("new", "2f", 0o400), ("open", "3f", 0o640)] {
         let path = folder.join(format!("{name}.key"));
         std::fs::write(&path, byte.repeat(32)).unwrap();
@@ -124,26 +124,26 @@ fn the_header_of_a_sealed_image_is_shown_without_its_key() {
 }
 
 /// Runs the command in the folder, so that the names are relative.
-fn run(folder: &Path, arguments: &[&str]) -> Output {
+pub fn run(folder: &Path, arguments: &[&str]) -> Output {
     Command::new(program()).arg("image").args(arguments).current_dir(folder).output().unwrap()
 }
 
-fn text(bytes: &[u8]) -> String {
+pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).unwrap()
 }
 
-fn good(folder: &Path, arguments: &[&str]) -> String {
+pub fn good(folder: &Path, arguments: &[&str]) -> String {
     let output = run(folder, arguments);
     assert!(output.status.success() && output.stderr.is_empty(), "{arguments:?}: {output:?}");
     text(&output.stdout)
 }
 
-fn object(folder: &Path, arguments: &[&str]) -> Value {
+pub fn object(folder: &Path, arguments: &[&str]) -> Value {
     serde_json::from_str(&good(folder, arguments)).unwrap()
 }
 
 /// The error of a command that fails.
-fn refused(folder: &Path, arguments: &[&str]) -> String {
+pub fn refused(folder: &Path, arguments: &[&str]) -> String {
     let output = run(folder, arguments);
     assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
     let error = text(&output.stderr);

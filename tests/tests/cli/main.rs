@@ -10,7 +10,8 @@
 //! - [`systemd`]: sockets from systemd, messages to it, and the units;
 //! - [`side`]: an agent, its VMM, and the commands of its operator;
 //! - [`pty`]: a terminal of 80 columns;
-//! - [`image`]: images: info, verify, merge and map.
+//! - [`image`]: images: info, verify, merge and map;
+//! - [`raw`]: raw files of memory: import and export.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod image;
@@ -19,6 +20,7 @@ mod manual;
 mod operator;
 mod outcomes;
 mod pty;
+mod raw;
 mod side;
 mod systemd;
 mod vm;
