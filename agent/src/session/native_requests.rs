@@ -241,6 +241,7 @@ impl SharedSession {
             Request::Populate { ranges } => self.populate(&ranges),
             Request::SetTrackers { sources } => self.set_trackers(sources, fds),
             Request::StartOutgoing { target, options } => {
+                self.check_target(&target)?;
                 self.check_guest_exists(role, options.hook_timeout)?;
                 self.lock().start_outgoing(&target, options, fds)
             }

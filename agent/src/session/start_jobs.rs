@@ -61,6 +61,17 @@ impl SharedSession {
         })
     }
 
+    /// Refuses a target to which the certificates of this side cannot lead. It reads them if they
+    /// have changed, so it waits without the lock of the session.
+    pub(super) fn check_target(&self, target: &str) -> Result<(), RemoteError> {
+        let trust = self.lock().trust.clone();
+        // What else is wrong with it is said when the job starts.
+        match Address::parse(target).as_ref().map(Address::secured_host) {
+            Ok(Some(host)) => trust.check_target(host).map_err(|error| invalid(&error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Starts to wait for a guest.
     pub(super) fn start_incoming(
         &self, role: Role, listen: &str, options: &IncomingOptions, fds: Vec<OwnedFd>,
@@ -313,9 +324,6 @@ impl Session {
             None => {
                 let address = parse(target)?;
                 address.check_plain(self.plain).map_err(|error| invalid(&error))?;
-                if let Some(host) = address.secured_host() {
-                    self.trust.check_target(host).map_err(|error| invalid(&error))?;
-                }
                 Target::Address(address)
             }
         };

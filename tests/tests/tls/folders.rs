@@ -106,6 +106,23 @@ fn a_certificate_is_renewed_while_the_agent_waits() {
     moves(&source, &destination, waits, &OutgoingOptions::default());
 }
 
+/// The source reads its new certificates when it is asked to try again, and answers others
+/// meanwhile.
+#[test]
+fn a_certificate_is_renewed_before_the_source_tries_again() {
+    let (authority, old) = (Authority::new("ca"), Authority::new("old"));
+    let names = ["localhost", "host-a"];
+    let (theirs, ours) = (authority.folder(names), old.folder(names));
+    let (source, destination) = (Host::source(ours.path()), Host::destination(theirs.path()));
+    let waits = destination.listen();
+    let address = format!("tls:localhost:{}", waits.1);
+    let status = source.send(&address, &OutgoingOptions::default());
+    assert_eq!(status.phase, Phase::Failed);
+    let [server, client] = names.map(|name| authority.sign(Wanted::new(name)));
+    authority.fill(ours.path(), &server, &client);
+    moves(&source, &destination, waits, &OutgoingOptions::default());
+}
+
 /// A source that comes in the middle of a renewal is refused, and the agent waits on.
 #[test]
 fn a_folder_that_cannot_be_used_for_a_moment_ends_no_wait() {
