@@ -12,6 +12,7 @@ use pageferry_protocol::control::job::{
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::{AgentInfo, Grants};
+use pageferry_protocol::image::stored::is_stored;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -271,11 +272,15 @@ impl Client {
     }
 }
 
-/// A path as it travels: absolute, since the agent has another current directory.
+/// A path as it travels: absolute, since the agent has another current directory. The name of an
+/// object in a store is left as it is.
 fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     let refused = |source| Error::Path { what, path: path.to_owned(), source };
-    let absolute =
-        std::path::absolute(path).map_err(|source| refused(PathError::NotAbsolute { source }))?;
+    let absolute = match path.to_str().is_some_and(is_stored) {
+        true => Ok(path.to_owned()),
+        false => std::path::absolute(path),
+    };
+    let absolute = absolute.map_err(|source| refused(PathError::NotAbsolute { source }))?;
     match absolute.into_os_string().into_string() {
         Ok(text) if text.len() > MAX_ADDRESS => {
             Err(refused(PathError::TooLong { length: text.len() }))

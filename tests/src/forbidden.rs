@@ -32,7 +32,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     let parent = rustix::process::getppid().map_or(0, rustix::process::Pid::as_raw_pid);
     let scene = Scene { folder: folder.as_ref().into(), port: port.parse().unwrap_or(0), parent };
     let program = std::env::current_exe().unwrap_or_default();
-    let entered = sandbox::enter(Mode::On, Vec::new, &program, &[]);
+    let entered = sandbox::enter(Mode::On, (Vec::new, &[]), &program, &[]);
     let sandbox = match entered {
         Ok(sandbox) => sandbox,
         Err(error) => {

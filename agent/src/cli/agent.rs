@@ -19,7 +19,10 @@ use std::error::Error;
 /// If it cannot start, or the kernel refuses.
 pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
     if let Some(mode) = args.opener {
-        return run_opener(mode);
+        return run_opener(mode, args.options.store.clone());
+    }
+    if args.store_service {
+        return run_store_service(args.options.store.clone());
     }
     // Before the first thread starts.
     let sandbox =
@@ -38,8 +41,13 @@ pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
 fn enter_sandbox(args: &AgentArgs) -> Result<Sandbox, String> {
     let program = Program::of_this_process();
     let program = program.map_err(|error| format!("the program has no path: {error}"))?;
-    sandbox::enter(args.options.sandbox, || args.grants(), program.path(), &args.programs)
-        .map_err(|error| crate::error::chain(&error))
+    sandbox::enter(
+        args.options.sandbox,
+        (|| args.grants(), &args.options.store),
+        program.path(),
+        &args.programs,
+    )
+    .map_err(|error| crate::error::chain(&error))
 }
 
 /// Starts the log, whose lines a thread writes. Without that thread they are written where they are
@@ -64,9 +72,18 @@ fn start_log(name: &VmName) -> Option<LogEnd> {
 }
 
 /// Serves as the opener of an agent.
-fn run_opener(mode: sandbox::Mode) -> Result<Exit, Box<dyn Error>> {
+fn run_opener(mode: sandbox::Mode, stores: Vec<String>) -> Result<Exit, Box<dyn Error>> {
     let _ = Builder::from_env(Env::default().default_filter_or("warn")).try_init();
-    let served = crate::opener::process::run(mode != sandbox::Mode::Log);
+    let served = crate::opener::process::run(mode != sandbox::Mode::Log, stores);
     served.map_err(|error| format!("the opener ends: {}", crate::error::chain(&error)))?;
+    Ok(Exit::Done)
+}
+
+/// Serves as the service of stores of an agent.
+fn run_store_service(stores: Vec<String>) -> Result<Exit, Box<dyn Error>> {
+    let _ = Builder::from_env(Env::default().default_filter_or("warn")).try_init();
+    let served = crate::store::process::run(stores);
+    served
+        .map_err(|error| format!("the service of stores ends: {}", crate::error::chain(&error)))?;
     Ok(Exit::Done)
 }

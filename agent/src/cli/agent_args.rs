@@ -3,7 +3,7 @@
 //! The arguments of `pageferry agent`, and those of them that do not depend on who starts it: an
 //! operator, or `pageferry qemu`, which passes them on.
 
-use super::parse::{parse_block_size, parse_name};
+use super::parse::{parse_block_size, parse_name, parse_store};
 use crate::image::seal::KeySource;
 use crate::metrics::address;
 use crate::sandbox;
@@ -51,6 +51,11 @@ pub struct AgentOptions {
     /// which others build. May be given more than once.
     #[arg(long, value_name = "FOLDER")]
     pub folder: Vec<PathBuf>,
+    /// Let the agent use images in this object store: s3://BUCKET, gs://BUCKET, az://CONTAINER or
+    /// file:///FOLDER, or only names below s3://BUCKET/FOLDER. The agent gets its credentials from
+    /// its environment. May be given more than once. docs/store.md explains it.
+    #[arg(long, value_name = "STORE", value_parser = parse_store)]
+    pub store: Vec<String>,
     /// Seal images with the key in this file: encrypt and authenticate them. Then only images are
     /// restored that are sealed with it. The file has 32 bytes or 64 hexadecimal digits, and only
     /// its owner may read it. fd:N reads the key from descriptor N, which the agent inherits. An
@@ -131,8 +136,18 @@ impl AgentOptions {
     /// If this process has no current directory, and a path is relative to it.
     pub fn to_arguments(&self) -> io::Result<Vec<OsString>> {
         // Without the pattern, an option that is added later would be forgotten here.
-        let Self { name, tls, token_file, tls_peer, sandbox, folder, image_key, insecure, metrics } =
-            self;
+        let Self {
+            name,
+            tls,
+            token_file,
+            tls_peer,
+            sandbox,
+            folder,
+            store,
+            image_key,
+            insecure,
+            metrics,
+        } = self;
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |option: &str, value: OsString| arguments.extend([option.into(), value]);
         name.iter().for_each(|name| add("--name", name.into()));
@@ -144,6 +159,7 @@ impl AgentOptions {
             }
             _ => metrics.iter().for_each(|address| add("--metrics", address.into())),
         }
+        store.iter().for_each(|store| add("--store", store.into()));
         tls_peer.iter().for_each(|peer| add("--tls-peer", peer.into()));
         let paths = [("--tls", tls.as_slice()), ("--token-file", token_file.as_slice())];
         for (option, paths) in paths.into_iter().chain([("--folder", &folder[..])]) {
@@ -188,6 +204,9 @@ pub struct AgentArgs {
     /// Be the opener of an agent.
     #[arg(long, value_name = "MODE", hide = true, value_enum)]
     pub opener: Option<sandbox::Mode>,
+    /// Be the service of stores of an agent.
+    #[arg(long, hide = true)]
+    pub store_service: bool,
     /// Serve a virtio balloon to a vhost-user front-end that connects to this UNIX socket. What the
     /// guest gives back by it is freed, and left out of migrations and snapshots.
     #[arg(long, value_name = "PATH")]
@@ -230,7 +249,7 @@ mod tests {
         for line in [
             "",
             "--name a --tls /t --tls-peer x --tls-peer y --sandbox log --folder /a --folder /b \
-             --image-key fd:7 --insecure --metrics 127.0.0.1:9091",
+             --store s3://a --store file:///b --image-key fd:7 --insecure --metrics 127.0.0.1:9091",
             "--token-file /token --image-key /key --metrics unix:/run/m --sandbox off",
         ] {
             let parse = |words: Vec<OsString>| {

@@ -3,10 +3,13 @@
 //! Reads the values of options. An error says what is allowed, in the words of a user.
 
 use crate::transport::Address;
+
+pub use crate::sizes::parse_size;
 use pageferry_protocol::control::job::{
     Compression, HugePages, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
+use pageferry_protocol::image::stored::is_stored;
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -56,28 +59,6 @@ pub fn parse_folder(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Reads a number of bytes, with K, M, G or T for powers of 1024.
-///
-/// # Errors
-/// If the text is malformed. The error says what is allowed.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (&text[..at], 10),
-        Some((at, 'm' | 'M')) => (&text[..at], 20),
-        Some((at, 'g' | 'G')) => (&text[..at], 30),
-        Some((at, 't' | 'T')) => (&text[..at], 40),
-        _ => (text, 0),
-    };
-    let number = match digits.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => digits.parse(),
-    };
-    let number = number.map_err(|_| {
-        format!("\"{text}\": write a whole number of bytes, or of K, M, G or T, as 512M or 2G")
-    })?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("\"{text}\" does not fit in 64 bits"))
-}
-
 /// The unit of a virtio-mem device.
 ///
 /// # Errors
@@ -121,6 +102,16 @@ pub fn parse_capture_memory(text: &str) -> Result<u64, String> {
         bytes @ MIN_CAPTURE_MEMORY.. => Ok(bytes),
         _ => Err(format!("\"{text}\": write at least {}M", MIN_CAPTURE_MEMORY >> 20)),
     }
+}
+
+/// Reads the name of a store, or of a part of it.
+pub(super) fn parse_store(text: &str) -> Result<String, String> {
+    if is_stored(text) {
+        return Ok(text.to_owned());
+    }
+    let sentence =
+        "write s3://BUCKET, gs://BUCKET, az://CONTAINER or file:///FOLDER, as s3://images";
+    Err(format!("\"{text}\": {sentence}"))
 }
 
 /// Reads an address of a migration. The agent gets the text.

@@ -7,6 +7,7 @@ use super::parse::{
     parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs};
+use crate::store::is_stored;
 use clap::Args;
 use pageferry_protocol::control::job::{
     HugePages, RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
@@ -159,7 +160,10 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
 /// # Errors
 /// If there is no current folder, or the path is not UTF-8.
 pub fn from_root(path: &Path) -> io::Result<String> {
-    let path = std::path::absolute(path)?;
+    let path = match is_stored(path) {
+        true => path.to_owned(),
+        false => std::path::absolute(path)?,
+    };
     path.into_os_string().into_string().map_err(|path| {
         let sentence = format!("path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, sentence)

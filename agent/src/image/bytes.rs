@@ -77,7 +77,7 @@ pub(super) fn random<const N: usize>() -> Result<[u8; N], ImageFault> {
 
 /// The parts of `range` in which the file has data, in order; the rest is holes. If the file system
 /// does not report holes, all of `range` counts as data.
-pub(super) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+pub(crate) fn data_in(file: BorrowedFd<'_>, range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let mut next = range.start;
     std::iter::from_fn(move || {
         if next >= range.end {

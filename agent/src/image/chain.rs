@@ -20,6 +20,7 @@ use super::reader::{Image, States};
 use super::seal::ImageKey;
 use crate::memory::runs::{NEAR, join_near_runs};
 use crate::opener;
+use crate::store;
 use pageferry_protocol::image::{EXTENT_PAGES, StateWord};
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
@@ -243,7 +244,9 @@ fn next_base(images: &[Image], key: Option<&ImageKey>) -> Result<Option<Image>, 
         return Err(ImageFault::ChainLoop { id }.of(last.path()));
     }
     let path = base_path(last);
-    if opener::is_named(&path, false) == Ok(false) {
+    if store::is_stored(&path) {
+        store::client::check(&path).map_err(|error| ImageFault::from(error).of(last.path()))?;
+    } else if opener::is_named(&path, false) == Ok(false) {
         return Err(ImageFault::BaseNotNamed(path).of(last.path()));
     }
     let base = Image::open_contents(&path, key).map_err(|error| as_base(images, error))?;
@@ -284,12 +287,18 @@ fn open_all(path: &Path, key: Option<&ImageKey>) -> (Vec<Image>, Result<(), Imag
 /// The path of the base of an increment. The name in the increment is relative to the folder of the
 /// increment's file, also if the increment was opened through a link in another folder.
 pub fn base_path(image: &Image) -> PathBuf {
-    let file = file_of(image.path());
-    file.parent().unwrap_or(Path::new("")).join(&image.contents().base_name)
+    let (file, name) = (file_of(image.path()), Path::new(&image.contents().base_name));
+    if store::is_stored(name) {
+        return name.to_owned();
+    }
+    file.parent().unwrap_or(Path::new("")).join(name)
 }
 
 /// `path` with all links resolved; `path` itself if there is no such file.
 fn file_of(path: &Path) -> PathBuf {
+    if store::is_stored(path) {
+        return path.to_owned();
+    }
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 

@@ -3,6 +3,7 @@
 //! What is wrong with an image.
 
 use super::blocks::BlocksDifference;
+use crate::store::{StoreError, StoreErrorKind};
 use pageferry_protocol::control::codec::DecodeError;
 use pageferry_protocol::image::contents::ContentsError;
 use pageferry_protocol::image::header::HEADER_SIZE;
@@ -35,6 +36,9 @@ pub enum ImageFault {
         #[source]
         source: Errno,
     },
+    /// The store of an object.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A system call failed at an offset of the file.
     #[error("cannot {what} at byte {at:#x}")]
     KernelAt {
@@ -387,10 +391,24 @@ impl ImageFault {
             | Self::WrongKey
             | Self::Cipher
             | Self::Bitmap(_) => true,
+            Self::Store(error) => error.kind != StoreErrorKind::Damaged,
             Self::UnusableBase(base) => base.fault.is_unreadable(),
             Self::ReadPage { source, .. }
             | Self::ReadPageSums { source, .. }
             | Self::ReadSection { source, .. } => source.is_unreadable(),
+            _ => false,
+        }
+    }
+
+    /// True if the store of the image, or of one that it builds on, does not have it now, and may
+    /// later.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Store(error) => error.may_pass(),
+            Self::UnusableBase(base) => base.fault.may_pass(),
+            Self::ReadPage { source, .. }
+            | Self::ReadPageSums { source, .. }
+            | Self::ReadSection { source, .. } => source.may_pass(),
             _ => false,
         }
     }

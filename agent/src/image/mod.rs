@@ -4,6 +4,7 @@
 //! describe the format.
 //!
 //! - [`bytes`]: reads and writes at an offset, and where a file has data;
+//! - [`mod@file`]: the file of an image that is read, of this machine or from a store;
 //! - [`new_file`]: creating a file atomically;
 //! - [`writer`]: writing a new image;
 //! - [`sums`]: the checksums or seals of pages, collected before they are written;
@@ -13,6 +14,7 @@
 //! - [`blocks`]: comparing the blocks of two tables;
 //! - [`chain`]: an increment with the images that it builds on;
 //! - [`verify`]: checking all bytes of a chain;
+//! - [`mod@copy`]: copying an image as it is, also from and to stores;
 //! - [`merge`]: merging a chain into one full image;
 //! - [`map_picture`]: counting the pages of a guest by their state, and drawing them;
 //! - [`raw`]: importing raw files of guest memory as images, and exporting images as raw files;
@@ -22,7 +24,9 @@
 pub mod blocks;
 pub mod bytes;
 pub mod chain;
+pub mod copy;
 pub mod error;
+pub mod file;
 pub mod map_picture;
 pub mod merge;
 pub mod new_file;

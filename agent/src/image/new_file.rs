@@ -7,6 +7,9 @@
 //! folder, which is removed if the file is dropped before it is finished. When all bytes are
 //! written, the file is synced to the disk, and then gets its name in one step.
 //!
+//! An object of a store is written to a file of the cache, and put into the store when it has all
+//! bytes.
+//!
 //! An existing file is replaced only if the caller allows it, and only if its first bytes say that
 //! it is of the same kind. Whatever fails, the existing file is unchanged.
 
@@ -14,6 +17,7 @@ use super::bytes::write_at;
 use super::error::{ImageError, ImageFault, kernel};
 use crate::lock::lock;
 use crate::opener;
+use crate::store::{self, NewObject};
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
 use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
@@ -97,7 +101,7 @@ impl FileKind {
 /// A file that is being written.
 #[derive(Debug)]
 pub struct NewFile {
-    file: OwnedFd,
+    file: Spool,
     /// The path that it will have.
     path: PathBuf,
     folder: PathBuf,
@@ -105,6 +109,24 @@ pub struct NewFile {
     temporary: Mutex<Option<PathBuf>>,
     /// The kind of file that it may replace; `None` if it may replace none.
     replace: Option<FileKind>,
+}
+
+/// Where its bytes are written.
+#[derive(Debug)]
+enum Spool {
+    /// Into the file itself.
+    Local(OwnedFd),
+    /// Into a file from which a store gets them.
+    Stored(NewObject),
+}
+
+impl AsFd for Spool {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Local(file) => file.as_fd(),
+            Self::Stored(object) => object.as_fd(),
+        }
+    }
 }
 
 impl NewFile {
@@ -115,6 +137,11 @@ impl NewFile {
     /// If a file exists and may not be replaced, `path` is not an absolute path of a file, or the
     /// folder cannot be written. [`NewFile::finish`] checks again, because that can change.
     pub fn create(path: &Path, kind: FileKind, replace: bool) -> Result<Self, ImageFault> {
+        if store::is_stored(path) {
+            let object = NewObject::create(path, replace, kind.magic, kind.name)?;
+            let file = Spool::Stored(object);
+            return Ok(Self::of(file, path, Path::new(""), None, replace.then_some(kind)));
+        }
         let replace = replace.then_some(kind);
         let (Some(folder), Some(name), true) =
             (path.parent(), path.file_name(), path.is_absolute())
@@ -146,7 +173,7 @@ impl NewFile {
         path: &Path, folder: &Path, replace: Option<FileKind>,
     ) -> Result<Option<Self>, ImageFault> {
         match opener::open(folder, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, MODE) {
-            Ok(file) => Ok(Some(Self::of(file, path, folder, None, replace))),
+            Ok(file) => Ok(Some(Self::of(Spool::Local(file), path, folder, None, replace))),
             // The file system or the kernel does not support `O_TMPFILE`. An old kernel ignores the
             // flag and tries to open the folder itself.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => Ok(None),
@@ -161,7 +188,10 @@ impl NewFile {
             let name = attempts.next().ok_or_else(|| no_name(path))?;
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDWR | OFlags::CLOEXEC;
             match opener::open(&name, flags, MODE) {
-                Ok(file) => return Ok(Self::of(file, path, folder, Some(name), replace)),
+                Ok(file) => {
+                    let file = Spool::Local(file);
+                    return Ok(Self::of(file, path, folder, Some(name), replace));
+                }
                 Err(Errno::EXIST) => {}
                 Err(source) => {
                     return Err(ImageFault::Kernel { what: "create a file in its folder", source });
@@ -171,7 +201,7 @@ impl NewFile {
     }
 
     fn of(
-        file: OwnedFd, path: &Path, folder: &Path, temporary: Option<PathBuf>,
+        file: Spool, path: &Path, folder: &Path, temporary: Option<PathBuf>,
         replace: Option<FileKind>,
     ) -> Self {
         let (path, folder) = (path.to_owned(), folder.to_owned());
@@ -204,7 +234,25 @@ impl NewFile {
     /// # Errors
     /// If the file system refuses.
     pub fn sync(&self) -> Result<(), ImageFault> {
-        rustix::fs::fsync(&self.file).map_err(kernel("sync the file to the disk"))
+        match &self.file {
+            Spool::Local(file) => {
+                rustix::fs::fsync(file).map_err(kernel("sync the file to the disk"))
+            }
+            // It is of no use after a crash.
+            Spool::Stored(_) => Ok(()),
+        }
+    }
+
+    /// Puts all of an image into its store but what makes it one, which is left to
+    /// [`NewFile::persist`]. Ends early if `is_cancelled`. Does nothing for a file of this machine.
+    ///
+    /// # Errors
+    /// If it is cancelled, or the store refuses.
+    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), ImageFault> {
+        match &self.file {
+            Spool::Local(_) => Ok(()),
+            Spool::Stored(object) => Ok(object.upload(is_cancelled)?),
+        }
     }
 
     /// Gives the file its name.
@@ -212,6 +260,9 @@ impl NewFile {
     /// # Errors
     /// As [`NewFile::finish`].
     pub fn persist(&self) -> Result<(), ImageFault> {
+        if let Spool::Stored(object) = &self.file {
+            return Ok(object.finish()?);
+        }
         let mut named = lock(&self.temporary);
         let temporary = match &*named {
             Some(name) => name.clone(),

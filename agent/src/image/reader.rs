@@ -19,11 +19,11 @@ mod pages;
 
 pub(in crate::image) use pages::PageChecks;
 
-use super::bytes::{read_at, write_at};
+use super::bytes::write_at;
 use super::error::{ImageError, ImageFault, kernel};
+use super::file::ImageFile;
 use super::seal::{ImageKey, Unsealer};
 use super::sections::read_section;
-use crate::opener;
 use pageferry_protocol::image::contents::MAX_CONTENTS;
 use pageferry_protocol::image::header::{HEADER_SIZE, MAC_COVERS};
 use pageferry_protocol::image::sealing::opened_size;
@@ -33,9 +33,8 @@ use pageferry_protocol::image::{
 };
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
-use rustix::fs::{Advice, MemfdFlags, Mode, OFlags};
-use std::num::NonZeroU64;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::MemfdFlags;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 /// Bytes of the states of 64 pages.
@@ -48,7 +47,7 @@ const KEEP_STATE: &str = "keep the state of the VMM in memory";
 #[derive(Debug)]
 pub struct Image {
     path: PathBuf,
-    file: OwnedFd,
+    file: ImageFile,
     header: Header,
     contents: Contents,
     layout: Layout,
@@ -124,7 +123,7 @@ impl Image {
     ///
     /// # Errors
     /// If the file cannot be read, its header is damaged, or it is not an image.
-    pub fn peek(path: &Path) -> Result<(Header, OwnedFd), ImageError> {
+    pub fn peek(path: &Path) -> Result<(Header, ImageFile), ImageError> {
         let opened = open_file(path).map_err(|fault| fault.of(path))?;
         Ok((opened.header, opened.file))
     }
@@ -141,7 +140,7 @@ impl Image {
             .filter(|length| *length <= MAX_CONTENTS)
             .ok_or(ImageFault::ContentsSize { length: section.length, limit: MAX_CONTENTS })?;
         let mut bytes = Vec::with_capacity(length as usize);
-        read_section(file.as_fd(), unsealer.as_ref(), SectionKind::Contents, section, |part| {
+        read_section(&file, unsealer.as_ref(), SectionKind::Contents, section, |part| {
             bytes.extend_from_slice(part);
             Ok(())
         })?;
@@ -223,7 +222,7 @@ impl Image {
         &self, kind: SectionKind, each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
     ) -> Result<(), ImageFault> {
         let section = self.header.section(kind);
-        read_section(self.file.as_fd(), self.unsealer.as_ref(), kind, section, each)
+        read_section(&self.file, self.unsealer.as_ref(), kind, section, each)
     }
 
     /// The path as it was opened.
@@ -232,8 +231,8 @@ impl Image {
     }
 
     /// The open file.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    pub fn file(&self) -> &ImageFile {
+        &self.file
     }
 
     /// True if the image is sealed.
@@ -268,8 +267,7 @@ impl Image {
     }
 
     fn will_need_bytes(&self, offset: u64, length: u64) {
-        // If this fails, the later read waits for the disk. No more is lost.
-        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), Advice::WillNeed);
+        self.file.will_need(offset, length);
     }
 
     /// For an image that is not sealed: the checksum, as written in the file, of extent `extent` of
@@ -326,25 +324,19 @@ impl Image {
 
 /// A file that begins with the header of an image.
 struct OpenedFile {
-    file: OwnedFd,
+    file: ImageFile,
     header: Header,
     /// The bytes of the header.
     bytes: [u8; HEADER_SIZE],
 }
 
 fn open_file(path: &Path) -> Result<OpenedFile, ImageFault> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let file = opener::open(path, flags, Mode::empty()).map_err(kernel("open it"))?;
-    let stat = rustix::fs::fstat(&file).map_err(kernel("look at it"))?;
-    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-        return Err(ImageFault::NotARegularFile);
-    }
-    let found = u64::try_from(stat.st_size).unwrap_or(0);
+    let (file, found) = ImageFile::open(path)?;
     if found < HEADER_SIZE as u64 {
         return Err(ImageFault::ShorterThanHeader { found });
     }
     let mut bytes = [0; HEADER_SIZE];
-    read_at(file.as_fd(), &mut bytes, 0)?;
+    file.read_at(&mut bytes, 0)?;
     let header = Header::from_bytes(&bytes)?;
     if header.file_length != found {
         return Err(ImageFault::FileLength { found, expected: header.file_length });

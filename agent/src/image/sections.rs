@@ -8,8 +8,9 @@
 //!
 //! Memory: one piece at a time, also of a state of the VMM that has a gigabyte.
 
-use super::bytes::{read_at, write_at};
+use super::bytes::write_at;
 use super::error::ImageFault;
+use super::file::ImageFile;
 use super::seal::{Sealer, Unsealer};
 use pageferry_protocol::image::sealing::{PIECE, SEAL_SIZE};
 use pageferry_protocol::image::{Place, Seal, Section, SectionKind};
@@ -119,7 +120,7 @@ impl<'a> SectionWriter<'a> {
 /// # Errors
 /// If the section cannot be read, or is damaged; and the errors of `each`.
 pub(super) fn read_section(
-    file: BorrowedFd<'_>, unsealer: Option<&Unsealer>, kind: SectionKind, section: Section,
+    file: &ImageFile, unsealer: Option<&Unsealer>, kind: SectionKind, section: Section,
     mut each: impl FnMut(&[u8]) -> Result<(), ImageFault>,
 ) -> Result<(), ImageFault> {
     let seal_size = if unsealer.is_some() { SEAL_SIZE } else { 0 };
@@ -129,7 +130,7 @@ pub(super) fn read_section(
     for (number, offset) in (0..).zip((0..section.length).step_by(stride as usize)) {
         let part = &mut bytes[..stride.min(section.length - offset) as usize];
         let at = section.offset + offset;
-        read_at(file, part, at).map_err(|fault| fault.in_section(kind))?;
+        file.read_at(part, at).map_err(|fault| fault.in_section(kind))?;
         let Some(unsealer) = unsealer else {
             digest.update(part);
             each(part)?;
@@ -163,7 +164,7 @@ fn check_sum(kind: SectionKind, section: Section, computed: u32) -> Result<(), I
 mod tests {
     use super::*;
     use crate::image::seal::ImageKey;
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, OwnedFd};
 
     #[test]
     fn a_section_is_read_as_it_was_written_in_any_steps() {
@@ -180,6 +181,7 @@ mod tests {
                 }
                 let (section, _) = out.finish().unwrap();
                 file.set_len(section.offset + section.length).unwrap();
+                let file = ImageFile::from(OwnedFd::from(file));
                 let unsealer = sealer.map(|sealer| Unsealer::new(&key, &sealer.salt()).unwrap());
                 let mut found = Vec::new();
                 let each = |part: &[u8]| {
@@ -187,14 +189,13 @@ mod tests {
                     found.extend_from_slice(part);
                     Ok(())
                 };
-                read_section(file.as_fd(), unsealer.as_ref(), kind, section, each).unwrap();
+                read_section(&file, unsealer.as_ref(), kind, section, each).unwrap();
                 assert!(found == content, "{length} bytes, sealed: {}", unsealer.is_some());
                 if length > 0
                     && let Some(unsealer) = &unsealer
                 {
                     let other = SectionKind::States;
-                    let read =
-                        read_section(file.as_fd(), Some(unsealer), other, section, |_| Ok(()));
+                    let read = read_section(&file, Some(unsealer), other, section, |_| Ok(()));
                     assert!(matches!(read, Err(ImageFault::PieceSeal { at: 4096, .. })));
                 }
             }

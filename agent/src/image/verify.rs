@@ -11,7 +11,6 @@
 //! not on the size of the guest. The extents are shared among threads. Verifying ends after a given
 //! number of errors.
 
-use super::bytes::{data_in, read_at};
 use super::chain::images;
 use super::error::{ImageError, ImageFault};
 use super::reader::{Image, PageChecks};
@@ -181,10 +180,10 @@ impl Check<'_> {
     fn zeroes(
         &self, buffer: &mut [u8], place: &'static str, bytes: Range<u64>,
     ) -> Result<(), Enough> {
-        for data in data_in(self.image.file(), bytes) {
+        for data in self.image.file().data_in(bytes) {
             for start in data.clone().step_by(buffer.len()) {
                 let part = &mut buffer[..(EXTENT_SIZE.min(data.end - start)) as usize];
-                if let Err(fault) = read_at(self.image.file(), part, start) {
+                if let Err(fault) = self.image.file().read_at(part, start) {
                     return self.add(start, fault);
                 }
                 if let Some(at) = part.iter().position(|byte| *byte != 0) {
@@ -227,7 +226,7 @@ impl Check<'_> {
     /// file, which begins at byte `start`, each extent has `size` bytes.
     fn with_data(&self, start: u64, size: u64, numbers: &Range<u64>) -> u64 {
         let bytes = start + numbers.start * size..start + numbers.end * size;
-        data_in(self.image.file(), bytes.clone()).fold(0, |mask, data| {
+        self.image.file().data_in(bytes.clone()).fold(0, |mask, data| {
             let (first, last) = (data.start - bytes.start, data.end - bytes.start);
             mask | word_mask(first / size, last.div_ceil(size))
         })
@@ -266,7 +265,7 @@ impl Check<'_> {
     ) -> Result<(), Enough> {
         let bytes = &mut buffer[..run.bytes() as usize];
         let start = self.image.layout().page(at, run.first);
-        if let Err(fault) = read_at(self.image.file(), bytes, start) {
+        if let Err(fault) = self.image.file().read_at(bytes, start) {
             return self.add(start, self.image.in_page(at, run, fault));
         }
         for (page, bytes) in (run.first..).zip(bytes.chunks_mut(PAGE_SIZE as usize)) {
@@ -285,7 +284,7 @@ impl Check<'_> {
         let (layout, present) = (self.image.layout(), &self.image.states()[at].present);
         let start = layout.page(at, pages.first);
         let mut next = pages.first;
-        for data in data_in(self.image.file(), start..start + EXTENT_SIZE) {
+        for data in self.image.file().data_in(start..start + EXTENT_SIZE) {
             // The file system may report data and holes in units smaller than a page. `next` makes
             // sure that no page is checked twice.
             let first = next.max(pages.first + (data.start - start) / PAGE_SIZE);
@@ -293,7 +292,7 @@ impl Check<'_> {
             for gap in gaps(present, PageRange::new(first, next.saturating_sub(first))) {
                 let (bytes, start) =
                     (&mut buffer[..gap.bytes() as usize], layout.page(at, gap.first));
-                if let Err(fault) = read_at(self.image.file(), bytes, start) {
+                if let Err(fault) = self.image.file().read_at(bytes, start) {
                     self.add(start, self.image.in_page(at, gap, fault))?;
                     continue;
                 }

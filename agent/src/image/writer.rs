@@ -207,6 +207,14 @@ impl ImageWriter {
         self.write_rest(metadata, base, pieces, state).map_err(|fault| fault.of(self.path()))
     }
 
+    /// Puts a complete image into its store, but for its name; see [`NewFile::upload`].
+    ///
+    /// # Errors
+    /// If it is cancelled, or the store refuses.
+    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), ImageError> {
+        self.file.upload(is_cancelled).map_err(|fault| fault.of(self.path()))
+    }
+
     /// Gives a complete image its name.
     ///
     /// # Errors

@@ -347,6 +347,15 @@ pub fn connect_manager(name: &OsStr) -> Result<OwnedFd, Errno> {
     Ok(socket)
 }
 
+/// A socket to a service of stores ([`crate::store`]), which the opener starts.
+///
+/// # Errors
+/// If there is no opener, or it cannot start one.
+pub fn store_service() -> Result<OwnedFd, Errno> {
+    let opener = OPENER.get().ok_or(Errno::NOSYS)?;
+    opener.descriptor(&Op::StoreService, &[])
+}
+
 /// The socket addresses of `HOST:PORT`. Has no deadline.
 ///
 /// # Errors

@@ -27,7 +27,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -45,11 +45,11 @@ const LONGEST_WAIT: Duration = Duration::from_secs(3600);
 const ARGUMENT: &str = "--opener";
 
 /// Starts an opener for this process. With `check` it refuses what was not granted; otherwise it
-/// only logs that.
+/// only logs that. `stores` are those that its service of stores may use.
 ///
 /// # Errors
 /// If the program cannot be executed.
-pub fn start(check: bool) -> io::Result<Channel> {
+pub fn start(check: bool, stores: &[String]) -> io::Result<Channel> {
     let (ours, openers) =
         socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     let mut command = Command::new("/proc/self/exe");
@@ -60,6 +60,9 @@ pub fn start(check: bool) -> io::Result<Channel> {
         None => arguments = vec!["agent".into()],
     }
     command.arg0("pageferry").args(arguments).arg(ARGUMENT).arg(if check { "on" } else { "log" });
+    stores.iter().for_each(|store| {
+        command.args(["--store", store]);
+    });
     // Nobody waits for it: it ends with this process.
     command.stdin(Stdio::from(openers)).stdout(Stdio::null()).spawn()?;
     Ok(Channel::new(ours))
@@ -69,7 +72,7 @@ pub fn start(check: bool) -> io::Result<Channel> {
 ///
 /// # Errors
 /// If standard input is no socket of an agent.
-pub fn run(check: bool) -> io::Result<()> {
+pub fn run(check: bool, stores: Vec<String>) -> io::Result<()> {
     // The agent may have more than this process needs: sockets of its service manager, a key.
     close_inherited()?;
     // These are sent to all processes of a terminal or of a service. The agent may still need files
@@ -78,7 +81,7 @@ pub fn run(check: bool) -> io::Result<()> {
         signal_hook::flag::register(signal, Arc::default())?;
     }
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
-    let opener = Opener { named: Mutex::default(), check, running: AtomicUsize::new(0) };
+    let opener = Opener::new(check, stores);
     // Threads that hang in the kernel end with the process: nobody needs what they do any more.
     Arc::new(opener).serve(socket).map_err(io::Error::other)
 }
@@ -89,6 +92,10 @@ struct Opener {
     named: Mutex<Named>,
     /// Refuse what was not named. Otherwise it is only logged.
     check: bool,
+    /// The stores that the agent's options name.
+    stores: Vec<String>,
+    /// The services of stores that were started, and have not ended.
+    services: Mutex<Vec<Child>>,
     /// Number of requests that are being carried out.
     running: AtomicUsize,
 }
@@ -127,6 +134,11 @@ impl Name {
 }
 
 impl Opener {
+    fn new(check: bool, stores: Vec<String>) -> Self {
+        let (named, services, running) = (Mutex::default(), Mutex::default(), AtomicUsize::new(0));
+        Self { named, check, stores, services, running }
+    }
+
     /// Serves the agent at the other end of `socket` until it closes.
     ///
     /// # Errors
@@ -322,6 +334,13 @@ impl Opener {
                 let (listener, connected) = super::listening_pair()?;
                 Done::Pair([listener, connected])
             }
+            Op::StoreService => {
+                let (service, socket) = crate::store::process::start(&self.stores)?;
+                let mut services = lock(&self.services);
+                services.retain_mut(|service| matches!(service.try_wait(), Ok(None)));
+                services.push(service);
+                Done::Descriptor(socket)
+            }
             Op::LookUp { name } => Done::Addresses(super::look_up(&name)?),
         })
     }
@@ -360,7 +379,7 @@ mod tests {
             std::fs::create_dir(home.path().join(name)).unwrap();
         }
         std::fs::write(home.path().join("other/file"), "secret").unwrap();
-        let opener = Opener { named: Mutex::default(), check, running: AtomicUsize::new(0) };
+        let opener = Opener::new(check, Vec::new());
         let mine = std::fs::File::open(home.path().join("mine")).unwrap();
         lock(&opener.named).add(&mine.into(), false).unwrap();
         (home, opener)

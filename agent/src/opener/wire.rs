@@ -59,6 +59,8 @@ pub(super) enum Op {
     /// Remember what the descriptors name as long as the opener runs: the options of the agent name
     /// it.
     GrantForGood,
+    /// Start a service of stores. Answered with a socket to it.
+    StoreService,
 }
 
 impl fmt::Display for Op {
@@ -78,6 +80,7 @@ impl fmt::Display for Op {
             Self::ListenTcp { addresses } => return write!(formatter, "listen at {addresses:?}"),
             Self::LookUp { name } => return write!(formatter, "look up {name}"),
             Self::ListeningPair => return formatter.write_str("make a socket that listens"),
+            Self::StoreService => return formatter.write_str("start the service of stores"),
         };
         write!(formatter, "{does} {}", path.display())
     }
@@ -122,6 +125,7 @@ impl Op {
             Self::ConnectManager { .. } => 13,
             Self::ListeningPair => 14,
             Self::GrantForGood => 15,
+            Self::StoreService => 16,
         }
     }
 
@@ -129,7 +133,7 @@ impl Op {
     pub(super) fn encode(&self) -> Vec<u8> {
         let body = Encoder::new();
         match self {
-            Self::Grant | Self::GrantForGood | Self::ListeningPair => body,
+            Self::Grant | Self::GrantForGood | Self::ListeningPair | Self::StoreService => body,
             Self::IsNamed { path, write } => put_path(body, path).u8(u8::from(*write)),
             Self::Open { path, flags, mode } => put_path(body, path).u32(*flags).u32(*mode),
             Self::Reopen { flags } => body.u32(*flags),
@@ -187,6 +191,7 @@ impl Op {
             13 => Self::ConnectManager { name: take_path(&mut body)? },
             14 => Self::ListeningPair,
             15 => Self::GrantForGood,
+            16 => Self::StoreService,
             _ => return Ok(None),
         };
         body.finish()?;
@@ -315,6 +320,7 @@ mod tests {
             path().prop_map(|name| Op::ConnectManager { name }),
             Just(Op::ListeningPair),
             Just(Op::GrantForGood),
+            Just(Op::StoreService),
         ]
     }
 
@@ -325,7 +331,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_or_refused(code in 0..16u32, body in any::<Vec<u8>>()) {
+        fn any_bytes_are_read_or_refused(code in 0..17u32, body in any::<Vec<u8>>()) {
             let _ = Op::decode(code, &body);
             let _ = Reply::decode(&body);
         }

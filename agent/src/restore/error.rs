@@ -4,6 +4,7 @@
 
 use crate::image::ImageFault;
 use crate::image::blocks::BlocksDifference;
+use crate::store::StoreError;
 use pageferry_protocol::error::size as bytes;
 use pageferry_protocol::image::working_set::{MAX_SIZE, WorkingSetError};
 use pageferry_protocol::image::{ImageId, id_text};
@@ -115,6 +116,9 @@ pub enum WorkingSetFileError {
     /// The kernel refused to open or read it.
     #[error("it cannot be read")]
     Read(#[source] Errno),
+    /// Its store.
+    #[error("it cannot be read")]
+    Store(#[source] StoreError),
     /// It is not a regular file, or it is too long. With its size in bytes.
     #[error(
         "it is no working set: it is not a regular file, or its size of {} is more than the limit of {}",

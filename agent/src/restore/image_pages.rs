@@ -11,7 +11,7 @@
 //!   [`crate::memory::missing_pages`].
 //!
 //! If there is no memory to place a page in, the thread tries again for `NO_MEMORY_TIMEOUT` while
-//! the guest waits.
+//! the guest waits. If the store of the image does not answer, it tries again until it does.
 
 use super::source::Source;
 use crate::job::{Job, JobError, add};
@@ -27,6 +27,9 @@ use std::time::{Duration, Instant};
 
 /// How long a page may fail to be placed for want of memory before the restore fails.
 const NO_MEMORY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The pause before a store is asked again that did not answer.
+const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// The missing pages of a guest, and the image that has their content.
 #[derive(Debug)]
@@ -80,9 +83,37 @@ impl<'a> ImagePages<'a> {
         if pages < range.count && self.missing_pages.missing().block(at).unit() > 1 {
             content.fill(0);
         }
-        self.source.read(at, range, content)?;
+        self.read_from_source(at, range, content)?;
         add(&self.job.live.image_bytes, pages * PAGE_SIZE);
         Ok(content)
+    }
+
+    /// Reads the pages. While the store of the image does not answer, the guest waits, and so does
+    /// this thread: the memory is not lost.
+    fn read_from_source(
+        &self, at: usize, range: PageRange, content: &mut [u8],
+    ) -> Result<(), JobError> {
+        let mut waits = false;
+        loop {
+            match self.source.read(at, range, content) {
+                Err(error) if error.fault.may_pass() && !self.has_ended() => {
+                    let why = crate::error::chain(&error);
+                    if !waits {
+                        log::warn!("job {}: the guest waits for the store: {why}", self.job.id);
+                    }
+                    self.job.note(&format!("waits for the store: {why}"));
+                    waits = true;
+                    self.job.cancel.wait(&[], Instant::now() + STORE_RETRY)?;
+                }
+                read => {
+                    if waits && read.is_ok() {
+                        log::info!("job {}: the store answers again", self.job.id);
+                        self.job.note("");
+                    }
+                    return Ok(read?);
+                }
+            }
+        }
     }
 
     /// Places those of the pages `range` that are missing. The range consists of whole host pages,

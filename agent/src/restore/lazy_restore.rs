@@ -90,6 +90,8 @@ impl<'a> LazyRestore<'a> {
             Err(error) => return (false, Err(error)),
         };
         let (pages, queue) = (&self.pages, &self.queue);
+        // The workers read one piece after another. A disk or a store does more at a time.
+        self.pieces.all().iter().for_each(|(at, piece)| pages.source.will_need(*at, *piece));
         let mut forwarder = FaultForwarder::new(pages, queue, &self.last_touch, record);
         std::thread::scope(|scope| {
             let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());

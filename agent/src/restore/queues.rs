@@ -69,6 +69,11 @@ impl WorkingSetPieces {
         Self { pieces, next: AtomicUsize::new(0) }
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> &[(usize, PageRange)] {
+        &self.pieces
+    }
+
     pub(super) fn claim(&self) -> Option<(usize, PageRange)> {
         self.pieces.get(self.next.fetch_add(1, Ordering::Relaxed)).copied()
     }

@@ -30,6 +30,7 @@ use crate::image::{ImageFault, ImageKey};
 use crate::memory::GuestMemory;
 use crate::memory::runs::{NEAR, join_near_runs};
 use crate::opener;
+use crate::store::{self, StoreErrorKind};
 use pageferry_protocol::image::working_set::SealedWorkingSet;
 use pageferry_protocol::image::working_set::{MAGIC, MAX_RUNS, MAX_SIZE, WorkingSetError};
 use pageferry_protocol::image::{ImageId, Place, WorkingSet, id_text};
@@ -101,6 +102,12 @@ impl WorkingSetPlan {
 
 /// Reads the file. Returns `None` if there is no file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, WorkingSetFileError> {
+    if store::is_stored(path) {
+        return match store::client::read(path, MAX_SIZE) {
+            Err(error) if error.kind == StoreErrorKind::Missing => Ok(None),
+            found => Ok(Some(found.map_err(WorkingSetFileError::Store)?)),
+        };
+    }
     let file = match opener::open(
         path,
         OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,

@@ -109,7 +109,8 @@ pub fn try_landlock() -> Result<(), SandboxError> {
     Ok(files::try_all()?)
 }
 
-/// Enters the sandbox. `granted` are the folders that the arguments of the agent name. `programs`
+/// Enters the sandbox. `granted` are the folders that the arguments of the agent name, and `stores`
+/// the object stores. `programs`
 /// are those in which the programs of upgrades may be, besides that of `program`, which this
 /// process executes.
 ///
@@ -118,7 +119,8 @@ pub fn try_landlock() -> Result<(), SandboxError> {
 /// # Errors
 /// If the opener cannot be started, or the kernel refuses.
 pub fn enter(
-    mode: Mode, granted: impl FnOnce() -> Vec<Grants>, program: &Path, programs: &[PathBuf],
+    mode: Mode, (granted, stores): (impl FnOnce() -> Vec<Grants>, &[String]), program: &Path,
+    programs: &[PathBuf],
 ) -> Result<Sandbox, SandboxError> {
     if mode == Mode::Off {
         return Ok(Sandbox::default());
@@ -133,7 +135,7 @@ pub fn enter(
     let is_inherited = inherited.is_some();
     let channel = match inherited {
         Some(socket) => Channel::new(socket),
-        None => process::start(mode == Mode::On).map_err(SandboxError::Opener)?,
+        None => process::start(mode == Mode::On, stores).map_err(SandboxError::Opener)?,
     };
     opener::ask(channel);
     // The opener of the program before knows them.

@@ -12,6 +12,7 @@ use super::{Session, check_fds, invalid, wrong_fds};
 use crate::job::{CancelledBy, TooLate};
 use crate::memory::current::CurrentAgent;
 use crate::opener;
+use crate::store;
 use crate::tracking::TrackerChoice;
 use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
@@ -481,6 +482,10 @@ fn check_named(field: &str, path: &str, write: bool) -> Result<(), RemoteError> 
     // A relative path is another file here than for the sender.
     check_path(field, path)?;
     may_wait("ask the opener");
+    if store::is_stored(Path::new(path)) {
+        return store::client::check(Path::new(path))
+            .map_err(|error| RemoteError::new(ErrorCode::Denied, format!("{field}: {error}")));
+    }
     match opener::is_named(Path::new(path), write) {
         // What else is wrong with it is found when it is used.
         Ok(true) | Err(_) => Ok(()),
@@ -498,6 +503,10 @@ fn check_named(field: &str, path: &str, write: bool) -> Result<(), RemoteError> 
 /// Refuses an image that cannot be opened, before anything is given up for it.
 fn check_opens(path: &str) -> Result<(), RemoteError> {
     may_wait("open an image");
+    if store::is_stored(Path::new(path)) {
+        // It may take seconds. The job opens it before it gives anything up.
+        return Ok(());
+    }
     // Does not wait for the other end of a pipe.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     opener::open(path, flags, rustix::fs::Mode::empty()).map(drop).map_err(|errno| {

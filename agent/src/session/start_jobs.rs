@@ -37,6 +37,7 @@ use pageferry_protocol::control::job::{
 use pageferry_protocol::control::journal::Journal;
 use pageferry_protocol::control::reply::{ErrorCode, JobStarted, RemoteError};
 use pageferry_protocol::control::role::Role;
+use pageferry_protocol::image::stored::is_stored;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -530,11 +531,13 @@ fn parse(address: &str) -> Result<Address, RemoteError> {
 
 /// Refuses a relative path: it would be another file here than for the sender.
 pub(super) fn check_path(field: &str, path: &str) -> Result<(), RemoteError> {
-    if path.starts_with('/') && !path.contains('\0') {
+    if (path.starts_with('/') || is_stored(path)) && !path.contains('\0') {
         return Ok(());
     }
     Err(RemoteError::new(
         ErrorCode::Invalid,
-        format!("{field} is {path:?}, expected is a path from the root"),
+        format!(
+            "{field} is {path:?}, expected is a path from the root, or the name of an object in a store"
+        ),
     ))
 }

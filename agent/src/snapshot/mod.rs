@@ -35,6 +35,7 @@ use crate::image::writer::{Base, ImageMetadata};
 use crate::image::{ImageFault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
+use crate::store;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
 use changes::Changes;
@@ -115,6 +116,9 @@ fn find_base(job: &Job, plan: &SnapshotPlan) -> Result<Base, JobError> {
 }
 
 fn is_same_file(one: &Path, other: &Path) -> bool {
+    if store::is_stored(one) || store::is_stored(other) {
+        return one == other;
+    }
     let identity = |path| rustix::fs::stat(path).map(|stat| (stat.st_dev, stat.st_ino)).ok();
     identity(one).is_some_and(|one| identity(other) == Some(one))
 }
@@ -184,14 +188,14 @@ fn capture(
 fn finish(
     job: &Job, writer: &ImageWriter, saved: &Saved, changes: &Changes, base: &Base,
 ) -> Result<(), JobError> {
-    // ---- The commit point: from here on the image is completed, and it may get its name before a
-    // cancel is noticed.
-    job.cancel.commit_point()?;
     let SavedState { guest, pieces, file } = &saved.state;
     let (discarded, changed) =
         (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = ImageMetadata { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
+    writer.upload(&|| job.check().is_err())?;
+    // ---- The commit point: from here on the image may get its name before a cancel is noticed.
+    job.cancel.commit_point()?;
     // The image is consistent even if the VMM has died in the meantime. But if the VMM has another
     // agent now, that agent may have given the same name to a newer image.
     job.memory.current.check()?;

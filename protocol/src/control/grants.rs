@@ -15,6 +15,7 @@
 
 use super::frame::MAX_FDS;
 use super::request::Request;
+use crate::image::stored::is_stored;
 use rustix::fs::{Mode, OFlags, open};
 use std::net::{ToSocketAddrs, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -112,6 +113,10 @@ impl Grants {
     }
 
     fn folder_of(mut self, file: &Path, flags: OFlags) -> Self {
+        // Stores are named by the options of the agent alone.
+        if file.to_str().is_some_and(is_stored) {
+            return self;
+        }
         // The file may be a link into another folder.
         let behind = file.canonicalize().ok();
         let folders = [Some(file), behind.as_deref()].map(|file| file.and_then(Path::parent));

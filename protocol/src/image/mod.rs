@@ -7,6 +7,7 @@
 //! - [`layout`]: the offsets of pages and sections, which follow from the blocks alone;
 //! - [`contents`]: the blocks, the base of an increment, and the names of the pieces of state;
 //! - [`states`]: two bits for each page: content, zero, discarded, or as in the base;
+//! - [`stored`]: the index of an image in an object store;
 //! - [`sealing`]: what an image has that is encrypted and authenticated;
 //! - [`working_set`]: the file beside an image that lists the pages that a restored guest accessed
 //!   first.
@@ -23,6 +24,7 @@ pub mod header;
 pub mod layout;
 pub mod sealing;
 pub mod states;
+pub mod stored;
 pub mod working_set;
 
 pub use contents::Contents;

@@ -17,7 +17,6 @@ use pageferry_protocol::image::{Header, id_text};
 use pageferry_protocol::memory::PAGE_SIZE;
 use serde_json::{Map, Value, json};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 /// Shows an image and the images that it builds on. If one of those cannot be opened, the image is
@@ -34,9 +33,9 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
         None if error.is_some_and(|error| matches!(error.fault, ImageFault::NeedsKey)) => {
             let (header, file) = Image::peek(&path)?;
             let mut object = Map::new();
-            header_to_json(&path, &header, disk_bytes(file.as_fd()), &mut object);
+            header_to_json(&path, &header, file.disk_bytes(), &mut object);
             object.insert("error".into(), json!(error.map(|error| sentence(error))));
-            (object, header_lines(&path, &header, None, disk_bytes(file.as_fd())))
+            (object, header_lines(&path, &header, None, file.disk_bytes()))
         }
         None => return opened.map(|()| Exit::Done).map_err(Into::into),
     };
@@ -48,12 +47,6 @@ pub(super) fn run(args: &ImageArgs) -> Outcome {
     }
     opened?;
     Ok(Exit::Done)
-}
-
-/// The bytes that the file takes on the disk; 0 if the kernel does not say.
-fn disk_bytes(file: BorrowedFd<'_>) -> u64 {
-    // This should not fail on an open file. If it does, the rest is still worth showing.
-    rustix::fs::fstat(file).map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
 }
 
 /// What the header says, and whether a key is needed to see the rest.
@@ -93,11 +86,11 @@ fn to_json(newest: &Image, images: &[Image], error: Option<&ImageError>) -> Map<
         object.insert("path".into(), json!(text_of(image.path())));
         object.insert("id".into(), json!(id_text(&image.header().id)));
         object.insert("taken".into(), json!(image.header().taken));
-        object.insert("disk_bytes".into(), json!(disk_bytes(image.file())));
+        object.insert("disk_bytes".into(), json!(image.file().disk_bytes()));
         Value::Object(object)
     });
     let mut object = counts(view.all());
-    header_to_json(newest.path(), header, disk_bytes(newest.file()), &mut object);
+    header_to_json(newest.path(), header, newest.file().disk_bytes(), &mut object);
     object.insert("base".into(), json!(base));
     object.insert("blocks".into(), Value::Array(blocks.collect()));
     object.insert("state".into(), Value::Array(state.collect()));
@@ -143,7 +136,7 @@ fn header_lines(
 /// The lines for an operator: name and value.
 fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
     let (header, contents, view) = (newest.header(), newest.contents(), View::Image(newest));
-    let on_disk = disk_bytes(newest.file());
+    let on_disk = newest.file().disk_bytes();
     let mut lines = header_lines(newest.path(), header, Some(&contents.base_name), on_disk);
     let mut line = |name: &str, value: String| lines.push((name.to_owned(), value));
     tally_lines(&mut line, &view, view.all());
@@ -186,7 +179,7 @@ fn lines(newest: &Image, images: &[Image]) -> Vec<(String, String)> {
             format!(
                 "taken {}, content {content}, {} on the disk",
                 utc(header.taken),
-                show::bytes(disk_bytes(image.file()))
+                show::bytes(image.file().disk_bytes())
             ),
         );
     }

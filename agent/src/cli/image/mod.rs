@@ -4,6 +4,7 @@
 //!
 //! - [`info`]: shows the header, blocks and state of an image, and its chain;
 //! - [`map`]: draws a map of the guest's memory;
+//! - [`stores`]: copies images, also from and to stores; lists and prunes a store;
 //! - [`raw`]: imports raw files of memory as images, and exports images as raw files;
 //! - [`layout_args`]: which guest memory is at which offset of a raw file;
 //! - this file: the arguments, and the subcommands `verify` and `merge`.
@@ -12,6 +13,7 @@ pub mod info;
 pub mod layout_args;
 pub mod map;
 pub mod raw;
+pub mod stores;
 
 use super::exit::Exit;
 use super::show;
@@ -20,6 +22,8 @@ use crate::image::merge::{MergeKeys, merge_with};
 use crate::image::seal::KeySource;
 use crate::image::verify::verify_with;
 use crate::image::{ImageError, ImageKey};
+use crate::store::is_stored;
+use crate::store::process::read_past_cache;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::image::id_text;
@@ -60,6 +64,19 @@ pub enum ImageCommand {
                             pageferry image map guest.img --png guest.png"
     )]
     Map(map::MapArgs),
+    /// Copy an image as it is: between files, stores, or both. No key is needed.
+    #[command(after_help = "Examples:\n  pageferry image copy guest.img s3://images/guest\n  \
+                            pageferry image copy s3://images/guest guest.img --replace")]
+    Copy(stores::CopyArgs),
+    /// List the images in a store.
+    #[command(after_help = "Examples:\n  pageferry image list s3://images\n  \
+                            pageferry image list file:///mnt/images/ci --json")]
+    List(stores::ListArgs),
+    /// Remove from a store what belongs to no image: what uploads have left that were interrupted,
+    /// and what images had that were replaced. Images and running uploads stay.
+    #[command(after_help = "Examples:\n  pageferry image prune s3://images --dry-run\n  \
+                            pageferry image prune s3://images --older-than 72h")]
+    Prune(stores::PruneArgs),
     /// Make an image of a raw file of guest memory: a memory file of Firecracker, memory-ranges of
     /// Cloud Hypervisor, the backing file of a QEMU. Holes and zero pages take no space in the
     /// image.
@@ -157,6 +174,9 @@ pub fn run(command: &ImageCommand) -> Outcome {
         ImageCommand::Verify(args) => run_verify(args),
         ImageCommand::Merge(args) => run_merge(args),
         ImageCommand::Map(args) => map::run(args),
+        ImageCommand::Copy(args) => stores::run_copy(args),
+        ImageCommand::List(args) => stores::run_list(args),
+        ImageCommand::Prune(args) => stores::run_prune(args),
         ImageCommand::Import(args) => raw::run_import(args),
         ImageCommand::Export(args) => raw::run_export(args),
     }
@@ -165,6 +185,8 @@ pub fn run(command: &ImageCommand) -> Outcome {
 fn run_verify(args: &VerifyArgs) -> Outcome {
     let path = absolute(&args.image.path)?;
     let key = args.image.read_key()?;
+    // What the store has is checked, and not what the cache has kept of it.
+    let _past = is_stored(&path).then(read_past_cache).transpose()?;
     let bar = bar("verifying");
     let report = verify_with(
         &path,
@@ -264,6 +286,9 @@ fn counted(count: usize, what: &str) -> String {
 
 /// The absolute path.
 fn absolute(path: &Path) -> Result<PathBuf, Box<dyn Error>> {
+    if is_stored(path) {
+        return Ok(path.to_owned());
+    }
     Ok(std::path::absolute(path)
         .map_err(|error| format!("path \"{}\": {error}", path.display()))?)
 }

@@ -5,11 +5,9 @@
 //! guest, and nobody may use it if it fails.
 
 use super::Image;
-use crate::image::bytes::read_at;
 use crate::image::error::{ImageError, ImageFault};
 use pageferry_protocol::image::{EXTENT_PAGES, Place, Seal, checksum, extent_checksum};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
-use std::os::fd::AsFd;
 use zerocopy::IntoBytes;
 
 /// What the pages of an extent are checked with.
@@ -60,7 +58,7 @@ impl Image {
                 (seals[first..first + range.count as usize].as_mut_bytes(), range.first)
             }
         };
-        let read = read_at(self.file.as_fd(), bytes, self.layout.page_sum(at, first));
+        let read = self.file.read_at(bytes, self.layout.page_sum(at, first));
         read.map_err(|fault| self.in_page_sums(at, extent, fault))?;
         Ok(checks)
     }
@@ -130,7 +128,7 @@ impl Image {
             for run in runs {
                 let start = (run.first - first) as usize * PAGE_SIZE as usize;
                 let pages = &mut into[start..start + run.bytes() as usize];
-                let read = read_at(self.file.as_fd(), pages, self.layout.page(at, run.first));
+                let read = self.file.read_at(pages, self.layout.page(at, run.first));
                 read.map_err(|fault| self.in_page(at, run, fault))?;
                 let checks = match &known {
                     Some(checks) => checks,

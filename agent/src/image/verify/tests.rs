@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::error::chain as sentence;
+use crate::image::bytes::read_at;
 use crate::image::bytes::write_at;
 use crate::image::test_support::{BLOCKS, Model, Page, pages, write, zero};
 use crate::image::writer::Base;

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+
+//! What the agent calls: it asks the service of stores, and waits for the answer.
+//!
+//! Each request has a socket of its own for its answer, so any number of threads may ask at once.
+//! If the service died, the next request starts another.
+
+use super::error::{StoreError, StoreErrorKind};
+use super::process;
+use super::wire::{Ask, Kind, Numbers, Speed, decode_answer, join};
+use crate::lock::lock;
+use crate::waiting::may_wait;
+use pageferry_protocol::control::{FrameSocket, SocketError};
+use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+/// Longest time until the service takes a request.
+const SEND: Duration = Duration::from_secs(10);
+/// How often a thread that waits looks whether it still should.
+const LOOK: Duration = Duration::from_millis(100);
+/// A read of at most so many bytes is one that somebody waits for. Others read ahead.
+const URGENT: u64 = 64 << 10;
+/// How often a request is made again because the service died.
+const ATTEMPTS: u32 = 3;
+
+/// The socket to the service.
+static SERVICE: Mutex<Option<FrameSocket>> = Mutex::new(None);
+
+/// True if `path` is the name of an object in a store, and not the path of a file.
+pub fn is_stored(path: &Path) -> bool {
+    path.to_str().is_some_and(pageferry_protocol::image::stored::is_stored)
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+/// Whether the object of this name may be used by this process.
+///
+/// # Errors
+/// If not: the error says why.
+pub fn check(path: &Path) -> Result<(), StoreError> {
+    ask(&Ask::Check { name: text(path) }, None, &|| false).map(drop)
+}
+
+/// The bytes of an object of at most `limit` bytes.
+///
+/// # Errors
+/// If there is none, it is longer, or the store does not answer.
+pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, StoreError> {
+    let (_, fds) = ask(&Ask::Get { name: text(path), limit }, None, &|| false)?;
+    let [file] = descriptors(fds)?;
+    let read = crate::opener::read_open(File::from(file), limit as usize);
+    read.map_err(|error| StoreError::cache("read an object", error))
+}
+
+/// An image in a store: a file of the cache, which has the pieces that were read before.
+#[derive(Debug)]
+pub struct StoredFile {
+    name: String,
+    hash: [u8; 16],
+    data: OwnedFd,
+    present: OwnedFd,
+    piece_size: u64,
+    length: u64,
+}
+
+impl AsFd for StoredFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.data.as_fd()
+    }
+}
+
+impl StoredFile {
+    /// The image of this name.
+    ///
+    /// # Errors
+    /// If there is none, the store does not answer, or the cache cannot be used.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let name = text(path);
+        let (numbers, fds) = ask(&Ask::Open { name: name.clone() }, None, &|| false)?;
+        let ([length, piece_size, low, high], [data, present]) = (numbers, descriptors(fds)?);
+        if !piece_size.is_power_of_two() {
+            return Err(broken());
+        }
+        Ok(Self { name, hash: join([low, high]), data, present, piece_size, length })
+    }
+
+    /// Length of the image file in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Has these bytes of the file in the cache. Waits for the store, if it has to.
+    ///
+    /// # Errors
+    /// If the store has not got them as they were put there, or does not answer.
+    pub fn ensure(&self, bytes: Range<u64>) -> Result<(), StoreError> {
+        let end = bytes.end.min(self.length);
+        if bytes.start >= end {
+            return Ok(());
+        }
+        let pieces = bytes.start / self.piece_size..end.div_ceil(self.piece_size);
+        let Some(first) = self.next_absent(pieces.clone())? else { return Ok(()) };
+        let speed = if end - bytes.start <= URGENT { Speed::Now } else { Speed::Soon };
+        self.fetch(first..pieces.end, speed)
+    }
+
+    /// Has the service begin to bring these bytes, and does not wait for that.
+    pub fn will_need(&self, bytes: Range<u64>) {
+        let end = bytes.end.min(self.length).div_ceil(self.piece_size);
+        let pieces = bytes.start / self.piece_size..end;
+        // If this fails, whoever reads it gets the error.
+        if let Ok(Some(first)) = self.next_absent(pieces.clone()) {
+            let _ = self.fetch(first..pieces.end, Speed::Later);
+        }
+    }
+
+    fn fetch(&self, pieces: Range<u64>, speed: Speed) -> Result<(), StoreError> {
+        let (name, hash) = (self.name.clone(), self.hash);
+        let (first, count) = (pieces.start, pieces.end - pieces.start);
+        ask(&Ask::Fetch { name, hash, first, count, speed }, None, &|| false).map(drop)
+    }
+
+    /// The first of these pieces that the cache does not have.
+    fn next_absent(&self, pieces: Range<u64>) -> Result<Option<u64>, StoreError> {
+        let mut states = [0; 512];
+        let mut next = pieces.start;
+        while next < pieces.end {
+            let states = &mut states[..(pieces.end - next).min(512) as usize];
+            let read =
+                rustix::io::pread(&self.present, &mut *states, super::cache::PRESENT_HEAD + next);
+            match read {
+                Ok(0) => return Ok(Some(next)),
+                Ok(read) => {
+                    let present = super::cache::State::Present as u8;
+                    if let Some(at) = states[..read].iter().position(|state| *state != present) {
+                        return Ok(Some(next + at as u64));
+                    }
+                    next += read as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(StoreError::cache("read the cache", errno)),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A file that becomes an object of a store when it is complete.
+#[derive(Debug)]
+pub struct NewObject {
+    name: String,
+    replace: bool,
+    kind: Kind,
+    file: OwnedFd,
+    upload: Mutex<Option<[u8; 16]>>,
+}
+
+impl Drop for NewObject {
+    fn drop(&mut self) {
+        if let Some(upload) = lock(&self.upload).take()
+            && let Err(error) = ask(&Ask::Abandon { upload }, None, &|| false)
+        {
+            log::warn!("{}: what was uploaded is left for prune: {error}", self.name);
+        }
+    }
+}
+
+impl AsFd for NewObject {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl NewObject {
+    /// A file for the object of this name, of a kind that begins with `magic`.
+    ///
+    /// # Errors
+    /// If there is such an object and it may not be replaced, or is of another kind; or the store
+    /// does not answer.
+    pub fn create(
+        path: &Path, replace: bool, magic: &[u8], kind: &str,
+    ) -> Result<Self, StoreError> {
+        let (name, kind) = (text(path), Kind { magic: magic.to_vec(), name: kind.to_owned() });
+        let create = Ask::Create { name: name.clone(), replace, kind: kind.clone() };
+        let [file] = descriptors(ask(&create, None, &|| false)?.1)?;
+        Ok(Self { name, replace, kind, file, upload: Mutex::default() })
+    }
+
+    /// Puts all of an image into the store but what makes it one. Ends early if `is_cancelled`.
+    ///
+    /// # Errors
+    /// If it is cancelled, or the store refuses or does not answer. Then nothing is left of it.
+    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), StoreError> {
+        let mut uploaded = lock(&self.upload);
+        let is_image = self.kind.magic == pageferry_protocol::image::header::MAGIC;
+        if !is_image || uploaded.is_some() {
+            return Ok(());
+        }
+        let upload = Ask::Upload { name: self.name.clone() };
+        let ([low, high, bytes, _], _) = ask(&upload, Some(self.file.as_fd()), is_cancelled)?;
+        log::info!("{}: {bytes} bytes are uploaded", self.name);
+        *uploaded = Some(join([low, high]));
+        Ok(())
+    }
+
+    /// Gives the object its name.
+    ///
+    /// # Errors
+    /// If there is an object that may not be replaced, or the store does not answer. Then what has
+    /// this name is unchanged.
+    pub fn finish(&self) -> Result<(), StoreError> {
+        self.upload(&|| false)?;
+        let replace = self.replace;
+        // Whatever comes of it, the service has nothing of it then.
+        let uploaded = lock(&self.upload).take();
+        match uploaded {
+            Some(upload) => ask(&Ask::Commit { upload, replace }, None, &|| false).map(drop),
+            None => {
+                let put = Ask::Put { name: self.name.clone(), replace, kind: self.kind.clone() };
+                ask(&put, Some(self.file.as_fd()), &|| false).map(drop)
+            }
+        }
+    }
+}
+
+fn descriptors<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], StoreError> {
+    fds.try_into().map_err(|_| broken())
+}
+
+/// The service does not answer as it should.
+fn broken() -> StoreError {
+    StoreError::cache("use the service of stores", "it answers what was not asked")
+}
+
+/// Asks the service, and waits for its answer, unless `is_cancelled` says otherwise.
+fn ask(
+    ask: &Ask, file: Option<BorrowedFd<'_>>, is_cancelled: &dyn Fn() -> bool,
+) -> Result<(Numbers, Vec<OwnedFd>), StoreError> {
+    may_wait("ask the service of stores");
+    let failed = |error| StoreError::cache("ask the service of stores", error);
+    for _ in 0..ATTEMPTS {
+        let (ours, services) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(failed)?;
+        let fds: Vec<BorrowedFd<'_>> = [services.as_fd()].into_iter().chain(file).collect();
+        send(ask, &fds)?;
+        drop(fds);
+        drop(services);
+        let mut answer = FrameSocket::from(ours);
+        loop {
+            match answer.try_recv() {
+                Ok(Some(frame)) => {
+                    let numbers = decode_answer(&frame.body).map_err(|_| broken())??;
+                    return Ok((numbers, frame.fds));
+                }
+                Ok(None) => {
+                    if is_cancelled() {
+                        let sentence = "nobody waits for it any more";
+                        return Err(StoreError::new(StoreErrorKind::Cancelled, sentence));
+                    }
+                    let until = Instant::now() + LOOK;
+                    pageferry_protocol::control::socket::wait(answer.as_fd(), PollFlags::IN, until)
+                        .map_err(failed)?;
+                }
+                // The service died. What was asked can be asked again.
+                Err(SocketError::Closed | SocketError::ClosedInFrame { .. }) => break,
+                Err(error) => return Err(StoreError::cache("ask the service of stores", error)),
+            }
+        }
+        log::warn!("the service of stores has died: another one is started");
+    }
+    Err(StoreError::new(StoreErrorKind::Unreachable, "the service of stores dies again and again"))
+}
+
+/// Sends a request, to another service if there is none or it died.
+fn send(ask: &Ask, fds: &[BorrowedFd<'_>]) -> Result<(), StoreError> {
+    let mut service = lock(&SERVICE);
+    for _ in 0..ATTEMPTS {
+        let socket = match &mut *service {
+            Some(socket) => socket,
+            none => none.insert(FrameSocket::from(process::connect()?)),
+        };
+        let until = Instant::now() + SEND;
+        match socket.send_parts(ask.code(), 0, &ask.encode(), fds, until) {
+            Ok(()) => return Ok(()),
+            Err(error) => {
+                log::debug!("service of stores: {error}");
+                *service = None;
+            }
+        }
+    }
+    Err(StoreError::new(StoreErrorKind::Unreachable, "the service of stores takes no request"))
+}
