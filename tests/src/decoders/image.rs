@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Decoders of images: the header, the sections that it points to, the file of the working set, and
-//! the key of sealed images.
+//! Decoders of images: the header, the sections that it points to, the file of the working set, the
+//! index of an image in a store, and the key of sealed images.
 #![allow(clippy::expect_used, reason = "a target fails by panicking")]
 
 use super::heap::{fair, within};
@@ -13,6 +13,7 @@ use pageferry_protocol::control::state_pieces::{MAX_PIECES, MAX_STATE, PieceSize
 use pageferry_protocol::image::header::{HEADER_SIZE, MAGIC, VERSION};
 use pageferry_protocol::image::sealing::{MAC_SIZE, SALT_SIZE, Seal, Sealing};
 use pageferry_protocol::image::states::states_size;
+use pageferry_protocol::image::stored::{Form, Index, Piece};
 use pageferry_protocol::image::working_set::{MAX_RUNS, SealedWorkingSet};
 use pageferry_protocol::image::{
     Contents, Header, Section, StateWord, WorkingSet, checksum, decode_states, encode_states,
@@ -309,6 +310,112 @@ pub fn sealed_working_set_seeds() -> Vec<Vec<u8>> {
     let seal = Seal { nonce: [1, 0, 0, 0, 0, 0, 0, 0], tag: [2; 16] };
     let set = |bytes: Vec<u8>| SealedWorkingSet { salt: [3; SALT_SIZE], seal, bytes }.encode();
     let seeds = [set(Vec::new()), set(vec![4; 60])];
+    let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
+    seed(0).chain(seed(SEALED)).collect()
+}
+
+/// An index is accepted exactly if the model that follows the tables of docs/store.md accepts it.
+/// Then its pieces are found by their numbers, and its encoding is the same bytes.
+pub fn stored_index(data: &[u8]) -> bool {
+    let (how, bytes) = choice(data);
+    let mut bytes = bytes.to_vec();
+    if how & SEALED != 0 {
+        seal(&mut bytes);
+    }
+    let pieces_at = pieces_of_index(&bytes);
+    match within(fair(&bytes), || Index::decode(&bytes)) {
+        Ok(index) => {
+            let at = pieces_at.expect("the model refuses it");
+            assert_eq!(index.pieces.len(), (bytes.len() - 4 - at) / INDEX_PIECE);
+            for piece in &index.pieces {
+                assert_eq!(index.find(piece.number), Some(piece));
+                assert!(piece.number < index.count() && index.content_length(piece.number) > 0);
+                assert!(index.packs.get(piece.pack as usize).is_some());
+            }
+            // Written as zero, and ignored when read.
+            bytes[60..64].fill(0);
+            let end = bytes.len() - 4;
+            bytes[at..end].chunks_mut(INDEX_PIECE).for_each(|piece| piece[28..32].fill(0));
+            seal(&mut bytes);
+            same(index.encode(), bytes);
+            true
+        }
+        Err(error) => {
+            assert_eq!(pieces_at, None, "{error}");
+            refused(&error)
+        }
+    }
+}
+
+/// Bytes of a piece in an index.
+const INDEX_PIECE: usize = 48;
+
+/// Where the pieces of an index begin; `None` if it is to be refused.
+fn pieces_of_index(bytes: &[u8]) -> Option<usize> {
+    let end = bytes.len().checked_sub(4).filter(|end| *end >= 64)?;
+    let (size, length) = (number::<4>(bytes, 12), number::<8>(bytes, 16));
+    let is_head_right = bytes[..8] == *b"PFstore\0"
+        && number::<4>(bytes, end) == u128::from(checksum(&bytes[..end]))
+        && number::<4>(bytes, 8) == 1
+        && (16..=24).any(|power| size == 1 << power)
+        && (1..=1 << 50).contains(&length);
+    let (packs, mut at) = (number::<4>(bytes, 56), 64);
+    for _ in 0..packs {
+        let name = bytes[..end].get(at..at + 4).map(|bytes| number::<4>(bytes, 0) as usize)?;
+        let text = bytes[..end].get(at + 4..at + 4 + name)?;
+        std::str::from_utf8(text).ok().filter(|_| (1..=2048).contains(&name))?;
+        at += 4 + name;
+    }
+    let mut pieces = bytes[at..end].chunks_exact(INDEX_PIECE);
+    let mut next = 0;
+    let are_right = pieces.all(|piece| {
+        let (piece_number, pack, form) =
+            (number::<8>(piece, 0), number::<4>(piece, 8), number::<4>(piece, 12));
+        let (offset, packed) = (number::<8>(piece, 16), number::<4>(piece, 24));
+        let content = size.min(length.saturating_sub(piece_number * size));
+        let is_next = piece_number >= next && content > 0;
+        next = piece_number + 1;
+        let fits = match form {
+            1 => packed == content,
+            2 => (1..=content).contains(&packed),
+            _ => false,
+        };
+        is_next && pack < packs && offset <= 1 << 50 && fits
+    });
+    let is_whole = (end - at).is_multiple_of(INDEX_PIECE);
+    (is_head_right && is_whole && are_right).then_some(at)
+}
+
+/// An image without content, one with a single piece, and one with both forms in two packs, whose
+/// last piece is short.
+pub fn stored_index_seeds() -> Vec<Vec<u8>> {
+    let piece = |number, pack, form, offset, length| {
+        let hash = [number as u8; 16];
+        Piece { number, pack, form, offset, length, hash }
+    };
+    let index = |length, piece_size, packs: &[&str], pieces| Index {
+        image: [1; 16],
+        upload: [2; 16],
+        length,
+        piece_size,
+        packs: packs.iter().map(|name| (*name).to_owned()).collect(),
+        pieces,
+    };
+    let seeds = [
+        index(1 << 20, 1 << 20, &[], vec![]),
+        index(64 << 10, 64 << 10, &["a"], vec![piece(0, 0, Form::Zstd, 0, 9)]),
+        index(
+            (5 << 20) + 1,
+            1 << 20,
+            &["vm/a.parts/0/00000000", "vm/mönday.parts/1/00000000"],
+            vec![
+                piece(0, 0, Form::Zstd, 7, 1 << 20),
+                piece(2, 1, Form::Plain, 1 << 50, 1 << 20),
+                piece(5, 1, Form::Plain, 0, 1),
+            ],
+        ),
+    ]
+    .map(|index| index.encode());
     let seed = |how: u8| seeds.iter().map(move |bytes| [&[how], bytes.as_slice()].concat());
     seed(0).chain(seed(SEALED)).collect()
 }

@@ -14,8 +14,9 @@
 //! - [`control`]: frames, requests, replies, hooks, vhost-user's own bodies; [`stream`]: what
 //!   travels between agents;
 //! - [`handshake`]: what comes before a peer has proved who it is;
-//! - [`image`]: the file of a saved guest; [`memory`]: ranges and blocks; [`address`](mod@address):
-//!   addresses that a user writes; [`scrape`](mod@scrape): HTTP requests for the metrics;
+//! - [`image`]: the file of a saved guest, and its index in a store; [`memory`]: ranges and blocks;
+//!   [`address`](mod@address): addresses that a user writes; [`scrape`](mod@scrape): HTTP requests
+//!   for the metrics;
 //! - [`queues`]: queues of the agent's devices; [`relay`]: messages of their front-ends;
 //! - [`heap`]: how much memory a decoder takes; [`mod@hammer`]: random and mutated inputs;
 //!   [`mod@kept`]: what fuzzers have found.
@@ -47,7 +48,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 30] = [
+pub const TARGETS: [Target; 31] = [
     Target { name: "control_frame", run: control::control_frame, seeds: control::frame_seeds },
     Target { name: "request", run: control::request, seeds: control::request_seeds },
     Target { name: "reply", run: control::reply, seeds: control::reply_seeds },
@@ -86,6 +87,7 @@ pub const TARGETS: [Target; 30] = [
         run: image::sealed_working_set,
         seeds: image::sealed_working_set_seeds,
     },
+    Target { name: "stored_index", run: image::stored_index, seeds: image::stored_index_seeds },
     Target { name: "image_key", run: image::image_key, seeds: image::image_key_seeds },
     Target { name: "geometry", run: memory::geometry, seeds: memory::geometry_seeds },
     Target { name: "range", run: memory::range, seeds: memory::range_seeds },

@@ -84,9 +84,13 @@ impl Host {
 
     /// The same, with `more` arguments of the agent.
     pub fn start_with(more: &[&str]) -> Self {
+        Self::start_as(&mut Command::new(program()), more)
+    }
+
+    /// The same with another command that runs the program.
+    pub fn start_as(command: &mut Command, more: &[&str]) -> Self {
         let home = tempfile::tempdir().unwrap();
-        let mut command = Command::new(program());
-        let agent = AgentProcess::start_with(&mut command, home.path(), "agent", more).unwrap();
+        let agent = AgentProcess::start_with(command, home.path(), "agent", more).unwrap();
         Self { agent, images: Folder { agents: folder_in(&home), view: None }, home }
     }
 

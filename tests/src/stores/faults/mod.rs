@@ -88,7 +88,8 @@ pub struct Faults {
     pub only: Option<String>,
     /// How many more faults are injected. `None` is no limit.
     pub at_most: Option<u64>,
-    shares: Vec<(Fault, u64)>,
+    /// The share of each fault, in thousandths. See [`Faults::with`].
+    pub shares: Vec<(Fault, u64)>,
 }
 
 impl Default for Faults {
@@ -105,8 +106,8 @@ impl Default for Faults {
 }
 
 impl Faults {
-    /// Also injects `fault` in `per_mille` of 1000 requests. A request has one fault at most, so the
-    /// shares of all faults add up.
+    /// Also injects `fault` in `per_mille` of 1000 requests. A request has one fault at most, so
+    /// the shares of all faults add up.
     #[must_use]
     pub fn with(mut self, fault: Fault, per_mille: u64) -> Self {
         self.shares.push((fault, per_mille));
