@@ -37,6 +37,8 @@ const DEFAULT_SIZE: u64 = 20 << 30;
 pub(super) const PRESENT_HEAD: u64 = 64;
 /// How often a folder is opened again that another process removes just now.
 const ATTEMPTS: u32 = 100;
+/// What the name of a private folder begins with, before the number of its process.
+const PRIVATE: &str = "private-";
 /// Mode of files that only their user may use.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
@@ -112,10 +114,28 @@ impl Cache {
     /// # Errors
     /// If it cannot be made.
     pub(super) fn private_folder(&self) -> Result<PathBuf, StoreError> {
-        let folder = self.folder.join(format!("private-{}", std::process::id()));
+        self.remove_left_private_folders();
+        let folder = self.folder.join(format!("{PRIVATE}{}", std::process::id()));
         let made = std::fs::DirBuilder::new().mode(0o700).create(&folder);
         made.map_err(|error| self.failed("make a folder", error))?;
         Ok(folder)
+    }
+
+    /// Removes the folders of processes that were killed.
+    fn remove_left_private_folders(&self) {
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        for folder in entries {
+            let owner = folder.file_name();
+            let Some(owner) = owner.to_str().and_then(|name| name.strip_prefix(PRIVATE)) else {
+                continue;
+            };
+            // This process has had none so far.
+            let is_left = owner == std::process::id().to_string()
+                || !Path::new("/proc").join(owner).exists();
+            if is_left && let Err(error) = std::fs::remove_dir_all(folder.path()) {
+                log::warn!("{} stays: {error}", folder.path().display());
+            }
+        }
     }
 
     /// A file without a name in the cache, for an image that is being made.
