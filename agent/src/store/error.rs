@@ -104,6 +104,11 @@ impl StoreError {
         self
     }
 
+    /// True if the store has not answered: it may have done what it was asked.
+    pub(super) fn is_unreachable(&self) -> bool {
+        self.kind == StoreErrorKind::Unreachable
+    }
+
     /// True if it may go better later: the store may answer, somebody may renew credentials or make
     /// room, and put back what is missing.
     pub fn may_pass(&self) -> bool {

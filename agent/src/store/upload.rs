@@ -60,7 +60,7 @@ pub(super) struct Upload {
     refresh: AbortHandle,
     /// When its lease was written last.
     renewed: Arc<Mutex<Duration>>,
-    /// Its index is there, or nothing of it is left.
+    /// Its index may be there, or nothing of it is left.
     is_over: bool,
 }
 
@@ -213,14 +213,20 @@ impl Upload {
     ///
     /// # Errors
     /// If there is an object of this name that may not be replaced, or the store refuses. Then
-    /// nothing is left of it, and what has this name is unchanged.
+    /// nothing is left of it, and what has this name is unchanged. If the store does not answer, it
+    /// is not known whether the image is there; its packs stay.
     pub(super) async fn commit(mut self, replace: bool) -> Result<u64, StoreError> {
         let object = self.object.clone();
         check_free(&object, replace, &MAGIC, "an image").await?;
         self.check_lease().await?;
         let (bytes, upload) = (Bytes::from(self.index.encode()), self.index.upload);
-        put_named(&object, bytes, replace).await?;
+        // The store may carry the request out although nobody hears of it: its answer is lost, or
+        // this is dropped while it waits. So from now on its packs stay, and `prune` decides.
         self.is_over = true;
+        if let Err(error) = put_named(&object, bytes, replace).await {
+            self.is_over = error.is_unreachable();
+            return Err(error);
+        }
         let lease = object.at(self.folder.clone().join(LEASE));
         match lease.store.head(&lease.path).await {
             Err(error @ object_store::Error::NotFound { .. }) => {
