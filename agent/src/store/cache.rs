@@ -130,8 +130,8 @@ impl Cache {
                 continue;
             };
             // This process has had none so far.
-            let is_left = owner == std::process::id().to_string()
-                || !Path::new("/proc").join(owner).exists();
+            let is_left =
+                owner == std::process::id().to_string() || !Path::new("/proc").join(owner).exists();
             if is_left && let Err(error) = std::fs::remove_dir_all(folder.path()) {
                 log::warn!("{} stays: {error}", folder.path().display());
             }

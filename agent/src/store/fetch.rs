@@ -41,6 +41,8 @@ const ATTEMPTS: u32 = 4;
 const LONGEST: Duration = Duration::from_secs(8);
 /// The pause after the first failure. Each further one is twice as long.
 const PAUSE: Duration = Duration::from_millis(50);
+/// How long a piece is left to another process. A guest waits less.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often it is looked whether another process has fetched a piece.
 const LOOK: Duration = Duration::from_millis(3);
 
@@ -85,6 +87,15 @@ pub(super) fn hash_of(bytes: &[u8]) -> [u8; 16] {
     half
 }
 
+/// Pieces that this process has locked among those of this machine, until it is dropped.
+struct Locked<'a>(&'a Stored, Vec<u64>);
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        self.1.iter().for_each(|piece| self.0.cached.locks.unlock(*piece));
+    }
+}
+
 /// Pieces that this task fetches, until it is dropped.
 struct Claim<'a> {
     image: &'a Stored,
@@ -97,7 +108,6 @@ impl Drop for Claim<'_> {
         let mut fetching = lock(&self.image.fetching);
         for piece in &self.pieces {
             fetching.remove(piece);
-            self.image.cached.locks.unlock(*piece);
         }
     }
 }
@@ -281,15 +291,17 @@ impl Stored {
 
     /// Fetches pieces that lie one after another, unless another process does.
     async fn fetch_part(&self, part: Vec<Piece>, urgent: bool) -> Result<(), StoreError> {
-        let asked = Instant::now();
+        let (asked, mut ours) = (Instant::now(), Locked(self, Vec::new()));
+        // The other process may be stopped.
+        let patience = if urgent { self.limits.hedge() } else { PATIENCE };
         for piece in &part {
             loop {
                 let locked = self.cached.locks.try_lock(piece.number);
                 if locked.map_err(|error| StoreError::cache("lock a piece", error))? {
+                    ours.1.push(piece.number);
                     break;
                 }
-                let waits_too_long = urgent && asked.elapsed() >= self.limits.hedge();
-                if waits_too_long || self.state(piece.number)? == State::Present {
+                if asked.elapsed() >= patience || self.state(piece.number)? == State::Present {
                     break;
                 }
                 sleep(LOOK).await;
