@@ -48,6 +48,11 @@ impl ImageFile {
         Ok((Self::Local(file), u64::try_from(stat.st_size).unwrap_or(0)))
     }
 
+    /// True if it is in a store.
+    pub fn is_stored(&self) -> bool {
+        matches!(self, Self::Stored(_))
+    }
+
     /// Fills `into` from offset `at`.
     ///
     /// # Errors

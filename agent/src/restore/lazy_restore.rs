@@ -90,8 +90,6 @@ impl<'a> LazyRestore<'a> {
             Err(error) => return (false, Err(error)),
         };
         let (pages, queue) = (&self.pages, &self.queue);
-        // The workers read one piece after another. A disk or a store does more at a time.
-        self.pieces.all().iter().for_each(|(at, piece)| pages.source.will_need(*at, *piece));
         let mut forwarder = FaultForwarder::new(pages, queue, &self.last_touch, record);
         std::thread::scope(|scope| {
             let (stopping, stop) = (stop.stop_on_drop(), stop.as_fd());
@@ -115,6 +113,12 @@ impl<'a> LazyRestore<'a> {
                         if index < FAULT_WORKERS {
                             FaultWorker::new(pages, self.recording, index).run(queue)
                         } else {
+                            // The workers read one piece after another. A store brings many at a
+                            // time.
+                            if index == FAULT_WORKERS && pages.source.newest().file().is_stored() {
+                                let all = self.pieces.all().iter();
+                                all.for_each(|(at, piece)| pages.source.will_need(*at, *piece));
+                            }
                             Prefetcher::new(pages, index).run(&self.pieces, &self.gate)
                         }
                     });
