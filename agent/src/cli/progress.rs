@@ -6,6 +6,7 @@
 //! that is left. It fits 80 columns. The rate and the time left come from the last three seconds.
 
 use super::show::{self, bytes, to_json};
+use crate::snapshot::upload_progress;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::memory::PAGE_SIZE;
@@ -135,8 +136,11 @@ fn percent(status: &JobStatus) -> Option<u64> {
 
 /// Pages that are done, and all pages; 0 if it is not known how many there are. A migration counts
 /// the pages of its current pass. A restore does not count the zero pages of an image, which are
-/// holes from the start.
+/// holes from the start. A snapshot counts its pages once more while it uploads them to a store.
 fn amount(status: &JobStatus) -> (u64, u64) {
+    if let Some((done, all)) = upload_progress::of_status(status) {
+        return (done / PAGE_SIZE, all / PAGE_SIZE);
+    }
     let counters = &status.counters;
     let moved_to_guest = counters.requested_pages + counters.pushed_pages + counters.dropped_pages;
     match status.kind {
@@ -174,9 +178,10 @@ struct Sample {
 
 impl Meter {
     fn add(&mut self, at: Instant, status: &JobStatus) {
-        let bytes = status.counters.wire_bytes + status.counters.image_bytes;
+        let uploaded = upload_progress::of_status(status).map_or(0, |(done, _)| done);
+        let bytes = status.counters.wire_bytes + status.counters.image_bytes + uploaded;
         let (done, _) = amount(status);
-        // A new pass counts from 0.
+        // A new pass counts from 0, and so does an upload.
         if self.samples.back().is_some_and(|last| last.done > done) {
             self.samples.clear();
         }
@@ -296,6 +301,24 @@ mod tests {
         second.counters.pass_pages_done = 0;
         meter.add(start + Duration::from_secs(2), &second);
         assert_eq!(meter.samples.len(), 1);
+    }
+
+    #[test]
+    fn an_upload_has_its_own_progress_after_that_of_the_memory() {
+        let mut meter = Meter::default();
+        let start = Instant::now();
+        let (mib, pages) = (1 << 20, (1 << 30) / PAGE_SIZE);
+        let saved = Counters { pages_saved: pages, image_bytes: 1 << 30, ..Counters::default() };
+        let mut status = status(JobKind::Snapshot, Phase::Saving, saved);
+        meter.add(start, &status);
+        assert_eq!((phase_name(&status), percent(&status)), ("saving".into(), Some(100)));
+        for (second, done) in [(1, 0), (2, 64), (3, 128)] {
+            status.error = Some(upload_progress::sentence(done * mib, 256 * mib));
+            status.counters.total_us = second * 1_000_000;
+            meter.add(start + Duration::from_secs(second), &status);
+        }
+        assert_eq!((phase_name(&status), percent(&status)), ("uploading".into(), Some(50)));
+        assert_eq!(meter.sentence(&status), "128.0 of 256.0 MiB, 64.0 MiB/s, 3 s, 2 s left");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Formats the status of a job: as a table, as JSON, or as a sentence about its failure.
 
 use crate::job::GUEST_UNCERTAIN;
+use crate::snapshot::upload_progress;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase, Placing, RunState};
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::error::printable;
@@ -62,6 +63,9 @@ pub fn time(micros: u64) -> String {
 pub fn phase(status: &JobStatus) -> &'static str {
     match (status.kind, status.phase) {
         (JobKind::Incoming, Phase::Connecting) => "waits for a source to connect",
+        (JobKind::Snapshot, Phase::Saving) if upload_progress::of_status(status).is_some() => {
+            "uploading"
+        }
         (_, phase) => phase.name(),
     }
 }
@@ -179,7 +183,9 @@ pub fn table(status: &JobStatus) -> Vec<(&'static str, String)> {
     });
     lines.extend(placing_line(status).map(|line| ("placing", line)));
     lines.extend(fault_lines(status));
-    if let Some(error) = &status.error {
+    if let Some((done, all)) = upload_progress::of_status(status) {
+        lines.push(("in the store", format!("{} of {}", bytes(done), bytes(all))));
+    } else if let Some(error) = &status.error {
         let label = if status.phase == Phase::Completed { "warning" } else { "error" };
         lines.push((label, error.clone()));
     }

@@ -14,6 +14,7 @@ use super::agent_connection::{AgentConnection, Event};
 use super::exit::Exit;
 use super::progress::{Output, Progress};
 use super::show;
+use crate::snapshot::upload_progress;
 use pageferry_protocol::control::job::{JobKind, JobStatus, Phase};
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::error::printable;
@@ -169,7 +170,8 @@ fn tell_news(
     progress: &Progress, status: &JobStatus, told: &mut String, agent: &AgentConnection,
 ) -> io::Result<()> {
     let error = status.error_text();
-    if error == *told {
+    // The progress shows how far an upload is.
+    if error == *told || upload_progress::of_status(status).is_some() {
         return Ok(());
     }
     error.clone_into(told);

@@ -17,7 +17,7 @@ use super::bytes::write_at;
 use super::error::{ImageError, ImageFault, kernel};
 use crate::lock::lock;
 use crate::opener;
-use crate::store::{self, NewObject};
+use crate::store::{self, Follow, NewObject};
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
 use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
@@ -244,14 +244,14 @@ impl NewFile {
     }
 
     /// Puts all of an image into its store but what makes it one, which is left to
-    /// [`NewFile::persist`]. Ends early if `is_cancelled`. Does nothing for a file of this machine.
+    /// [`NewFile::persist`], while `follow` follows it. Does nothing for a file of this machine.
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses.
-    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), ImageFault> {
+    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), ImageFault> {
         match &self.file {
             Spool::Local(_) => Ok(()),
-            Spool::Stored(object) => Ok(object.upload(is_cancelled)?),
+            Spool::Stored(object) => Ok(object.upload(follow)?),
         }
     }
 

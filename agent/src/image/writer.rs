@@ -29,6 +29,7 @@ use super::new_file::{FileKind, NewFile};
 use super::seal::{ImageKey, Sealer};
 use super::sections::{PART, SectionWriter};
 use super::sums::PageSums;
+use crate::store::Follow;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::header::{HEADER_SIZE, MAC_COVERS};
@@ -211,8 +212,8 @@ impl ImageWriter {
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses.
-    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), ImageError> {
-        self.file.upload(is_cancelled).map_err(|fault| fault.of(self.path()))
+    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), ImageError> {
+        self.file.upload(follow).map_err(|fault| fault.of(self.path()))
     }
 
     /// Gives a complete image its name.

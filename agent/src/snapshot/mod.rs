@@ -11,6 +11,7 @@
 //! - [`write_faults`]: captures pages that the guest is about to write to;
 //! - [`sweep`]: captures all other pages;
 //! - [`image_sink`]: an image takes what copy-before-write captures;
+//! - [`upload_progress`]: how far the upload to a store is;
 //! - [`error`]: why a snapshot is not made;
 //! - this file: the phases.
 //!
@@ -24,6 +25,7 @@ pub mod prepare;
 pub mod protect;
 pub mod protect_ordering;
 pub mod sweep;
+pub mod upload_progress;
 pub mod watch_state;
 pub mod write_faults;
 
@@ -35,7 +37,7 @@ use crate::image::writer::{Base, ImageMetadata};
 use crate::image::{ImageFault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
-use crate::store;
+use crate::store::{self, Follow};
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
 use changes::Changes;
@@ -193,7 +195,10 @@ fn finish(
         (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = ImageMetadata { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
-    writer.upload(&|| job.check().is_err())?;
+    writer.upload(&Follow {
+        is_cancelled: Some(&|| job.check().is_err()),
+        progress: Some(&|done, all| job.note(&upload_progress::sentence(done, all))),
+    })?;
     // ---- The commit point: from here on the image may get its name before a cancel is noticed.
     job.cancel.commit_point()?;
     // The image is consistent even if the VMM has died in the meantime. But if the VMM has another

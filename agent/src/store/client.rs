@@ -7,7 +7,7 @@
 
 use super::error::{StoreError, StoreErrorKind};
 use super::process;
-use super::wire::{Ask, Kind, Numbers, Speed, decode_answer, join};
+use super::wire::{Ask, Kind, Numbers, Speed, decode_answer, decode_progress, join};
 use crate::lock::lock;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::{FrameSocket, SocketError};
@@ -47,7 +47,7 @@ fn text(path: &Path) -> String {
 /// # Errors
 /// If not: the error says why.
 pub fn check(path: &Path) -> Result<(), StoreError> {
-    ask(&Ask::Check { name: text(path) }, None, &|| false).map(drop)
+    ask(&Ask::Check { name: text(path) }).map(drop)
 }
 
 /// The bytes of an object of at most `limit` bytes.
@@ -55,7 +55,7 @@ pub fn check(path: &Path) -> Result<(), StoreError> {
 /// # Errors
 /// If there is none, it is longer, or the store does not answer.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, StoreError> {
-    let (_, fds) = ask(&Ask::Get { name: text(path), limit }, None, &|| false)?;
+    let (_, fds) = ask(&Ask::Get { name: text(path), limit })?;
     let [file] = descriptors(fds)?;
     let read = crate::opener::read_open(File::from(file), limit as usize);
     read.map_err(|error| StoreError::cache("read an object", error))
@@ -85,7 +85,7 @@ impl StoredFile {
     /// If there is none, the store does not answer, or the cache cannot be used.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let name = text(path);
-        let (numbers, fds) = ask(&Ask::Open { name: name.clone() }, None, &|| false)?;
+        let (numbers, fds) = ask(&Ask::Open { name: name.clone() })?;
         let ([length, piece_size, low, high], [data, present]) = (numbers, descriptors(fds)?);
         if !piece_size.is_power_of_two() {
             return Err(broken());
@@ -126,7 +126,7 @@ impl StoredFile {
     fn fetch(&self, pieces: Range<u64>, speed: Speed) -> Result<(), StoreError> {
         let (name, hash) = (self.name.clone(), self.hash);
         let (first, count) = (pieces.start, pieces.end - pieces.start);
-        ask(&Ask::Fetch { name, hash, first, count, speed }, None, &|| false).map(drop)
+        ask(&Ask::Fetch { name, hash, first, count, speed }).map(drop)
     }
 
     /// The first of these pieces that the cache does not have.
@@ -167,7 +167,7 @@ pub struct NewObject {
 impl Drop for NewObject {
     fn drop(&mut self) {
         if let Some(upload) = lock(&self.upload).take()
-            && let Err(error) = ask(&Ask::Abandon { upload }, None, &|| false)
+            && let Err(error) = ask(&Ask::Abandon { upload })
         {
             log::warn!("{}: what was uploaded is left for prune: {error}", self.name);
         }
@@ -191,22 +191,22 @@ impl NewObject {
     ) -> Result<Self, StoreError> {
         let (name, kind) = (text(path), Kind { magic: magic.to_vec(), name: kind.to_owned() });
         let create = Ask::Create { name: name.clone(), replace, kind: kind.clone() };
-        let [file] = descriptors(ask(&create, None, &|| false)?.1)?;
+        let [file] = descriptors(ask(&create)?.1)?;
         Ok(Self { name, replace, kind, file, upload: Mutex::default() })
     }
 
-    /// Puts all of an image into the store but what makes it one. Ends early if `is_cancelled`.
+    /// Puts all of an image into the store but what makes it one, while `follow` follows it.
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses or does not answer. Then nothing is left of it.
-    pub fn upload(&self, is_cancelled: &dyn Fn() -> bool) -> Result<(), StoreError> {
+    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), StoreError> {
         let mut uploaded = lock(&self.upload);
         let is_image = self.kind.magic == pageferry_protocol::image::header::MAGIC;
         if !is_image || uploaded.is_some() {
             return Ok(());
         }
         let upload = Ask::Upload { name: self.name.clone() };
-        let ([low, high, bytes, _], _) = ask(&upload, Some(self.file.as_fd()), is_cancelled)?;
+        let ([low, high, bytes, _], _) = ask_with(&upload, Some(self.file.as_fd()), follow)?;
         log::info!("{}: {bytes} bytes are uploaded", self.name);
         *uploaded = Some(join([low, high]));
         Ok(())
@@ -218,15 +218,15 @@ impl NewObject {
     /// If there is an object that may not be replaced, or the store does not answer. Then what has
     /// this name is unchanged.
     pub fn finish(&self) -> Result<(), StoreError> {
-        self.upload(&|| false)?;
+        self.upload(&Follow::default())?;
         let replace = self.replace;
         // Whatever comes of it, the service has nothing of it then.
         let uploaded = lock(&self.upload).take();
         match uploaded {
-            Some(upload) => ask(&Ask::Commit { upload, replace }, None, &|| false).map(drop),
+            Some(upload) => ask(&Ask::Commit { upload, replace }).map(drop),
             None => {
                 let put = Ask::Put { name: self.name.clone(), replace, kind: self.kind.clone() };
-                ask(&put, Some(self.file.as_fd()), &|| false).map(drop)
+                ask_with(&put, Some(self.file.as_fd()), &Follow::default()).map(drop)
             }
         }
     }
@@ -236,26 +236,63 @@ fn descriptors<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], StoreE
     fds.try_into().map_err(|_| broken())
 }
 
+/// Who follows an upload. The default is nobody.
+#[derive(Clone, Copy, Default)]
+pub struct Follow<'a> {
+    /// Returns true to end it.
+    pub is_cancelled: Option<&'a dyn Fn() -> bool>,
+    /// Is called with the bytes of data that are in the store, and the bytes of all data.
+    pub progress: Option<&'a dyn Fn(u64, u64)>,
+}
+
+impl Follow<'_> {
+    /// Reports the last of what has come from the service.
+    fn report(&self, from: Option<&mut FrameSocket>) {
+        let (Some(progress), Some(from)) = (self.progress, from) else { return };
+        let mut last = None;
+        // An error is no loss: the answer says how the upload ended.
+        while let Ok(Some(frame)) = from.try_recv() {
+            last = decode_progress(&frame.body).ok().or(last);
+        }
+        if let Some((done, all)) = last {
+            progress(done, all);
+        }
+    }
+}
+
+/// Our end of a socket to the service, and the other one.
+fn pair() -> Result<(FrameSocket, OwnedFd), StoreError> {
+    let made = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    let (ours, services) = made.map_err(|errno| StoreError::cache("make a socket", errno))?;
+    Ok((FrameSocket::from(ours), services))
+}
+
 /// The service does not answer as it should.
 fn broken() -> StoreError {
     StoreError::cache("use the service of stores", "it answers what was not asked")
 }
 
-/// Asks the service, and waits for its answer, unless `is_cancelled` says otherwise.
-fn ask(
-    ask: &Ask, file: Option<BorrowedFd<'_>>, is_cancelled: &dyn Fn() -> bool,
+/// Asks the service, and waits for its answer.
+fn ask(ask: &Ask) -> Result<(Numbers, Vec<OwnedFd>), StoreError> {
+    ask_with(ask, None, &Follow::default())
+}
+
+/// The same, with a file that belongs to the request, and somebody who follows an upload.
+fn ask_with(
+    ask: &Ask, file: Option<BorrowedFd<'_>>, follow: &Follow<'_>,
 ) -> Result<(Numbers, Vec<OwnedFd>), StoreError> {
     may_wait("ask the service of stores");
     let failed = |error| StoreError::cache("ask the service of stores", error);
     for _ in 0..ATTEMPTS {
-        let (ours, services) =
-            socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-                .map_err(failed)?;
-        let fds: Vec<BorrowedFd<'_>> = [services.as_fd()].into_iter().chain(file).collect();
+        let (mut answer, services) = pair()?;
+        let (mut progress, services_progress) =
+            follow.progress.map(|_| pair()).transpose()?.unzip();
+        let mut fds = vec![services.as_fd()];
+        fds.extend(file);
+        fds.extend(services_progress.as_ref().map(AsFd::as_fd));
         send(ask, &fds)?;
         drop(fds);
-        drop(services);
-        let mut answer = FrameSocket::from(ours);
+        drop((services, services_progress));
         loop {
             match answer.try_recv() {
                 Ok(Some(frame)) => {
@@ -263,7 +300,8 @@ fn ask(
                     return Ok((numbers, frame.fds));
                 }
                 Ok(None) => {
-                    if is_cancelled() {
+                    follow.report(progress.as_mut());
+                    if follow.is_cancelled.is_some_and(|is_cancelled| is_cancelled()) {
                         let sentence = "nobody waits for it any more";
                         return Err(StoreError::new(StoreErrorKind::Cancelled, sentence));
                     }

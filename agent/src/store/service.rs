@@ -14,7 +14,7 @@ use super::error::{StoreError, StoreErrorKind};
 use super::fetch::{Limits, Stored};
 use super::names::{Name, Object, Stores};
 use super::upload::{Upload, check_free, put_named};
-use super::wire::{Ask, Kind, Numbers, Speed, encode_answer, split};
+use super::wire::{Ask, Kind, Numbers, Speed, UPLOAD, encode_answer, encode_progress, split};
 use crate::lock::lock;
 use bytes::Bytes;
 use object_store::ObjectStoreExt;
@@ -130,14 +130,14 @@ impl Service {
     async fn answer(self: Arc<Self>, frame: Frame) {
         let mut fds = frame.fds.into_iter();
         let Some(answer) = fds.next() else { return };
-        let file = fds.next();
+        let (file, progress) = (fds.next(), fds.next().map(FrameSocket::from));
         let malformed = |what: &dyn std::fmt::Display| {
             Err(StoreError::new(StoreErrorKind::Refused, format!("request: {what}")))
         };
         let done = match Ask::decode(frame.request, &frame.body) {
             Ok(Some(ask)) => {
                 let name = ask.name().to_owned();
-                let work = self.carry_out(ask, file);
+                let work = self.carry_out(ask, file, progress);
                 // Ends what nobody waits for any more.
                 tokio::select! {
                     done = work => done.map_err(|error| error.without(&name)),
@@ -163,7 +163,9 @@ impl Service {
         );
     }
 
-    async fn carry_out(&self, ask: Ask, file: Option<OwnedFd>) -> Answer {
+    async fn carry_out(
+        &self, ask: Ask, file: Option<OwnedFd>, progress: Option<FrameSocket>,
+    ) -> Answer {
         let file = || {
             let none = || StoreError::new(StoreErrorKind::Refused, "request: it has no file");
             file.map(File::from).ok_or_else(none)
@@ -183,7 +185,8 @@ impl Service {
             }
             Ask::Create { name, replace, kind } => self.create(&name, replace, kind).await,
             Ask::Upload { name } => {
-                let upload = Upload::run(self.find(&name)?, file()?).await?;
+                let progress = |done, all| send_progress(progress.as_ref(), done, all);
+                let upload = Upload::run(self.find(&name)?, file()?, &progress).await?;
                 let (bytes, id) = (upload.bytes, upload.id());
                 lock(&self.uploads).insert(id, upload);
                 let [low, high] = split(id);
@@ -294,6 +297,14 @@ fn magic_of(kind: &Kind) -> &[u8] {
         &pageferry_protocol::image::stored::MAGIC
     } else {
         &kind.magic
+    }
+}
+
+/// Says how far an upload is, if somebody wants to know. It is not sent if it would have to wait:
+/// the next one says more.
+fn send_progress(to: Option<&FrameSocket>, done: u64, all: u64) {
+    if let Some(to) = to {
+        let _ = to.send_parts(UPLOAD, 0, &encode_progress(done, all), &[], Instant::now());
     }
 }
 

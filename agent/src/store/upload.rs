@@ -22,6 +22,7 @@ use pageferry_protocol::image::Header;
 use pageferry_protocol::image::header::HEADER_SIZE;
 use pageferry_protocol::image::stored::{Form, Index, MAGIC, Piece};
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
@@ -73,6 +74,50 @@ impl Drop for Upload {
     }
 }
 
+/// Is called with the progress of an upload: bytes of the file's data that are in the store, and
+/// bytes of all its data.
+pub(super) type Progress<'a> = &'a (dyn Fn(u64, u64) + Send + Sync);
+
+/// A pack that is being filled.
+#[derive(Debug, Default)]
+struct Pack {
+    bytes: Vec<u8>,
+    /// Bytes of the file's data that are in it. Pieces of zeroes count, too.
+    data: u64,
+}
+
+/// The packs that are being put.
+struct Puts<'a> {
+    /// Each returns the data in its pack.
+    tasks: JoinSet<Result<u64, StoreError>>,
+    /// Bytes of data whose packs are in the store.
+    done: u64,
+    /// Bytes of all data.
+    all: u64,
+    progress: Progress<'a>,
+}
+
+impl<'a> Puts<'a> {
+    /// None so far, of a file with `all` bytes of data.
+    fn new(all: u64, progress: Progress<'a>) -> Self {
+        progress(0, all);
+        Self { tasks: JoinSet::new(), done: 0, all, progress }
+    }
+
+    /// Waits until at most `count` are under way.
+    async fn wait_for_all_but(&mut self, count: usize) -> Result<(), StoreError> {
+        loop {
+            let put = match self.tasks.len() > count {
+                true => self.tasks.join_next().await,
+                false => self.tasks.try_join_next(),
+            };
+            let Some(put) = put else { return Ok(()) };
+            self.done += put.map_err(|error| StoreError::cache("put a pack", error))??;
+            (self.progress)(self.done, self.all);
+        }
+    }
+}
+
 /// Removes what an upload has put. What cannot be removed is left for `prune`.
 async fn remove_folder(object: Object, folder: Path) {
     let found = object.store.list(Some(&folder));
@@ -100,7 +145,9 @@ impl Upload {
     ///
     /// # Errors
     /// If the file cannot be read, or the store refuses. Then nothing is left of it.
-    pub(super) async fn run(object: Object, file: File) -> Result<Self, StoreError> {
+    pub(super) async fn run(
+        object: Object, file: File, progress: Progress<'_>,
+    ) -> Result<Self, StoreError> {
         let file = Arc::new(file);
         let failed = |error| StoreError::cache("read the image", error);
         let length = file.metadata().map_err(failed)?.len();
@@ -123,7 +170,7 @@ impl Upload {
             pieces: Vec::new(),
         };
         let mut upload = Self { object, folder, index, bytes: 0, refresh, renewed, is_over: false };
-        upload.put_pieces(file).await?;
+        upload.put_pieces(file, progress).await?;
         Ok(upload)
     }
 
@@ -132,8 +179,11 @@ impl Upload {
         self.index.upload
     }
 
-    async fn put_pieces(&mut self, file: Arc<File>) -> Result<(), StoreError> {
+    async fn put_pieces(
+        &mut self, file: Arc<File>, progress: Progress<'_>,
+    ) -> Result<(), StoreError> {
         let (length, count) = (self.index.length, self.index.count());
+        let mut puts = Puts::new(data_bytes(&file, 0..length), progress);
         let read = |number: u64| {
             let file = file.clone();
             async move {
@@ -145,44 +195,37 @@ impl Upload {
             }
         };
         let mut pieces = stream::iter(0..count).map(read).buffered(PIECES);
-        let (mut pack, mut puts) = (Vec::new(), JoinSet::new());
+        let mut pack = Pack::default();
         while let Some(piece) = pieces.next().await {
-            let (number, Some((form, hash, packed))) = piece? else { continue };
-            let (at, offset) = (self.index.packs.len() as u32, pack.len() as u64);
+            let (number, (data, packed)) = piece?;
+            pack.data += data;
+            let Some((form, hash, packed)) = packed else { continue };
+            let (at, offset) = (self.index.packs.len() as u32, pack.bytes.len() as u64);
             let length = packed.len() as u32;
             self.index.pieces.push(Piece { number, pack: at, form, offset, length, hash });
-            pack.extend_from_slice(&packed);
-            if pack.len() >= PACK {
+            pack.bytes.extend_from_slice(&packed);
+            if pack.bytes.len() >= PACK {
                 self.put_pack(std::mem::take(&mut pack), &mut puts).await?;
             }
         }
-        if !pack.is_empty() {
+        if !pack.bytes.is_empty() {
             self.put_pack(pack, &mut puts).await?;
         }
-        while let Some(put) = puts.join_next().await {
-            done(put)?;
-        }
-        Ok(())
+        puts.wait_for_all_but(0).await
     }
 
     /// Begins to put a pack, when there are not too many under way.
-    async fn put_pack(
-        &mut self, pack: Vec<u8>, puts: &mut JoinSet<Result<(), StoreError>>,
-    ) -> Result<(), StoreError> {
-        while puts.len() >= PACKS
-            && let Some(put) = puts.join_next().await
-        {
-            done(put)?;
-        }
+    async fn put_pack(&mut self, pack: Pack, puts: &mut Puts<'_>) -> Result<(), StoreError> {
+        puts.wait_for_all_but(PACKS - 1).await?;
         let name = format!("{:08}", self.index.packs.len());
         let path = self.folder.clone().join(name.as_str());
-        self.bytes += pack.len() as u64;
+        self.bytes += pack.bytes.len() as u64;
         let folder = pageferry_protocol::image::id_text(&self.index.upload);
         self.index.packs.push(format!("{folder}/{name}"));
         let object = self.object.at(path);
-        puts.spawn(async move {
-            let put = object.store.put(&object.path, Bytes::from(pack).into()).await;
-            put.map(drop).map_err(|error| object.failed(&error))
+        puts.tasks.spawn(async move {
+            let put = object.store.put(&object.path, Bytes::from(pack.bytes).into()).await;
+            put.map(|_| pack.data).map_err(|error| object.failed(&error))
         });
         Ok(())
     }
@@ -325,10 +368,6 @@ pub(super) async fn put_named(
     }
 }
 
-fn done(put: Result<Result<(), StoreError>, tokio::task::JoinError>) -> Result<(), StoreError> {
-    put.map_err(|error| StoreError::cache("put a pack", error))?
-}
-
 async fn put_lease(object: &Object, folder: &Path) -> Result<(), StoreError> {
     let lease = object.at(folder.clone().join(LEASE));
     let put = lease.store.put(&lease.path, Bytes::from_static(b"an upload runs\n").into()).await;
@@ -358,22 +397,26 @@ async fn refresh(object: Object, folder: Path, renewed: Arc<Mutex<Duration>>) {
 /// A piece as it lies in a pack: its form, the hash of its content, and its bytes.
 type Packed = (Form, [u8; 16], Vec<u8>);
 
-/// Packs a piece of the file. `None` if it has no content.
-fn pack(file: &File, offset: u64, length: usize) -> std::io::Result<Option<Packed>> {
-    let end = offset + length as u64;
-    if crate::image::bytes::data_in(file.as_fd(), offset..end).next().is_none() {
-        return Ok(None);
+/// Bytes in this part of the file that are not in a hole.
+fn data_bytes(file: &File, part: Range<u64>) -> u64 {
+    let data = crate::image::bytes::data_in(file.as_fd(), part);
+    data.map(|data| data.end - data.start).sum()
+}
+
+/// Packs a piece of the file; `None` if it has no content. Returns the bytes of its data, too.
+fn pack(file: &File, offset: u64, length: usize) -> std::io::Result<(u64, Option<Packed>)> {
+    let data = data_bytes(file, offset..offset + length as u64);
+    if data == 0 {
+        return Ok((0, None));
     }
     let mut content = vec![0; length];
     file.read_exact_at(&mut content, offset)?;
     if content.iter().fold(0, |sum, byte| sum | byte) == 0 {
-        return Ok(None);
+        return Ok((data, None));
     }
     let hash = hash_of(&content);
     let packed = zstd::bulk::compress(&content, LEVEL)?;
-    Ok(Some(if packed.len() < content.len() {
-        (Form::Zstd, hash, packed)
-    } else {
-        (Form::Plain, hash, content)
-    }))
+    let is_shorter = packed.len() < content.len();
+    let (form, packed) = if is_shorter { (Form::Zstd, packed) } else { (Form::Plain, content) };
+    Ok((data, Some((form, hash, packed))))
 }

@@ -5,6 +5,9 @@
 //! Both are frames, as between an agent and its opener: a request is a frame whose first descriptor
 //! is a socket for the answer, and the others belong to the request. The answer is a frame with the
 //! same code: the kind of the error, 0 for success, its sentence, and numbers.
+//!
+//! The service can be of another version of the program than the agent. So a code keeps its meaning
+//! and its fields, and a service drops descriptors that it does not know.
 
 use super::error::{StoreError, StoreErrorKind};
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder, truncate_text};
@@ -13,6 +16,8 @@ use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder, truncate
 const MAX_NAME: usize = 4096;
 /// Longest sentence in bytes.
 const MAX_SENTENCE: usize = 4096;
+/// The code of an upload, and of frames with its progress.
+pub(super) const UPLOAD: u32 = 4;
 
 /// What the service is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,7 +30,8 @@ pub(super) enum Ask {
     /// Check whether an object can be made. Answered with a file for it.
     Create { name: String, replace: bool, kind: Kind },
     /// Put the image in the file of the descriptor into the store, but for its index. Answered with
-    /// the id of the upload in two numbers, and the bytes of its packs.
+    /// the id of the upload in two numbers, and the bytes of its packs. A second descriptor may
+    /// come along: a socket on which the service says how far it is ([`encode_progress`]).
     Upload { name: String },
     /// Put the index of an upload.
     Commit { upload: [u8; 16], replace: bool },
@@ -94,7 +100,7 @@ impl Ask {
             Self::Open { .. } => 1,
             Self::Fetch { .. } => 2,
             Self::Create { .. } => 3,
-            Self::Upload { .. } => 4,
+            Self::Upload { .. } => UPLOAD,
             Self::Commit { .. } => 5,
             Self::Put { .. } => 6,
             Self::Get { .. } => 7,
@@ -150,7 +156,7 @@ impl Ask {
                     Self::Put { name, replace, kind }
                 }
             }
-            4 => Self::Upload { name: name(body)? },
+            UPLOAD => Self::Upload { name: name(body)? },
             5 => Self::Commit { upload: body.array("upload")?, replace: body.u8("replace")? != 0 },
             7 => Self::Get { name: name(body)?, limit: body.u64("limit")? },
             8 => Self::Check { name: name(body)? },
@@ -192,6 +198,22 @@ pub(super) fn decode_answer(body: &[u8]) -> Result<Result<Numbers, StoreError>, 
         0 => Ok(numbers),
         kind => Err(StoreError::new(StoreErrorKind::from_wire(kind), sentence)),
     })
+}
+
+/// The body of a frame that says how far an upload is: bytes that are in the store, and all bytes.
+pub(super) fn encode_progress(done: u64, all: u64) -> Vec<u8> {
+    Encoder::new().u64(done).u64(all).finish()
+}
+
+/// Reads such a body.
+///
+/// # Errors
+/// The field that is wrong.
+pub(super) fn decode_progress(body: &[u8]) -> Result<(u64, u64), DecodeError> {
+    let mut body = Decoder::new(body);
+    let progress = (body.u64("done")?, body.u64("all")?);
+    body.finish()?;
+    Ok(progress)
 }
 
 /// Sixteen bytes as two numbers.
@@ -256,6 +278,12 @@ mod tests {
         fn any_bytes_are_read_or_refused(code in 0..10u32, body in any::<Vec<u8>>()) {
             let _ = Ask::decode(code, &body);
             let _ = decode_answer(&body);
+            let _ = decode_progress(&body);
+        }
+
+        #[test]
+        fn progress_survives_the_wire(done in any::<u64>(), all in any::<u64>()) {
+            prop_assert_eq!(decode_progress(&encode_progress(done, all)).unwrap(), (done, all));
         }
 
         #[test]

@@ -4,14 +4,17 @@
 
 use super::scene::Scene;
 use pageferry_agent::image::Chain;
+use pageferry_agent::snapshot::upload_progress;
 use pageferry_client::{Punch, RestoreOptions};
+use pageferry_tests::deadline::wait_for;
 use pageferry_tests::require;
-use pageferry_tests::scenario::Host;
 use pageferry_tests::scenario::image_guest::{
     Guest, PAGES, assert_completed, assert_failed, background, eager, lazy, restore_modes, slow,
 };
 use pageferry_tests::scenario::images::{on, paused, tracked};
+use pageferry_tests::scenario::{Host, SOON};
 use pageferry_tests::stores::StoreKind;
+use pageferry_tests::stores::faults::Faults;
 use std::path::Path;
 
 /// A store of each kind.
@@ -193,4 +196,30 @@ fn a_working_set_is_kept_in_the_store_beside_its_image() {
             assert_eq!(status.counters.working_set_pages > 0, recorded, "{status:?}");
         }
     }
+}
+
+#[test]
+fn the_status_says_how_far_an_upload_is() {
+    let Some(tools) = require::stores() else { return };
+    let scene = Scene::served(&tools, StoreKind::S3);
+    let host = scene.host();
+    // Eight packs, of which four are put at a time.
+    let guest = Guest::full(&host, 8 * PAGES);
+    let slow = Faults { bandwidth: Some(16 << 20), ..Faults::default() };
+    scene.proxy.as_ref().unwrap().set(slow);
+    let job = guest.snapshot(&scene.name("guest"), &background());
+    let progress = |wanted: fn(u64, u64) -> bool| {
+        let look = || {
+            let status = guest.client.status().unwrap();
+            assert!(!status.phase.is_final(), "{status:?}");
+            upload_progress::of_status(&status).filter(|(done, all)| wanted(*done, *all))
+        };
+        wait_for("the upload to go on", SOON, look).unwrap()
+    };
+    let (_, all) = progress(|_, _| true);
+    assert!(all >= 8 * PAGES * 4096, "{all}");
+    progress(|done, all| done > all / 4 && done < all);
+    scene.proxy.as_ref().unwrap().set(Faults::default());
+    // The status of a job that completed has no such sentence.
+    assert_completed(&guest.wait(job));
 }
