@@ -5,7 +5,8 @@
 //!
 //! A job waits on its sockets, in `poll` beside [`Cancel::fd`], or in [`Cancel::sleep`].
 //! [`Cancel::cancel`] shuts the sockets down and makes the descriptor readable, so every wait ends
-//! at once.
+//! at once. A thread that waits where no job is known, such as in the read of an image, waits for
+//! [`Cancel::of_this_thread`], too.
 //!
 //! [`Cancel::commit_point`] and [`Cancel::cancel`] exclude each other: a job is cancelled before
 //! its commit point, or not at all. [`Cancel::end`] and [`Cancel::cancel`] exclude each other, too:
@@ -14,10 +15,16 @@
 use crate::event::Event;
 use crate::lock::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::cell::RefCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
+
+thread_local! {
+    /// Cancels the job for which this thread works.
+    static OF_THIS_THREAD: RefCell<Option<Arc<Cancel>>> = const { RefCell::new(None) };
+}
 
 /// Cancels a job.
 #[derive(Debug)]
@@ -108,6 +115,16 @@ impl Cancel {
 
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// Notes that the calling thread works for this job until it ends.
+    pub fn cover_this_thread(self: &Arc<Self>) {
+        OF_THIS_THREAD.set(Some(self.clone()));
+    }
+
+    /// Cancels the job for which the calling thread works; `None` if it works for none.
+    pub fn of_this_thread() -> Option<Arc<Self>> {
+        OF_THIS_THREAD.with_borrow(Clone::clone)
     }
 
     /// Cancels the job.

@@ -17,7 +17,7 @@ use super::bytes::write_at;
 use super::error::{ImageError, ImageFault, kernel};
 use crate::lock::lock;
 use crate::opener;
-use crate::store::{self, Follow, NewObject};
+use crate::store::{self, NewObject};
 use pageferry_protocol::image::header::MAGIC;
 use pageferry_protocol::image::working_set;
 use rustix::fs::{FileType, Mode, OFlags, RenameFlags};
@@ -244,14 +244,15 @@ impl NewFile {
     }
 
     /// Puts all of an image into its store but what makes it one, which is left to
-    /// [`NewFile::persist`], while `follow` follows it. Does nothing for a file of this machine.
+    /// [`NewFile::persist`]. Calls `progress` with the bytes of data that are there, and the bytes
+    /// of all data. Does nothing for a file of this machine.
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses.
-    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), ImageFault> {
+    pub fn upload(&self, progress: &dyn Fn(u64, u64)) -> Result<(), ImageFault> {
         match &self.file {
             Spool::Local(_) => Ok(()),
-            Spool::Stored(object) => Ok(object.upload(follow)?),
+            Spool::Stored(object) => Ok(object.upload(progress)?),
         }
     }
 

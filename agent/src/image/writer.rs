@@ -29,7 +29,6 @@ use super::new_file::{FileKind, NewFile};
 use super::seal::{ImageKey, Sealer};
 use super::sections::{PART, SectionWriter};
 use super::sums::PageSums;
-use crate::store::Follow;
 use pageferry_protocol::control::job::RunState;
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::image::header::{HEADER_SIZE, MAC_COVERS};
@@ -212,8 +211,8 @@ impl ImageWriter {
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses.
-    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), ImageError> {
-        self.file.upload(follow).map_err(|fault| fault.of(self.path()))
+    pub fn upload(&self, progress: &dyn Fn(u64, u64)) -> Result<(), ImageError> {
+        self.file.upload(progress).map_err(|fault| fault.of(self.path()))
     }
 
     /// Gives a complete image its name.

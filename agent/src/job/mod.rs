@@ -69,7 +69,7 @@ pub struct Job {
     /// How long the VMM may take to answer a hook.
     pub hook_timeout: Duration,
     /// Cancels the job.
-    pub cancel: Cancel,
+    pub cancel: Arc<Cancel>,
     /// Limits the bandwidth.
     pub limiter: Limiter,
     /// The deadline of a stop, while the guest is paused for its hand-over.
@@ -131,7 +131,7 @@ impl Job {
             memory,
             hooks,
             hook_timeout: options.hook_timeout,
-            cancel: Cancel::new()?,
+            cancel: Arc::new(Cancel::new()?),
             limiter: Limiter::new(options.bandwidth),
             stop: Deadline::default(),
             live: Arc::default(),

@@ -145,6 +145,7 @@ impl<'a> Filling<'a> {
             let spawn = |index| {
                 std::thread::Builder::new().spawn_scoped(scope, move || {
                     enter_thread(ThreadKind::Pages);
+                    self.job.cancel.cover_this_thread();
                     self.work(index)
                 })
             };

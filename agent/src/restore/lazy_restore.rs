@@ -109,6 +109,7 @@ impl<'a> LazyRestore<'a> {
             for index in 0..FAULT_WORKERS + workers {
                 let work = move || {
                     enter_thread(ThreadKind::Pages);
+                    pages.job.cancel.cover_this_thread();
                     self.check(|| {
                         if index < FAULT_WORKERS {
                             FaultWorker::new(pages, self.recording, index).run(queue)

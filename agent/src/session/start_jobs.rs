@@ -242,6 +242,7 @@ impl Session {
         }
         let run = move || {
             let _ended = Ended(&common);
+            common.cancel.cover_this_thread();
             // This job has ended, and its thread is about to end.
             if let Some((before, thread)) = before {
                 super::join(&before, thread);

@@ -37,7 +37,7 @@ use crate::image::writer::{Base, ImageMetadata};
 use crate::image::{ImageFault, ImageWriter};
 use crate::job::pause::{PausedGuest, SavedState};
 use crate::job::{Job, JobError, add};
-use crate::store::{self, Follow};
+use crate::store;
 use crate::tracking::checkpoint::SharedCheckpoint;
 use crate::tracking::{DirtyPages, TrackerChoice};
 use changes::Changes;
@@ -195,10 +195,7 @@ fn finish(
         (saved.instant.discarded.all(), changes.changed().map(DirtyPages::all));
     let rest = ImageMetadata { guest: *guest, discarded, changed };
     let totals = writer.complete(rest, base, pieces.clone(), file.as_ref().map(AsFd::as_fd))?;
-    writer.upload(&Follow {
-        is_cancelled: Some(&|| job.check().is_err()),
-        progress: Some(&|done, all| job.note(&upload_progress::sentence(done, all))),
-    })?;
+    writer.upload(&|done, all| job.note(&upload_progress::sentence(done, all)))?;
     // ---- The commit point: from here on the image may get its name before a cancel is noticed.
     job.cancel.commit_point()?;
     // The image is consistent even if the VMM has died in the meantime. But if the VMM has another

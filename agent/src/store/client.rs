@@ -8,10 +8,11 @@
 use super::error::{StoreError, StoreErrorKind};
 use super::process;
 use super::wire::{Ask, Kind, Numbers, Speed, decode_answer, decode_progress, join};
+use crate::cancel::Cancel;
 use crate::lock::lock;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::{FrameSocket, SocketError};
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::fs::File;
@@ -23,8 +24,6 @@ use std::time::{Duration, Instant};
 
 /// Longest time until the service takes a request.
 const SEND: Duration = Duration::from_secs(10);
-/// How often a thread that waits looks whether it still should.
-const LOOK: Duration = Duration::from_millis(100);
 /// A read of at most so many bytes is one that somebody waits for. Others read ahead.
 const URGENT: u64 = 64 << 10;
 /// How often a request is made again because the service died.
@@ -195,18 +194,20 @@ impl NewObject {
         Ok(Self { name, replace, kind, file, upload: Mutex::default() })
     }
 
-    /// Puts all of an image into the store but what makes it one, while `follow` follows it.
+    /// Puts all of an image into the store but what makes it one. Calls `progress` with the bytes
+    /// of data that are in the store, and the bytes of all data.
     ///
     /// # Errors
     /// If it is cancelled, or the store refuses or does not answer. Then nothing is left of it.
-    pub fn upload(&self, follow: &Follow<'_>) -> Result<(), StoreError> {
+    pub fn upload(&self, progress: &dyn Fn(u64, u64)) -> Result<(), StoreError> {
         let mut uploaded = lock(&self.upload);
         let is_image = self.kind.magic == pageferry_protocol::image::header::MAGIC;
         if !is_image || uploaded.is_some() {
             return Ok(());
         }
         let upload = Ask::Upload { name: self.name.clone() };
-        let ([low, high, bytes, _], _) = ask_with(&upload, Some(self.file.as_fd()), follow)?;
+        let ([low, high, bytes, _], _) =
+            ask_with(&upload, Some(self.file.as_fd()), Some(progress))?;
         log::info!("{}: {bytes} bytes are uploaded", self.name);
         *uploaded = Some(join([low, high]));
         Ok(())
@@ -218,7 +219,7 @@ impl NewObject {
     /// If there is an object that may not be replaced, or the store does not answer. Then what has
     /// this name is unchanged.
     pub fn finish(&self) -> Result<(), StoreError> {
-        self.upload(&Follow::default())?;
+        self.upload(&|_, _| {})?;
         let replace = self.replace;
         // Whatever comes of it, the service has nothing of it then.
         let uploaded = lock(&self.upload).take();
@@ -226,7 +227,7 @@ impl NewObject {
             Some(upload) => ask(&Ask::Commit { upload, replace }).map(drop),
             None => {
                 let put = Ask::Put { name: self.name.clone(), replace, kind: self.kind.clone() };
-                ask_with(&put, Some(self.file.as_fd()), &Follow::default()).map(drop)
+                ask_with(&put, Some(self.file.as_fd()), None).map(drop)
             }
         }
     }
@@ -234,30 +235,6 @@ impl NewObject {
 
 fn descriptors<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N], StoreError> {
     fds.try_into().map_err(|_| broken())
-}
-
-/// Who follows an upload. The default is nobody.
-#[derive(Clone, Copy, Default)]
-pub struct Follow<'a> {
-    /// Returns true to end it.
-    pub is_cancelled: Option<&'a dyn Fn() -> bool>,
-    /// Is called with the bytes of data that are in the store, and the bytes of all data.
-    pub progress: Option<&'a dyn Fn(u64, u64)>,
-}
-
-impl Follow<'_> {
-    /// Reports the last of what has come from the service.
-    fn report(&self, from: Option<&mut FrameSocket>) {
-        let (Some(progress), Some(from)) = (self.progress, from) else { return };
-        let mut last = None;
-        // An error is no loss: the answer says how the upload ended.
-        while let Ok(Some(frame)) = from.try_recv() {
-            last = decode_progress(&frame.body).ok().or(last);
-        }
-        if let Some((done, all)) = last {
-            progress(done, all);
-        }
-    }
 }
 
 /// Our end of a socket to the service, and the other one.
@@ -272,27 +249,27 @@ fn broken() -> StoreError {
     StoreError::cache("use the service of stores", "it answers what was not asked")
 }
 
-/// Asks the service, and waits for its answer.
+/// Asks the service, and waits for its answer. If the job of this thread is cancelled meanwhile,
+/// the service gives the request up as the socket for the answer closes.
 fn ask(ask: &Ask) -> Result<(Numbers, Vec<OwnedFd>), StoreError> {
-    ask_with(ask, None, &Follow::default())
+    ask_with(ask, None, None)
 }
 
-/// The same, with a file that belongs to the request, and somebody who follows an upload.
+/// The same with a file that belongs to the request. `progress` is called as an upload goes on.
 fn ask_with(
-    ask: &Ask, file: Option<BorrowedFd<'_>>, follow: &Follow<'_>,
+    ask: &Ask, file: Option<BorrowedFd<'_>>, progress: Option<&dyn Fn(u64, u64)>,
 ) -> Result<(Numbers, Vec<OwnedFd>), StoreError> {
     may_wait("ask the service of stores");
-    let failed = |error| StoreError::cache("ask the service of stores", error);
+    let cancel = Cancel::of_this_thread().filter(|_| ask.may_be_given_up());
     for _ in 0..ATTEMPTS {
         let (mut answer, services) = pair()?;
-        let (mut progress, services_progress) =
-            follow.progress.map(|_| pair()).transpose()?.unzip();
+        let (mut reports, services_reports) = progress.map(|_| pair()).transpose()?.unzip();
         let mut fds = vec![services.as_fd()];
         fds.extend(file);
-        fds.extend(services_progress.as_ref().map(AsFd::as_fd));
+        fds.extend(services_reports.as_ref().map(AsFd::as_fd));
         send(ask, &fds)?;
         drop(fds);
-        drop((services, services_progress));
+        drop((services, services_reports));
         loop {
             match answer.try_recv() {
                 Ok(Some(frame)) => {
@@ -300,14 +277,12 @@ fn ask_with(
                     return Ok((numbers, frame.fds));
                 }
                 Ok(None) => {
-                    follow.report(progress.as_mut());
-                    if follow.is_cancelled.is_some_and(|is_cancelled| is_cancelled()) {
-                        let sentence = "nobody waits for it any more";
-                        return Err(StoreError::new(StoreErrorKind::Cancelled, sentence));
+                    if let (Some(progress), Some(socket)) = (progress, &mut reports)
+                        && !pass_on(socket, progress)
+                    {
+                        reports = None;
                     }
-                    let until = Instant::now() + LOOK;
-                    pageferry_protocol::control::socket::wait(answer.as_fd(), PollFlags::IN, until)
-                        .map_err(failed)?;
+                    wait_for(&answer, reports.as_ref(), cancel.as_deref())?;
                 }
                 // The service died. What was asked can be asked again.
                 Err(SocketError::Closed | SocketError::ClosedInFrame { .. }) => break,
@@ -317,6 +292,43 @@ fn ask_with(
         log::warn!("the service of stores has died: another one is started");
     }
     Err(StoreError::new(StoreErrorKind::Unreachable, "the service of stores dies again and again"))
+}
+
+/// Passes the progress of an upload on. Returns false if no more comes.
+fn pass_on(reports: &mut FrameSocket, progress: &dyn Fn(u64, u64)) -> bool {
+    let mut last = None;
+    let more = loop {
+        match reports.try_recv() {
+            Ok(Some(frame)) => last = decode_progress(&frame.body).ok().or(last),
+            Ok(None) => break true,
+            // An older service closes it at once. The answer says how the upload has ended.
+            Err(_) => break false,
+        }
+    };
+    if let Some((done, all)) = last {
+        progress(done, all);
+    }
+    more
+}
+
+/// Waits until one of the sockets has something.
+///
+/// # Errors
+/// If the job is cancelled.
+fn wait_for(
+    answer: &FrameSocket, reports: Option<&FrameSocket>, cancel: Option<&Cancel>,
+) -> Result<(), StoreError> {
+    let mut polled = vec![PollFd::new(answer, PollFlags::IN)];
+    polled.extend(reports.map(|reports| PollFd::new(reports, PollFlags::IN)));
+    polled.extend(cancel.map(|cancel| PollFd::from_borrowed_fd(cancel.fd(), PollFlags::IN)));
+    match poll(&mut polled, None) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(errno) => return Err(StoreError::cache("wait for the service of stores", errno)),
+    }
+    if cancel.is_some_and(Cancel::is_cancelled) {
+        return Err(StoreError::new(StoreErrorKind::Cancelled, "the job was cancelled"));
+    }
+    Ok(())
 }
 
 /// Sends a request, to another service if there is none or it died.

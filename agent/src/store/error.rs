@@ -112,7 +112,7 @@ impl StoreError {
     /// True if it may go better later: the store may answer, somebody may renew credentials or make
     /// room, and put back what is missing.
     pub fn may_pass(&self) -> bool {
-        self.kind != StoreErrorKind::Damaged
+        !matches!(self.kind, StoreErrorKind::Damaged | StoreErrorKind::Cancelled)
     }
 }
 

@@ -33,5 +33,5 @@ mod service;
 mod upload;
 mod wire;
 
-pub use client::{Follow, NewObject, StoredFile, is_stored};
+pub use client::{NewObject, StoredFile, is_stored};
 pub use error::{StoreError, StoreErrorKind};

@@ -94,6 +94,12 @@ impl Ask {
         }
     }
 
+    /// True if whoever asks may leave before the answer. It must know what became of an index that
+    /// it has had put, and what was uploaded must be removed.
+    pub(super) fn may_be_given_up(&self) -> bool {
+        !matches!(self, Self::Commit { .. } | Self::Abandon { .. } | Self::Put { .. })
+    }
+
     /// The code of its frame.
     pub(super) fn code(&self) -> u32 {
         match self {
