@@ -268,7 +268,8 @@ impl CachedImage {
         Ok(Some(image))
     }
 
-    /// Gives the files their lengths, and doubts what an earlier boot has written.
+    /// Gives the files their lengths, and doubts what an earlier boot has written. Pieces without
+    /// content are there from the start, so nobody asks for them: they are holes of `data`.
     fn prepare(&self, index: &Index) -> io::Result<()> {
         if self.data.metadata()?.len() != index.length {
             self.data.set_len(index.length)?;
@@ -287,8 +288,14 @@ impl CachedImage {
             if self.present.metadata()?.len() == length {
                 self.present.read_exact_at(&mut states, PRESENT_HEAD)?;
             }
-            for state in &mut states {
-                *state = if *state == 0 { 0 } else { State::Doubtful as u8 };
+            let mut pieces = index.pieces.iter().map(|piece| piece.number).peekable();
+            for (number, state) in (0..).zip(&mut states) {
+                let known = match (pieces.next_if_eq(&number), *state) {
+                    (None, _) => State::Present,
+                    (Some(_), 0) => State::Absent,
+                    (Some(_), _) => State::Doubtful,
+                };
+                *state = known as u8;
             }
             self.present.set_len(length)?;
             self.present.write_all_at(&states, PRESENT_HEAD)?;
@@ -385,4 +392,42 @@ fn boot() -> io::Result<[u8; PRESENT_HEAD as usize]> {
     let length = id.len().min(head.len());
     head[..length].copy_from_slice(&id[..length]);
     Ok(head)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_protocol::image::stored::{Form, Piece};
+
+    #[test]
+    fn a_piece_without_content_is_present_from_the_start_and_in_every_boot() {
+        let piece = |number| Piece {
+            number,
+            pack: 0,
+            form: Form::Plain,
+            offset: 0,
+            length: 1 << 16,
+            hash: [0; 16],
+        };
+        let index = Index {
+            image: [1; 16],
+            upload: [2; 16],
+            length: 5 << 16,
+            piece_size: 1 << 16,
+            packs: vec!["0".into()],
+            pieces: vec![piece(1), piece(3)],
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let cache = Cache::new(folder.path().to_owned(), u64::MAX).unwrap();
+        let open = || cache.open(&index, &[3; 16]).unwrap();
+        let states = || [0, 1, 2, 3, 4].map(|piece| open().state(piece).unwrap());
+        use State::{Absent, Doubtful, Present};
+        assert_eq!(states(), [Present, Absent, Present, Absent, Present]);
+        open().put(3, 3 << 16, &[7; 1 << 16]).unwrap();
+        assert_eq!(states(), [Present, Absent, Present, Present, Present]);
+        // The machine is started again.
+        open().present.write_all_at(&[0; PRESENT_HEAD as usize], 0).unwrap();
+        assert_eq!(states(), [Present, Absent, Present, Doubtful, Present]);
+        assert_eq!(open().read(2 << 16, 1 << 16).unwrap(), [0; 1 << 16]);
+    }
 }
