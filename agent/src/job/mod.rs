@@ -71,7 +71,7 @@ pub struct Job {
     /// Cancels the job.
     pub cancel: Arc<Cancel>,
     /// Limits the bandwidth.
-    pub limiter: Limiter,
+    pub limiter: Arc<Limiter>,
     /// The deadline of a stop, while the guest is paused for its hand-over.
     pub stop: Deadline,
     /// Counters that several threads update at once.
@@ -132,7 +132,7 @@ impl Job {
             hooks,
             hook_timeout: options.hook_timeout,
             cancel: Arc::new(Cancel::new()?),
-            limiter: Limiter::new(options.bandwidth),
+            limiter: Arc::new(Limiter::new(options.bandwidth)),
             stop: Deadline::default(),
             live: Arc::default(),
             placing: Arc::default(),

@@ -188,6 +188,7 @@ impl ContinuedRestore {
 
     fn place(self, job: &Arc<Job>) -> Result<(), JobError> {
         let Self { source, unread, missing_pages, options } = self;
+        source.limit(&job.limiter);
         let mut registered = FaultRegistration::new(job);
         job.placing.uses(Placing::Pages);
         missing_pages.drop_settled();

@@ -76,6 +76,7 @@ pub fn run(job: &Arc<Job>, order: &RestorePlan) {
 fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory, job.image_key.as_ref())?;
+    source.limit(&job.limiter);
     if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
         return Err(MemoryError::Sealed { id: block.geometry.id }.into());
     }

@@ -8,7 +8,8 @@
 //!    are recorded. The workers continue behind the last fault, and at a lower priority, so that
 //!    they do not delay the pages that the guest waits for.
 //!
-//! All reads count towards the bandwidth limit of the job.
+//! All reads count towards the bandwidth limit of the job. While there is one, a store is not asked
+//! for more than what is read.
 
 use super::image_pages::ImagePages;
 use super::queues::{PrefetchGate, WorkingSetPieces};

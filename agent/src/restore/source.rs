@@ -10,12 +10,15 @@
 
 use super::error::RestoreError;
 use crate::image::blocks;
+use crate::image::file::ImageFile;
 use crate::image::{Chain, Image, ImageError, ImageKey};
 use crate::job::JobError;
 use crate::memory::GuestMemory;
+use crate::transport::Limiter;
 use pageferry_protocol::memory::{BlockTable, PageRange};
 use pageferry_protocol::shm::MappedBitmap;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Compares the blocks of a VMM with those of an image.
 ///
@@ -76,6 +79,16 @@ impl Source {
     /// If a page cannot be read or is damaged. The error names the page and its place in the file.
     pub fn read(&self, at: usize, range: PageRange, into: &mut [u8]) -> Result<(), ImageError> {
         self.chain.read_extent(self.order[at], range, into)
+    }
+
+    /// Notes that whoever reads in long ranges waits for `limiter` before each, so that a store is
+    /// asked for nothing that is not counted.
+    pub fn limit(&self, limiter: &Arc<Limiter>) {
+        for layer in self.chain.layers() {
+            if let ImageFile::Stored(file) = layer.image.file() {
+                file.limit(limiter);
+            }
+        }
     }
 
     /// Asks the kernel to read the content of the pages `range` from the disk, and does not wait.

@@ -10,6 +10,7 @@ use super::process;
 use super::wire::{Ask, Kind, Numbers, Speed, decode_answer, decode_progress, join};
 use crate::cancel::Cancel;
 use crate::lock::lock;
+use crate::transport::Limiter;
 use crate::waiting::may_wait;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -19,13 +20,15 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 /// Longest time until the service takes a request.
 const SEND: Duration = Duration::from_secs(10);
 /// A read of at most so many bytes is one that somebody waits for. Others read ahead.
 const URGENT: u64 = 64 << 10;
+/// How many bytes after a long read are fetched before somebody asks for them.
+const AHEAD: u64 = 16 << 20;
 /// How often a request is made again because the service died.
 const ATTEMPTS: u32 = 3;
 
@@ -69,6 +72,8 @@ pub struct StoredFile {
     present: OwnedFd,
     piece_size: u64,
     length: u64,
+    /// While it limits the reads, nothing is read ahead.
+    limiter: OnceLock<Arc<Limiter>>,
 }
 
 impl AsFd for StoredFile {
@@ -89,12 +94,20 @@ impl StoredFile {
         if !piece_size.is_power_of_two() {
             return Err(broken());
         }
-        Ok(Self { name, hash: join([low, high]), data, present, piece_size, length })
+        let (hash, limiter) = (join([low, high]), OnceLock::new());
+        Ok(Self { name, hash, data, present, piece_size, length, limiter })
     }
 
     /// Length of the image file in bytes.
     pub fn length(&self) -> u64 {
         self.length
+    }
+
+    /// Notes that whoever reads in long ranges waits for `limiter` before each. What is read ahead
+    /// does not wait for it, so nothing is read ahead while there is a limit.
+    pub fn limit(&self, limiter: &Arc<Limiter>) {
+        // The first one stays: a file is read by one job.
+        let _ = self.limiter.set(limiter.clone());
     }
 
     /// Has these bytes of the file in the cache. Waits for the store, if it has to.
@@ -109,11 +122,19 @@ impl StoredFile {
         let pieces = bytes.start / self.piece_size..end.div_ceil(self.piece_size);
         let Some(first) = self.next_absent(pieces.clone())? else { return Ok(()) };
         let speed = if end - bytes.start <= URGENT { Speed::Now } else { Speed::Soon };
-        self.fetch(first..pieces.end, speed)
+        self.fetch(first..pieces.end, speed)?;
+        if speed == Speed::Soon && pieces.end - first > 1 {
+            self.will_need(end..end.saturating_add(AHEAD));
+        }
+        Ok(())
     }
 
-    /// Has the service begin to bring these bytes, and does not wait for that.
+    /// Has the service begin to bring these bytes, and does not wait for that. Does nothing while
+    /// reads are limited.
     pub fn will_need(&self, bytes: Range<u64>) {
+        if self.limiter.get().is_some_and(|limiter| limiter.is_limited()) {
+            return;
+        }
         let end = bytes.end.min(self.length).div_ceil(self.piece_size);
         let pieces = bytes.start / self.piece_size..end;
         // If this fails, whoever reads it gets the error.

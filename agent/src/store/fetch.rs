@@ -32,8 +32,6 @@ const RANGE: u64 = 4 << 20;
 const RANGES: usize = 8;
 /// Number of urgent requests at a time.
 const URGENT: usize = 32;
-/// How many bytes after a long range are fetched before somebody asks for them.
-const AHEAD: u64 = 16 << 20;
 /// How often a range is fetched before it counts as damaged, or the store as unreachable. The
 /// library repeats requests that fail; this is for bytes that are wrong or missing.
 const ATTEMPTS: u32 = 4;
@@ -146,15 +144,12 @@ impl Stored {
         self: &Arc<Self>, range: Range<u64>, urgent: bool,
     ) -> Result<(), StoreError> {
         let mut tasks = JoinSet::new();
-        for run in self.runs(range.clone(), urgent)? {
+        for run in self.runs(range, urgent)? {
             let image = self.clone();
             tasks.spawn(async move { image.fetch_run(run, urgent, true).await });
         }
         while let Some(done) = tasks.join_next().await {
             done.map_err(|error| StoreError::cache("fetch a piece", error))??;
-        }
-        if !urgent && range.end - range.start > 1 {
-            self.fetch_ahead(range.end..range.end + AHEAD / self.index.piece_size);
         }
         Ok(())
     }

@@ -60,6 +60,11 @@ impl Limiter {
         u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
+    /// True if there is a limit.
+    pub fn is_limited(&self) -> bool {
+        self.rate.load(Ordering::Relaxed) != 0
+    }
+
     /// Most pages to send at once, as one record or several; at least 1.
     pub fn max_pages_per_send(&self) -> u64 {
         match self.rate.load(Ordering::Relaxed) {

@@ -14,8 +14,9 @@ use pageferry_tests::scenario::image_guest::{
 use pageferry_tests::scenario::images::{on, paused, tracked};
 use pageferry_tests::scenario::{Host, SOON};
 use pageferry_tests::stores::StoreKind;
-use pageferry_tests::stores::faults::Faults;
+use pageferry_tests::stores::faults::{Faults, Request};
 use std::path::Path;
+use std::time::Duration;
 
 /// A store of each kind.
 fn scenes() -> Vec<Scene> {
@@ -222,4 +223,42 @@ fn the_status_says_how_far_an_upload_is() {
     scene.proxy.as_ref().unwrap().set(Faults::default());
     // The status of a job that completed has no such sentence.
     assert_completed(&guest.wait(job));
+}
+
+#[test]
+fn a_limited_restore_reads_nothing_ahead() {
+    let Some(tools) = require::stores() else { return };
+    let mut scene = Scene::served(&tools, StoreKind::S3);
+    let name = scene.name("guest");
+    let host = scene.host();
+    let guest = Guest::full(&host, 16 * PAGES);
+    save(&guest, &name);
+    for options in restore_modes() {
+        scene.other_machine();
+        // What is read ahead is asked for before the first answer.
+        let latency = Duration::from_millis(50);
+        scene.proxy.as_ref().unwrap().set(Faults { latency, ..Faults::default() });
+        let host = scene.host();
+        let restored = Guest::new(&host, 16 * PAGES);
+        scene.proxy.as_ref().unwrap().forget();
+        let job = restored.restore(&name, &slow(options));
+        let first = || {
+            let counters = restored.client.status().unwrap().counters;
+            (counters.pages_restored > 0).then_some(())
+        };
+        wait_for("the first pages", SOON, first).unwrap();
+        // The first read of each thread, and what is read as an image is opened.
+        let asked: u64 = scene.reads().iter().map(asked_for).sum();
+        assert!(asked < 16 << 20, "{asked} bytes");
+        restored.hurry();
+        assert_completed(&restored.wait(job));
+        assert!(restored.bytes() == guest.bytes());
+    }
+}
+
+/// Bytes of a range.
+fn asked_for(request: &Request) -> u64 {
+    let range = request.range.as_ref().and_then(|range| range.strip_prefix("bytes="));
+    let (first, last) = range.and_then(|range| range.split_once('-')).unwrap();
+    last.parse::<u64>().unwrap() + 1 - first.parse::<u64>().unwrap()
 }
