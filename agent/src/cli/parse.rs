@@ -2,6 +2,7 @@
 
 //! Reads the values of options. An error says what is allowed, in the words of a user.
 
+use crate::store;
 use crate::transport::Address;
 
 pub use crate::sizes::parse_size;
@@ -9,9 +10,10 @@ use pageferry_protocol::control::job::{
     Compression, HugePages, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
-use pageferry_protocol::image::stored::is_stored;
+use pageferry_protocol::image::stored::{SCHEMES, is_stored};
 use pageferry_protocol::memory::PAGE_SIZE;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Reads a time: a number with us, ms, s, m or h.
@@ -104,6 +106,28 @@ pub fn parse_capture_memory(text: &str) -> Result<u64, String> {
     }
 }
 
+/// The absolute path of a file. The name of an image in a store stays as it is.
+///
+/// # Errors
+/// If the name has a scheme that is of no store, or there is no current folder.
+pub fn absolute(path: &Path) -> io::Result<PathBuf> {
+    let name = path.display();
+    let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    match path.to_str().and_then(|name| name.split_once("://")) {
+        Some(_) if store::is_stored(path) => Ok(path.to_owned()),
+        Some((scheme, _)) if is_word(scheme) => {
+            let allowed = SCHEMES.join(", ");
+            let sentence = format!(
+                "\"{name}\": {scheme} is no scheme of a store, allowed are {allowed}; \
+                 a file of this name is ./{name}"
+            );
+            Err(io::Error::new(io::ErrorKind::InvalidInput, sentence))
+        }
+        _ => std::path::absolute(path)
+            .map_err(|error| io::Error::new(error.kind(), format!("path \"{name}\": {error}"))),
+    }
+}
+
 /// Reads the name of a store, or of a part of it.
 pub(super) fn parse_store(text: &str) -> Result<String, String> {
     if is_stored(text) {
@@ -178,6 +202,20 @@ pub(super) fn parse_compression(text: &str) -> Result<Compression, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_with_an_unknown_scheme_is_not_taken_for_a_path() {
+        for name in ["s3://images/vm", "file:///images/vm"] {
+            assert_eq!(absolute(Path::new(name)).unwrap(), Path::new(name));
+        }
+        for name in ["http://host/images/vm", "https://host/vm", "gcs://images/vm", "://vm"] {
+            let error = absolute(Path::new(name)).unwrap_err().to_string();
+            assert!(error.contains("allowed are s3, s3a, gs, az,"), "{name}: {error}");
+        }
+        for path in ["vm.img", "./http://vm", "/images/a://b", "C:vm"] {
+            assert!(absolute(Path::new(path)).unwrap().is_absolute(), "{path}");
+        }
+    }
 
     #[test]
     fn times_and_sizes_are_read_or_refused_with_the_reason() {

@@ -3,11 +3,10 @@
 //! The arguments of `snapshot` and `restore` on the command line.
 
 use super::parse::{
-    parse_bandwidth, parse_capture_memory, parse_folder, parse_huge_pages, parse_resume,
+    absolute, parse_bandwidth, parse_capture_memory, parse_folder, parse_huge_pages, parse_resume,
     parse_timeout,
 };
 use super::{DetachArgs, OperatorArgs};
-use crate::store::is_stored;
 use clap::Args;
 use pageferry_protocol::control::job::{
     HugePages, RestoreMode, RestoreOptions, ResumePolicy, SnapshotMode, SnapshotOptions,
@@ -158,13 +157,9 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
 /// agent gets only absolute paths.
 ///
 /// # Errors
-/// If there is no current folder, or the path is not UTF-8.
+/// As [`absolute`], or if the path is not UTF-8.
 pub fn from_root(path: &Path) -> io::Result<String> {
-    let path = match is_stored(path) {
-        true => path.to_owned(),
-        false => std::path::absolute(path)?,
-    };
-    path.into_os_string().into_string().map_err(|path| {
+    absolute(path)?.into_os_string().into_string().map_err(|path| {
         let sentence = format!("path {} is not UTF-8", path.display());
         io::Error::new(io::ErrorKind::InvalidInput, sentence)
     })

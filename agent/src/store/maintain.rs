@@ -98,7 +98,7 @@ fn upload_folder(path: &Path) -> Option<(Path, Path)> {
     is_id.then(|| (image, parts[..at + 2].iter().cloned().collect()))
 }
 
-/// The images below `name`, in the order of their names.
+/// The image `name`, and the images below it, in the order of their names.
 ///
 /// # Errors
 /// If `name` is no name of a store, or the store does not answer.
@@ -112,7 +112,13 @@ pub fn list(name: &str) -> Result<Vec<ListedImage>, StoreError> {
             .filter_map(|meta| upload_folder(&meta.location))
             .map(|(image, _)| image)
             .collect();
-        let images = objects.into_iter().filter(|meta| uploaded.contains(&meta.location));
+        let mut images = objects;
+        images.retain(|meta| uploaded.contains(&meta.location));
+        // The list has only what is below the name.
+        if !object.path.as_ref().is_empty() && upload_of(&object).await?.is_some() {
+            let meta = object.store.head(&object.path).await;
+            images.push(meta.map_err(|error| object.failed(&error))?);
+        }
         let look = |meta: ObjectMeta| {
             let object = object.at(meta.location.clone());
             async move {

@@ -31,7 +31,7 @@ const PIECE: usize = 48;
 const PACK: usize = 5;
 
 /// The schemes of names that are in a store and not files.
-const SCHEMES: [&str; 9] = ["s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "file"];
+pub const SCHEMES: [&str; 9] = ["s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss", "file"];
 
 /// True if `name` names an object in a store: `s3://BUCKET/NAME` and the like. Otherwise it is the
 /// path of a file.

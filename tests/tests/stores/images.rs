@@ -38,7 +38,12 @@ fn an_image_goes_to_a_store_and_comes_back() {
         let guest = Guest::full(&host, PAGES);
         guest.client.discard(&[guest.range(100, 700)], Punch::Yes).unwrap();
         save(&guest, &name);
-        assert_eq!(scene.listed(), [name.to_str().unwrap()]);
+        for above in [&scene.name("vm"), &name] {
+            assert_eq!(scene.listed_at(above), [name.to_str().unwrap()]);
+        }
+        for other in ["vm/gues", "vm/guest2", "other"] {
+            assert_eq!(scene.listed_at(&scene.name(other)), [""; 0], "{other}");
+        }
         let info = scene.said(&["info"], &name);
         assert_eq!(info["discarded_pages"], 700, "{info}");
         // Another machine.

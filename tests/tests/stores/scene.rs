@@ -92,7 +92,12 @@ impl Scene {
 
     /// The names of the images in the store.
     pub fn listed(&self) -> Vec<String> {
-        let said = self.said(&["list"], Path::new(&self.root));
+        self.listed_at(Path::new(&self.root))
+    }
+
+    /// The image of this name, and those below it.
+    pub fn listed_at(&self, name: &Path) -> Vec<String> {
+        let said = self.said(&["list"], name);
         let images = said["images"].as_array().unwrap().iter();
         images.map(|image| image["name"].as_str().unwrap().to_owned()).collect()
     }

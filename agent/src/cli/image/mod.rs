@@ -16,6 +16,7 @@ pub mod raw;
 pub mod stores;
 
 use super::exit::Exit;
+use super::parse::absolute;
 use super::show;
 use crate::error::chain as sentence;
 use crate::image::merge::{MergeKeys, merge_with};
@@ -282,15 +283,6 @@ fn run_merge(args: &MergeArgs) -> Outcome {
 /// A count with its noun, such as "1 image" or "3 images".
 fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
-}
-
-/// The absolute path.
-fn absolute(path: &Path) -> Result<PathBuf, Box<dyn Error>> {
-    if is_stored(path) {
-        return Ok(path.to_owned());
-    }
-    Ok(std::path::absolute(path)
-        .map_err(|error| format!("path \"{}\": {error}", path.display()))?)
 }
 
 fn text_of(path: &Path) -> String {

@@ -37,7 +37,7 @@ pub struct CopyArgs {
 /// A list.
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// The store, or a folder in it.
+    /// The store, a folder in it, or an image.
     #[arg(value_name = "STORE", value_parser = parse_store)]
     store: String,
     /// Print JSON: one object.
