@@ -48,12 +48,7 @@ fn what_is_refused_cut_or_damaged_is_asked_for_again() {
 #[test]
 fn a_store_that_lies_fails_a_restore_and_never_gives_a_wrong_page() {
     let Some(tools) = require::stores() else { return };
-    let mut scene = Scene::served(&tools, StoreKind::S3);
-    let name = scene.name("guest");
-    let host = scene.host();
-    let guest = Guest::full(&host, PAGES);
-    assert_completed(&guest.wait(guest.snapshot(&name, &background())));
-    scene.other_machine();
+    let (mut scene, name, bytes) = Scene::with_image(&tools, PAGES);
     for fault in [Fault::Flip, Fault::Truncate] {
         scene.proxy.as_ref().unwrap().set(Faults::default().with(fault, 1000));
         let host = scene.host();
@@ -64,7 +59,7 @@ fn a_store_that_lies_fails_a_restore_and_never_gives_a_wrong_page() {
         scene.proxy.as_ref().unwrap().set(Faults::default());
         // The cache has nothing of it.
         assert_completed(&restored.restored(&name, &eager()));
-        assert!(restored.bytes() == guest.bytes());
+        assert!(restored.bytes() == bytes);
         scene.other_machine();
     }
 }
@@ -75,12 +70,7 @@ fn a_guest_waits_for_a_store_that_is_gone_and_goes_on_when_it_is_back() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::served(&tools, StoreKind::S3);
-    let name = scene.name("guest");
-    let host = scene.host();
-    let guest = Guest::full(&host, 8 * PAGES);
-    assert_completed(&guest.wait(guest.snapshot(&name, &background())));
-    scene.other_machine();
+    let (mut scene, name, bytes) = Scene::with_image(&tools, 8 * PAGES);
     let host = scene.host();
     let restored = Guest::new(&host, 8 * PAGES);
     let job = restored.restore(&name, &slow(lazy()));
@@ -99,7 +89,7 @@ fn a_guest_waits_for_a_store_that_is_gone_and_goes_on_when_it_is_back() {
     restored.hurry();
     assert_completed(&restored.wait(job));
     touch.join().unwrap();
-    assert!(restored.bytes() == guest.bytes());
+    assert!(restored.bytes() == bytes);
 }
 
 #[test]

@@ -156,12 +156,7 @@ fn agents_of_one_machine_read_each_piece_once() {
     if !require::uffd() {
         return;
     }
-    let mut scene = Scene::served(&tools, StoreKind::S3);
-    let name = scene.name("guest");
-    let host = scene.host();
-    let guest = Guest::full(&host, 8 * PAGES);
-    save(&guest, &name);
-    scene.other_machine();
+    let (scene, name, bytes) = Scene::with_image(&tools, 8 * PAGES);
     scene.proxy.as_ref().unwrap().forget();
     let stored = scene.stored_bytes();
     let hosts: Vec<Host> = (0..3).map(|_| scene.host()).collect();
@@ -169,7 +164,7 @@ fn agents_of_one_machine_read_each_piece_once() {
     let jobs: Vec<u64> = guests.iter().map(|guest| guest.restore(&name, &eager())).collect();
     for (restored, job) in guests.iter().zip(jobs) {
         assert_completed(&restored.wait(job));
-        assert!(restored.bytes() == guest.bytes());
+        assert!(restored.bytes() == bytes);
     }
     let read: u64 = scene.reads().iter().map(|request| request.downloaded).sum();
     assert!(read <= stored, "{read} of {stored} bytes");
@@ -233,11 +228,7 @@ fn the_status_says_how_far_an_upload_is() {
 #[test]
 fn a_limited_restore_reads_nothing_ahead() {
     let Some(tools) = require::stores() else { return };
-    let mut scene = Scene::served(&tools, StoreKind::S3);
-    let name = scene.name("guest");
-    let host = scene.host();
-    let guest = Guest::full(&host, 16 * PAGES);
-    save(&guest, &name);
+    let (mut scene, name, bytes) = Scene::with_image(&tools, 16 * PAGES);
     for options in restore_modes() {
         scene.other_machine();
         // What is read ahead is asked for before the first answer.
@@ -257,7 +248,7 @@ fn a_limited_restore_reads_nothing_ahead() {
         assert!(asked < 16 << 20, "{asked} bytes");
         restored.hurry();
         assert_completed(&restored.wait(job));
-        assert!(restored.bytes() == guest.bytes());
+        assert!(restored.bytes() == bytes);
     }
 }
 

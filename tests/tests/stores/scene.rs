@@ -4,6 +4,7 @@
 
 use pageferry_tests::process::program;
 use pageferry_tests::scenario::Host;
+use pageferry_tests::scenario::image_guest::{Guest, assert_completed, background};
 use pageferry_tests::stores::faults::{FaultProxy, Request};
 use pageferry_tests::stores::{StoreKind, StoreServer, StoreTools};
 use serde_json::Value;
@@ -36,6 +37,19 @@ impl Scene {
             _server: Some(server),
             _folder: folder,
         }
+    }
+
+    /// A server with an image that another machine has saved: of a guest with so many pages, all of
+    /// them with content. Returns the name of the image and the memory of the guest, too.
+    #[track_caller]
+    pub fn with_image(tools: &StoreTools, pages: u64) -> (Self, PathBuf, Vec<u8>) {
+        let mut scene = Self::served(tools, StoreKind::S3);
+        let name = scene.name("guest");
+        let host = scene.host();
+        let guest = Guest::full(&host, pages);
+        assert_completed(&guest.wait(guest.snapshot(&name, &background())));
+        scene.other_machine();
+        (scene, name, guest.bytes())
     }
 
     /// A folder.
