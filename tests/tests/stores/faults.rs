@@ -12,7 +12,7 @@ use pageferry_tests::scenario::image_guest::{
 };
 use pageferry_tests::stores::StoreKind;
 use pageferry_tests::stores::faults::{Fault, Faults};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 #[test]
 fn what_is_refused_cut_or_damaged_is_asked_for_again() {
@@ -136,16 +136,15 @@ fn an_upload_that_is_cancelled_leaves_nothing() {
     assert_eq!(scene.listed(), [""; 0]);
 }
 
-/// Cancels a job that waits for the store, which would not answer for half a minute.
+/// Cancels a job that waits for the store, which does not answer for longer than the job is waited
+/// for.
 #[track_caller]
 fn cancel_at_once(scene: &Scene, guest: &Guest, job: u64) {
     let proxy = scene.proxy.as_ref().unwrap();
     let stalls = || (proxy.counts().injected(Fault::Stall) > 0).then_some(());
     wait_for("the store to stall", SOON, stalls).unwrap();
-    let began = Instant::now();
     guest.client.cancel().unwrap();
     assert_eq!(guest.wait(job).phase, Phase::Cancelled);
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     proxy.set(Faults::default());
     proxy.forget();
 }
@@ -153,11 +152,12 @@ fn cancel_at_once(scene: &Scene, guest: &Guest, job: u64) {
 #[test]
 fn a_job_that_waits_for_a_store_is_cancelled_at_once() {
     let Some(tools) = require::stores() else { return };
-    let mut scene = Scene::served(&tools, StoreKind::S3);
+    let mut scene = Scene::served(&tools, StoreKind::S3).patient();
     let name = scene.name("guest");
     let host = scene.host();
     let guest = Guest::full(&host, 8 * PAGES);
-    let stalled = Faults::default().with(Fault::Stall, 1000);
+    let stall = 10 * SOON;
+    let stalled = Faults { stall, ..Faults::default() }.with(Fault::Stall, 1000);
     // As it looks whether the name is free, and as it puts packs.
     let puts = Faults { only: Some("PUT".into()), ..stalled.clone() };
     for faults in [stalled.clone(), puts] {

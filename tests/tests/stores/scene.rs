@@ -39,6 +39,12 @@ impl Scene {
         }
     }
 
+    /// The same, whose agents wait for an answer of the store for as long as any test runs.
+    pub fn patient(mut self) -> Self {
+        self.environment.push(("AWS_TIMEOUT", "1h".to_owned()));
+        self
+    }
+
     /// A server with an image that another machine has saved: of a guest with so many pages, all of
     /// them with content. Returns the name of the image and the memory of the guest, too.
     #[track_caller]
