@@ -15,7 +15,7 @@ use crate::waiting::may_wait;
 use pageferry_protocol::control::{FrameSocket, SocketError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -29,6 +29,9 @@ const SEND: Duration = Duration::from_secs(10);
 const URGENT: u64 = 64 << 10;
 /// How many bytes after a long read are fetched before somebody asks for them.
 const AHEAD: u64 = 16 << 20;
+/// How long the service may take to give a request up. It may be stopped; a cancel does not wait
+/// for that.
+const GIVE_UP: Duration = Duration::from_secs(1);
 /// How often a request is made again because the service died.
 const ATTEMPTS: u32 = 3;
 
@@ -303,7 +306,11 @@ fn ask_with(
                     {
                         reports = None;
                     }
-                    wait_for(&answer, reports.as_ref(), cancel.as_deref())?;
+                    let waited = wait_for(&answer, reports.as_ref(), cancel.as_deref());
+                    if waited.is_err() && matches!(ask, Ask::Upload { .. }) {
+                        give_up_upload(&mut answer);
+                    }
+                    waited?;
                 }
                 // The service died. What was asked can be asked again.
                 Err(SocketError::Closed | SocketError::ClosedInFrame { .. }) => break,
@@ -330,6 +337,23 @@ fn pass_on(reports: &mut FrameSocket, progress: &dyn Fn(u64, u64)) -> bool {
         progress(done, all);
     }
     more
+}
+
+/// Has the service give an upload up. If it is complete by now, it is abandoned: otherwise the
+/// service would keep it for good.
+fn give_up_upload(answer: &mut FrameSocket) {
+    // The service sees that as the end of the request, and can still answer.
+    let _ = shutdown(&*answer, Shutdown::Write);
+    let until = Instant::now() + GIVE_UP;
+    // An error is the end that was wanted, or a service that is stopped. That one abandons what it
+    // cannot answer.
+    let Ok(frame) = answer.recv(until) else { return };
+    if let Ok(Ok([low, high, ..])) = decode_answer(&frame.body) {
+        let upload = join([low, high]);
+        if let Err(error) = ask(&Ask::Abandon { upload }) {
+            log::warn!("what was uploaded is left for prune: {error}");
+        }
+    }
 }
 
 /// Waits until one of the sockets has something.

@@ -14,7 +14,7 @@ use super::error::{StoreError, StoreErrorKind};
 use super::fetch::{Limits, Stored};
 use super::names::{Name, Object, Stores};
 use super::upload::{Upload, check_free, put_named};
-use super::wire::{Ask, Kind, Numbers, Speed, UPLOAD, encode_answer, encode_progress, split};
+use super::wire::{Ask, Kind, Numbers, Speed, UPLOAD, encode_answer, encode_progress, join, split};
 use crate::lock::lock;
 use bytes::Bytes;
 use object_store::ObjectStoreExt;
@@ -154,13 +154,20 @@ impl Service {
         let fds: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
         let until = Instant::now() + LOOK;
         // There is room for it: it is the first frame of its socket.
-        let _ = FrameSocket::from(answer).send_parts(
+        let sent = FrameSocket::from(answer).send_parts(
             frame.request,
             FLAG_REPLY,
             &encode_answer(&answered),
             &fds,
             until,
         );
+        // Nobody will commit an upload that nobody has heard of.
+        if let (Err(_), UPLOAD, Ok([low, high, ..])) = (sent, frame.request, answered) {
+            let upload = lock(&self.uploads).remove(&join([low, high]));
+            if let Some(upload) = upload {
+                upload.abandon().await;
+            }
+        }
     }
 
     async fn carry_out(
