@@ -183,7 +183,10 @@ impl Upload {
         &mut self, file: Arc<File>, progress: Progress<'_>,
     ) -> Result<(), StoreError> {
         let (length, count) = (self.index.length, self.index.count());
-        let mut puts = Puts::new(data_bytes(&file, 0..length), progress);
+        let whole = file.clone();
+        let all = spawn_blocking(move || data_bytes(&whole, 0..length)).await;
+        let all = all.map_err(|error| StoreError::cache("look for holes", error))?;
+        let mut puts = Puts::new(all, progress);
         let read = |number: u64| {
             let file = file.clone();
             async move {
