@@ -5,7 +5,10 @@
 //! The VMM hands over the guest's memory as file descriptors. The agent serves one VM.
 //!
 //! - [`memory`]: blocks, their files and bitmaps, discards;
+//! - [`base`]: files whose pages all clones of an image share;
 //! - [`tracking`]: the trackers, which report dirty pages;
+//! - [`pagemap`]: scans of the VMM's page tables;
+//! - [`piece_locks`]: locks of single pieces of a file, among processes;
 //! - [`event`]: an event that wakes a thread which waits in `poll`;
 //! - [`hooks`]: requests of the agent to the VMM;
 //! - [`missing_faults`]: faults of a guest that runs before all of its memory is here;
@@ -42,6 +45,7 @@
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+pub mod base;
 pub mod cancel;
 pub mod cli;
 pub mod devices;
@@ -57,6 +61,8 @@ pub mod metrics;
 pub mod missing_faults;
 pub mod opener;
 pub mod outgoing;
+pub mod pagemap;
+pub mod piece_locks;
 pub mod priority;
 pub mod processors;
 pub mod reactor;

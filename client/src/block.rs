@@ -5,6 +5,7 @@
 
 use crate::error::Error;
 use crate::memfd::sealed_memfd;
+use crate::private_memory::{PrivateMemory, View};
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::file::MemoryFile;
 use pageferry_protocol::memory::{BlockGeometry, PageRange};
@@ -64,6 +65,15 @@ pub(crate) struct Block {
     /// The bitmap of owed pages, in the same way: see [`crate::missing_pages`].
     pub(crate) owed_fd: OwnedFd,
     owed: MappedBitmap,
+    /// A clone's memory.
+    pub(crate) private: Option<Private>,
+}
+
+/// The memory of a clone's block.
+#[derive(Debug)]
+pub(crate) struct Private {
+    pub(crate) memory: Arc<PrivateMemory>,
+    pub(crate) view: View,
 }
 
 impl Block {
@@ -72,6 +82,22 @@ impl Block {
         // The agent checks the same, but there may be no agent now.
         let file = MemoryFile::check(spec.memory, spec.fd_offset, spec.length)
             .map_err(|source| Error::Memory { id: spec.id, source })?;
+        Self::of(geometry, spec, file, None)
+    }
+
+    /// The same for a private mapping of a base.
+    pub(crate) fn new_clone(
+        geometry: BlockGeometry, spec: &BlockSpec<'_>, memory: PrivateMemory,
+    ) -> Result<Self, Error> {
+        let file = MemoryFile::check_base(spec.memory, spec.fd_offset, spec.length)
+            .map_err(|source| Error::Memory { id: spec.id, source })?;
+        let private = Private { memory: Arc::new(memory), view: View::open()? };
+        Self::of(geometry, spec, file, Some(private))
+    }
+
+    fn of(
+        geometry: BlockGeometry, spec: &BlockSpec<'_>, file: MemoryFile, private: Option<Private>,
+    ) -> Result<Self, Error> {
         let pages = geometry.pages();
         let discarded_fd = sealed_memfd("pageferry-discarded", bitmap_bytes(pages))?;
         let discarded = MappedBitmap::shared(discarded_fd.as_fd(), pages)
@@ -98,6 +124,7 @@ impl Block {
             discarded: Arc::new(discarded),
             owed_fd,
             owed,
+            private,
         })
     }
 
@@ -189,6 +216,9 @@ impl Block {
     /// Frees the whole host pages of `pages`. A discard cannot fail (`discard-cannot-fail`), so a
     /// failure is only logged: the content is stale anyway and only costs memory.
     fn punch(&self, pages: PageRange) {
+        if let Some(private) = &self.private {
+            return private.memory.punch(pages);
+        }
         let start = (self.fd_offset + pages.offset()).next_multiple_of(self.host_page_size());
         let end = (self.fd_offset + pages.offset() + pages.bytes()) / self.host_page_size()
             * self.host_page_size();

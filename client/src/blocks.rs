@@ -46,10 +46,15 @@ impl Client {
     /// If the block is not valid, overlaps another, or lies outside the dirty log or its file; or
     /// the agent refuses it, as it does while a job runs.
     pub fn add_block(&self, spec: BlockSpec<'_>) -> Result<BlockAdded, Error> {
+        self.add(spec, false)
+    }
+
+    /// The same for an ordinary block and for that of a clone.
+    pub(crate) fn add(&self, spec: BlockSpec<'_>, is_clone: bool) -> Result<BlockAdded, Error> {
         // Locked to the end: a new agent gets the block from `reattach` or from here, and never
         // from both.
         let mut session = self.flushed_session();
-        let block = self.memory().add(&spec)?;
+        let block = self.memory().add(&spec, is_clone)?;
         self.send_block(&mut session, &block, spec.discarded)
     }
 
@@ -79,7 +84,7 @@ impl Client {
         // All are checked before the agent gets the first.
         let mut blocks = Vec::new();
         for (region, id) in regions.iter().zip(&ids) {
-            match self.memory().add(&region.spec(*id, &format!("ram@{:#x}", region.gpa))) {
+            match self.memory().add(&region.spec(*id, &format!("ram@{:#x}", region.gpa)), false) {
                 Ok(block) => blocks.push(block),
                 Err(error) => {
                     blocks.iter().for_each(|block| self.memory().forget(block.geometry.id));
@@ -165,7 +170,7 @@ impl Client {
                     }
                 },
                 Err(refused) => return Err(refused),
-                Ok(()) => {}
+                Ok(()) => session.control.link().end_service(id),
             }
             self.memory().forget(id);
             Ok(block)

@@ -16,13 +16,14 @@ use crate::heartbeat::BUSY_INTERVAL;
 use crate::link::Link;
 use crate::memfd::Fence;
 use crate::ownership::SharedOwnership;
+use crate::private_memory::Service;
 use crate::timeouts::Timeouts;
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::frame::FLAG_NEED_REPLY;
 use pageferry_protocol::control::reply::{AddBlockReply, HelloReply, JobStarted, decode_reply};
 use pageferry_protocol::control::request::{
-    CONTROL_VERSION, FEATURE_FENCE, FEATURE_GRANTS, FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES,
-    MAX_RANGES, Request, code, name,
+    BLOCK_CLONE, CONTROL_VERSION, FEATURE_CLONES, FEATURE_FENCE, FEATURE_GRANTS, FEATURE_OWED,
+    FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request, code, name,
 };
 use pageferry_protocol::control::{Frame, FrameSocket, SocketError};
 use pageferry_protocol::error::{chain, rounded};
@@ -63,6 +64,8 @@ pub(crate) struct Control {
     knows_owed: bool,
     /// The agent is in a sandbox.
     wants_grants: bool,
+    /// The agent knows clones.
+    knows_clones: bool,
     lost: Option<String>,
 }
 
@@ -84,6 +87,7 @@ impl Control {
             max_ranges: MAX_RANGES,
             knows_owed: false,
             wants_grants: false,
+            knows_clones: false,
             lost: None,
         };
         control.hello(name)?;
@@ -126,6 +130,7 @@ impl Control {
         }
         self.knows_owed = reply.features & FEATURE_OWED != 0;
         self.wants_grants = reply.features & FEATURE_GRANTS != 0;
+        self.knows_clones = reply.features & FEATURE_CLONES != 0;
         let expected = 1 + usize::from(reply.features & FEATURE_PROGRAM_PIPE != 0);
         let (count, mut fds) = (frame.fds.len(), frame.fds.into_iter());
         let (true, Some(pidfd), pipe) = (count == expected, fds.next(), fds.next()) else {
@@ -262,18 +267,45 @@ impl Control {
         fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
     ) -> Result<T, Error> {
         let frame = self.round_trip(request.code(), 0, &request.encode(), fds)?;
+        self.read_answer(request.code(), &frame, fields)
+    }
+
+    /// The same for a request whose answer carries a descriptor. Only an agent that knows clones
+    /// knows such requests.
+    pub(crate) fn request_with_fd<T>(
+        &mut self, request: &Request,
+        fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+    ) -> Result<(T, OwnedFd), Error> {
+        if let (false, None) = (self.knows_clones, &self.lost) {
+            return Err(Error::NoClones);
+        }
+        let mut frame = self.round_trip(request.code(), 0, &request.encode(), &[])?;
+        let fields = self.read_answer(request.code(), &frame, fields)?;
+        match (frame.fds.pop(), frame.fds.len()) {
+            (Some(fd), 0) => Ok((fields, fd)),
+            _ => {
+                let name = name(request.code());
+                Err(self.give_up(format!("the answer to {name} has not 1 file descriptor")))
+            }
+        }
+    }
+
+    fn read_answer<T>(
+        &mut self, request: u32, frame: &Frame,
+        fields: impl FnOnce(&mut Decoder<'_>) -> Result<T, DecodeError>,
+    ) -> Result<T, Error> {
         match decode_reply(&frame.body, fields) {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(refused)) => {
                 Err(Error::Refused { code: refused.code, sentence: refused.sentence })
             }
-            Err(malformed) => Err(self.give_up(malformed_answer(request.code(), &malformed))),
+            Err(malformed) => Err(self.give_up(malformed_answer(request, &malformed))),
         }
     }
 
     /// Hands a block to the agent.
     pub(crate) fn add_block(&mut self, block: &Block, flags: u32) -> Result<BlockAdded, Error> {
-        let request = Request::AddBlock {
+        let request = |flags| Request::AddBlock {
             geometry: block.geometry.clone(),
             fd_offset: block.fd_offset,
             vmm_address: block.vmm_address,
@@ -281,7 +313,21 @@ impl Control {
         };
         let fds = [block.memory.as_fd(), block.discarded_fd.as_fd(), block.owed_fd.as_fd()];
         let fds = &fds[..if self.knows_owed { 3 } else { 2 }];
-        let reply = self.request(&request, fds, AddBlockReply::decode)?;
+        let reply = match &block.private {
+            None => self.request(&request(flags), fds, AddBlockReply::decode)?,
+            Some(_) if !(self.knows_clones && self.knows_owed) && self.lost.is_none() => {
+                return Err(Error::NoClones);
+            }
+            Some(private) => {
+                let (service, agents) = Service::start(&private.memory)?;
+                let view = [private.view.memory.as_fd(), private.view.pagemap.as_fd()];
+                let fds = [fds, &view, &[agents.as_fd()]].concat();
+                let added =
+                    self.request(&request(flags | BLOCK_CLONE), &fds, AddBlockReply::decode)?;
+                self.link.add_service(block.geometry.id, service);
+                added
+            }
+        };
         Ok(BlockAdded { host_page_size: reply.host_page_size, sealed: reply.sealed != 0 })
     }
 

@@ -212,6 +212,13 @@ impl Client {
         if batch.is_empty() {
             return Ok(0);
         }
+        let kind = match kind {
+            // Nobody but the client can free the memory of a clone.
+            DiscardKind::Discard(_) if batch.iter().any(|entry| entry.block.private.is_some()) => {
+                DiscardKind::Discard(Punch::Yes)
+            }
+            kind => kind,
+        };
         match session.control.request(&kind.request(ranges), &[], RangesReply::decode) {
             Ok(reply) => return Ok(reply.changed_pages),
             // It must not refuse. It will see the marks, and finds holes where it still reads.

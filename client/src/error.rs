@@ -60,6 +60,26 @@ pub enum Error {
         /// Why not.
         why: String,
     },
+    /// A clone's memory is no private mapping of the base.
+    #[error(
+        "block {id}: {why}: vmm_address must be a private mapping of length bytes of the base, \
+         from fd_offset on"
+    )]
+    NoPrivateMapping {
+        /// The block.
+        id: u32,
+        /// What is there instead.
+        why: String,
+    },
+    /// The agent is of a version that knows no clones.
+    #[error("the agent knows no clones: it is of an older version")]
+    NoClones,
+    /// A clone's block must be mapped by this process.
+    #[error("block {id} cannot be a clone's: another process has the guest's memory mapped")]
+    ForeignClone {
+        /// The block.
+        id: u32,
+    },
     /// A duration in the configuration is too short.
     #[error("{field} is {value:?}, allowed are {shortest:?} and more")]
     DurationTooShort {
@@ -367,6 +387,15 @@ pub enum PathError {
         /// What the kernel said.
         #[source]
         source: std::io::Error,
+    },
+    /// It is no file, and no store has it.
+    #[error(
+        "{scheme} is no scheme of a store, allowed are {}; a file of this name begins with ./",
+        pageferry_protocol::image::stored::SCHEMES.join(", ")
+    )]
+    UnknownScheme {
+        /// What stands before `://`.
+        scheme: String,
     },
     /// The protocol carries text.
     #[error("the absolute path is not UTF-8")]

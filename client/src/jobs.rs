@@ -12,7 +12,7 @@ use pageferry_protocol::control::job::{
 use pageferry_protocol::control::reply::JobStarted;
 use pageferry_protocol::control::request::Request;
 use pageferry_protocol::control::{AgentInfo, Grants};
-use pageferry_protocol::image::stored::is_stored;
+use pageferry_protocol::image::stored::{is_stored, unknown_scheme};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -274,8 +274,11 @@ impl Client {
 
 /// A path as it travels: absolute, since the agent has another current directory. The name of an
 /// object in a store is left as it is.
-fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
+pub(crate) fn absolute_path(what: &'static str, path: &Path) -> Result<String, Error> {
     let refused = |source| Error::Path { what, path: path.to_owned(), source };
+    if let Some(scheme) = path.to_str().and_then(unknown_scheme) {
+        return Err(refused(PathError::UnknownScheme { scheme: scheme.to_owned() }));
+    }
     let absolute = match path.to_str().is_some_and(is_stored) {
         true => Ok(path.to_owned()),
         false => std::path::absolute(path),

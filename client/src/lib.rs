@@ -158,6 +158,7 @@
 //   ones in one request;
 // - `trackers`, `tracking`, `vm_memory_bitmap` (feature `vm-memory`): what reports the writes of
 //   the guest;
+// - `clones`: guests that share the pages of one image;
 // - `jobs`: migrations, snapshots, restores; `page_stream`: migrations over the VMM's own
 //   transport;
 // - `hooks`: requests of the agent to the VMM; `ownership`: who may run the guest.
@@ -165,6 +166,7 @@
 // Memory:
 //
 // - `memory`, `block`, `memfd`: what survives the agent;
+// - `private_memory`: the memory of clones, and giving it back;
 // - `missing_pages`, `poison`: pages that are still missing while the guest runs;
 // - `watched_writes`: pages that a background snapshot has not saved yet;
 // - `registration`: the userfaultfd registration that both need; `mapping_process`: where
@@ -188,6 +190,7 @@ mod block;
 mod blocks;
 mod child;
 mod client;
+mod clones;
 mod config;
 mod continuation;
 mod control;
@@ -202,6 +205,7 @@ mod heartbeat;
 mod hooks;
 mod jobs;
 mod link;
+mod mapped_file;
 mod mapping_process;
 mod memfd;
 mod memory;
@@ -209,6 +213,7 @@ mod missing_pages;
 mod ownership;
 mod page_stream;
 mod poison;
+mod private_memory;
 mod registration;
 mod retry;
 mod session;
@@ -229,6 +234,7 @@ mod watched_writes;
 pub use block::{BlockAdded, BlockSpec};
 pub use blocks::MemoryRegion;
 pub use client::{Client, WeakClient};
+pub use clones::Base;
 pub use config::Config;
 pub use devices::Device;
 pub use discards::Punch;
@@ -240,6 +246,7 @@ pub use jobs::Target;
 pub use mapping_process::{MappingProcess, MappingProcessError, UserfaultPurpose};
 pub use ownership::Ownership;
 pub use page_stream::{PageStream, PageStreamReader, PageStreamWriter, Record};
+pub use pageferry_protocol::control::clones::BaseBlock;
 pub use pageferry_protocol::control::hook::GuestOrigin;
 pub use pageferry_protocol::control::job::{
     Compression, Counters, HugePages, IncomingOptions, JobKind, JobStatus, MIN_BANDWIDTH, Mode,

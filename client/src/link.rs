@@ -5,9 +5,11 @@
 use crate::agent_process::AgentProcess;
 use crate::memfd::Fence;
 use crate::ownership::SharedOwnership;
+use crate::private_memory::Service;
 use crate::sync::lock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -45,6 +47,8 @@ pub(crate) struct Link {
     /// Known once the agent has answered the hello.
     process: OnceLock<Arc<AgentProcess>>,
     state: Mutex<LinkState>,
+    /// Give memory of clones back for this agent, by block. Never locked while the state is.
+    services: Mutex<HashMap<u32, Service>>,
 }
 
 /// What was decided about an agent. It only moves forward.
@@ -73,6 +77,7 @@ impl Link {
             ownership: Arc::clone(ownership),
             process: OnceLock::new(),
             state: Mutex::new(LinkState::Attached),
+            services: Mutex::default(),
         }
     }
 
@@ -148,7 +153,24 @@ impl Link {
         // Fails only if the connection has ended already.
         let _ = shutdown(&self.control, Shutdown::Both);
         self.shut_down_hooks();
+        drop(state);
+        // What the agent has asked for and was not done is not done any more.
+        lock(&self.services).clear();
         before
+    }
+
+    /// A thread that serves this agent, until it is given up.
+    pub(crate) fn add_service(&self, block: u32, service: Service) {
+        let mut services = lock(&self.services);
+        // Otherwise it ends here.
+        if !self.is_shut_down() {
+            services.insert(block, service);
+        }
+    }
+
+    /// The agent does not have this block any more.
+    pub(crate) fn end_service(&self, block: u32) {
+        lock(&self.services).remove(&block);
     }
 
     /// What became of an agent whose connection has ended, in words; `None` if it has not ended.

@@ -35,7 +35,10 @@ impl UserfaultPurpose {
     pub fn features(self) -> u64 {
         match self {
             Self::MissingPages => {
-                feature::MISSING_SHMEM | feature::MISSING_HUGETLBFS | feature::POISON
+                feature::MISSING_SHMEM
+                    | feature::MISSING_HUGETLBFS
+                    | feature::MINOR_SHMEM
+                    | feature::POISON
             }
             Self::WatchedWrites => feature::WP_HUGETLBFS_SHMEM,
             Self::WriteTracking => {

@@ -11,8 +11,11 @@
 use crate::addresses::AddressMap;
 use crate::block::{Block, BlockSpec};
 use crate::error::Error;
+use crate::mapped_file::check_private_mapping;
 use crate::mapping_process::{MappingProcess, Userfaults};
 use crate::memfd::sealed_memfd;
+use crate::private_memory::PrivateMemory;
+use crate::registration::Registered;
 use crate::sync::lock;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{BlockGeometry, BlockTable, MAX_MEM_SLOTS, PAGE_SIZE};
@@ -29,6 +32,8 @@ pub(crate) struct Memory {
     pub(crate) log: Arc<DirtyLog>,
     /// For the registrations of the mappings of the blocks.
     pub(crate) userfaults: Arc<Userfaults>,
+    /// The registration that the mappings have now.
+    pub(crate) registered: Arc<Registered>,
     /// Bytes of the guest physical address space that the log covers.
     covers: u64,
     blocks: Mutex<Blocks>,
@@ -62,6 +67,7 @@ impl Memory {
             covers: log.pages() * PAGE_SIZE,
             log: Arc::new(log),
             userfaults: Arc::new(userfaults),
+            registered: Arc::default(),
             blocks: Mutex::default(),
         })
     }
@@ -103,8 +109,8 @@ impl Memory {
     }
 
     /// Checks a new block against the log, its file and the other blocks, and adds it. The caller
-    /// has locked the session.
-    pub(crate) fn add(&self, spec: &BlockSpec<'_>) -> Result<Arc<Block>, Error> {
+    /// has locked the session. A clone's block is a private mapping.
+    pub(crate) fn add(&self, spec: &BlockSpec<'_>, is_clone: bool) -> Result<Arc<Block>, Error> {
         let geometry = BlockGeometry {
             id: spec.id,
             name: spec.name.to_owned(),
@@ -114,7 +120,11 @@ impl Memory {
         };
         self.blocks().reserve(&geometry, spec.vmm_address, self.covers)?;
         // Without the lock: this asks the kernel.
-        let block = match Block::new(geometry, spec) {
+        let made = match is_clone {
+            false => Block::new(geometry, spec),
+            true => self.new_clone(geometry, spec),
+        };
+        let block = match made {
             Ok(block) => Arc::new(block),
             Err(error) => {
                 self.forget(spec.id);
@@ -123,6 +133,20 @@ impl Memory {
         };
         self.blocks().by_id.insert(spec.id, Arc::clone(&block));
         Ok(block)
+    }
+
+    fn new_clone(&self, geometry: BlockGeometry, spec: &BlockSpec<'_>) -> Result<Block, Error> {
+        let id = spec.id;
+        match *self.userfaults {
+            Userfaults::Of(_) => return Err(Error::ForeignClone { id }),
+            Userfaults::Own(_) if spec.vmm_address == 0 => return Err(Error::NotMapped { id }),
+            Userfaults::Own(_) => {}
+        }
+        check_private_mapping(spec)?;
+        let place = (spec.vmm_address, spec.length);
+        let memory = PrivateMemory::new(spec.name, place, &self.userfaults, &self.registered);
+        memory.check()?;
+        Block::new_clone(geometry, spec, memory)
     }
 
     /// Removes the block.

@@ -102,6 +102,12 @@ fn path_that_cannot_be_told_is_refused_before_anything_happens() {
         "{error:?}"
     );
     assert_eq!(error.to_string(), r#"image """#);
+    for error in [snapshot("https://host/one".as_ref(), ""), restore(plain, "https://host/set")] {
+        let Error::Path { source: PathError::UnknownScheme { scheme }, .. } = &error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(scheme, "https");
+    }
     assert_eq!(client.ownership(), Ownership::Ours);
     drop(client);
     agent.join().unwrap();

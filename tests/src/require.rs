@@ -21,7 +21,7 @@ use crate::memory_group::MemoryGroup;
 use crate::stores::StoreTools;
 use crate::tmpfs::{Tmpfs, hands_out_huge_pages};
 use kvm_ioctls::{Cap, Kvm};
-use pageferry_agent::tracking::pagemap::Pagemap;
+use pageferry_agent::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::error::chain;
 use std::error::Error;

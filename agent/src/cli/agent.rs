@@ -10,6 +10,7 @@ use super::{log_line, run_agent};
 use crate::sandbox::{self, Sandbox};
 use crate::upgrade::program::Program;
 use crate::vm_name::VmName;
+use crate::{base, opener};
 use env_logger::{Builder, Env, Target};
 use std::error::Error;
 
@@ -33,6 +34,10 @@ pub fn run(args: &AgentArgs) -> Result<Exit, Box<dyn Error>> {
     let outcome = run_agent::run(args, sandbox, name, log.as_ref());
     if let Some(log) = log {
         log.finish();
+    }
+    if !opener::is_asked() {
+        // Otherwise the opener does it, when this process has ended.
+        base::files::remove_unused();
     }
     outcome
 }
@@ -74,7 +79,7 @@ fn start_log(name: &VmName) -> Option<LogEnd> {
 /// Serves as the opener of an agent.
 fn run_opener(mode: sandbox::Mode, stores: Vec<String>) -> Result<Exit, Box<dyn Error>> {
     let _ = Builder::from_env(Env::default().default_filter_or("warn")).try_init();
-    let served = crate::opener::process::run(mode != sandbox::Mode::Log, stores);
+    let served = opener::process::run(mode != sandbox::Mode::Log, stores);
     served.map_err(|error| format!("the opener ends: {}", crate::error::chain(&error)))?;
     Ok(Exit::Done)
 }

@@ -15,6 +15,21 @@ use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// The end of the help of `agent`.
+pub(super) const ENVIRONMENT: &str = "\
+Environment:
+  PAGEFERRY_BASES       folder of the bases of clones, on tmpfs; otherwise
+                        /dev/shm/pageferry-UID
+  PAGEFERRY_CACHE       folder of the cache of images in stores; otherwise
+                        $XDG_CACHE_HOME/pageferry, ~/.cache/pageferry, or
+                        /var/cache/pageferry
+  PAGEFERRY_CACHE_SIZE  how much the cache keeps, as 500M; otherwise 20G
+  AWS_*, GOOGLE_*, AZURE_*
+                        credentials and options of the stores of --store
+  RUST_LOG              what is logged: warn, info (the default), debug
+
+docs/clones.md explains the bases, docs/store.md the cache and the credentials.";
+
 /// The options that both have.
 #[derive(Debug, Args)]
 pub struct AgentOptions {

@@ -74,6 +74,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve one VMM: take its memory, and migrate, save or restore its guest when asked.
+    #[command(after_help = agent_args::ENVIRONMENT)]
     Agent(AgentArgs),
     /// Show the VM, its memory, and the current or last job.
     Status(StatusArgs),
@@ -114,8 +115,9 @@ enum Command {
     /// Start or attach an unmodified QEMU, so that its guest can be moved and saved.
     #[command(subcommand)]
     Qemu(qemu::QemuCommand),
-    /// Show, check, merge, import and export images of guests. This needs no agent.
-    #[command(subcommand)]
+    /// Show, check, merge, copy, list, prune, import and export images of guests. This needs no
+    /// agent.
+    #[command(subcommand, after_help = image::ENVIRONMENT)]
     Image(image::ImageCommand),
     /// Show what this machine offers, and which mode each lack rules out. This needs no agent.
     Check(check::CheckArgs),

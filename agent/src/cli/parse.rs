@@ -10,7 +10,7 @@ use pageferry_protocol::control::job::{
     Compression, HugePages, MIN_BANDWIDTH, MIN_CAPTURE_MEMORY, Mode, NonConvergence, ResumePolicy,
 };
 use pageferry_protocol::control::request::MAX_VM_NAME;
-use pageferry_protocol::image::stored::{SCHEMES, is_stored};
+use pageferry_protocol::image::stored::{SCHEMES, is_stored, unknown_scheme};
 use pageferry_protocol::memory::PAGE_SIZE;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -112,20 +112,19 @@ pub fn parse_capture_memory(text: &str) -> Result<u64, String> {
 /// If the name has a scheme that is of no store, or there is no current folder.
 pub fn absolute(path: &Path) -> io::Result<PathBuf> {
     let name = path.display();
-    let is_word = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric());
-    match path.to_str().and_then(|name| name.split_once("://")) {
-        Some(_) if store::is_stored(path) => Ok(path.to_owned()),
-        Some((scheme, _)) if is_word(scheme) => {
-            let allowed = SCHEMES.join(", ");
-            let sentence = format!(
-                "\"{name}\": {scheme} is no scheme of a store, allowed are {allowed}; \
-                 a file of this name is ./{name}"
-            );
-            Err(io::Error::new(io::ErrorKind::InvalidInput, sentence))
-        }
-        _ => std::path::absolute(path)
-            .map_err(|error| io::Error::new(error.kind(), format!("path \"{name}\": {error}"))),
+    if let Some(scheme) = path.to_str().and_then(unknown_scheme) {
+        let allowed = SCHEMES.join(", ");
+        let sentence = format!(
+            "\"{name}\": {scheme} is no scheme of a store, allowed are {allowed}; \
+             a file of this name is ./{name}"
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, sentence));
     }
+    if store::is_stored(path) {
+        return Ok(path.to_owned());
+    }
+    std::path::absolute(path)
+        .map_err(|error| io::Error::new(error.kind(), format!("path \"{name}\": {error}")))
 }
 
 /// Reads the name of a store, or of a part of it.

@@ -22,7 +22,8 @@ pub struct SnapshotCommand {
     pub(super) operator: OperatorArgs,
     #[command(flatten)]
     pub(super) detach: DetachArgs,
-    /// The image to write. It appears when it is complete, and not before.
+    /// The image to write: a file, or a name in a store that the agent may use. It appears when it
+    /// is complete, and not before.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
     /// Let the agent read images in this folder, too, on which the image builds. May be given more
@@ -40,8 +41,8 @@ pub struct SnapshotArgs {
     #[arg(long, value_name = "MODE", default_value = "background", value_parser = parse_mode,
           help = "What happens to the guest: background, it runs while it is saved; paused, it is paused until its memory is saved")]
     pub mode: SnapshotMode,
-    /// Save only what changed since this image. The last snapshot with --track must have made it,
-    /// and the VMM must have declared its trackers (see status).
+    /// Save only what changed since this image, a file or a name in a store. The last snapshot
+    /// with --track must have made it, and the VMM must have declared its trackers (see status).
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
     /// Keep track of what is written from now on, so that the next snapshot can be an increment to
@@ -70,7 +71,8 @@ pub struct RestoreCommand {
     pub(super) operator: OperatorArgs,
     #[command(flatten)]
     pub(super) detach: DetachArgs,
-    /// The image. The images that it builds on are found automatically.
+    /// The image: a file, or the name of an image in a store that the agent may use. The images
+    /// that it builds on are found automatically.
     #[arg(value_name = "FILE")]
     pub(super) image: PathBuf,
     /// Let the agent read images in this folder, too, on which the image builds. May be given more
@@ -87,8 +89,9 @@ pub struct RestoreArgs {
     /// Run the guest at once. Its memory follows, the pages that it touches first.
     #[arg(long)]
     pub lazy: bool,
-    /// With --lazy: read ahead the pages that this file names. If the file does not exist, write
-    /// to it which pages the guest touches first. Any file but a working set is refused.
+    /// With --lazy: read ahead the pages that this file names, or this object of a store. If it
+    /// does not exist, write to it which pages the guest touches first. Any file but a working set
+    /// is refused.
     #[arg(long, value_name = "FILE", requires = "lazy")]
     pub working_set: Option<PathBuf>,
     /// Whether the guest runs after the restore.
@@ -149,7 +152,17 @@ impl TryFrom<RestoreArgs> for RestoreOptions {
         let working_set =
             args.working_set.as_deref().map(from_root).transpose()?.unwrap_or_default();
         let (resume, huge_pages) = (args.resume, args.huge_pages);
-        Ok(Self { mode, workers, bandwidth, working_set, resume, hook_timeout, huge_pages })
+        let shared_base = false;
+        Ok(Self {
+            mode,
+            workers,
+            bandwidth,
+            working_set,
+            resume,
+            hook_timeout,
+            huge_pages,
+            shared_base,
+        })
     }
 }
 

@@ -8,6 +8,7 @@
 
 use super::buffer::Mapped;
 use crate::memory::GuestMemory;
+use crate::memory::backing::BackingKind;
 use pageferry_protocol::control::request::BlockRange;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use rustix::fs::fstat;
@@ -94,6 +95,10 @@ impl GuestMap {
         self.blocks = Arc::downgrade(memory);
         self.pieces.clear();
         for (at, block) in memory.blocks().iter().enumerate() {
+            // Nobody but its VMM has the memory of a clone: the file is its base.
+            if block.backing.kind() == BackingKind::Clone {
+                continue;
+            }
             let Some(file) = file_id(block.backing.fd()) else { continue };
             let (start, length) = (block.backing.file_offset(0), block.geometry.length);
             for region in table.0.iter().filter(|region| region.file == file) {

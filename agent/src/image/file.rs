@@ -90,6 +90,20 @@ impl ImageFile {
         stat.map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
     }
 
+    /// What no other file has at the same time: its device and its number. A file of this machine
+    /// that was changed since has other numbers; one of the cache gets its content by and by.
+    pub fn identity(&self) -> [u64; 5] {
+        let Ok(stat) = rustix::fs::fstat(self.fd()) else { return [0; 5] };
+        let (device, number, size) = (stat.st_dev, stat.st_ino, stat.st_size.cast_unsigned());
+        match self {
+            Self::Local(_) => {
+                let (seconds, nanoseconds) = (stat.st_mtime, stat.st_mtime_nsec);
+                [device, number, size, seconds.cast_unsigned(), nanoseconds]
+            }
+            Self::Stored(_) => [device, number, size, 0, 0],
+        }
+    }
+
     fn ensure(&self, range: Range<u64>) -> Result<(), ImageFault> {
         match self {
             Self::Local(_) => Ok(()),

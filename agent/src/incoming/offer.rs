@@ -7,7 +7,6 @@ use super::error::IncomingError;
 use super::handshake::{ExpectedSource, Handshake, KnownSource};
 use super::job::IncomingJob;
 use crate::job::{Job, JobError, add};
-use crate::memory::MemoryError;
 use crate::memory::backing::BackingKind;
 use crate::memory::host_page_set::MAX_POSTCOPY_HOST_PAGE;
 use crate::memory::placement::HugePageUse;
@@ -135,7 +134,7 @@ pub fn check_session(
         return Err(JobError::Protocol(why.into()));
     }
     compare_tables(&primary.blocks, job.memory.table())?;
-    check_writable(job)?;
+    job.memory.check_writable()?;
     check_postcopy(job, features, wanted)?;
     Ok(Offer { primary, features })
 }
@@ -169,14 +168,6 @@ pub fn establish(
         session: primary.session,
         acknowledge,
     })
-}
-
-/// Checks what every mode needs: the files can be written.
-fn check_writable(job: &Job) -> Result<(), JobError> {
-    match job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
-        Some(block) => Err(MemoryError::Sealed { id: block.geometry.id }.into()),
-        None => Ok(()),
-    }
 }
 
 /// Checks what postcopy needs, if the source offers it. This must happen before any page is sent: a

@@ -7,7 +7,10 @@
 //! read instead of SIGBUS ([`vmm-survives`](crate::invariants#vmm-survives)), and there is no page
 //! fault.
 
+use super::clone_view::CloneView;
 use super::extents::DataRuns;
+use crate::pagemap::PagemapError;
+use pageferry_protocol::control::clones::GiveBackTo;
 use pageferry_protocol::memory::file::{MemoryFile, MemoryFileError};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 
@@ -24,6 +27,8 @@ pub struct Backing {
     offset: u64,
     length: u64,
     file: MemoryFile,
+    /// The private mapping of the file that is the memory of a clone. The file itself is the base.
+    clone: Option<CloneView>,
 }
 
 /// Why a file cannot be the memory of a block, or cannot be read or changed.
@@ -64,6 +69,15 @@ pub enum BackingError {
         #[source]
         source: UserfaultError,
     },
+    /// The pages of a clone cannot be looked at.
+    #[error("cannot look for holes at byte {at:#x} of the block")]
+    Pagemap {
+        /// Where, in bytes from the start of the block.
+        at: u64,
+        /// The cause.
+        #[source]
+        source: PagemapError,
+    },
     /// The kernel refused.
     #[error("cannot {what} at byte {at:#x} of the block")]
     Kernel {
@@ -84,7 +98,19 @@ impl Backing {
     /// What is wrong with the file.
     pub fn new(fd: OwnedFd, offset: u64, length: u64) -> Result<Self, BackingError> {
         let file = MemoryFile::check(fd.as_fd(), offset, length)?;
-        Ok(Self { fd, offset, length, file })
+        Ok(Self { fd, offset, length, file, clone: None })
+    }
+
+    /// Checks that `length` bytes of `fd` from `offset` can be the base of a clone's block, whose
+    /// memory is `view`.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn of_clone(
+        fd: OwnedFd, offset: u64, length: u64, view: CloneView,
+    ) -> Result<Self, BackingError> {
+        let file = MemoryFile::check_base(fd.as_fd(), offset, length)?;
+        Ok(Self { fd, offset, length, file, clone: Some(view) })
     }
 
     /// The same file, treated as hugetlbfs with host pages of `size` bytes: the machine that runs
@@ -113,7 +139,9 @@ impl Backing {
             BackingKind::Shmem => {
                 rustix::fs::fstat(&self.fd).map_or(PAGE_SIZE, |stat| stat.st_blksize as u64)
             }
-            BackingKind::Hugetlb | BackingKind::File => self.file.host_page_size,
+            BackingKind::Hugetlb | BackingKind::File | BackingKind::Clone => {
+                self.file.host_page_size
+            }
         }
     }
 
@@ -140,7 +168,7 @@ impl Backing {
 
     /// True if [`Backing::first_data`] reports holes page by page.
     pub fn tells_holes(&self) -> bool {
-        self.file.kind == BackingKind::Shmem
+        matches!(self.file.kind, BackingKind::Shmem | BackingKind::Clone)
     }
 
     /// The file.
@@ -158,6 +186,9 @@ impl Backing {
     /// # Errors
     /// If the file was truncated, or the kernel refuses.
     pub fn read(&self, at: u64, buffer: &mut [u8]) -> Result<(), BackingError> {
+        if let Some(clone) = &self.clone {
+            return clone.read(at, buffer);
+        }
         let end = at + buffer.len() as u64;
         let mut done = 0;
         while done < buffer.len() {
@@ -171,7 +202,8 @@ impl Backing {
         Ok(())
     }
 
-    /// Writes `bytes` to byte `at` of the block. Not for hugetlbfs, which has no `write`.
+    /// Writes `bytes` to byte `at` of the block. Not for hugetlbfs, which has no `write`, and not
+    /// for a clone, whose base is not its own.
     ///
     /// # Errors
     /// If the file was truncated, or the kernel refuses.
@@ -220,6 +252,9 @@ impl Backing {
         if inner.is_empty() {
             return Ok(inner);
         }
+        if let Some(clone) = &self.clone {
+            return clone.give_back(GiveBackTo::Zero, inner).map(|()| inner);
+        }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
             match rustix::fs::fallocate(
@@ -241,14 +276,18 @@ impl Backing {
         }
     }
 
-    /// Makes all of the block a hole. The kernel is asked even for what looks like a hole: pages
-    /// that were reserved (`fallocate`) and never written are reported as holes, but they exist, so
-    /// a touch of one would not be a missing fault.
+    /// Makes all of the block a hole; a clone becomes what its base is. The kernel is asked also
+    /// for what looks like a hole: pages that were reserved (`fallocate`) and never written are
+    /// reported as holes, but they exist, so a touch of one would not be a missing fault.
     ///
     /// # Errors
     /// If the kernel or the file system refuses.
     pub fn empty(&self) -> Result<(), BackingError> {
-        self.punch(PageRange::new(0, self.length / PAGE_SIZE)).map(|_| ())
+        let all = PageRange::new(0, self.length / PAGE_SIZE);
+        match &self.clone {
+            Some(clone) => clone.give_back(GiveBackTo::Base, all),
+            None => self.punch(all).map(|_| ()),
+        }
     }
 
     /// The first page in `range` that may be allocated. `None` if all of `range` is a hole. If the
@@ -262,6 +301,9 @@ impl Backing {
         }
         if self.file.kind == BackingKind::Hugetlb {
             return Ok(Some(range.first));
+        }
+        if let Some(clone) = &self.clone {
+            return clone.first_data(range);
         }
         let start = self.offset + range.offset();
         match rustix::fs::seek(&self.fd, SeekFrom::Data(start)) {
@@ -280,6 +322,9 @@ impl Backing {
     /// The first page of `range` that is a hole, or its end. The kernel looks at all pages until
     /// the next hole, even beyond `range`, so call this only if a hole is near.
     pub(super) fn first_hole(&self, range: PageRange) -> Result<u64, BackingError> {
+        if let Some(clone) = &self.clone {
+            return clone.first_hole(range);
+        }
         match rustix::fs::seek(&self.fd, SeekFrom::Hole(self.offset + range.offset())) {
             Ok(hole) => Ok(((hole - self.offset) / PAGE_SIZE).clamp(range.first, range.end())),
             Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => Ok(range.end()),
@@ -290,6 +335,9 @@ impl Backing {
     /// About how many pages are allocated. Counts the whole file, even if the block is a part of
     /// it.
     pub fn allocated_pages(&self) -> u64 {
+        if let Some(clone) = &self.clone {
+            return clone.allocated_pages(PageRange::new(0, self.length / PAGE_SIZE));
+        }
         let blocks = rustix::fs::fstat(&self.fd)
             .map_or(0, |stat| u64::try_from(stat.st_blocks).unwrap_or(0));
         (blocks * 512).min(self.length) / PAGE_SIZE

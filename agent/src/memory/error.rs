@@ -37,6 +37,12 @@ pub enum MemoryError {
         /// The block.
         id: u32,
     },
+    /// A clone's memory is that of its image and of nothing else.
+    #[error("block {id} is a clone's, into which only a restore with a shared base brings a guest")]
+    Clone {
+        /// The block.
+        id: u32,
+    },
     /// There are not enough huge pages for the guest.
     #[error(transparent)]
     HugePages(#[from] ReserveError),

@@ -60,6 +60,16 @@ impl FilePlacer {
         placed
     }
 
+    /// Places `bytes`, whole pages, none of which may exist.
+    ///
+    /// # Errors
+    /// The first byte that could not be placed, and the kernel's error: EEXIST if the page exists.
+    pub fn place_new(&self, at: u64, bytes: &[u8]) -> Result<(), (u64, Errno)> {
+        let placed = self.uffd.copy(self.address(at), bytes);
+        self.area.note(at, bytes.len() as u64);
+        placed.map_err(|FillError { done, errno }| (at + done, errno))
+    }
+
     fn place_or_write(&self, backing: &Backing, at: u64, bytes: &[u8]) -> Result<(), BackingError> {
         let mut done = 0;
         while done < bytes.len() {

@@ -2,9 +2,11 @@
 
 //! All blocks of a guest, and who is told of their discards.
 
+use super::backing::BackingKind;
 use super::block::{Block, GuestLog};
 use super::copy_before_write::CopyBeforeWrite;
 use super::current::CurrentAgent;
+use super::error::MemoryError;
 use super::fence::{MAX_READERS, Readers};
 use super::marking::Marking;
 use super::missing_pages::MissingPages;
@@ -192,6 +194,27 @@ impl GuestMemory {
     /// `since`.
     pub fn is_unchanged(&self, since: u64) -> bool {
         since.is_multiple_of(2) && self.changes() == since
+    }
+
+    /// Checks that a guest can come into this memory, page by page.
+    ///
+    /// # Errors
+    /// Which block it cannot come into.
+    pub fn check_writable(&self) -> Result<(), MemoryError> {
+        if let Some(id) = self.clone_block() {
+            return Err(MemoryError::Clone { id });
+        }
+        match self.blocks.iter().find(|block| !block.backing.is_writable()) {
+            Some(block) => Err(MemoryError::Sealed { id: block.geometry.id }),
+            None => Ok(()),
+        }
+    }
+
+    /// The first block that is a clone's.
+    pub fn clone_block(&self) -> Option<u32> {
+        let mut blocks = self.blocks.iter();
+        let clone = blocks.find(|block| block.backing.kind() == BackingKind::Clone);
+        clone.map(|block| block.geometry.id)
     }
 
     /// The geometries of the blocks.

@@ -6,6 +6,7 @@
 //!
 //! - [`backing`]: the memory file of a block. It is checked once, and then read, written and
 //!   punched by offset, never through a mapping;
+//! - [`clone_view`]: the memory of a clone, which is a private mapping of a base;
 //! - [`extents`]: finds the pages of a file that may be allocated;
 //! - [`block`]: a block with its bitmaps;
 //! - [`guest_memory`]: all blocks of a guest, and who is told of their discards;
@@ -40,6 +41,7 @@
 //! - [`missing_pages`]: the memory of a guest that runs before all of it has arrived;
 //! - [`fetch`]: missing pages that a device of this agent needs;
 //! - [`page_placer`]: places pages through a userfaultfd;
+//! - [`base_placer`]: puts pages into the base that all clones of an image share;
 //! - [`fault_ordering`]: the steps by which a fault and an arrival or discard agree on who answers;
 //! - [`cursor`]: which pages the workers take next: small pieces after the last fault, larger ones
 //!   while there is no fault;
@@ -63,12 +65,14 @@
 //! - [`error`]: what can go wrong with the memory.
 
 pub mod backing;
+pub mod base_placer;
 pub mod block;
 pub mod bus_guard;
 pub mod capture_batch;
 pub mod capture_ordering;
 pub mod captured_pages;
 pub mod chunks;
+pub mod clone_view;
 pub mod copy_before_write;
 pub mod current;
 pub mod cursor;

@@ -2,11 +2,13 @@
 
 //! Places host pages through a userfaultfd, and what the kernel's errors mean.
 
+use super::base_placer::BasePlacer;
 use super::mappings::Mappings;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::userfault::{AddressRange, FillError, Userfaultfd};
 use rustix::io::Errno;
+use std::sync::Arc;
 
 /// Why faults cannot be served, or a page was not placed. Such a page is still missing.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +61,8 @@ impl PlaceError {
 pub struct PagePlacer {
     uffd: Userfaultfd,
     mappings: Mappings,
+    /// For each block of a clone the base, into which its pages are placed. Empty without clones.
+    bases: Vec<Option<Arc<BasePlacer>>>,
     /// A host page of zeroes for blocks with huge pages: UFFDIO_ZEROPAGE does not work there.
     zeroes: Vec<u8>,
 }
@@ -68,7 +72,17 @@ impl PagePlacer {
     pub(super) fn new(uffd: Userfaultfd, mappings: Mappings) -> Self {
         let units = mappings.all().iter().map(|mapping| mapping.unit);
         let huge = units.filter(|unit| *unit > PAGE_SIZE).max().unwrap_or(0);
-        Self { uffd, mappings, zeroes: vec![0; huge as usize] }
+        Self { uffd, mappings, bases: Vec::new(), zeroes: vec![0; huge as usize] }
+    }
+
+    /// From now on the pages of these blocks are placed into their bases.
+    pub(super) fn set_bases(&mut self, bases: Vec<Option<Arc<BasePlacer>>>) {
+        self.bases = bases;
+    }
+
+    /// The base of the block at index `at`, if it is a clone's.
+    pub(super) fn base(&self, at: usize) -> Option<&Arc<BasePlacer>> {
+        self.bases.get(at)?.as_ref()
     }
 
     /// The userfaultfd. Readable when there are faults.
@@ -96,6 +110,13 @@ impl PagePlacer {
     ) -> Result<(), Failed> {
         let unit = self.mappings.all()[at].unit;
         let mut rest = run;
+        if let Some(base) = self.base(at) {
+            let shared = base.place(run, content)?;
+            self.map_base(at, PageRange::new(run.first, shared))?;
+            // The clone gets pages of its own for those that the base has no room for.
+            rest = PageRange::new(run.first + shared, run.count - shared);
+            content = &content[(shared * unit) as usize..];
+        }
         while !rest.is_empty() {
             let range = self.addresses(at, rest);
             let Err(FillError { done, errno }) = self.uffd.copy(range.start, content) else {
@@ -121,8 +142,14 @@ impl PagePlacer {
         Ok(())
     }
 
-    /// Places zero. If there is a page by now, wakes the waiters instead.
+    /// Places zero. If there is a page by now, wakes the waiters instead. In a private mapping, the
+    /// kernel alone would place zero over a page of the base.
     pub(super) fn place_zero(&self, at: usize, host_page: u64) -> Result<(), Failed> {
+        if let Some(base) = self.base(at)
+            && base.filled().contains(host_page)
+        {
+            return self.map_base(at, PageRange::new(host_page, 1));
+        }
         let unit = self.mappings.all()[at].unit;
         let range = self.addresses(at, PageRange::new(host_page, 1));
         let placed = if unit == PAGE_SIZE {
@@ -139,6 +166,41 @@ impl PagePlacer {
             }
             Err(FillError { errno, .. }) => Err((host_page, errno)),
         }
+    }
+
+    /// Maps pages of the base, which are filled, into the clone, and wakes the threads that wait.
+    /// What the guest has written or given back stays.
+    pub(super) fn map_base(&self, at: usize, run: PageRange) -> Result<(), Failed> {
+        let mut rest = run;
+        while !rest.is_empty() {
+            let Err(FillError { done, errno }) = self.uffd.map_file(self.addresses(at, rest))
+            else {
+                break;
+            };
+            let first = rest.first + done / PAGE_SIZE;
+            if errno != Errno::EXIST {
+                return Err((first, errno));
+            }
+            rest = PageRange::new(first + 1, rest.end() - first - 1);
+        }
+        self.wake(at, run);
+        Ok(())
+    }
+
+    /// Makes zero of pages of a clone that have no entry yet: the image does not have them.
+    pub(super) fn fill_zero(&self, at: usize, pages: PageRange) -> Result<(), Failed> {
+        let mut rest = pages;
+        while !rest.is_empty() {
+            let Err(FillError { done, errno }) = self.uffd.zero(self.addresses(at, rest)) else {
+                break;
+            };
+            let first = rest.first + done / PAGE_SIZE;
+            if errno != Errno::EXIST {
+                return Err((first, errno));
+            }
+            rest = PageRange::new(first + 1, rest.end() - first - 1);
+        }
+        Ok(())
     }
 
     /// Checks the kernel's EEXIST. On hugetlbfs the kernel returns it also when the pool of huge

@@ -91,6 +91,8 @@ impl Placement {
         let (id, huge_page) = (block.geometry.id, block.backing.write_unit());
         match block.backing.kind() {
             BackingKind::Shmem => {}
+            // Nothing is placed into a clone but what its base gets.
+            BackingKind::Clone => return Self::Write,
             // Whole host pages, through a mapping: see [`super::huge`].
             BackingKind::Hugetlb => {
                 report.uses(Placing::Pages);

@@ -93,16 +93,22 @@ impl Channel {
 
     /// Asks for two descriptors.
     pub(super) fn pair(&self, op: &Op) -> io::Result<(OwnedFd, OwnedFd)> {
-        let mut fds = self.ask(op, &[])?.1.into_iter();
+        let mut fds = self.told(op)?.1.into_iter();
         fds.next().zip(fds.next()).ok_or_else(|| Errno::PROTO.into())
     }
 
     /// Asks for the addresses of a name.
     pub(super) fn addresses(&self, name: &str) -> io::Result<Vec<SocketAddr>> {
-        match self.exchange(&Op::LookUp { name: name.to_owned() }, &[])?.0 {
-            Reply { errno: 0, addresses, .. } => Ok(addresses),
-            Reply { sentence, .. } if !sentence.is_empty() => Err(io::Error::other(sentence)),
-            Reply { errno, .. } => Err(io::Error::from_raw_os_error(errno)),
+        Ok(self.told(&Op::LookUp { name: name.to_owned() })?.0.addresses)
+    }
+
+    /// Asks for something that can fail in words.
+    fn told(&self, op: &Op) -> io::Result<(Reply, Vec<OwnedFd>)> {
+        let answer = self.exchange(op, &[])?;
+        match &answer.0 {
+            Reply { errno: 0, .. } => Ok(answer),
+            Reply { sentence, .. } if !sentence.is_empty() => Err(io::Error::other(&**sentence)),
+            Reply { errno, .. } => Err(io::Error::from_raw_os_error(*errno)),
         }
     }
 

@@ -356,6 +356,31 @@ pub fn store_service() -> Result<OwnedFd, Errno> {
     opener.descriptor(&Op::StoreService, &[])
 }
 
+/// The base `name` of `length` bytes, for the agent and for the VMM ([`crate::base::files`]).
+///
+/// # Errors
+/// If there can be none.
+pub fn base(name: &str, length: u64, reserved: u64) -> io::Result<(OwnedFd, OwnedFd)> {
+    match OPENER.get() {
+        None => {
+            let base = crate::base::open(name, length, reserved)?;
+            Ok((base.agents, base.vmms))
+        }
+        Some(opener) => opener.pair(&Op::Base { name: name.to_owned(), length, reserved }),
+    }
+}
+
+/// The base that a VMM has open, for the agent.
+///
+/// # Errors
+/// If it is no file of this user on tmpfs, or the kernel refuses.
+pub fn base_again(vmms: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    match OPENER.get() {
+        None => crate::base::open_again(vmms),
+        Some(opener) => Ok(opener.descriptor(&Op::BaseAgain, &[vmms])?),
+    }
+}
+
 /// The socket addresses of `HOST:PORT`. Has no deadline.
 ///
 /// # Errors

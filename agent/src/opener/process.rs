@@ -83,7 +83,10 @@ pub fn run(check: bool, stores: Vec<String>) -> io::Result<()> {
     let socket = io::stdin().as_fd().try_clone_to_owned()?;
     let opener = Opener::new(check, stores);
     // Threads that hang in the kernel end with the process: nobody needs what they do any more.
-    Arc::new(opener).serve(socket).map_err(io::Error::other)
+    let served = Arc::new(opener).serve(socket).map_err(io::Error::other);
+    // Those of the agent's guest, if it was the last clone.
+    crate::base::files::remove_unused();
+    served
 }
 
 /// What an opener works with.
@@ -341,6 +344,11 @@ impl Opener {
                 services.push(service);
                 Done::Descriptor(socket)
             }
+            Op::Base { name, length, reserved } => {
+                let base = crate::base::open(&name, length, reserved)?;
+                Done::Pair([base.agents, base.vmms])
+            }
+            Op::BaseAgain => Done::Descriptor(crate::base::open_again(file()?.as_fd())?),
             Op::LookUp { name } => Done::Addresses(super::look_up(&name)?),
         })
     }

@@ -61,6 +61,10 @@ pub(super) enum Op {
     GrantForGood,
     /// Start a service of stores. Answered with a socket to it.
     StoreService,
+    /// Open or make the base of an image. Answered with it, for the agent and for the VMM.
+    Base { name: String, length: u64, reserved: u64 },
+    /// Open a base, whose descriptor comes with it, to be read and written.
+    BaseAgain,
 }
 
 impl fmt::Display for Op {
@@ -81,6 +85,8 @@ impl fmt::Display for Op {
             Self::LookUp { name } => return write!(formatter, "look up {name}"),
             Self::ListeningPair => return formatter.write_str("make a socket that listens"),
             Self::StoreService => return formatter.write_str("start the service of stores"),
+            Self::Base { name, .. } => return write!(formatter, "open base {name}"),
+            Self::BaseAgain => return formatter.write_str("open the base of a VMM"),
         };
         write!(formatter, "{does} {}", path.display())
     }
@@ -126,6 +132,8 @@ impl Op {
             Self::ListeningPair => 14,
             Self::GrantForGood => 15,
             Self::StoreService => 16,
+            Self::Base { .. } => 17,
+            Self::BaseAgain => 18,
         }
     }
 
@@ -133,7 +141,11 @@ impl Op {
     pub(super) fn encode(&self) -> Vec<u8> {
         let body = Encoder::new();
         match self {
-            Self::Grant | Self::GrantForGood | Self::ListeningPair | Self::StoreService => body,
+            Self::Grant
+            | Self::GrantForGood
+            | Self::ListeningPair
+            | Self::StoreService
+            | Self::BaseAgain => body,
             Self::IsNamed { path, write } => put_path(body, path).u8(u8::from(*write)),
             Self::Open { path, flags, mode } => put_path(body, path).u32(*flags).u32(*mode),
             Self::Reopen { flags } => body.u32(*flags),
@@ -146,6 +158,7 @@ impl Op {
             Self::ConnectTcp { address } => put_addresses(body, &[*address]),
             Self::ListenTcp { addresses } => put_addresses(body, addresses),
             Self::LookUp { name } => body.text(name),
+            Self::Base { name, length, reserved } => body.text(name).u64(*length).u64(*reserved),
         }
         .finish()
     }
@@ -192,6 +205,11 @@ impl Op {
             14 => Self::ListeningPair,
             15 => Self::GrantForGood,
             16 => Self::StoreService,
+            17 => {
+                let name = body.text("name", MAX_NAME)?.to_owned();
+                Self::Base { name, length: body.u64("length")?, reserved: body.u64("reserved")? }
+            }
+            18 => Self::BaseAgain,
             _ => return Ok(None),
         };
         body.finish()?;
@@ -321,6 +339,12 @@ mod tests {
             Just(Op::ListeningPair),
             Just(Op::GrantForGood),
             Just(Op::StoreService),
+            Just(Op::BaseAgain),
+            ("[0-9a-f]{0,40}", any::<[u64; 2]>()).prop_map(|(name, [length, reserved])| Op::Base {
+                name,
+                length,
+                reserved
+            }),
         ]
     }
 
@@ -331,7 +355,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_or_refused(code in 0..17u32, body in any::<Vec<u8>>()) {
+        fn any_bytes_are_read_or_refused(code in 0..19u32, body in any::<Vec<u8>>()) {
             let _ = Op::decode(code, &body);
             let _ = Reply::decode(&body);
         }

@@ -84,6 +84,15 @@ pub enum RestoreError {
         #[source]
         source: WorkingSetFileError,
     },
+    /// A block of a guest that is to be a clone is none.
+    #[error(
+        "shared_base: block {id} is no private mapping of the base of this image, as it is now; \
+         Client::open_base and Client::add_clone_block make it one"
+    )]
+    NoClone {
+        /// The block.
+        id: u32,
+    },
     /// A field of a block differs from the image.
     #[error("block {id}: {field} is {here} in this VMM, and {image} in the image")]
     Field {

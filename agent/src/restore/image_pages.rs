@@ -116,6 +116,24 @@ impl<'a> ImagePages<'a> {
         }
     }
 
+    /// Those of the pages `range` that the base of a clone does not have. The others are there.
+    /// Adds the number of pages that were missing to `placed`.
+    pub fn leave_to_base(
+        &self, worker: usize, at: usize, range: PageRange, placed: &mut u64,
+    ) -> Vec<PageRange> {
+        let Some(base) = self.missing_pages.base(at) else { return vec![range] };
+        let (mut rest, mut next) = (Vec::new(), range.first);
+        for run in base.filled().runs(range) {
+            rest.push(PageRange::new(next, run.first - next));
+            let readers = &self.job.memory.readers;
+            *placed += self.missing_pages.found_in_base(readers, worker, at, run);
+            next = run.end();
+        }
+        rest.push(PageRange::new(next, range.end() - next));
+        rest.retain(|run| !run.is_empty());
+        rest
+    }
+
     /// Places those of the pages `range` that are missing. The range consists of whole host pages,
     /// and `worker` is the number of the calling thread. Returns the number of pages placed.
     ///

@@ -23,6 +23,7 @@
 //! If the VMM does not resume the guest, or not in time, the guest is the VMM's all the same. All
 //! memory is placed, and then the job fails.
 
+use super::bases::Bases;
 use super::error::RestoreError;
 use super::fault_reads::FAULT_WORKERS;
 use super::image_pages::ImagePages;
@@ -55,11 +56,15 @@ use std::sync::Arc;
 /// The reason for the failure. If the guest does not run, its memory is empty. If it runs, it is
 /// lost, unless the error is [`JobError::NotResumed`].
 pub fn restore(
-    job: &Arc<Job>, (source, path): (&Source, &Path), state: &VmmState, mut guard: ResetGuard<'_>,
-    plan: WorkingSetPlan, options: &RestoreOptions,
+    job: &Arc<Job>, (source, bases, path): (&Source, Bases, &Path), state: &VmmState,
+    mut guard: ResetGuard<'_>, plan: WorkingSetPlan, options: &RestoreOptions,
 ) -> Result<(), JobError> {
     job.enter(Phase::Restoring);
     let missing = missing_of_image(job, source)?;
+    // Of what the base has, no touch would be seen.
+    if !matches!(plan, WorkingSetPlan::Write(_)) {
+        bases.take_present(&missing);
+    }
     let unread = missing.try_clone()?;
     let mut registered = FaultRegistration::new(job);
     let uffd = job.hooks.register_faults(job.hook_timeout)?;
@@ -67,9 +72,10 @@ pub fn restore(
     // Freeing the huge pages has dropped their reservation.
     pool::reserve(job.memory.blocks(), &missing)?;
     job.memory.owe(&missing);
-    let missing_pages = announce(job, missing, uffd)?;
+    let missing_pages = announce(job, missing, bases, uffd)?;
     missing_pages.drop_discarded();
     missing_pages.drop_recorded(guard.discards.since());
+    guard.give_back_again()?;
     keep_journal(job, source, path, options);
     let (pieces, mut record) = plan.parts();
     let pages = ImagePages::new(job, source, &missing_pages, unread);
@@ -111,10 +117,12 @@ pub fn restore(
 }
 
 /// From now on discards and the job's progress know of the pages that are missing.
-fn announce(job: &Job, missing: HostPageSet, uffd: OwnedFd) -> Result<Arc<MissingPages>, JobError> {
+fn announce(
+    job: &Job, missing: HostPageSet, bases: Bases, uffd: OwnedFd,
+) -> Result<Arc<MissingPages>, JobError> {
     let (blocks, missing) = (job.memory.blocks(), Arc::new(missing));
     let missing_pages = MissingPages::new(blocks, missing, uffd, false, job.live.clone())?;
-    let missing_pages = Arc::new(missing_pages);
+    let missing_pages = Arc::new(missing_pages.with_bases(bases.into_blocks()));
     job.set_remaining(missing_pages.missing());
     job.memory.set_missing_pages(Some(missing_pages.clone()));
     Ok(missing_pages)
@@ -135,6 +143,7 @@ fn keep_journal(job: &Job, source: &Source, path: &Path, options: &RestoreOption
 #[derive(Debug)]
 pub struct OwedImage {
     source: Source,
+    bases: Bases,
     missing: HostPageSet,
 }
 
@@ -145,7 +154,8 @@ impl OwedImage {
     /// If the image cannot be opened, is another one, or does not fit; or if it is not known which
     /// pages are owed.
     pub fn open(
-        path: &str, image: ImageId, memory: &GuestMemory, key: Option<&ImageKey>,
+        (path, image): (&str, ImageId), options: &RestoreOptions, memory: &GuestMemory,
+        key: Option<&ImageKey>,
     ) -> Result<Self, JobError> {
         let source = Source::open(Path::new(path), memory, key)?;
         let found = source.newest().header().id;
@@ -153,7 +163,8 @@ impl OwedImage {
             let path = path.to_owned();
             return Err(RestoreError::OtherImage { path, found, expected: image }.into());
         }
-        Ok(Self { source, missing: memory.owed_pages()? })
+        let bases = Bases::of(options, memory, &source, true)?;
+        Ok(Self { source, bases, missing: memory.owed_pages()? })
     }
 }
 
@@ -175,9 +186,10 @@ impl ContinuedRestore {
     pub fn new(
         job: &Job, image: OwedImage, uffd: OwnedFd, options: RestoreOptions,
     ) -> Result<Self, JobError> {
-        let OwedImage { source, missing } = image;
+        let OwedImage { source, bases, missing } = image;
         let unread = missing.try_clone()?;
-        Ok(Self { source, unread, missing_pages: announce(job, missing, uffd)?, options })
+        let missing_pages = announce(job, missing, bases, uffd)?;
+        Ok(Self { source, unread, missing_pages, options })
     }
 
     /// Places all that is owed, and ends the job.

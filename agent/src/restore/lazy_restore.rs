@@ -17,6 +17,7 @@ use super::queues::{FaultQueue, PrefetchGate, WorkingSetPieces};
 use super::working_set::WorkingSetRecorder;
 use crate::job::JobError;
 use crate::lock::lock;
+use crate::memory::MemoryError;
 use crate::missing_faults::{StopEvent, handle_faults};
 use crate::sandbox::{ThreadKind, enter_thread};
 use pageferry_protocol::memory::PageRange;
@@ -219,7 +220,7 @@ impl<'a> LazyRestore<'a> {
                 // makes the page missing again. So wait for it and look again.
                 self.pages.job.memory.readers.wait(|_, _| true);
                 if self.pages.missing_pages.missing().remaining_pages() == 0 {
-                    return Ok(());
+                    return self.fill_holes();
                 }
             }
             let rests = !self.recording || self.is_guest_idle(running);
@@ -232,6 +233,18 @@ impl<'a> LazyRestore<'a> {
                 Instant::now() + look,
             )?;
         }
+    }
+
+    /// Makes zero of what the image of a clone does not have.
+    fn fill_holes(&self) -> Result<(), JobError> {
+        let (pages, missing_pages) = (&self.pages, self.pages.missing_pages);
+        for (at, block) in pages.job.memory.blocks().iter().enumerate() {
+            if missing_pages.base(at).is_some() {
+                let filled = missing_pages.fill_holes(at, pages.source.present(at));
+                filled.map_err(|error| MemoryError::not_placed(block, error))?;
+            }
+        }
+        Ok(())
     }
 
     fn is_guest_idle(&self, running: Instant) -> bool {

@@ -4,6 +4,7 @@
 //!
 //! - [`source`]: the image and its base images, and which image block goes into which VMM block;
 //! - [`reset`]: makes the memory empty before a restore, and again after a restore that failed;
+//! - [`bases`]: the bases of clones;
 //! - [`eager`]: places all memory, then the guest runs;
 //! - [`lazy`]: the guest runs first, and its memory is placed while it runs;
 //! - [`lazy_restore`]: starts the threads of a lazy restore, follows them and ends them;
@@ -20,6 +21,7 @@
 //! reads before it places it. If the restore fails before the guest runs, the memory is made empty
 //! again, so that the next attempt starts clean. The agent never writes to the image.
 
+pub mod bases;
 pub mod eager;
 pub mod error;
 pub mod fault_reads;
@@ -36,8 +38,8 @@ use crate::devices::state_pieces;
 use crate::image::Image;
 use crate::job::consent::GivenUpGuest;
 use crate::job::{Job, JobError, micros};
-use crate::memory::MemoryError;
 use crate::tracking::checkpoint::SharedCheckpoint;
+use bases::Bases;
 use pageferry_protocol::control::hook::{GuestOrigin, Hook};
 use pageferry_protocol::control::job::{
     Phase, Placing, RestoreMode, RestoreOptions, ResumePolicy, RunState,
@@ -77,9 +79,7 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
     job.enter(Phase::Preparing);
     let source = Source::open(&order.path, &job.memory, job.image_key.as_ref())?;
     source.limit(&job.limiter);
-    if let Some(block) = job.memory.blocks().iter().find(|block| !block.backing.is_writable()) {
-        return Err(MemoryError::Sealed { id: block.geometry.id }.into());
-    }
+    let bases = Bases::of(&order.options, &job.memory, &source, false)?;
     let state = VmmState::read(source.newest(), order.options.resume)?;
     job.set_guest_state(state.guest);
     let plan = match order.options.mode {
@@ -111,7 +111,8 @@ fn restore(job: &Arc<Job>, order: &RestorePlan) -> Result<(), JobError> {
         Some(plan) => {
             job.placing.uses(Placing::Pages);
             job.placing.explain("the guest runs before its memory is there".into());
-            lazy::restore(job, (&source, &order.path), &state, guard, plan, &order.options)
+            let from = (&source, bases, order.path.as_path());
+            lazy::restore(job, from, &state, guard, plan, &order.options)
         }
     }
 }

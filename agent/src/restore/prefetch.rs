@@ -80,8 +80,16 @@ impl<'a> Prefetcher<'a> {
                 if pages.has_ended() {
                     return Ok(placed);
                 }
-                let content = pages.read(at, range, buffer)?;
-                placed += pages.place(*worker, at, range, content)?;
+                let Some(base) = pages.missing_pages.base(at) else {
+                    let content = pages.read(at, range, buffer)?;
+                    placed += pages.place(*worker, at, range, content)?;
+                    continue;
+                };
+                let _reading = base.read_alone(range.first, || pages.has_ended());
+                for run in pages.leave_to_base(*worker, at, range, &mut placed) {
+                    let content = pages.read(at, run, buffer)?;
+                    placed += pages.place(*worker, at, run, content)?;
+                }
             }
         }
         Ok(placed)

@@ -14,6 +14,7 @@
 use super::source::Source;
 use crate::job::{Job, JobError, add};
 use crate::memory::MemoryError;
+use crate::memory::backing::BackingKind;
 use crate::memory::discard_recorder::DiscardRecorder;
 use crate::memory::recorded_discards::RecordedDiscards;
 use crate::memory::{Block, GuestMemory};
@@ -68,6 +69,30 @@ impl ResetGuard<'_> {
     /// If a file cannot be punched.
     pub fn punch_again(&self) -> Result<(), JobError> {
         Ok(self.job.memory.blocks().iter().try_for_each(|block| empty(block))?)
+    }
+
+    /// Gives back again what the VMM gave back since the request: in a clone, to make the memory
+    /// empty has brought back what the base has there.
+    ///
+    /// # Errors
+    /// If the pages cannot be given back.
+    pub fn give_back_again(&self) -> Result<(), JobError> {
+        let since = self.discards.since();
+        for (at, block) in self.job.memory.blocks().iter().enumerate() {
+            if block.backing.kind() != BackingKind::Clone {
+                continue;
+            }
+            for given_back in [since.discarded(at), since.freed(at)] {
+                for run in given_back.runs(block.all()) {
+                    let id = block.geometry.id;
+                    block
+                        .backing
+                        .punch(run)
+                        .map_err(|source| MemoryError::Backing { id, source })?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Sets the discard marks of a block: the discards of the image, and those that the VMM made

@@ -57,6 +57,11 @@ impl Source {
         Ok(Self { chain, order })
     }
 
+    /// The image with its base images.
+    pub fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
     /// The image itself, without its base images.
     pub fn newest(&self) -> &Image {
         self.chain.newest()

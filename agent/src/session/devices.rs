@@ -77,6 +77,13 @@ impl SharedSession {
     /// Answers CONNECT_DEVICE.
     pub(super) fn connect_device(&self, device: DeviceSpec, fds: Vec<OwnedFd>) -> Answer {
         let [front_end] = take_fds("connect device", fds)?;
+        if let Some(id) = self.memory().clone_block() {
+            let sentence = format!(
+                "block {id} is a clone's, whose memory no device of another process can map: use \
+                 the VMM's own devices"
+            );
+            return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+        }
         let front_end = check_socket(front_end).map_err(|error| invalid(&error))?;
         let device = match device {
             DeviceSpec::Balloon => NewDevice::Balloon,

@@ -9,13 +9,17 @@ use super::session_job::SessionJob;
 use super::shared::SharedSession;
 use super::start_jobs::check_path;
 use super::{Session, check_fds, invalid, wrong_fds};
+use crate::base;
+use crate::image::Chain;
 use crate::job::{CancelledBy, TooLate};
+use crate::memory::clone_view::CloneView;
 use crate::memory::current::CurrentAgent;
 use crate::opener;
+use crate::pagemap::Pagemap;
 use crate::store;
 use crate::tracking::TrackerChoice;
-use crate::tracking::pagemap::Pagemap;
 use crate::waiting::may_wait;
+use pageferry_protocol::control::clones::OpenBaseReply;
 use pageferry_protocol::control::codec::{DecodeError, Encoder};
 use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::frame::{Frame, MAX_BODY};
@@ -27,8 +31,8 @@ use pageferry_protocol::control::reply::{
     AddBlockReply, ErrorCode, HelloReply, JobStarted, RangesReply, RemoteError, Reply, encode_reply,
 };
 use pageferry_protocol::control::request::{
-    BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE, FEATURE_GRANTS,
-    FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request,
+    BLOCK_CLONE, BLOCK_DISCARDED, BlockRange, CONTROL_VERSION, DISCARD_PUNCH, FEATURE_FENCE,
+    FEATURE_GRANTS, FEATURE_OWED, FEATURE_PROGRAM_PIPE, FEATURES, MAX_RANGES, Request,
 };
 use pageferry_protocol::control::role::Role;
 use pageferry_protocol::control::{AgentInfo, Trackers};
@@ -63,6 +67,8 @@ pub(super) enum Success {
     Agent(AgentInfo),
     Balloon(BalloonStatus),
     PluggedMemory(MemStatus),
+    /// For the base of an image, and the base itself.
+    Base(OpenBaseReply, OwnedFd),
 }
 
 impl Success {
@@ -77,6 +83,7 @@ impl Success {
             Self::Agent(info) => info.encode(encoder),
             Self::Balloon(status) => status.encode(encoder),
             Self::PluggedMemory(status) => status.encode(encoder),
+            Self::Base(reply, _) => reply.encode(encoder),
         }
     }
 }
@@ -124,6 +131,9 @@ impl SharedSession {
             Ok(_) => {}
         }
         let body = encode_reply(&answer, Success::encode);
+        if let Ok(Success::Base(_, base)) = answer {
+            sent.push(base);
+        }
         Frame { fds: sent, ..Frame::reply(code, body) }
     }
 
@@ -261,6 +271,7 @@ impl SharedSession {
             Request::ConnectDevice { device } => self.connect_device(device, fds),
             Request::Continue { journal } => self.continue_job(&journal, fds),
             Request::Grant => grant(fds),
+            Request::OpenBase { path } => self.open_base(&path, &fds),
             // The server does what they ask for; there is nothing for the session to do.
             Request::Subscribe { .. } | Request::Upgrade { .. } => Ok(Success::Done),
             Request::Resume { force } => self.resume(force),
@@ -292,12 +303,22 @@ impl SharedSession {
         &self, geometry: BlockGeometry, fd_offset: u64, vmm_address: u64, flags: u32,
         fds: Vec<OwnedFd>,
     ) -> Answer {
-        let is_owing = fds.len() == 3 && self.lock().owed;
-        check_fds("add block", &fds, if is_owing { 3 } else { 2 })?;
+        let is_clone = flags & BLOCK_CLONE != 0;
+        let is_owing = (fds.len() == 3 || is_clone) && self.lock().owed;
+        let expected = if is_owing { 3 } else { 2 } + if is_clone { 3 } else { 0 };
+        check_fds("add block", &fds, expected)?;
         let mut fds = fds.into_iter();
-        let (memory, bitmap, owed) = (fds.next(), fds.next(), fds.next());
+        let (memory, bitmap) = (fds.next(), fds.next());
+        let owed = if is_owing { fds.next() } else { None };
         let Some(memory) = memory else { return Err(wrong_fds("add block", 0, 2)) };
-        let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed };
+        let clone = match (fds.next(), fds.next(), fds.next()) {
+            (Some(view), Some(pagemap), Some(service)) => {
+                let pagemap = Pagemap::new(pagemap).map_err(|error| invalid(&error))?;
+                Some(CloneView::new(view, pagemap, service, vmm_address))
+            }
+            _ => None,
+        };
+        let new = NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed, clone };
         let added = self.add_blocks(vec![new])?;
         let block = &added[0];
         if flags & BLOCK_DISCARDED != 0 {
@@ -309,6 +330,27 @@ impl SharedSession {
             sealed: u32::from(block.backing.is_sealed()),
         };
         Ok(Success::Block(reply))
+    }
+
+    /// Opens the base of the image at `path`.
+    fn open_base(&self, path: &str, fds: &[OwnedFd]) -> Answer {
+        check_fds("open base", fds, 0)?;
+        check_path("path", path)?;
+        check_named("path", path, false)?;
+        may_wait("open an image");
+        let image_key = self.lock().image_key.clone();
+        let chain = Chain::open_with(Path::new(path), image_key.as_ref());
+        let chain = chain.map_err(|error| invalid(&error))?;
+        let base::Layout { places, reserved, length } = base::Layout::of(&chain);
+        let blocks = places.into_iter().map(|place| place.block).collect();
+        let name = base::BaseName::of(&chain);
+        let failed = |error: &dyn std::fmt::Display| {
+            RemoteError::new(ErrorCode::System, format!("the base of {path}: {error}"))
+        };
+        let opened = opener::base(&name.file_name(), length, reserved);
+        let (agents, file) = opened.map_err(|error| failed(&error))?;
+        name.write_to(&agents).map_err(|errno| failed(&errno))?;
+        Ok(Success::Base(OpenBaseReply { blocks }, file))
     }
 
     fn discard(&self, ranges: &[BlockRange], punch: bool) -> Answer {
@@ -546,6 +588,7 @@ fn check_takes_fds(request: &Request, fds: &[OwnedFd]) -> Result<(), RemoteError
         | Request::ConnectDevice { .. }
         | Request::Continue { .. }
         | Request::Grant
+        | Request::OpenBase { .. }
         | Request::StartOutgoing { .. }
         | Request::StartIncoming { .. }
         | Request::StartSnapshot { .. }

@@ -9,6 +9,7 @@
 use super::shared::{DeferredDrop, SharedSession};
 use super::{Session, invalid};
 use crate::memory::block::GuestLog;
+use crate::memory::clone_view::CloneView;
 use crate::memory::current::CurrentAgent;
 use crate::memory::{Backing, Block, GuestMemory};
 use crate::waiting::may_wait;
@@ -33,6 +34,8 @@ pub struct NewBlock {
     pub bitmap: Option<OwnedFd>,
     /// The bitmap of owed pages, if the VMM has one.
     pub owed: Option<OwnedFd>,
+    /// The memory of a clone, whose base is `memory`.
+    pub clone: Option<CloneView>,
 }
 
 impl SharedSession {
@@ -142,14 +145,26 @@ impl Session {
 
 fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
     may_wait("check a block's file");
-    let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed } = new;
+    let NewBlock { geometry, memory, fd_offset, vmm_address, bitmap, owed, clone } = new;
     if fd_offset % pageferry_protocol::memory::PAGE_SIZE != 0 {
         let sentence = format!("fd_offset {fd_offset:#x} is not a multiple of the page size");
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
     }
-    let backing =
-        Backing::new(memory, fd_offset, geometry.length).map_err(|error| invalid(&error))?;
-    if !backing.is_sealed() {
+    let is_clone = clone.is_some();
+    let end = vmm_address.checked_add(geometry.length);
+    if is_clone && (vmm_address == 0 || end.is_none_or(|end| end > i64::MAX as u64)) {
+        let sentence = format!(
+            "vmm_address is {vmm_address:#x}, and a clone of {:#x} bytes is mapped there by no VMM",
+            geometry.length
+        );
+        return Err(RemoteError::new(ErrorCode::Invalid, sentence));
+    }
+    let backing = match clone {
+        None => Backing::new(memory, fd_offset, geometry.length),
+        Some(view) => Backing::of_clone(memory, fd_offset, geometry.length, view),
+    };
+    let backing = backing.map_err(|error| invalid(&error))?;
+    if !backing.is_sealed() && !is_clone {
         log::debug!(
             "block {}: the file has no F_SEAL_SHRINK; if it shrinks, migrations of it fail",
             geometry.id

@@ -444,7 +444,8 @@ impl SharedSession {
             Journal::Restore { path, image, options } => {
                 check_path("path", &path)?;
                 may_wait("open an image");
-                let image = OwedImage::open(&path, image, &memory, image_key.as_ref());
+                let of = (path.as_str(), image);
+                let image = OwedImage::open(of, &options, &memory, image_key.as_ref());
                 let image = image.map_err(|error| invalid(&error))?;
                 let mut session = self.lock();
                 session.check_can_start()?;

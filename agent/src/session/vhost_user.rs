@@ -204,6 +204,7 @@ impl SharedSession {
                 vmm_address: region.vmm_address,
                 bitmap: None,
                 owed: None,
+                clone: None,
             }
         });
         let new = new.collect();

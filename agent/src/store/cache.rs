@@ -19,7 +19,7 @@
 //! one that was opened longest ago first.
 
 use super::error::StoreError;
-use super::piece_locks::PieceLocks;
+use crate::piece_locks::PieceLocks;
 use crate::sizes::parse_size;
 use pageferry_protocol::image::stored::Index;
 use rustix::fs::{FallocateFlags, FlockOperation, Mode, OFlags, flock};

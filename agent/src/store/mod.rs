@@ -14,7 +14,7 @@
 //! - `wire`: the messages between the two;
 //! - `names`: from a name to a store, with credentials; `profile`: those of a profile;
 //! - `fetch`: pieces come into the cache; `latency`: when an answer is late;
-//! - `cache`: the folder that all agents of a user share; `piece_locks`: who fetches what;
+//! - `cache`: the folder that all agents of a user share;
 //! - `upload`: an image goes into a store;
 //! - [`maintain`]: listing images, and removing what belongs to none;
 //! - [`error`]: what can go wrong, in words.
@@ -26,7 +26,6 @@ mod fetch;
 mod latency;
 pub mod maintain;
 mod names;
-mod piece_locks;
 pub mod process;
 mod profile;
 mod service;

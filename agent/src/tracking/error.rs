@@ -2,8 +2,8 @@
 
 //! Why it is not known which pages are dirty.
 
-use super::pagemap::PagemapError;
 use crate::hooks::HookError;
+use crate::pagemap::PagemapError;
 use pageferry_protocol::shm::MappingError;
 use pageferry_protocol::shm::fence::Replaced;
 

@@ -6,7 +6,6 @@
 //! - [`log_tracker`]: the dirty log that the VMM shares with its back-ends;
 //! - [`hook_tracker`]: the VMM's own tracker, such as KVM's dirty log, through hooks;
 //! - [`scan_tracker`]: write-protect scanning of the VMM's mappings as a tracker;
-//! - [`pagemap`]: the scan itself, from this process;
 //! - [`trackers`]: the trackers of a job, and how the job asks them together;
 //! - [`dirty_pages`]: the set of dirty pages;
 //! - [`checkpoint`]: what is known about changes since the last image;
@@ -17,7 +16,6 @@ pub mod dirty_pages;
 pub mod error;
 pub mod hook_tracker;
 pub mod log_tracker;
-pub mod pagemap;
 pub mod scan_tracker;
 pub mod tracker;
 pub mod trackers;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Write-protect scanning of the VMM's mappings as a tracker. [`super::pagemap`] has the scan.
+//! Write-protect scanning of the VMM's mappings as a tracker. [`crate::pagemap`] has the scan.
 
 use super::dirty_pages::DirtyPages;
 use super::error::TrackingError;
-use super::pagemap::{Huge, Pagemap, PagemapError};
 use super::tracker::Tracker;
 use crate::hooks::Hooks;
 use crate::memory::chunks::Chunks;
 use crate::memory::{Block, GuestMemory};
+use crate::pagemap::{Huge, Pagemap, PagemapError};
 use pageferry_protocol::control::Trackers as Declared;
 use pageferry_protocol::control::hook::Hook;
 use pageferry_protocol::memory::{HUGE_PAGE, PAGE_SHIFT, PAGE_SIZE, PageRange};

@@ -51,6 +51,7 @@ impl Grants {
                 "" => read(none, path),
                 recorded => read(none, path).write(Path::new(recorded)),
             },
+            Request::OpenBase { path } => read(none, path),
             _ => none,
         }
     }

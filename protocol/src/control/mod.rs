@@ -17,6 +17,7 @@
 //! - [`role`]: which connections may send a request;
 //! - [`reply`]: answers to requests, and errors as they travel;
 //! - [`agent_info`]: what an agent serves;
+//! - [`clones`]: the memory of guests that share the pages of one image;
 //! - [`job`]: the options and the status of a job;
 //! - [`journal`]: what the next agent needs to continue a job;
 //! - [`trackers`]: what reports the writes of the guest;
@@ -28,6 +29,7 @@
 //! - [`state_pieces`]: the list of the pieces in which a VMM saves its state.
 
 pub mod agent_info;
+pub mod clones;
 pub mod codec;
 pub mod devices;
 pub mod frame;

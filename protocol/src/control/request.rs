@@ -53,6 +53,7 @@ pub mod code {
     pub const CONTINUE: u32 = 0x101f;
     pub const UPGRADE: u32 = 0x1020;
     pub const GRANT: u32 = 0x1021;
+    pub const OPEN_BASE: u32 = 0x1022;
     /// Not a request: what a subscriber gets, the
     /// [`super::JobStatus`](crate::control::job::JobStatus) as the body.
     pub const EVENT: u32 = 0x1100;
@@ -60,6 +61,8 @@ pub mod code {
 
 /// Flag of a block: it starts as discarded instead of populated.
 pub const BLOCK_DISCARDED: u32 = 1 << 0;
+/// Flag of a block: it is a private mapping of the base of an image ([`super::clones`]).
+pub const BLOCK_CLONE: u32 = 1 << 1;
 /// Flag of a discard: the agent frees the backing with `FALLOC_FL_PUNCH_HOLE`.
 pub const DISCARD_PUNCH: u32 = 1 << 0;
 
@@ -82,8 +85,12 @@ pub const FEATURE_PROGRAM_PIPE: u64 = 1 << 2;
 /// a path or an address follows a [`Request::Grant`] for it.
 pub const FEATURE_GRANTS: u64 = 1 << 3;
 
+/// Feature: blocks may be clones ([`BLOCK_CLONE`], [`Request::OpenBase`]).
+pub const FEATURE_CLONES: u64 = 1 << 4;
+
 /// All features that this crate knows.
-pub const FEATURES: u64 = FEATURE_FENCE | FEATURE_OWED | FEATURE_PROGRAM_PIPE | FEATURE_GRANTS;
+pub const FEATURES: u64 =
+    FEATURE_FENCE | FEATURE_OWED | FEATURE_PROGRAM_PIPE | FEATURE_GRANTS | FEATURE_CLONES;
 
 /// Longest name of a VM in bytes.
 pub const MAX_VM_NAME: usize = 128;
@@ -100,7 +107,7 @@ pub enum Request {
         /// Highest version the sender speaks.
         version_max: u16,
         /// Feature bits the sender offers: [`FEATURE_FENCE`], [`FEATURE_OWED`],
-        /// [`FEATURE_PROGRAM_PIPE`], [`FEATURE_GRANTS`].
+        /// [`FEATURE_PROGRAM_PIPE`], [`FEATURE_GRANTS`], [`FEATURE_CLONES`].
         features: u64,
         /// With [`FEATURE_FENCE`], which only a VMM sets: the number that the fence word holds
         /// while this agent is the current one, from 1. The descriptor is the memfd of the fence
@@ -112,7 +119,9 @@ pub enum Request {
     },
     /// Adds a block. Descriptors: the memory, then the bitmap of discarded pages (one bit per page,
     /// whole 64-bit words), which the VMM keeps and whose bits hold from the start. With
-    /// [`FEATURE_OWED`] a third one: the bitmap of owed pages, of the same size. Answered by
+    /// [`FEATURE_OWED`] a third one: the bitmap of owed pages, of the same size. With
+    /// [`BLOCK_CLONE`] three more: the `/proc/self/mem` and the `/proc/self/pagemap` of the VMM,
+    /// and the socket over which it gives pages back. Answered by
     /// [`AddBlockReply`](super::reply::AddBlockReply).
     AddBlock {
         /// Id, name, place, granularity.
@@ -121,7 +130,7 @@ pub enum Request {
         fd_offset: u64,
         /// Address at which the VMM has it mapped; 0 if it has not.
         vmm_address: u64,
-        /// [`BLOCK_DISCARDED`].
+        /// [`BLOCK_DISCARDED`], [`BLOCK_CLONE`].
         flags: u32,
     },
     /// Removes a block.
@@ -254,6 +263,12 @@ pub enum Request {
     /// Allows the agent what the descriptors stand for ([`Grants`](super::grants::Grants)): 1 to
     /// [`MAX_GRANTS`](super::grants::MAX_GRANTS) of them. An agent without a sandbox ignores them.
     Grant,
+    /// Opens the file whose pages all clones of an image share, and makes it if there is none.
+    /// Answered by [`OpenBaseReply`](super::clones::OpenBaseReply) and the file.
+    OpenBase {
+        /// Absolute path of the image.
+        path: String,
+    },
     /// Starts to save the guest into an image. Answered by
     /// [`JobStarted`](super::reply::JobStarted).
     StartSnapshot {
@@ -302,6 +317,7 @@ pub fn name(request: u32) -> &'static str {
         code::CONTINUE => "CONTINUE",
         code::UPGRADE => "UPGRADE",
         code::GRANT => "GRANT",
+        code::OPEN_BASE => "OPEN_BASE",
         code::EVENT => "EVENT",
         _ => "an unknown request",
     }
@@ -330,6 +346,7 @@ impl Request {
             Self::Continue { .. } => code::CONTINUE,
             Self::Upgrade { .. } => code::UPGRADE,
             Self::Grant => code::GRANT,
+            Self::OpenBase { .. } => code::OPEN_BASE,
             Self::Subscribe { .. } => code::SUBSCRIBE,
             Self::Resume { .. } => code::RESUME,
             Self::StartPostcopy => code::START_POSTCOPY,
@@ -355,6 +372,7 @@ impl Request {
             | Self::Populate { .. }
             | Self::ConnectDevice { .. }
             | Self::Continue { .. }
+            | Self::OpenBase { .. }
             | Self::SetTrackers { .. } => Role::Vmm,
             // Only the VMM knows that it has stopped its guest.
             Self::StartSnapshot { options, .. } if options.mode == SnapshotMode::Stopped => {
@@ -432,6 +450,7 @@ impl Request {
             Self::ConnectDevice { device } => device.encode(encoder),
             Self::Continue { journal } => encode_journal(encoder, journal),
             Self::Upgrade { program } => encoder.text(program),
+            Self::OpenBase { path } => encoder.text(path),
             Self::Resume { force } => encoder.u32(u32::from(*force)),
             Self::Recover { session, address, options } => {
                 options.encode(encoder.bytes(session).text(address))
@@ -495,6 +514,9 @@ impl Request {
                 .text("program", MAX_ADDRESS)
                 .map(|program| Self::Upgrade { program: program.to_owned() }),
             code::GRANT => Ok(Self::Grant),
+            code::OPEN_BASE => decoder
+                .text("path", MAX_ADDRESS)
+                .map(|path| Self::OpenBase { path: path.to_owned() }),
             code::SUBSCRIBE => decode_subscribe(decoder),
             code::RESUME => {
                 decoder.flags("force", 1, "0 or 1").map(|force| Self::Resume { force: force == 1 })
@@ -572,7 +594,8 @@ fn decode_name(decoder: &mut Decoder<'_>, limit: usize) -> Result<String, Decode
 
 fn decode_add_block(decoder: &mut Decoder<'_>) -> Result<Request, DecodeError> {
     let id = decoder.u32("id")?;
-    let flags = decoder.flags("flags", BLOCK_DISCARDED, "bit 0, discarded")?;
+    let flags =
+        decoder.flags("flags", BLOCK_DISCARDED | BLOCK_CLONE, "bit 0, discarded, bit 1, clone")?;
     let gpa = decoder.u64("gpa")?;
     let length = decoder.u64("length")?;
     let granularity = decoder.u64("granularity")?;

@@ -39,6 +39,14 @@ pub fn is_stored(name: &str) -> bool {
     name.split_once("://").is_some_and(|(scheme, _)| SCHEMES.contains(&scheme))
 }
 
+/// The scheme of `name`, if it has one and no store has it. Such a name is a mistake, and not the
+/// path of a file.
+pub fn unknown_scheme(name: &str) -> Option<&str> {
+    let (scheme, _) = name.split_once("://")?;
+    let is_word = scheme.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    (is_word && !is_stored(name)).then_some(scheme)
+}
+
 /// How a piece lies in its pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {

@@ -22,6 +22,8 @@ pub enum BackingKind {
     Hugetlb,
     /// A file on a disk: reports holes if the file system does.
     File,
+    /// A private mapping of the base of an image: what is written is memory of the VMM alone.
+    Clone,
 }
 
 /// A file that can be guest memory.
@@ -89,6 +91,11 @@ pub enum MemoryFileError {
         /// The backing's allocation unit in bytes.
         host_page_size: u64,
     },
+    /// A clone's memory is no base.
+    #[error(
+        "the base of a clone must be on tmpfs, and this file is not; Client::open_base opens it"
+    )]
+    NoBase,
     /// The kernel refused.
     #[error("cannot {what}")]
     Kernel {
@@ -106,28 +113,8 @@ impl MemoryFile {
     /// # Errors
     /// What is wrong with the file.
     pub fn check(fd: BorrowedFd<'_>, offset: u64, length: u64) -> Result<Self, MemoryFileError> {
-        let kernel = |what| move |source| MemoryFileError::Kernel { what, source };
-        let stat = rustix::fs::fstat(fd).map_err(kernel("fstat"))?;
-        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
-            return Err(MemoryFileError::NotARegularFile { mode: stat.st_mode });
-        }
+        let (kind, host_page_size) = check_place(fd, offset, length)?;
         check_flags(rustix::fs::fcntl_getfl(fd).map_err(kernel("get the flags"))?)?;
-        let size = u64::try_from(stat.st_size).unwrap_or(0);
-        if offset.checked_add(length).is_none_or(|end| end > size) {
-            return Err(MemoryFileError::TooShort { size, offset, length });
-        }
-        let statfs = rustix::fs::fstatfs(fd).map_err(kernel("fstatfs"))?;
-        // The field's type differs between architectures; the magic is 32 bits on all.
-        let (kind, host_page_size) = match statfs.f_type as u64 & 0xffff_ffff {
-            HUGETLBFS_MAGIC => (BackingKind::Hugetlb, statfs.f_bsize as u64),
-            TMPFS_MAGIC => (BackingKind::Shmem, PAGE_SIZE),
-            _ => (BackingKind::File, PAGE_SIZE),
-        };
-        for (field, value) in [("fd_offset", offset), ("length", length)] {
-            if value % host_page_size != 0 {
-                return Err(MemoryFileError::Unaligned { field, value, host_page_size });
-            }
-        }
         check_usable(fd, kind)?;
         // Only a memfd has seals; other files answer EINVAL and can always shrink.
         let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
@@ -135,6 +122,62 @@ impl MemoryFile {
         let writable = !seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE);
         Ok(Self { kind, host_page_size, sealed, writable })
     }
+
+    /// Checks that `length` bytes of `fd` from `offset` can be the base of a clone's block.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn check_base(
+        fd: BorrowedFd<'_>, offset: u64, length: u64,
+    ) -> Result<Self, MemoryFileError> {
+        match check_place(fd, offset, length)? {
+            (BackingKind::Shmem, host_page_size) => {
+                let kind = BackingKind::Clone;
+                Ok(Self { kind, host_page_size, sealed: false, writable: false })
+            }
+            _ => Err(MemoryFileError::NoBase),
+        }
+    }
+}
+
+/// Checks the place of the block in the file. Returns the kind of the file, and the size of a host
+/// page in bytes.
+fn check_place(
+    fd: BorrowedFd<'_>, offset: u64, length: u64,
+) -> Result<(BackingKind, u64), MemoryFileError> {
+    let stat = rustix::fs::fstat(fd).map_err(kernel("fstat"))?;
+    if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() {
+        return Err(MemoryFileError::NotARegularFile { mode: stat.st_mode });
+    }
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    if offset.checked_add(length).is_none_or(|end| end > size) {
+        return Err(MemoryFileError::TooShort { size, offset, length });
+    }
+    let statfs = rustix::fs::fstatfs(fd).map_err(kernel("fstatfs"))?;
+    // The field's type differs between architectures; the magic is 32 bits on all.
+    let (kind, host_page_size) = match statfs.f_type as u64 & 0xffff_ffff {
+        HUGETLBFS_MAGIC => (BackingKind::Hugetlb, statfs.f_bsize as u64),
+        TMPFS_MAGIC => (BackingKind::Shmem, PAGE_SIZE),
+        _ => (BackingKind::File, PAGE_SIZE),
+    };
+    for (field, value) in [("fd_offset", offset), ("length", length)] {
+        if value % host_page_size != 0 {
+            return Err(MemoryFileError::Unaligned { field, value, host_page_size });
+        }
+    }
+    Ok((kind, host_page_size))
+}
+
+/// True if the file is on tmpfs, as every memfd of ordinary pages is.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn is_tmpfs(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    rustix::fs::fstatfs(fd).map(|statfs| statfs.f_type as u64 & 0xffff_ffff == TMPFS_MAGIC)
+}
+
+fn kernel(what: &'static str) -> impl Fn(Errno) -> MemoryFileError {
+    move |source| MemoryFileError::Kernel { what, source }
 }
 
 /// Refuses flags of the descriptor with which reads, writes and punches at an offset would do

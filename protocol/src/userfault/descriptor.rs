@@ -25,6 +25,8 @@ pub enum RegisterMode {
     /// (`UFFDIO_REGISTER_MODE_MINOR`). For a mapping that nobody touches: pages are placed as with
     /// [`RegisterMode::Missing`], which would forbid pages of 2 MiB in the file.
     Minor = 1 << 2,
+    /// Both [`RegisterMode::Missing`] and [`RegisterMode::Minor`].
+    MissingAndMinor = 1 << 0 | 1 << 2,
 }
 
 /// Pages that could not be filled.
@@ -99,6 +101,11 @@ impl Userfaultfd {
         open::open_user_mode_only().map(Self::of_this_process)
     }
 
+    /// The mappings are those of this process.
+    pub(super) fn is_own(&self) -> bool {
+        self.is_own
+    }
+
     /// Registers a mapping of the process that the descriptor belongs to: all of it, or nothing.
     ///
     /// # Errors
@@ -108,7 +115,7 @@ impl Userfaultfd {
     pub fn register(&self, range: AddressRange, what: RegisterMode) -> Result<(), UserfaultError> {
         let mut register = UffdioRegister { range, mode: what as u64, ioctls: 0 };
         let purpose = match what {
-            RegisterMode::Missing => "missing pages",
+            RegisterMode::Missing | RegisterMode::MissingAndMinor => "missing pages",
             RegisterMode::WriteProtect => "write protection",
             RegisterMode::Minor => "placing",
         };
@@ -191,6 +198,14 @@ impl Userfaultfd {
     /// As [`Userfaultfd::copy`].
     pub fn zero(&self, range: AddressRange) -> Result<(), FillError> {
         self.fill::<UFFDIO_ZEROPAGE>(range)
+    }
+
+    /// Maps pages that the file under the mapping has. Threads that wait for them are woken.
+    ///
+    /// # Errors
+    /// As [`Userfaultfd::copy`]; EFAULT if the file does not have a page.
+    pub fn map_file(&self, range: AddressRange) -> Result<(), FillError> {
+        self.fill::<UFFDIO_CONTINUE>(range)
     }
 
     /// Marks missing pages as lost. An access to them gets SIGBUS, or EFAULT from the kernel,

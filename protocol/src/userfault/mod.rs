@@ -16,6 +16,8 @@ mod abi;
 mod descriptor;
 // Opening one, and the handshake.
 mod open;
+// Giving back pages of private mappings.
+mod private;
 // The means to open them, kept from the start of the process.
 mod source;
 

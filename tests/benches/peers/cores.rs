@@ -15,7 +15,7 @@ use pageferry_agent::job::Deadline;
 use pageferry_agent::lock::waits;
 use pageferry_agent::memory::block::GuestLog;
 use pageferry_agent::memory::{Backing, Block, GuestMemory};
-use pageferry_agent::tracking::pagemap::Pagemap;
+use pageferry_agent::pagemap::Pagemap;
 use pageferry_agent::tracking::{DirtyPages, TrackerChoice, Trackers};
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_client::{

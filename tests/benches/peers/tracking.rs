@@ -6,7 +6,7 @@ use super::Bench;
 use super::image::{Image, warm_large_pages};
 use super::live::{Count, map, sweeps_of};
 use super::table::{Better, Table, median};
-use pageferry_agent::tracking::pagemap::{Huge, Pagemap};
+use pageferry_agent::pagemap::{Huge, Pagemap};
 use pageferry_client::DirtyLog;
 use pageferry_client::tracking::kvm::KvmDirtyLog;
 use pageferry_client::tracking::uffd::WriteProtect;

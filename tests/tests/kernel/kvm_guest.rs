@@ -3,7 +3,7 @@
 //! The KVM guest of the harness: it works as the other tests expect, and the trackers see all its
 //! writes.
 
-use pageferry_agent::tracking::pagemap::Pagemap;
+use pageferry_agent::pagemap::Pagemap;
 use pageferry_client::tracking::uffd::WriteProtect;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_protocol::shm::DirtyLog;

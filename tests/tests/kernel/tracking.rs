@@ -2,7 +2,7 @@
 
 //! The tracker by write-protect scanning, against the real kernel.
 
-use pageferry_agent::tracking::pagemap::{Huge, Pagemap, PagemapError};
+use pageferry_agent::pagemap::{Huge, Pagemap, PagemapError};
 use pageferry_client::error::chain;
 use pageferry_client::tracking::uffd::{UffdError, UserfaultError, WriteProtect};
 use pageferry_protocol::memory::PAGE_SIZE;

@@ -39,6 +39,20 @@ type Outcome = Result<Exit, Box<dyn Error>>;
 /// Most errors that `verify --all` lists.
 const MOST_ERRORS: usize = 100;
 
+/// The end of the help of `image`.
+pub(super) const ENVIRONMENT: &str = "\
+Each image can be a file, or the name of one in a store: s3://BUCKET/vm1/monday.
+
+Environment:
+  PAGEFERRY_CACHE       folder of the cache of images in stores; otherwise
+                        $XDG_CACHE_HOME/pageferry, ~/.cache/pageferry, or
+                        /var/cache/pageferry
+  PAGEFERRY_CACHE_SIZE  how much the cache keeps, as 500M; otherwise 20G
+  AWS_*, GOOGLE_*, AZURE_*
+                        credentials and options of the stores
+
+docs/store.md explains them.";
+
 /// What is done with an image.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
@@ -74,7 +88,7 @@ pub enum ImageCommand {
                             pageferry image list file:///mnt/images/ci --json")]
     List(stores::ListArgs),
     /// Remove from a store what belongs to no image: what uploads have left that were interrupted,
-    /// and what images had that were replaced. Images and running uploads stay.
+    /// and what images had that were deleted or replaced. Images and running uploads stay.
     #[command(after_help = "Examples:\n  pageferry image prune s3://images --dry-run\n  \
                             pageferry image prune s3://images --older-than 72h")]
     Prune(stores::PruneArgs),
@@ -92,7 +106,7 @@ pub enum ImageCommand {
 /// Which image.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
-    /// The image.
+    /// The image: a file, or the name of an image in a store.
     #[arg(value_name = "IMAGE")]
     path: PathBuf,
     /// The key of a sealed image, and of all images that it builds on: a file with 32 bytes or 64
@@ -136,7 +150,7 @@ pub struct VerifyArgs {
 pub struct MergeArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// The new image.
+    /// The new image: a file, or a name in a store.
     #[arg(long, value_name = "NEW")]
     into: PathBuf,
     /// Seal the new image with this key, instead of that of --key. Without either it is in plain

@@ -51,15 +51,17 @@ Examples:
 #[command(group(ArgGroup::new("memory layout")
     .args(["layout", "blocks", "cloud_hypervisor", "like"]).required(true)))]
 pub struct ImportArgs {
-    /// The raw file. Nothing may write to it meanwhile: pause or end the VMM.
+    /// The raw file, not a name in a store. Nothing may write to it meanwhile: pause or end the
+    /// VMM.
     #[arg(value_name = "MEMORY_FILE")]
     memory: PathBuf,
-    /// The new image.
+    /// The new image: a file, or a name in a store.
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
     #[command(flatten)]
     layout: LayoutArgs,
-    /// The blocks of this image, one after another in the order of their addresses.
+    /// The blocks of this image, which may be in a store, one after another in the order of their
+    /// addresses.
     #[arg(long, value_name = "IMAGE")]
     like: Option<PathBuf>,
     /// The unit of the guest's discards, which an image notes for each block.
@@ -90,7 +92,7 @@ pub struct ImportArgs {
 pub struct ExportArgs {
     #[command(flatten)]
     image: ImageArgs,
-    /// The new raw file.
+    /// The new raw file, not a name in a store.
     #[arg(value_name = "MEMORY_FILE")]
     memory: PathBuf,
     #[command(flatten)]

@@ -161,11 +161,15 @@ impl RestoreMode {
             DecodeError::InvalidValue {
                 field: "mode",
                 value: value.into(),
-                allowed: "0 eager, 1 lazy",
+                allowed: "0 eager, 1 lazy, 2 lazy with a shared base",
             },
         )
     }
 }
+
+/// [`RestoreMode::Lazy`] with [`RestoreOptions::shared_base`], as it travels. An older agent
+/// refuses it, and does not restore something else.
+const LAZY_WITH_SHARED_BASE: u16 = 2;
 
 /// Options of a restore. Only the bandwidth can be changed while it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -188,14 +192,26 @@ pub struct RestoreOptions {
     /// With [`RestoreMode::Eager`]: whether the guest gets huge pages where the image has all of
     /// them.
     pub huge_pages: HugePages,
+    /// The guest is a clone: its memory is private mappings of the base of the image, whose pages
+    /// it shares with all other clones. Implies [`RestoreMode::Lazy`].
+    pub shared_base: bool,
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
         let SnapshotOptions { workers, bandwidth, hook_timeout, .. } = SnapshotOptions::default();
         let (mode, resume) = (RestoreMode::Eager, ResumePolicy::Auto);
-        let (working_set, huge_pages) = (String::new(), HugePages::Auto);
-        Self { mode, workers, bandwidth, working_set, resume, hook_timeout, huge_pages }
+        let (working_set, huge_pages, shared_base) = (String::new(), HugePages::Auto, false);
+        Self {
+            mode,
+            workers,
+            bandwidth,
+            working_set,
+            resume,
+            hook_timeout,
+            huge_pages,
+            shared_base,
+        }
     }
 }
 
@@ -209,18 +225,21 @@ impl RestoreOptions {
     }
 
     pub(in crate::control) fn encode(&self, encoder: Encoder) -> Encoder {
-        let encoder = encoder
-            .u16(self.mode as u16)
-            .u16(self.workers)
-            .u16(self.resume as u16)
-            .u64(self.bandwidth);
+        let mode = if self.shared_base { LAZY_WITH_SHARED_BASE } else { self.mode as u16 };
+        let encoder =
+            encoder.u16(mode).u16(self.workers).u16(self.resume as u16).u64(self.bandwidth);
         let encoder = encoder.u64(micros(self.hook_timeout)).u16(self.huge_pages as u16);
         encoder.text(&self.working_set)
     }
 
     pub(in crate::control) fn decode(decoder: &mut Decoder<'_>) -> Result<Self, DecodeError> {
+        let (mode, shared_base) = match decoder.u16("mode")? {
+            LAZY_WITH_SHARED_BASE => (RestoreMode::Lazy, true),
+            mode => (RestoreMode::from_wire(mode)?, false),
+        };
         let options = Self {
-            mode: RestoreMode::from_wire(decoder.u16("mode")?)?,
+            mode,
+            shared_base,
             workers: workers(decoder)?,
             resume: resume(decoder)?,
             bandwidth: bandwidth(decoder)?,

@@ -95,16 +95,19 @@ fn any_snapshot() -> impl Strategy<Value = SnapshotOptions> {
 
 fn any_restore() -> impl Strategy<Value = RestoreOptions> {
     let mode = prop::sample::select(RestoreMode::NAMES.map(|(_, mode)| mode).to_vec());
-    let choices = (any_resume(), any_huge_pages());
+    let choices = (any_resume(), any_huge_pages(), any::<bool>());
     (mode, 1u16..=64, any::<u64>(), 1u64..1 << 30, ".{0,60}", choices).prop_map(
-        |(mode, workers, bandwidth, timeout, working_set, (resume, huge_pages))| RestoreOptions {
-            resume,
-            huge_pages,
-            mode,
-            workers,
-            bandwidth,
-            working_set: if mode == RestoreMode::Lazy { working_set } else { String::new() },
-            hook_timeout: Duration::from_micros(timeout),
+        |(mode, workers, bandwidth, timeout, working_set, (resume, huge_pages, clone))| {
+            RestoreOptions {
+                shared_base: clone && mode == RestoreMode::Lazy,
+                resume,
+                huge_pages,
+                mode,
+                workers,
+                bandwidth,
+                working_set: if mode == RestoreMode::Lazy { working_set } else { String::new() },
+                hook_timeout: Duration::from_micros(timeout),
+            }
         },
     )
 }
@@ -175,6 +178,7 @@ fn any_request() -> impl Strategy<Value = Request> {
         (".{1,60}", 12u32..64).prop_map(|(block, order)| Request::ConnectDevice {
             device: DeviceSpec::Mem { block, block_size: 1 << order }
         }),
+        "/.{0,40}".prop_map(|path| Request::OpenBase { path }),
         Just(Request::StartIncoming {
             listen: "tcp:[::1]:0".into(),
             options: IncomingOptions::default()
@@ -223,6 +227,7 @@ fn the_least_role_of_every_request_is_known() {
         (Request::SetTrackers { sources: Trackers::HOOKS }, true),
         (Request::ConnectDevice { device: DeviceSpec::Balloon }, true),
         (Request::Continue { journal: vec![1] }, true),
+        (Request::OpenBase { path: String::new() }, true),
         (snapshot(SnapshotMode::Stopped), false),
     ];
     let options = OutgoingOptions::default;
@@ -396,7 +401,10 @@ fn what_a_snapshot_cannot_be_started_with_is_refused_by_field() {
 fn what_a_restore_cannot_be_started_with_is_refused_by_field() {
     let restore = |options| Request::StartRestore { path: String::new(), options };
     let refused = |at, bytes: &[u8]| refused_with(restore(RestoreOptions::default()), at, bytes);
-    assert_eq!(refused(0, &[2, 0]), "mode is 0x2, allowed: 0 eager, 1 lazy");
+    assert_eq!(
+        refused(0, &[3, 0]),
+        "mode is 0x3, allowed: 0 eager, 1 lazy, 2 lazy with a shared base"
+    );
     assert_eq!(refused(2, &[0, 0]), "workers is 0x0, allowed: 1 to 64");
     assert_eq!(refused(2, &[65, 0]), "workers is 0x41, allowed: 1 to 64");
     for (value, named) in

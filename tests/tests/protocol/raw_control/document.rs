@@ -5,6 +5,7 @@
 
 use super::bodies::{incoming, outgoing, restore, snapshot};
 use super::refusals::proper;
+use pageferry_protocol::control::clones::{GiveBack, GiveBackTo, OpenBaseReply};
 use pageferry_protocol::control::codec::{DecodeError, Decoder, Encoder};
 use pageferry_protocol::control::devices::{BalloonStatus, MemStatus};
 use pageferry_protocol::control::hook::{self, GuestOrigin, Hook};
@@ -17,6 +18,7 @@ use pageferry_protocol::control::request::{self, Request};
 use pageferry_protocol::control::state_pieces::PieceSize;
 use pageferry_protocol::control::vhost_user::FrontendReq;
 use pageferry_protocol::control::{AgentInfo, Trackers, frame};
+use pageferry_protocol::memory::PageRange;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The text of the document.
@@ -96,6 +98,7 @@ fn it_has_every_request_and_every_hook() {
         ("CONTINUE", CONTINUE),
         ("UPGRADE", UPGRADE),
         ("GRANT", GRANT),
+        ("OPEN_BASE", OPEN_BASE),
     ];
     assert_eq!(documented, named.into_iter().map(|(name, code)| (code, name)).collect());
     assert!(section("### SUBSCRIBE, 0x1015").contains(&format!("EVENT, {EVENT:#x}")));
@@ -306,6 +309,7 @@ fn every_field_is_where_it_says() {
                 let body = Encoder::new().u64(1).text("fd").finish();
                 check_reply(&rows, &body, JobStarted::decode);
             }
+            ("OPEN_BASE", Some(rows)) => check_reply(&rows, &[0; 4], OpenBaseReply::decode),
             (_, None) => {}
             other => panic!("{other:?}"),
         }
@@ -326,6 +330,16 @@ fn every_field_is_where_it_says() {
     check_fields("status", &rows, &status_body(), 0, |body| {
         JobStatus::decode(&mut Decoder::new(body)).map(drop)
     });
+
+    let rows = table(section("### The give-back socket"), &FIELDS);
+    let sizes = rows.iter().map(|row| row[1].parse::<usize>().unwrap());
+    assert_eq!(sizes.sum::<usize>(), GiveBack::SIZE);
+    for row in &rows {
+        let mut request = GiveBack { to: GiveBackTo::Zero, pages: PageRange::new(0, 1) }.encode();
+        request[row[0].parse::<usize>().unwrap()] = 2;
+        let refused = GiveBack::decode(&request, 8192).unwrap_err();
+        assert!(matches!(refused, DecodeError::InvalidValue { field, .. } if field == row[2]));
+    }
 
     let options = [
         ("an outgoing migration", request::code::START_OUTGOING, outgoing(), 4),

@@ -64,6 +64,7 @@ pub fn proper() -> Vec<Proper> {
         (code::CONTINUE, Body::new().text("a journal"), 1),
         (code::UPGRADE, Body::new().text("/nowhere/pageferry"), 0),
         (code::GRANT, Body::new(), 1),
+        (code::OPEN_BASE, Body::new().text("/nowhere/image"), 0),
         (code::START_SNAPSHOT, with_options("/nowhere/image", &bodies::snapshot(1)), 0),
         (code::START_RESTORE, with_options("/nowhere/image", &bodies::restore(0)), 0),
     ]
@@ -147,10 +148,10 @@ fn values_that_are_not_allowed_are_refused_by_field() {
         (code::EVENT, Body::new(), &[], error::UNSUPPORTED, "0x1100"),
         (
             code::ADD_BLOCK,
-            bodies::block(2, PAGES * PAGE, 4, 0, "more").with(4, &[2]),
+            bodies::block(2, PAGES * PAGE, 4, 0, "more").with(4, &[4]),
             &two,
             error::INVALID,
-            "flags is 0x2",
+            "flags is 0x4",
         ),
         (
             code::ADD_BLOCK,
@@ -383,10 +384,10 @@ fn values_that_are_not_allowed_are_refused_by_field() {
         ),
         (
             code::START_RESTORE,
-            with_options("/x", &bodies::restore(2)),
+            with_options("/x", &bodies::restore(3)),
             &[],
             error::INVALID,
-            "mode is 0x2",
+            "mode is 0x3",
         ),
         (
             code::START_RESTORE,

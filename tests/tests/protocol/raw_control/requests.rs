@@ -72,6 +72,7 @@ fn an_operator_may_send_what_the_document_says() {
         code::POPULATE,
         code::FREE,
         code::SET_TRACKERS,
+        code::OPEN_BASE,
     ];
     for (code, body, count) in proper() {
         if only_the_vmm.contains(&code) || (code == code::HELLO && count == 1) {

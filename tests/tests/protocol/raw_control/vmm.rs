@@ -53,6 +53,7 @@ pub mod code {
     pub const CONTINUE: u32 = 0x101f;
     pub const UPGRADE: u32 = 0x1020;
     pub const GRANT: u32 = 0x1021;
+    pub const OPEN_BASE: u32 = 0x1022;
     pub const EVENT: u32 = 0x1100;
 }
 

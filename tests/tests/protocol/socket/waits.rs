@@ -230,6 +230,7 @@ fn no_request_waits_on_the_reactors_thread_or_under_the_lock() {
             Request::Upgrade { program: String::new() },
             Request::Upgrade { program: "/bin/true".into() },
             Request::Grant,
+            Request::OpenBase { path: at("image") },
             Request::Subscribe { interval: Duration::from_millis(10) },
             Request::StartPostcopy,
             Request::Recover {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! Locks of single pieces of a cached image, among processes.
+//! Locks of single pieces of a file, among processes.
 //!
 //! A piece is locked by the byte with its number in a file (`F_OFD_SETLK`). The kernel gives a lock
 //! up with the process that has it, however that ends.
@@ -12,11 +12,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 /// The file with the locks. Locks of one value never exclude each other: its owner keeps its own
 /// threads apart.
 #[derive(Debug)]
-pub(super) struct PieceLocks(OwnedFd);
+pub struct PieceLocks(OwnedFd);
 
 impl PieceLocks {
     /// The locks in `file`, which no other value of this process has open.
-    pub(super) fn new(file: OwnedFd) -> Self {
+    pub fn new(file: OwnedFd) -> Self {
         Self(file)
     }
 
@@ -24,7 +24,7 @@ impl PieceLocks {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub(super) fn try_lock(&self, piece: u64) -> io::Result<bool> {
+    pub fn try_lock(&self, piece: u64) -> io::Result<bool> {
         match self.set(piece, libc::F_WRLCK) {
             Ok(()) => Ok(true),
             Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
@@ -35,7 +35,7 @@ impl PieceLocks {
     }
 
     /// Gives a piece up.
-    pub(super) fn unlock(&self, piece: u64) {
+    pub fn unlock(&self, piece: u64) {
         if let Err(error) = self.set(piece, libc::F_UNLCK) {
             log::warn!("piece {piece} stays locked until this process ends: {error}");
         }

@@ -47,6 +47,9 @@ const PAGE_IS_WRITTEN: u64 = 1 << 1;
 /// `PAGE_IS_HUGE`: mapped by one page table entry for 2 MiB.
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
+/// `PAGE_IS_PFNZERO`: the entry leads to the kernel's page of zeroes.
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
 /// `PM_SCAN_WP_MATCHING`: write-protect the reported pages.
 const SCAN_WP_MATCHING: u64 = 1 << 0;
 
@@ -62,20 +65,44 @@ pub enum Huge {
     Written,
 }
 
+/// Pages of a private mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// Those whose entry leads to the kernel's page of zeroes.
+    Zero,
+    /// All others, with and without an entry.
+    NotZero,
+}
+
+impl Pages {
+    fn target(self) -> Target {
+        let inverted = if self == Self::NotZero { PAGE_IS_PFNZERO } else { 0 };
+        Target { category: PAGE_IS_PFNZERO, inverted, flags: 0, most: 0 }
+    }
+}
+
 /// The pages that a scan looks for, and what it does with them.
 #[derive(Debug, Clone, Copy)]
 struct Target {
     category: u64,
+    /// Those of the categories that a page must not have.
+    inverted: u64,
     flags: u64,
+    /// The most pages to report; 0 for all.
+    most: u64,
+}
+
+impl Target {
+    const fn new(category: u64, flags: u64) -> Self {
+        Self { category, inverted: 0, flags, most: 0 }
+    }
 }
 
 /// Written pages, which are protected again.
-const WRITTEN: Target =
-    Target { category: PAGE_IS_WRITTEN, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+const WRITTEN: Target = Target::new(PAGE_IS_WRITTEN, SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC);
 
 /// All pages, which are protected, also those that nobody has touched.
-const ALL: Target =
-    Target { category: PAGE_IS_WPALLOWED, flags: SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC };
+const ALL: Target = Target::new(PAGE_IS_WPALLOWED, SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC);
 
 /// `PROC_SUPER_MAGIC` of `linux/magic.h`.
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -222,7 +249,7 @@ impl Pagemap {
             Huge::All => PAGE_IS_HUGE,
             Huge::Written => PAGE_IS_HUGE | PAGE_IS_WRITTEN,
         };
-        self.walk(address, length, Target { category, flags: 0 }, found)
+        self.walk(address, length, Target::new(category, 0), found)
     }
 
     /// Makes single pages of the entry for 2 MiB at `address`, and protects them. What was written
@@ -246,6 +273,34 @@ impl Pagemap {
     /// As [`Pagemap::scan`].
     pub fn protect_all(&self, address: u64, length: u64) -> Result<(), PagemapError> {
         self.walk(address, length, ALL, |_, _| ())
+    }
+
+    /// Finds pages of a private mapping, as [`Pagemap::scan`] does. Changes nothing.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn runs(
+        &self, pages: Pages, address: u64, length: u64, found: impl FnMut(u64, u64),
+    ) -> Result<(), PagemapError> {
+        self.walk(address, length, pages.target(), found)
+    }
+
+    /// The address of the first such page. Looks no further.
+    ///
+    /// # Errors
+    /// As [`Pagemap::scan`].
+    pub fn first(
+        &self, pages: Pages, address: u64, length: u64,
+    ) -> Result<Option<u64>, PagemapError> {
+        let end = address.checked_add(length).ok_or(PagemapError::Range { address, length })?;
+        let target = Target { most: 1, ..pages.target() };
+        let mut region = [PageRegion::default()];
+        match scan_once(self.fd.as_fd(), address, end, target, &mut region) {
+            Ok((count, _)) => Ok((count > 0).then_some(region[0].start)),
+            Err(Errno::SRCH) => Ok(None),
+            Err(Errno::FAULT | Errno::INVAL) => Err(PagemapError::Range { address, length }),
+            Err(source) => Err(PagemapError::Scan { start: address, end, source }),
+        }
     }
 
     fn walk(
@@ -296,6 +351,8 @@ fn scan_once(
         end,
         vec: regions.as_mut_ptr().expose_provenance() as u64,
         vec_len: regions.len() as u64,
+        max_pages: wanted.most,
+        category_inverted: wanted.inverted,
         category_mask: wanted.category,
         return_mask: wanted.category,
         ..ScanArg::default()
