@@ -14,9 +14,9 @@
 //!
 //! With `--mode postcopy` at the source the guest moves before its memory, with
 //! `--mode hybrid --switch-after 2` after two passes. `mock_vmm source --help` has the rest. With
-//! `--snapshot-to` and `--restore-from` it saves and restores instead. The exit status is 0 only
-//! after a migration that was verified and committed, a snapshot whose image is complete, or a
-//! restore that was verified.
+//! `--snapshot-to` and `--restore-from` it saves and restores instead. `mock_vmm clone IMAGE` runs
+//! many guests of one image, which share memory. The exit status is 0 only after a migration that
+//! was verified and committed, a snapshot whose image is complete, or restores that were verified.
 
 fn main() -> std::process::ExitCode {
     pageferry_tests::mock_vmm::main(std::env::args_os().skip(1).collect())

@@ -9,6 +9,7 @@
 use crate::Error;
 use crate::files;
 use crate::random::page_content;
+use pageferry_agent::pagemap::{Pagemap, Pages};
 use pageferry_client::{AttachLog, BlockAdded, BlockSpec, Client, LogBitmap};
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange, pages_in};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
@@ -16,6 +17,8 @@ use rustix::io::Errno;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::bitmap::Bitmap;
@@ -37,6 +40,8 @@ pub enum Backing {
     HugePages,
     /// This file. It is not truncated, extended or sealed. Several blocks may share it.
     File(Arc<File>),
+    /// A private mapping of this file, the base of an image.
+    Clone(Arc<File>),
 }
 
 /// The layout of a block.
@@ -76,12 +81,69 @@ impl BlockLayout {
     }
 }
 
+/// These layouts for a clone of `image`: private mappings of its base.
+///
+/// # Errors
+/// If the agent cannot open the base, or a block is not in it.
+pub fn of_clone(
+    client: &Client, image: &Path, layouts: Vec<BlockLayout>,
+) -> Result<Vec<BlockLayout>, Error> {
+    let base = client.open_base(image)?;
+    let file = base.file().try_clone_to_owned().map_err(Error::io("duplicate the base"))?;
+    let file = Arc::new(File::from(file));
+    let of_clone = |layout: BlockLayout| {
+        let fd_offset = base.block(layout.id).ok_or(Error::NoBlock(layout.id))?.offset;
+        Ok(BlockLayout { fd_offset, backing: Backing::Clone(Arc::clone(&file)), ..layout })
+    };
+    layouts.into_iter().map(of_clone).collect()
+}
+
 /// One block, with its file and its mapping in this process.
 #[derive(Debug)]
 pub struct TestBlock {
     layout: BlockLayout,
     file: Arc<File>,
     mapping: Arc<MmapRegion<LogBitmap>>,
+    /// How a private mapping is looked at.
+    private: Option<PrivateView>,
+}
+
+/// Reads private mappings of this process without making pages.
+#[derive(Debug)]
+struct PrivateView {
+    memory: File,
+    pagemap: Pagemap,
+}
+
+impl PrivateView {
+    fn open() -> Result<Self, Error> {
+        let open = |path| File::open(path).map_err(Error::io(format!("open {path}")));
+        let pagemap = Pagemap::new(open("/proc/self/pagemap")?.into());
+        let pagemap = pagemap.map_err(|error| Error::Memory(error.to_string()))?;
+        Ok(Self { memory: open("/proc/self/mem")?, pagemap })
+    }
+
+    /// Ranges of addresses whose pages are no zero pages.
+    fn extents(&self, address: u64, length: u64) -> Result<Vec<(u64, u64)>, Error> {
+        let mut extents = Vec::new();
+        let found = |start, end| extents.push((start, end));
+        let walked = self.pagemap.runs(Pages::NotZero, address, length, found);
+        walked.map(|()| extents).map_err(|error| Error::Memory(error.to_string()))
+    }
+
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        let first = address / PAGE_SIZE * PAGE_SIZE;
+        let last = (address + bytes.len() as u64).next_multiple_of(PAGE_SIZE);
+        bytes.fill(0);
+        for (start, end) in self.extents(first, last - first)? {
+            let from = start.max(address);
+            let to = end.min(address + bytes.len() as u64);
+            let part = &mut bytes[(from - address) as usize..(to - address) as usize];
+            let read = self.memory.read_exact_at(part, from);
+            read.map_err(Error::io("read a private mapping"))?;
+        }
+        Ok(())
+    }
 }
 
 /// All blocks of a mock VMM.
@@ -146,13 +208,17 @@ impl TestMemory {
     /// # Errors
     /// If the kernel refuses.
     pub fn allocated(&self) -> Result<u64, Error> {
-        let mut files = BTreeMap::new();
+        let (mut files, mut private) = (BTreeMap::new(), 0);
         for block in &self.blocks {
+            if block.private.is_some() {
+                private += block.allocated()?;
+                continue;
+            }
             let stat = rustix::fs::fstat(&block.file)
                 .map_err(Error::kernel("look at the memory's file"))?;
             files.insert((stat.st_dev, stat.st_ino), stat.st_blocks as u64 * 512);
         }
-        Ok(files.values().sum())
+        Ok(files.values().sum::<u64>() + private)
     }
 }
 
@@ -166,7 +232,7 @@ impl TestBlock {
             Backing::HugePages => {
                 sealed(&layout.name, needed, MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?
             }
-            Backing::File(file) => file.clone(),
+            Backing::File(file) | Backing::Clone(file) => file.clone(),
         };
         // vm-memory does not check this, and an access past the end of the file is SIGBUS.
         let size = rustix::fs::fstat(&file)
@@ -180,9 +246,23 @@ impl TestBlock {
         let length =
             usize::try_from(layout.length).map_err(|error| Error::Memory(error.to_string()))?;
         let duplicate = file.try_clone().map_err(Error::io("duplicate the memory's file"))?;
-        let mapping = MmapRegion::from_file(FileOffset::new(duplicate, layout.fd_offset), length)
-            .map_err(|error| Error::Memory(error.to_string()))?;
-        Ok(Self { layout, file, mapping: Arc::new(mapping) })
+        let sharing = match &layout.backing {
+            Backing::Clone(_) => libc::MAP_PRIVATE,
+            _ => libc::MAP_SHARED,
+        };
+        let mapping = MmapRegion::build(
+            Some(FileOffset::new(duplicate, layout.fd_offset)),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_NORESERVE | sharing,
+        )
+        .map_err(|error| Error::Memory(error.to_string()))?;
+        let mapping = Arc::new(mapping);
+        let private = match &layout.backing {
+            Backing::Clone(_) => Some(PrivateView::open()?),
+            _ => None,
+        };
+        Ok(Self { layout, file, mapping, private })
     }
 
     fn region(&self) -> Result<(u64, Arc<GuestRegionMmap<LogBitmap>>), Error> {
@@ -201,7 +281,7 @@ impl TestBlock {
         if !self.mapping.bitmap().attach_log(client.log(), pages_in(layout.gpa)) {
             return Err(Error::Memory(format!("block {} belongs to another client", layout.id)));
         }
-        let added = client.add_block(BlockSpec {
+        let spec = BlockSpec {
             id: layout.id,
             name: &layout.name,
             gpa: layout.gpa,
@@ -211,8 +291,11 @@ impl TestBlock {
             vmm_address: self.address(),
             granularity: layout.granularity,
             discarded: layout.discarded,
-        })?;
-        Ok(added)
+        };
+        Ok(match &layout.backing {
+            Backing::Clone(_) => client.add_clone_block(spec)?,
+            _ => client.add_block(spec)?,
+        })
     }
 
     /// Its layout.
@@ -250,11 +333,14 @@ impl TestBlock {
         &self.mapping
     }
 
-    /// Bytes allocated in its file.
+    /// Bytes allocated in its file. In a private mapping, bytes of pages that are no zero pages.
     ///
     /// # Errors
     /// If the kernel refuses.
     pub fn allocated(&self) -> Result<u64, Error> {
+        if self.private.is_some() {
+            return Ok(self.extents()?.iter().map(PageRange::bytes).sum());
+        }
         let stat =
             rustix::fs::fstat(&self.file).map_err(Error::kernel("look at the memory's file"))?;
         Ok(stat.st_blocks as u64 * 512)
@@ -268,6 +354,14 @@ impl TestBlock {
     pub fn extents(&self) -> Result<Vec<PageRange>, Error> {
         if matches!(self.layout.backing, Backing::HugePages) {
             return Ok(vec![self.all()]);
+        }
+        if let Some(private) = &self.private {
+            let page = |address| pages_in(address - self.address());
+            let extents = private.extents(self.address(), self.layout.length)?;
+            let extents = extents.into_iter();
+            return Ok(extents
+                .map(|(start, end)| PageRange::new(page(start), page(end) - page(start)))
+                .collect());
         }
         let (start, end) = (self.layout.fd_offset, self.layout.fd_offset + self.layout.length);
         let mut extents = Vec::new();
@@ -305,6 +399,9 @@ impl TestBlock {
     /// # Errors
     /// If the file ends before, or the kernel refuses.
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        if let Some(private) = &self.private {
+            return private.read(self.address() + offset, bytes);
+        }
         let mut done = 0;
         while done < bytes.len() {
             let at = self.layout.fd_offset + offset + done as u64;
@@ -344,8 +441,8 @@ impl TestBlock {
     /// # Errors
     /// If the kernel refuses.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        if matches!(self.layout.backing, Backing::HugePages) {
-            // Files on hugetlbfs cannot be written with `pwrite`.
+        if matches!(self.layout.backing, Backing::HugePages | Backing::Clone(_)) {
+            // Files on hugetlbfs cannot be written with `pwrite`, and a base is not a clone's own.
             let at = usize::try_from(offset).map_err(|error| Error::Memory(error.to_string()))?;
             let slice = self
                 .mapping

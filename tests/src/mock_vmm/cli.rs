@@ -21,7 +21,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// The two sides.
+/// The two sides, and clones.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a guest and migrate it away, or save it.
@@ -29,6 +29,10 @@ pub enum Command {
     /// Wait for a guest, or restore one. The guest is verified and resumed, but does not write, so
     /// that the two files can be compared.
     Destination(DestinationArgs),
+    /// Run many guests of one image, each with an agent of its own. They share the pages that none
+    /// of them has written. Each is verified. Their agents have no socket: this is for looking at
+    /// times and memory.
+    Clone(CloneArgs),
 }
 
 /// What both sides need.
@@ -84,8 +88,8 @@ pub struct SourceArgs {
     /// operator can save or migrate it.
     #[arg(long, value_name = "ADDRESS", conflicts_with = "snapshot_to")]
     pub to: Option<String>,
-    /// Save the guest to this image instead of migrating it. Of the migration options only
-    /// --bandwidth and --hook-timeout have an effect.
+    /// Save the guest to this image, a file or a name in a store, instead of migrating it. Of the
+    /// migration options only --bandwidth and --hook-timeout have an effect.
     #[arg(long, value_name = "FILE")]
     pub snapshot_to: Option<PathBuf>,
     /// With --snapshot-to: replace an image that has this name when the new one is complete.
@@ -127,6 +131,36 @@ pub struct DestinationArgs {
     #[arg(long, value_name = "WHEN", default_value = "auto", value_parser = parse_resume)]
     pub resume: ResumePolicy,
     /// How long to wait for an operator.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub wait_for: Duration,
+}
+
+/// Options of clones.
+#[derive(Debug, Args)]
+pub struct CloneArgs {
+    /// The image of a guest of mock_vmm: a file, or the name of an image in a store of --store.
+    #[arg(value_name = "IMAGE")]
+    pub image: PathBuf,
+    /// Number of clones. They run in this process.
+    #[arg(short, long, value_name = "COUNT", default_value_t = 16,
+        value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub number: u32,
+    /// The program that is started as the agent of each clone, with the arguments agent --stdin.
+    #[arg(long, value_name = "PROGRAM", default_value = "pageferry")]
+    pub agent: PathBuf,
+    /// A store that the agents may use, as in pageferry agent --store. May be given more than once.
+    #[arg(long, value_name = "STORE")]
+    pub store: Vec<String>,
+    /// Have each clone write to all pages of the first SIZE bytes of its memory, with K, M, G or T.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub write: Option<u64>,
+    /// Print one JSON object instead of tables.
+    #[arg(long)]
+    pub json: bool,
+    /// How long to keep the clones after the report.
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = parse_duration)]
+    pub run_for: Duration,
+    /// How long to wait for a clone to have all its memory.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub wait_for: Duration,
 }

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line `mock_vmm source|destination`: the parts of a migration, a snapshot or a
+//! The command line `mock_vmm source|destination|clone`: the parts of a migration, a snapshot or a
 //! restore, driven from a shell.
 //!
 //! - [`cli`]: its options;
 //! - [`source`], [`destination`]: the two sides;
-//! - [`report`]: what they print at the end.
+//! - [`report`]: what they print at the end;
+//! - [`clone`]: many guests of one image, and what they take.
 //!
-//! The guest's memory is an existing sparse file. It is never truncated, and its holes are never
-//! read through the mapping. So a user can prepare the content, and afterwards compare the two
-//! files and what is allocated in them.
+//! The memory of the guests of both sides is an existing sparse file. It is never truncated, and
+//! its holes are never read through the mapping. So a user can prepare the content, and afterwards
+//! compare the two files and what is allocated in them.
 #![allow(clippy::print_stdout)]
 
 pub mod cli;
+pub mod clone;
 pub mod destination;
 pub mod report;
 pub mod source;
@@ -29,7 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Runs `mock_vmm` with these arguments, without the program's name. Succeeds if a migration was
-/// verified and committed, a snapshot's image is complete, or a restore was verified.
+/// verified and committed, a snapshot's image is complete, or a restore or clones were verified.
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let cli = match cli::Cli::try_parse_from(
         std::iter::once(OsString::from("mock_vmm")).chain(arguments),
@@ -41,13 +43,27 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"))
+    let level = match &cli.command {
+        // A clone whose agent is lost is lost: each would say so when it begins.
+        cli::Command::Clone(_) => "error",
+        _ => "warn",
+    };
+    let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level))
         .try_init();
     let (json, report) = match &cli.command {
         cli::Command::Source(arguments) => (arguments.common.json, source::run(arguments)),
         cli::Command::Destination(arguments) => {
             (arguments.common.json, destination::run(arguments))
         }
+        // It prints its report by itself, while the clones still run.
+        cli::Command::Clone(arguments) => match clone::run(arguments) {
+            Ok(()) => return ExitCode::SUCCESS,
+            Err(error) if arguments.json => (true, Err(error)),
+            Err(error) => {
+                println!("failed: {}", error.sentence());
+                return ExitCode::FAILURE;
+            }
+        },
     };
     let report = report.unwrap_or_else(|error| Report::failed(&error));
     if json {

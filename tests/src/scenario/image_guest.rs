@@ -4,7 +4,7 @@
 
 use super::{Host, SOON, ScriptedHooks, ScriptedVmm, images, lock};
 use crate::deadline::{wait_for, wait_until};
-use crate::memory::{BlockLayout, TestBlock, TestMemory};
+use crate::memory::{BlockLayout, TestBlock, TestMemory, of_clone};
 use crate::random::page_content;
 use crate::require;
 use pageferry_agent::image::Chain;
@@ -54,13 +54,33 @@ impl Guest {
 
     /// A guest with empty blocks of these layouts.
     pub fn of(host: &Host, layouts: Vec<BlockLayout>, config: Config) -> Self {
-        Self::with(host, Arc::new(TestMemory::new(layouts).unwrap()), config)
+        Self::with(host, config, |_| layouts)
     }
 
-    fn with(host: &Host, memory: Arc<TestMemory>, config: Config) -> Self {
+    /// A guest whose memory is private mappings of the base of an image, which has one block. It
+    /// becomes a clone by a restore with [`cloning`].
+    pub fn clone_of(host: &Host, image: &Path) -> Self {
+        Self::with(host, Config::default(), |client| {
+            let length = client.open_base(image).unwrap().block(0).unwrap().length;
+            of_clone(client, image, vec![BlockLayout::ram(length)]).unwrap()
+        })
+    }
+
+    /// A clone of an image that runs and has all its memory.
+    #[track_caller]
+    pub fn cloned(host: &Host, image: &Path) -> Self {
+        let guest = Self::clone_of(host, image);
+        assert_completed(&guest.restored(image, &cloning()));
+        guest
+    }
+
+    fn with(
+        host: &Host, config: Config, layouts: impl FnOnce(&Client) -> Vec<BlockLayout>,
+    ) -> Self {
         let (client, channel) = Client::connect(host.agent.socket(), config).unwrap();
         let vmm = ScriptedVmm::new();
         channel.spawn(ScriptedHooks(vmm.clone())).unwrap();
+        let memory = Arc::new(TestMemory::new(layouts(&client)).unwrap());
         memory.add_to(&client).unwrap();
         client.set_trackers(Trackers::LOG_IS_COMPLETE).unwrap();
         Self { client, vmm, memory }
@@ -232,6 +252,11 @@ pub fn eager() -> RestoreOptions {
 /// A restore that loads the pages that the guest touches, and meanwhile the rest.
 pub fn lazy() -> RestoreOptions {
     RestoreOptions { mode: RestoreMode::Lazy, ..RestoreOptions::default() }
+}
+
+/// A lazy restore of a clone.
+pub fn cloning() -> RestoreOptions {
+    RestoreOptions { shared_base: true, ..lazy() }
 }
 
 /// These options at the lowest bandwidth. The restore does not end by itself, but pages that the

@@ -4,10 +4,11 @@
 
 use crate::guest::threads::{ThreadGuest, ThreadGuestOptions};
 use crate::in_process::InProcessAgent;
-use crate::memory::{BlockLayout, TestBlock, TestMemory};
+use crate::memory::{BlockLayout, TestBlock, TestMemory, of_clone};
 use crate::usage::Usage;
 use crate::vmm::{MockVmm, Tracker};
 use pageferry_client::{Client, Config, IncomingOptions, JobStatus, OutgoingOptions, Phase};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A mock VMM with an agent that is a thread of this process. Fields drop in order, so the
@@ -26,9 +27,22 @@ impl MockSide {
 
     /// A VMM with this memory. `tracker` reports its writes.
     pub fn over(memory: Arc<TestMemory>, tracker: Tracker) -> Self {
+        Self::with(tracker, |_| memory)
+    }
+
+    /// A VMM whose memory is private mappings of the base of an image. It becomes a clone by a
+    /// restore with a shared base.
+    pub fn clone_of(image: &Path, layouts: Vec<BlockLayout>, tracker: Tracker) -> Self {
+        Self::with(tracker, |client| {
+            let layouts = of_clone(client, image, layouts).unwrap();
+            Arc::new(TestMemory::new(layouts).unwrap())
+        })
+    }
+
+    fn with(tracker: Tracker, memory: impl FnOnce(&Client) -> Arc<TestMemory>) -> Self {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let (client, channel) = Client::from_socket(socket, Config::default()).unwrap();
-        let usage = Usage::new(memory).unwrap();
+        let usage = Usage::new(memory(&client)).unwrap();
         Self { vmm: MockVmm::new(client, channel, usage, tracker).unwrap(), _agent: agent }
     }
 

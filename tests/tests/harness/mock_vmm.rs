@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 
-//! The command line `mock_vmm` as a user runs it: two agents, two mock VMMs and two files.
+//! The command line `mock_vmm` as a user runs it: two agents, two mock VMMs and two files, or
+//! clones of an image.
 
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::memory::{Backing, BlockLayout, TestBlock, TestMemory};
@@ -227,4 +228,47 @@ fn postcopy_starts_at_once_or_after_passes() {
             assert_eq!(here.allocated().unwrap() + (requested + pushed) * PAGE_SIZE, 14 << 20);
         }
     }
+}
+
+#[test]
+fn clones_of_an_image_have_its_memory_and_share_it() {
+    if !require::uffd() {
+        return;
+    }
+    let bench = Bench::new();
+    let here = bench.file("here");
+    prepare(&here);
+    let image = bench.directory.path().join("image");
+    let mut source = bench.vmm("source", bench.source.socket(), &here);
+    source.args(["--write-rate", "20000", "--paused", "--snapshot-to"]).arg(&image);
+    let mut source = Process::spawn("source VMM", &mut source).unwrap();
+    assert!(source.wait(PATIENCE).unwrap().success(), "{:?}", source.lines());
+
+    let bases = bench.directory.path().join("bases");
+    let clones = |more: &[&str]| {
+        let mut command = Command::new(program());
+        command.args(["mock-vmm", "clone", "--json", "--number", "3"]).args(more);
+        command.arg(&image).arg("--agent").arg(program()).env("PAGEFERRY_BASES", &bases);
+        let mut process = Process::spawn("clones", &mut command).unwrap();
+        let succeeded = process.wait(PATIENCE).unwrap().success();
+        let lines = process.lines();
+        let object = lines.iter().find(|line| line.starts_with('{')).unwrap();
+        (succeeded, serde_json::from_str::<Value>(object).unwrap())
+    };
+    let (succeeded, report) = clones(&["--write", "1M"]);
+    assert!(succeeded, "{report}");
+    assert_eq!((&report["clones"], &report["size"]), (&3.into(), &SIZE.into()));
+    // Each has at least the words that it has written itself.
+    assert!(report["words_checked"].as_u64().unwrap() >= 3 * 256, "{report}");
+    let base = |when: &str| report[when]["base"].as_u64().unwrap();
+    assert!((16 << 20..18 << 20).contains(&base("after_start")), "{report}");
+    assert_eq!(base("after_start"), base("after_writes"), "no clone writes to the base");
+    assert!(report["until_it_runs"]["others_p99_ms"].as_f64().unwrap() > 0.0, "{report}");
+
+    assert!(clones(&[]).1["after_writes"].is_null());
+    // Whoever ends last removes it, or whoever opens the next one.
+    assert!(std::fs::read_dir(&bases).unwrap().count() <= 1);
+    std::fs::write(&image, "no image").unwrap();
+    let (succeeded, report) = clones(&[]);
+    assert!(!succeeded && report["error"].as_str().unwrap().contains("clone 1: "), "{report}");
 }

@@ -12,7 +12,7 @@ use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::huge_pages::HUGE_PAGE;
 use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{Backing, BlockLayout, TestMemory};
+use pageferry_tests::memory::{Backing, BlockLayout, TestMemory, of_clone};
 use pageferry_tests::random::Random;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -39,6 +39,8 @@ pub enum Pages {
     Many,
     /// Of hugetlbfs.
     Huge,
+    /// Small ones, in private mappings of the base of an image.
+    Clones,
 }
 
 impl Pages {
@@ -56,10 +58,18 @@ impl Pages {
         layouts
     }
 
+    /// The layouts of a VMM whose guest comes from `image`.
+    fn layouts_for(self, client: &Client, image: Option<&Path>) -> Vec<BlockLayout> {
+        match self {
+            Self::Clones => of_clone(client, image.unwrap(), self.layouts()).unwrap(),
+            _ => self.layouts(),
+        }
+    }
+
     /// Size of a page of the model, in bytes.
     fn size(self) -> u64 {
         match self {
-            Self::Small | Self::Many => PAGE_SIZE,
+            Self::Small | Self::Many | Self::Clones => PAGE_SIZE,
             Self::Huge => HUGE_PAGE,
         }
     }
@@ -67,7 +77,7 @@ impl Pages {
     /// The huge pages that a VMM needs of the pool.
     pub fn of_pool(self) -> u64 {
         match self {
-            Self::Small | Self::Many => 0,
+            Self::Small | Self::Many | Self::Clones => 0,
             Self::Huge => {
                 self.layouts().iter().map(|one| one.fd_offset + one.length).sum::<u64>() / HUGE_PAGE
             }
@@ -165,17 +175,18 @@ pub struct Side {
 }
 
 impl Side {
-    pub fn new(pages: Pages) -> Self {
+    /// For a guest that comes from `image`, or for one that is to be saved or sent.
+    pub fn new(pages: Pages, image: Option<&Path>) -> Self {
         let (agent, socket) = InProcessAgent::start().unwrap();
         let config = Config { log_covers: LOG_COVERS, ..Config::default() };
         let (client, channel) = Client::from_socket(socket, config).unwrap();
         let record = Arc::new(Record::default());
         channel.spawn(Vmm(record.clone())).unwrap();
-        Self::of(pages, client, record, None, Some(agent))
+        Self::of((pages, image), client, record, None, Some(agent))
     }
 
     /// With agents that can die.
-    pub fn supervised(pages: Pages) -> Self {
+    pub fn supervised(pages: Pages, image: Option<&Path>) -> Self {
         // Short, because a frozen agent is found after it.
         let request_timeout = Duration::from_secs(2);
         let config = Config { log_covers: LOG_COVERS, request_timeout, ..Config::default() };
@@ -184,22 +195,22 @@ impl Side {
         // again by the supervisor.
         let start = || Supervisor::spawn(agent, config.clone(), Vmm(record.clone())).ok();
         let (client, supervisor) = wait_for("the first agent", SOON, start).unwrap();
-        Self::of(pages, client, record, Some(supervisor), None)
+        Self::of((pages, image), client, record, Some(supervisor), None)
     }
 
     /// With an agent that listens at this path, and can be upgraded.
-    pub fn connected(pages: Pages, path: &Path) -> Self {
+    pub fn connected(pages: Pages, image: Option<&Path>, path: &Path) -> Self {
         let config = Config { log_covers: LOG_COVERS, ..Config::default() };
         let record = Arc::new(Record::default());
         let (client, supervisor) = Supervisor::connect(path, config, Vmm(record.clone())).unwrap();
-        Self::of(pages, client, record, Some(supervisor), None)
+        Self::of((pages, image), client, record, Some(supervisor), None)
     }
 
     fn of(
-        pages: Pages, client: Client, record: Arc<Record>, supervisor: Option<Supervisor<Vmm>>,
-        agent: Option<InProcessAgent>,
+        (pages, image): (Pages, Option<&Path>), client: Client, record: Arc<Record>,
+        supervisor: Option<Supervisor<Vmm>>, agent: Option<InProcessAgent>,
     ) -> Self {
-        let memory = TestMemory::new(pages.layouts()).unwrap();
+        let memory = TestMemory::new(pages.layouts_for(&client, image)).unwrap();
         memory.add_to(&client).unwrap();
         client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
         Self { pages, memory, client, record, supervisor, _agent: agent }

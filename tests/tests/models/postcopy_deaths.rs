@@ -138,20 +138,23 @@ fn run_case(seed: u64, how: How) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
     let pages = how.pages;
-    let source = if how.here.is_some() { Side::supervised(pages) } else { Side::new(pages) };
+    let source =
+        if how.here.is_some() { Side::supervised(pages, None) } else { Side::new(pages, None) };
     let mut service = None;
     let destination = match how.there.by {
         By::Upgrade => {
             let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
-            Side::connected(pages, service.insert(agent).socket())
+            Side::connected(pages, None, service.insert(agent).socket())
         }
-        By::Kill | By::KillOrFreeze => Side::supervised(pages),
+        By::Kill | By::KillOrFreeze => Side::supervised(pages, None),
     };
     let mut model = Model::new();
     fill(&mut chance, &source, &mut model);
     match pages {
         Pages::Many => fill_largest_block(&source, &mut model),
-        Pages::Small | Pages::Huge => fill_huge_page(&mut chance, &source, &mut model),
+        Pages::Small | Pages::Huge | Pages::Clones => {
+            fill_huge_page(&mut chance, &source, &mut model)
+        }
     }
     // Memory that an earlier guest left.
     (0..50).for_each(|_| destination.store(pages.one(&mut chance), u64::MAX));

@@ -62,13 +62,14 @@ fn restore(
     // Dropped after the side.
     let folder = tempfile::tempdir().unwrap();
     let mut service = None;
+    let from = Some(Path::new(image));
     let side = match ends {
         Some(By::Upgrade) => {
             let agent = AgentProcess::spawn(program(), folder.path(), "agent").unwrap();
-            Side::connected(pages, service.insert(agent).socket())
+            Side::connected(pages, from, service.insert(agent).socket())
         }
-        Some(_) => Side::supervised(pages),
-        None => Side::new(pages),
+        Some(_) => Side::supervised(pages, from),
+        None => Side::new(pages, from),
     };
     let (mut chance, mut model) = (Random::new(seed), saved.clone());
     // Memory that an earlier guest left.
@@ -85,13 +86,14 @@ fn restore(
         // So slow that the guest works before all memory is here.
         bandwidth: match pages {
             _ if chance.one_in(2) && !dies => 0,
-            Pages::Small | Pages::Many => 4 << 20,
+            Pages::Small | Pages::Many | Pages::Clones => 4 << 20,
             Pages::Huge => 32 << 20,
         },
+        shared_base: pages == Pages::Clones,
         working_set: if mode == RestoreMode::Lazy { working_set.to_owned() } else { String::new() },
         ..RestoreOptions::default()
     };
-    if chance.one_in(2) {
+    if chance.one_in(2) && pages != Pages::Clones {
         // Allocated and never written: it reads like a hole but is not one.
         let reserve = rustix::fs::FallocateFlags::KEEP_SIZE;
         let block = side.memory.block(2).unwrap();
@@ -164,6 +166,7 @@ struct How {
 }
 
 const LAZY: How = How { mode: RestoreMode::Lazy, ends: None, pages: Pages::Small };
+const CLONES: How = How { pages: Pages::Clones, ..LAZY };
 
 /// How many agents have died in all cases.
 static KILLED: AtomicU64 = AtomicU64::new(0);
@@ -171,7 +174,8 @@ static KILLED: AtomicU64 = AtomicU64::new(0);
 fn run_case(seed: u64, how: How) {
     let mut chance = Random::new(seed);
     let folder = tempfile::tempdir().unwrap();
-    let (side, mut model) = (Side::new(how.pages), Model::new());
+    let pages = if how.pages == Pages::Clones { Pages::Small } else { how.pages };
+    let (side, mut model) = (Side::new(pages, None), Model::new());
     let image = save(&mut chance, &side, folder.path(), &mut model);
     let allocated = side.allocated();
     drop(side);
@@ -238,6 +242,31 @@ proptest! {
         if require::uffd() && pool.is_some() {
             let how = How { ends: Some(By::KillOrFreeze), pages, ..LAZY };
             run_case(seeds::repeated(seed), how);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(seeds::cases(CASES / 2))]
+
+    #[test]
+    fn clones_of_one_image_find_what_was_saved_and_see_nothing_of_each_other(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), CLONES);
+        }
+    }
+
+    #[test]
+    fn clones_survive_their_agents(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), How { ends: Some(By::KillOrFreeze), ..CLONES });
+        }
+    }
+
+    #[test]
+    fn clones_survive_upgrades_of_their_agents(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), How { ends: Some(By::Upgrade), ..CLONES });
         }
     }
 }

@@ -13,20 +13,20 @@ use crate::blocks::{self, LOG_COVERS, Page};
 use crate::seeds;
 use pageferry_agent::image::Chain;
 use pageferry_client::{
-    BlockRange, Client, Config, HookError, Hooks, Phase, Punch, RunState, SnapshotMode,
-    SnapshotOptions, StatePiece,
+    BlockRange, Client, Config, HookError, HookThread, Hooks, Phase, Punch, RestoreOptions,
+    RunState, SnapshotMode, SnapshotOptions, StatePiece,
 };
 use pageferry_protocol::control::job::MIN_CAPTURE_MEMORY;
 use pageferry_protocol::memory::{PAGE_SIZE, PageRange};
 use pageferry_tests::in_process::InProcessAgent;
-use pageferry_tests::memory::{BlockLayout, TestMemory};
+use pageferry_tests::memory::{BlockLayout, TestMemory, of_clone};
 use pageferry_tests::random::Random;
 use pageferry_tests::require;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(60);
@@ -73,6 +73,7 @@ struct Part {
 /// The expected image: the allowed states of each page.
 type Cut = BTreeMap<Page, BTreeSet<Is>>;
 
+/// A guest whose writes, discards, frees and populates are known.
 struct World {
     memory: TestMemory,
     parts: Vec<Mutex<Part>>,
@@ -82,6 +83,17 @@ struct World {
 }
 
 impl World {
+    fn new(memory: TestMemory, pages: BTreeMap<Page, Is>) -> Self {
+        let mut parts: Vec<Part> = (0..WRITERS).map(|_| Part::default()).collect();
+        let stamp = AtomicU64::new(pages.len() as u64);
+        for (page, is) in pages {
+            parts[writer_of(page) as usize].pages.insert(page, is);
+        }
+        let parts = parts.into_iter().map(Mutex::new).collect();
+        let (paused, cut) = (AtomicBool::new(false), Mutex::default());
+        Self { memory, parts, paused, stamp, cut }
+    }
+
     fn part(&self, page: Page) -> MutexGuard<'_, Part> {
         self.parts[writer_of(page) as usize].lock().unwrap()
     }
@@ -189,7 +201,7 @@ impl World {
     }
 }
 
-struct Vmm(Arc<World>);
+struct Vmm(Arc<OnceLock<World>>);
 
 impl Hooks for Vmm {
     fn run_state(&mut self) -> Result<RunState, HookError> {
@@ -197,12 +209,12 @@ impl Hooks for Vmm {
     }
 
     fn pause(&mut self) -> Result<(), HookError> {
-        self.0.pause();
+        self.0.get().unwrap().pause();
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), HookError> {
-        self.0.resume();
+        self.0.get().unwrap().resume();
         Ok(())
     }
 
@@ -211,8 +223,29 @@ impl Hooks for Vmm {
     }
 
     fn load_state(&mut self, _: Vec<StatePiece>) -> Result<(), HookError> {
-        Err(HookError::new("this model does not restore"))
+        Ok(())
     }
+}
+
+/// Saves a guest in which some pages have stamps. Returns the stamps.
+fn save_stamps(chance: &mut Random, path: &Path) -> BTreeMap<Page, Is> {
+    let world = Arc::new(OnceLock::new());
+    let (_agent, client, hooks) = attach(Vmm(world.clone()));
+    let memory = TestMemory::new(layouts()).unwrap();
+    let world = world.get_or_init(|| World::new(memory, BTreeMap::new()));
+    world.memory.add_to(&client).unwrap();
+    for page in all_pages() {
+        if chance.one_in(2) {
+            world.write(chance, page);
+        }
+    }
+    client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
+    let options = SnapshotOptions { mode: SnapshotMode::Paused, ..SnapshotOptions::default() };
+    let started = client.start_snapshot(path, &options).unwrap();
+    assert_eq!(client.wait(started.job, SOON).unwrap().phase, Phase::Completed);
+    drop(client);
+    hooks.join();
+    world.parts.iter().flat_map(|part| part.lock().unwrap().pages.clone()).collect()
 }
 
 /// Checks that every page of the image has one of its allowed states.
@@ -267,22 +300,36 @@ struct Aside {
     scarce: AtomicU64,
 }
 
-fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
-    let mut chance = Random::new(seed);
-    let folder = tempfile::tempdir().unwrap();
-    let world = Arc::new(World {
-        memory: TestMemory::new(layouts()).unwrap(),
-        parts: (0..WRITERS).map(|_| Mutex::default()).collect(),
-        paused: AtomicBool::new(false),
-        stamp: AtomicU64::new(0),
-        cut: Mutex::default(),
-    });
+/// A VMM on an agent of its own, without its blocks. The agent ends after its client.
+fn attach(vmm: Vmm) -> (InProcessAgent, Client, HookThread<Vmm>) {
     let (agent, socket) = InProcessAgent::start().unwrap();
     let config = Config { log_covers: LOG_COVERS, ..Config::default() };
     let (client, channel) = Client::from_socket(socket, config).unwrap();
-    let hooks = channel.spawn(Vmm(world.clone())).unwrap();
+    let hooks = channel.spawn(vmm).unwrap();
+    (agent, client, hooks)
+}
+
+fn run_case(seed: u64, (mode, is_clone): (SnapshotMode, bool), aside: &Aside) {
+    let mut chance = Random::new(seed);
+    let folder = tempfile::tempdir().unwrap();
+    let world = Arc::new(OnceLock::new());
+    let (agent, client, hooks) = attach(Vmm(world.clone()));
+    let cloned = folder.path().join("cloned");
+    let world = world.get_or_init(|| match is_clone {
+        false => World::new(TestMemory::new(layouts()).unwrap(), BTreeMap::new()),
+        true => {
+            let pages = save_stamps(&mut chance, &cloned);
+            let layouts = of_clone(&client, &cloned, layouts()).unwrap();
+            World::new(TestMemory::new(layouts).unwrap(), pages)
+        }
+    });
     world.memory.add_to(&client).unwrap();
     client.set_trackers(pageferry_client::Trackers::LOG_IS_COMPLETE).unwrap();
+    if is_clone {
+        let options = RestoreOptions { shared_base: true, ..RestoreOptions::default() };
+        let started = client.start_restore(&cloned, &options).unwrap();
+        assert_eq!(client.wait(started.job, SOON).unwrap().phase, Phase::Completed);
+    }
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         struct Over<'a>(&'a AtomicBool);
@@ -295,7 +342,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
         for writer in 0..WRITERS {
             let mut chance = Random::new(seed ^ writer << 32 ^ 1);
             let own: Vec<Page> = all_pages().filter(|page| writer_of(*page) == writer).collect();
-            let (world, over) = (&world, &over);
+            let (world, over) = (world, &over);
             scope.spawn(move || {
                 while !over.load(Ordering::SeqCst) {
                     let page = own[chance.below(own.len() as u64) as usize];
@@ -305,7 +352,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
         }
         let mut changes = Random::new(seed ^ 2);
         let (changer, over) = (client.clone(), &over);
-        let changing = &world;
+        let changing = world;
         scope.spawn(move || {
             while !over.load(Ordering::SeqCst) {
                 changing.change(&mut changes, &changer);
@@ -359,7 +406,7 @@ fn run_case(seed: u64, mode: SnapshotMode, aside: &Aside) {
             assert!(!world.paused.load(Ordering::SeqCst), "the guest keeps running");
         }
     });
-    check_guest(&world);
+    check_guest(world);
     drop(client);
     hooks.join();
     drop(agent);
@@ -374,7 +421,7 @@ fn a_background_snapshot_is_a_consistent_cut() {
         return;
     }
     let aside = Aside::default();
-    proptest!(seeds::cases(CASES), |(seed in any::<u64>())| run_case(seeds::repeated(seed), SnapshotMode::Background, &aside));
+    proptest!(seeds::cases(CASES), |(seed in any::<u64>())| run_case(seeds::repeated(seed), (SnapshotMode::Background, false), &aside));
     let (captured, rescued) = (aside.captured.into_inner(), aside.rescued.into_inner());
     let scarce = aside.scarce.into_inner();
     // In a few cases, or in one repeated case, perhaps no snapshot is slow.
@@ -393,6 +440,24 @@ proptest! {
 
     #[test]
     fn a_snapshot_of_a_paused_guest_is_what_it_holds(seed in any::<u64>()) {
-        run_case(seeds::repeated(seed), SnapshotMode::Paused, &Aside::default());
+        run_case(seeds::repeated(seed), (SnapshotMode::Paused, false), &Aside::default());
+    }
+}
+
+proptest! {
+    #![proptest_config(seeds::cases(CASES / 6))]
+
+    #[test]
+    fn a_background_snapshot_of_a_clone_is_a_consistent_cut(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), (SnapshotMode::Background, true), &Aside::default());
+        }
+    }
+
+    #[test]
+    fn a_snapshot_of_a_paused_clone_is_what_it_holds(seed in any::<u64>()) {
+        if require::uffd() {
+            run_case(seeds::repeated(seed), (SnapshotMode::Paused, true), &Aside::default());
+        }
     }
 }

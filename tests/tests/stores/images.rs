@@ -9,7 +9,8 @@ use pageferry_client::{Punch, RestoreOptions};
 use pageferry_tests::deadline::wait_for;
 use pageferry_tests::require;
 use pageferry_tests::scenario::image_guest::{
-    Guest, PAGES, assert_completed, assert_failed, background, eager, lazy, restore_modes, slow,
+    Guest, PAGES, assert_completed, assert_failed, background, cloning, eager, lazy, restore_modes,
+    slow,
 };
 use pageferry_tests::scenario::images::{on, paused, tracked};
 use pageferry_tests::scenario::{Host, SOON};
@@ -165,6 +166,26 @@ fn agents_of_one_machine_read_each_piece_once() {
     for (restored, job) in guests.iter().zip(jobs) {
         assert_completed(&restored.wait(job));
         assert!(restored.bytes() == bytes);
+    }
+    let read: u64 = scene.reads().iter().map(|request| request.downloaded).sum();
+    assert!(read <= stored, "{read} of {stored} bytes");
+}
+
+#[test]
+fn clones_of_a_stored_image_read_each_piece_once() {
+    let Some(tools) = require::stores() else { return };
+    if !require::uffd() {
+        return;
+    }
+    let (scene, name, bytes) = Scene::with_image(&tools, 8 * PAGES);
+    scene.proxy.as_ref().unwrap().forget();
+    let stored = scene.stored_bytes();
+    let hosts: Vec<Host> = (0..8).map(|_| scene.host()).collect();
+    let clones: Vec<Guest> = hosts.iter().map(|host| Guest::clone_of(host, &name)).collect();
+    let jobs: Vec<u64> = clones.iter().map(|clone| clone.restore(&name, &cloning())).collect();
+    for (clone, job) in clones.iter().zip(jobs) {
+        assert_completed(&clone.wait(job));
+        assert!(clone.bytes() == bytes);
     }
     let read: u64 = scene.reads().iter().map(|request| request.downloaded).sum();
     assert!(read <= stored, "{read} of {stored} bytes");
