@@ -154,7 +154,7 @@ fn make_block(new: NewBlock) -> Result<Block, RemoteError> {
     let end = vmm_address.checked_add(geometry.length);
     if is_clone && (vmm_address == 0 || end.is_none_or(|end| end > i64::MAX as u64)) {
         let sentence = format!(
-            "vmm_address is {vmm_address:#x}, and a clone of {:#x} bytes is mapped there by no VMM",
+            "vmm_address is {vmm_address:#x}, allowed for a clone is where {:#x} bytes are mapped",
             geometry.length
         );
         return Err(RemoteError::new(ErrorCode::Invalid, sentence));
