@@ -46,7 +46,7 @@ impl MissingPages {
     }
 
     /// Makes zero of all pages of a clone that are not `present` in the image, so that what has no
-    /// page is known by its entry ([`super::clone_view`]).
+    /// page is known by its entry ([`crate::memory::clone_view`]).
     ///
     /// # Errors
     /// If the kernel refuses.
